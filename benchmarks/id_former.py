@@ -1,0 +1,138 @@
+"""IDFormer against the released computation: forward, forward + backward, peak memory.
+
+    python -m benchmarks.id_former              # CPU, float32
+    python -m benchmarks.id_former --device cuda --dtype bfloat16 --samples 8
+
+Both have the same weights and are checked against each other first. Features need no gradient (frozen vision tower,
+as published); all parameters do. "multiplications" is the ratio of floating-point operations in matrix products, the
+most that a machine limited by them could gain.
+"""
+
+import argparse
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks.measure import describe_machine, markdown_table, peak_megabytes, time_side_by_side
+from benchmarks.released import ReleasedIDFormer, to_idavlm
+from idavlm import IDFormer
+
+SMALL = {"hidden_size": 1024, "num_heads": 8, "num_queries": 64, "vision_hidden_size": 1024}
+RELEASED = {"hidden_size": 4096, "num_heads": 32, "num_queries": 256, "vision_hidden_size": 1664}
+
+
+def batch(samples: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Roles and sample index of samples of so many references and scenes."""
+    roles = [role for references, scenes in samples for role in [0] * references + [1] * scenes]
+    index = [number for number, sample in enumerate(samples) for _ in range(sum(sample))]
+    return torch.tensor(roles), torch.tensor(index)
+
+
+def ragged(samples: int) -> list[tuple[int, int]]:
+    """1..6 references and 1..4 scenes, the same draw each time."""
+    draw = random.Random(0)
+    return [(draw.randint(1, 6), draw.randint(1, 4)) for _ in range(samples)]
+
+
+def build(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> tuple[ReleasedIDFormer, IDFormer]:
+    """Both, with the same random weights, no projection at zero."""
+    torch.manual_seed(0)
+    released = ReleasedIDFormer(**sizes)
+    for parameter in released.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    id_former = IDFormer(**sizes)
+    id_former.load_state_dict(to_idavlm(released.state_dict()))
+    return released.to(device, dtype), id_former.to(device, dtype)
+
+
+def forward_backward(module: torch.nn.Module, *inputs: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        module(*inputs).float().square().mean().backward()
+
+    return run
+
+
+def flops(function: Callable[[], object]) -> int:
+    aten = torch.ops.aten
+    cpu_attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def compare(name: str, functions: dict[str, Callable], device: torch.device, rounds: int) -> list[object]:
+    """One row: milliseconds and megabytes of released and IDFormer, and their ratios."""
+    times = time_side_by_side(functions, device, rounds)
+    megabytes = {key: peak_megabytes(function, device) for key, function in functions.items()}
+    return [
+        name,
+        *(f"{times[key]:.1f}" for key in functions),
+        f"{times['released'] / times['IDFormer']:.2f}x",
+        f"{flops(functions['released']) / flops(functions['IDFormer']):.2f}x",
+        *(f"{megabytes[key]:.0f}" for key in functions),
+    ]
+
+
+def measure_case(
+    name: str, sizes: dict[str, int], num_patches: int, samples: list[tuple[int, int]], args: argparse.Namespace
+) -> list[list[object]]:
+    released, id_former = build(sizes, args.device, args.dtype)
+    roles, index = batch(samples)
+    features = torch.randn(len(roles), num_patches, sizes["vision_hidden_size"], device=args.device, dtype=args.dtype)
+    inputs = (features, roles, index)
+    with torch.no_grad():
+        torch.testing.assert_close(id_former(*inputs), released(*inputs), atol=args.tolerance, rtol=args.tolerance)
+        functions = {"released": lambda: released(*inputs), "IDFormer": lambda: id_former(*inputs)}
+        rows = [compare(f"{name}, forward", functions, args.device, args.rounds)]
+    functions = {"released": forward_backward(released, *inputs), "IDFormer": forward_backward(id_former, *inputs)}
+    return [*rows, compare(f"{name}, forward + backward", functions, args.device, args.rounds)]
+
+
+@torch.no_grad()
+def measure_video(name: str, sizes: dict[str, int], num_patches: int, frames: int, args: argparse.Namespace) -> list[object]:
+    """Frames that come one by one and share three references: the release encodes those again for every frame."""
+    released, id_former = build(sizes, args.device, args.dtype)
+    shape = (num_patches, sizes["vision_hidden_size"])
+    photos = torch.randn(3, *shape, device=args.device, dtype=args.dtype)
+    scenes = torch.randn(frames, 1, *shape, device=args.device, dtype=args.dtype)
+    bank = [id_former.encode_references(photo[None]) for photo in photos]
+    one = batch([(3, 1)])
+    functions = {
+        "released": lambda: [released(torch.cat([photos, scene]), *one) for scene in scenes],
+        "IDFormer": lambda: [id_former.forward_scenes(scene, bank) for scene in scenes],
+    }
+    return compare(name, functions, args.device, args.rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--samples", type=int, default=8, help="samples at C 1024")
+    parser.add_argument("--released-samples", type=int, default=1, help="samples at C 4096; 0 leaves this size out")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    args.tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
+
+    rows = measure_case(f"C 1024, {args.samples} x (3 + 1)", SMALL, 256, [(3, 1)] * args.samples, args)
+    rows += measure_case(f"C 1024, {args.samples} x (1..6 + 1..4)", SMALL, 256, ragged(args.samples), args)
+    rows += [measure_video("C 1024, 8 frames, 3 references", SMALL, 256, 8, args)]
+    if args.released_samples:
+        samples = [(3, 1)] * args.released_samples
+        rows += measure_case(f"C 4096, {args.released_samples} x (3 + 1)", RELEASED, 1024, samples, args)
+    header = ["case", "released ms", "IDFormer ms", "speed", "multiplications", "released MB", "IDFormer MB"]
+    print(f"{describe_machine(args.device)}; {args.dtype}; median of {args.rounds} rounds, taking turns\n")
+    print(markdown_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

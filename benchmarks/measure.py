@@ -1,0 +1,99 @@
+"""Time, memory and multiplications of several functions, side by side in one run."""
+
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor, threads and versions that figures belong to."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if "model name" in line), platform.processor())
+        name += f", {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def time_side_by_side(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each function; the functions take turns, so that noise falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(rounds + 1):
+        for name, function in functions.items():
+            start = _now(device)
+            function()
+            if round_:  # the first round warms up
+                times[name].append(1000 * (_now(device) - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_megabytes(function: Callable[[], object], device: torch.device) -> float:
+    """Most memory that tensors made inside ``function`` held at one time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with _LiveStorages() as live:
+        function()
+    return live.peak / 2**20
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Left-aligned first column, right-aligned figures."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+
+    def line(row: list[str]) -> str:
+        aligned = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = [("-" * (width - 1) + ":") if i else "-" * width for i, width in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of storages that operators return, for as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.current = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.known and storage._cdata not in given:
+                    self._enter(storage)
+        return result
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+
+        def leave() -> None:
+            self.known.discard(key)
+            self.current -= size
+
+        weakref.finalize(storage, leave)

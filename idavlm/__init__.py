@@ -1,0 +1,39 @@
+"""idavlm: identity-aware vision-language models.
+
+Show a model reference photos of named characters and it recognises them in other images. The public names below are
+imported on first use, so ``import idavlm`` itself costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "CrossAttention": "idavlm.modules",
+    "IDFormer": "idavlm.modules",
+    "IdentityTokens": "idavlm.modules",
+    "ImageRole": "idavlm.utils",
+    "Resampler": "idavlm.modules",
+    "build_connector": "idavlm.modules",
+    "cross_attention": "idavlm.ops",
+    "identity_attention_loss": "idavlm.ops",
+    "identity_patch_targets": "idavlm.ops",
+}
+
+__all__ = ["__version__", *_HOME_OF]
+
+if TYPE_CHECKING:
+    from idavlm.modules import CrossAttention, IdentityTokens, IDFormer, Resampler, build_connector
+    from idavlm.ops import cross_attention, identity_attention_loss, identity_patch_targets
+    from idavlm.utils import ImageRole
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'idavlm' has no attribute {name!r}; it offers {', '.join(sorted(__all__))}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

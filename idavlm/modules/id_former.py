@@ -1,0 +1,273 @@
+"""The ID-Former: image tokens of scenes that know the identities shown in reference photos (IDA-VLM, arXiv 2407.07577)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from idavlm.modules.identity_layer import IdentityLayer
+from idavlm.modules.identity_map import identity_map
+from idavlm.modules.image_groups import ImageGroups, cumulative, group_images
+from idavlm.modules.resampler import Resampler
+from idavlm.ops.identity_supervision import IGNORE, NOBODY, identity_attention_loss
+from idavlm.utils import check_choice, check_positive
+
+
+@dataclass(frozen=True)
+class IdentityTokens:
+    """One identity, encoded from R photos; keep it and use it for every frame.
+
+    Attributes:
+        image_tokens: ``[R, Q, C]`` what the language model reads in place of the photos.
+        keys: ``[R, K, C]`` what scenes attend to: the same tokens, or the photos' patches.
+    """
+
+    image_tokens: Tensor
+    keys: Tensor
+
+    def to(self, *args, **kwargs) -> "IdentityTokens":
+        """A copy on another device or in another type; arguments as of ``Tensor.to``."""
+        return IdentityTokens(self.image_tokens.to(*args, **kwargs), self.keys.to(*args, **kwargs))
+
+
+class IDFormer(nn.Module):
+    """Turns patches of images into tokens; a scene's patches first look at the references of its sample.
+
+    References and general images go through the plain :class:`Resampler`. Of a scene with references, the projected
+    patches ``x`` first become ``x + attention(x + position, t, t)``, where ``t`` are all reference tokens of the
+    sample, and are then resampled with the same queries and weights. A scene of a sample without references is
+    resampled plainly. The defaults are the released computation; every option is an ablation (``docs/id_former.md``).
+
+    ``state_dict`` keys: ``resampler.*`` (see :class:`Resampler`); ``identity_layers.N.attention.*``,
+    ``identity_layers.N.feed_forward.*``, ``identity_layers.N.{attention,feed_forward}_gate`` (see
+    :class:`IdentityLayer`); ``identity_slots.weight``; ``nobody_token``. Options that are off have no keys.
+
+    Args:
+        hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
+        num_queries: Q, tokens an image; a square number.
+        num_heads: attention heads. The release has ``hidden_size / 128``.
+        vision_hidden_size: Cv, width of the patches. Where it is not given or equals ``hidden_size``, patches go in
+            unprojected.
+        attn_implementation: ``"sdpa"`` or ``"eager"``.
+        detach_references: keep gradients of scenes out of the reference tokens they look at.
+        num_identity_layers: depth of the identity cross-attention.
+        gate: ``"zero_init"``, ``"tanh"`` or ``"none"``: how open an identity layer starts, see :class:`IdentityLayer`.
+        feed_forward: ``"none"``; ``"identity"``: behind each identity cross-attention; ``"all"``: behind the
+            resampler's as well, as in the paper's figure.
+        intermediate_size: inner width of the feed-forward blocks; ``4 * hidden_size`` if not given.
+        identity_keys: ``"tokens"``: scenes attend to resampled reference tokens; ``"patches"``: to projected patches.
+        num_identity_slots: learned embeddings added to the keys of identity 0, 1, ... of a sample, which tell one
+            identity from another; 0 for none. A sample may hold at most so many identities.
+        nobody_token: a learned key in every sample that patches may attend to instead of any reference. With it the
+            identity map can say "nobody".
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_queries: int,
+        num_heads: int,
+        vision_hidden_size: int | None = None,
+        attn_implementation: str = "sdpa",
+        detach_references: bool = True,
+        num_identity_layers: int = 1,
+        gate: str = "zero_init",
+        feed_forward: str = "none",
+        intermediate_size: int | None = None,
+        identity_keys: str = "tokens",
+        num_identity_slots: int = 0,
+        nobody_token: bool = False,
+    ):
+        super().__init__()
+        check_positive(num_identity_layers=num_identity_layers)
+        check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
+        check_choice("identity_keys", identity_keys, ("tokens", "patches"))
+        self.detach_references = detach_references
+        self.identity_keys = identity_keys
+        self.resampler = Resampler(
+            hidden_size=hidden_size,
+            num_queries=num_queries,
+            num_heads=num_heads,
+            vision_hidden_size=vision_hidden_size,
+            feed_forward=feed_forward == "all",
+            intermediate_size=intermediate_size,
+            attn_implementation=attn_implementation,
+        )
+        self.identity_layers = nn.ModuleList(
+            IdentityLayer(
+                hidden_size=hidden_size,
+                num_heads=num_heads,
+                gate=gate,
+                feed_forward=feed_forward != "none",
+                intermediate_size=intermediate_size,
+                attn_implementation=attn_implementation,
+            )
+            for _ in range(num_identity_layers)
+        )
+        self.identity_slots = nn.Embedding(num_identity_slots, hidden_size) if num_identity_slots else None
+        self.nobody_token = nn.Parameter(torch.empty(1, hidden_size)) if nobody_token else None
+        for learned in (self.identity_slots and self.identity_slots.weight, self.nobody_token):
+            if learned is not None:
+                nn.init.trunc_normal_(learned, std=0.02)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        image_roles: Tensor,
+        sample_index: Tensor,
+        identity_index: Tensor | None = None,
+        *,
+        grid_size: tuple[int, int] | None = None,
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Encode the images of a batch, whatever their roles.
+
+        Args:
+            image_features: ``[I, P, Cv]`` patches of all images of the batch, row by row.
+            image_roles: ``[I]`` integers, see :class:`idavlm.ImageRole`. This and the next two are read on the host:
+                on the CPU they cost no synchronisation.
+            sample_index: ``[I]`` the sample (row of the batch) each image belongs to; never falls. Within a sample
+                roles may stand in any order.
+            identity_index: ``[I]`` for references, the identity within its sample, from 0: several photos of one
+                person share it. Where it is not given every reference is an identity of its own.
+            grid_size: rows and columns of patches; the square of ``P`` if not given.
+            output_attentions: also return the identity attention maps.
+
+        Returns:
+            ``[I, Q, C]`` image tokens in the order of the images. With ``output_attentions`` a pair of it and a tuple
+            with one map a layer, ``[I, P, G + 1]`` float32: the share of attention, mean over heads, that a patch
+            pays to each of the (at most) G identities of its sample, and in the last column to nobody. Rows sum to 1;
+            images that look at no reference pay all to nobody.
+
+        Raises:
+            ValueError: ``image_features`` of another shape than ``[I, P, Cv]``; a role outside 0..2; a
+                ``sample_index`` that falls; index tensors of another length than I; more identities than slots.
+        """
+        grid_size = self.resampler.check_features(image_features, grid_size)
+        groups = group_images(
+            image_roles, sample_index, identity_index, num_images=len(image_features), device=image_features.device
+        )
+        if groups.order is not None:
+            image_features = image_features.index_select(0, groups.order)
+        patches = self.resampler.project(image_features)
+        key_bias = self.resampler.key_bias(grid_size)
+        plain, scenes = patches.split([groups.num_plain, len(patches) - groups.num_plain])
+        plain_tokens = self.resampler.read(plain, key_bias)
+        keys = self._identity_keys(plain, plain_tokens).index_select(0, groups.references)
+        scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
+        image_tokens = torch.cat([plain_tokens, self.resampler.read(scenes, key_bias)])
+        if groups.inverse is not None:
+            image_tokens = image_tokens.index_select(0, groups.inverse)
+        return (image_tokens, maps) if output_attentions else image_tokens
+
+    def encode_references(
+        self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None
+    ) -> IdentityTokens:
+        """Encode the R photos ``[R, P, Cv]`` of one identity, once, for :meth:`forward_scenes`."""
+        grid_size = self.resampler.check_features(image_features, grid_size)
+        patches = self.resampler.project(image_features)
+        image_tokens = self.resampler.read(patches, self.resampler.key_bias(grid_size))
+        return IdentityTokens(image_tokens, self._identity_keys(patches, image_tokens))
+
+    def forward_scenes(
+        self,
+        image_features: Tensor,
+        identities: list[IdentityTokens],
+        *,
+        grid_size: tuple[int, int] | None = None,
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Encode scenes that all look at the same identities, such as the frames of a video.
+
+        Equal to :meth:`forward` on one sample of the identities' photos, in the order of the list, and these scenes.
+
+        Args:
+            image_features: ``[I, P, Cv]`` patches of the scenes.
+            identities: from :meth:`encode_references`; may be empty. Their order numbers them 0, 1, ...
+            grid_size: as in :meth:`forward`.
+            output_attentions: as in :meth:`forward`.
+
+        Returns:
+            ``[I, Q, C]`` image tokens of the scenes; a pair with ``output_attentions``.
+        """
+        grid_size = self.resampler.check_features(image_features, grid_size)
+        patches = self.resampler.project(image_features)
+        photos = [len(identity.keys) for identity in identities]
+        num_scenes = len(patches) if sum(photos) else 0  # without photos there is nobody to look at
+        groups = ImageGroups(
+            order=None,
+            inverse=None,
+            num_plain=len(patches) - num_scenes,
+            references=torch.arange(sum(photos), device=patches.device),
+            identities=tuple(number for number, count in enumerate(photos) for _ in range(count)),
+            references_per_sample=(sum(photos),),
+            scenes_per_sample=(num_scenes,),
+        )
+        keys = torch.cat([identity.keys for identity in identities]) if identities else patches[:0]
+        plain, scenes = patches.split([groups.num_plain, num_scenes])
+        scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
+        image_tokens = self.resampler.read(torch.cat([plain, scenes]), self.resampler.key_bias(grid_size))
+        return (image_tokens, maps) if output_attentions else image_tokens
+
+    def identity_loss(self, identity_attentions: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Supervise the identity attention maps: mean over layers of :func:`idavlm.identity_attention_loss`.
+
+        Without ``nobody_token`` the attention is a distribution over references only and cannot say "nobody": those
+        patches are then left out, and only patches that show a reference teach.
+
+        Args:
+            identity_attentions: from :meth:`forward` with ``output_attentions=True``.
+            targets: ``[I, P]``, e.g. from :func:`idavlm.identity_patch_targets`.
+        """
+        if self.nobody_token is None:
+            targets = targets.masked_fill(targets == NOBODY, IGNORE)
+        return torch.stack([identity_attention_loss(layer, targets) for layer in identity_attentions]).mean()
+
+    def _identity_keys(self, patches: Tensor, image_tokens: Tensor) -> Tensor:
+        keys = image_tokens if self.identity_keys == "tokens" else patches
+        return keys.detach() if self.detach_references else keys
+
+    def _slots(self, identities: tuple[int, ...], device: torch.device) -> Tensor:
+        num_slots = self.identity_slots.num_embeddings
+        if max(identities, default=0) >= num_slots:
+            raise ValueError(
+                f"a sample has identity {max(identities)} but num_identity_slots={num_slots}; build the IDFormer with at "
+                f"least {max(identities) + 1} slots, or with 0 for none."
+            )
+        return self.identity_slots(torch.tensor(identities, dtype=torch.long).to(device))
+
+    def _recognise(
+        self,
+        scenes: Tensor,
+        grid_size: tuple[int, int],
+        keys: Tensor,
+        groups: ImageGroups,
+        output_attentions: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Patches of scenes ``[S, P, C]`` look at keys ``[R, K, C]``, each at those of its own sample."""
+        num_patches, key_length = scenes.shape[1], keys.shape[1]
+        if self.identity_slots is not None:
+            keys = keys + self._slots(groups.identities, keys.device)[:, None]
+        packed, nobody = keys.flatten(0, 1), 0
+        if self.nobody_token is not None:
+            nobody = 1
+            samples = keys.split(groups.references_per_sample)
+            packed = torch.cat([part for sample in samples for part in (self.nobody_token, sample.flatten(0, 1))])
+        lengths_q = tuple(count * num_patches for count in groups.scenes_per_sample)
+        lengths_k = tuple(count * key_length + nobody for count in groups.references_per_sample)
+        segments = {
+            "cu_seqlens_q": cumulative(lengths_q, scenes.device),
+            "cu_seqlens_k": cumulative(lengths_k, scenes.device),
+            "max_seqlen_q": max(lengths_q, default=0),
+            "max_seqlen_k": max(lengths_k, default=0),
+        }
+        maps = []
+        for layer in self.identity_layers:
+            query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.query_position), grid_size)
+            scenes, weights = layer(
+                scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments
+            )
+            if output_attentions:
+                maps.append(identity_map(weights, groups, num_patches, key_length, nobody_token=bool(nobody)))
+        return scenes, tuple(maps)

@@ -1,0 +1,115 @@
+"""The resampler: learned queries read an image's patches into a fixed number of tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from idavlm.modules.cross_attention import CrossAttention
+from idavlm.modules.feed_forward import FeedForward
+from idavlm.modules.positions import resize_positions, sincos_positions_2d, square_grid
+from idavlm.utils import check_positive
+
+
+class Resampler(nn.Module):
+    """One cross-attention from learned queries to patches (Qwen-VL, arXiv 2308.12966).
+
+    ``x = input_norm(input_proj(image_features))``;
+    ``tokens = attention(query_norm(query) + position, x + resized position, x)``.
+    The queries lie on a square grid with fixed 2-D sine-cosine positions, resized to the grid of the patches for the
+    keys; values carry no positions. The queries are projected once, however many images there are.
+
+    ``state_dict`` keys: ``query`` ``[Q, C]``; ``query_position`` ``[Q, C]`` (buffer); ``query_norm.*``;
+    ``input_proj.weight`` ``[C, Cv]`` (only with ``vision_hidden_size``); ``input_norm.*``; ``attention.*`` (see
+    :class:`CrossAttention`); ``feed_forward.*`` (only with ``feed_forward=True``).
+
+    Args:
+        hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
+        num_queries: Q, tokens an image; a square number.
+        num_heads: attention heads.
+        vision_hidden_size: Cv, width of the patches. Where it is not given or equals ``hidden_size``, patches go in
+            unprojected, as released.
+        feed_forward: add ``tokens + FeedForward(tokens)``, drawn in the paper's figure, absent from the release.
+        intermediate_size: inner width of the feed-forward block; ``4 * hidden_size`` if not given.
+        attn_implementation: see :func:`idavlm.ops.cross_attention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_queries: int,
+        num_heads: int,
+        vision_hidden_size: int | None = None,
+        feed_forward: bool = False,
+        intermediate_size: int | None = None,
+        attn_implementation: str = "sdpa",
+    ):
+        super().__init__()
+        check_positive(hidden_size=hidden_size, num_queries=num_queries, num_heads=num_heads)
+        self.hidden_size = hidden_size
+        self.num_queries = num_queries
+        self.vision_hidden_size = vision_hidden_size or hidden_size
+        self.query_grid = square_grid("num_queries", num_queries)
+        self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
+        self.register_buffer("query_position", sincos_positions_2d(hidden_size, self.query_grid))
+        self.query_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.input_proj = (
+            nn.Identity()
+            if self.vision_hidden_size == hidden_size
+            else nn.Linear(self.vision_hidden_size, hidden_size, bias=False)
+        )
+        self.input_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attention = CrossAttention(
+            hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
+        )
+        self.feed_forward = FeedForward(hidden_size, intermediate_size) if feed_forward else None
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Read every image on its own.
+
+        Args:
+            image_features: ``[I, P, Cv]`` patches, row by row.
+            grid_size: rows and columns of patches; the square of ``P`` if not given.
+
+        Returns:
+            ``[I, Q, C]`` image tokens.
+        """
+        grid_size = self.check_features(image_features, grid_size)
+        return self.read(self.project(image_features), self.key_bias(grid_size))
+
+    def check_features(self, image_features: Tensor, grid_size: tuple[int, int] | None) -> tuple[int, int]:
+        """Check ``image_features`` and give the rows and columns of its patches."""
+        if image_features.dim() != 3 or image_features.shape[-1] != self.vision_hidden_size:
+            raise ValueError(
+                f"image_features has shape {tuple(image_features.shape)}; expected [I, P, {self.vision_hidden_size}], "
+                "the last being vision_hidden_size."
+            )
+        num_patches = image_features.shape[1]
+        if grid_size is None:
+            return square_grid("P, the number of patches of image_features,", num_patches)
+        if grid_size[0] * grid_size[1] != num_patches:
+            raise ValueError(
+                f"grid_size={tuple(grid_size)} has {grid_size[0] * grid_size[1]} cells but image_features has "
+                f"{num_patches} patches; give the rows and columns of the patches."
+            )
+        return tuple(grid_size)
+
+    def on_patches(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Resize ``x`` ``[Q, C]`` from the grid of the queries to the patches' ``[P, C]``."""
+        return resize_positions(x, self.query_grid, grid_size)
+
+    def key_bias(self, grid_size: tuple[int, int]) -> Tensor:
+        """Positions of the patches, projected for the keys: ``[P, C]``.
+
+        Projecting and resizing commute; the grid of the queries is the smaller one, so it is projected.
+        """
+        return self.on_patches(self.attention.key_bias(self.query_position), grid_size)
+
+    def project(self, image_features: Tensor) -> Tensor:
+        """``[I, P, Cv] -> [I, P, C]`` projected and normalised patches."""
+        return self.input_norm(self.input_proj(image_features))
+
+    def read(self, patches: Tensor, key_bias: Tensor) -> Tensor:
+        """``[I, P, C]`` projected patches with the :meth:`key_bias` of their grid to ``[I, Q, C]`` tokens."""
+        tokens = self.attention(self.query_norm(self.query) + self.query_position, patches, key_bias=key_bias)
+        return tokens if self.feed_forward is None else tokens + self.feed_forward(tokens)

@@ -1,0 +1,119 @@
+"""The public function: checks, the three layouts of queries, and the choice of implementation."""
+
+from torch import Tensor
+
+from idavlm.ops.cross_attention.naive import naive_cross_attention
+from idavlm.ops.cross_attention.sdpa import sdpa_cross_attention
+from idavlm.utils import check_choice
+
+_IMPLEMENTATIONS = {"eager": naive_cross_attention, "sdpa": sdpa_cross_attention}
+
+ATTN_IMPLEMENTATIONS = tuple(_IMPLEMENTATIONS)
+"""Values of ``attn_implementation``. A kernel enters by a line in the table above."""
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    scale: float | None = None,
+    attn_implementation: str = "sdpa",
+    output_attentions: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head cross-attention ``softmax(scale * q k^T) v`` over N independent segments, dense or ragged.
+
+    Keys and values come dense, or packed with ``cu_seqlens_k``. Queries come dense, packed with ``cu_seqlens_q``, or
+    shared: one set for all segments, stored once, its gradient summed over them. All combinations are allowed.
+
+    Args:
+        q: ``[N, Lq, H, D]`` dense; ``[Tq, H, D]`` packed (``cu_seqlens_q`` given); ``[Lq, H, D]`` shared.
+        k: ``[N, Lk, H, D]`` dense, or ``[Tk, H, D]`` packed (``cu_seqlens_k`` given).
+        v: as ``k``.
+        cu_seqlens_q: ``[N + 1]`` integers from 0 to Tq: segment n holds tokens ``cu_seqlens_q[n]`` up to
+            ``cu_seqlens_q[n + 1]``, as in flash-attn. Segments may be empty.
+        cu_seqlens_k: the same for keys. A query of a segment without keys gives zeros.
+        max_seqlen_q: longest segment of queries; read from ``cu_seqlens_q`` if not given (a host sync on CUDA).
+        max_seqlen_k: the same for keys.
+        scale: factor on the scores; ``D ** -0.5`` if not given.
+        attn_implementation: ``"sdpa"``, or ``"eager"``, the float32 reference.
+        output_attentions: also return the attention weights.
+
+    Returns:
+        ``[N, Lq, H, D]`` for dense and shared queries, ``[Tq, H, D]`` for packed ones. With ``output_attentions`` a
+        pair of it and the weights ``[N, H, max_seqlen_q, max_seqlen_k]``, float32, zero where nothing stands.
+
+    Raises:
+        ValueError: shapes, segments or implementation that do not fit, with the argument and the remedy.
+    """
+    check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
+    _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    num_segments = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.numel() - 1
+    if q.dim() == 3 and cu_seqlens_q is None:
+        q = q.expand(num_segments, -1, -1, -1)
+    num_query_segments = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    if num_query_segments != num_segments:
+        raise ValueError(
+            f"q has {num_query_segments} segments but k and v have {num_segments}; give one group of queries to each "
+            "group of keys, or [Lq, H, D] queries without cu_seqlens_q to share them."
+        )
+    max_seqlen_q = _max_seqlen(q, cu_seqlens_q, max_seqlen_q)
+    max_seqlen_k = _max_seqlen(k, cu_seqlens_k, max_seqlen_k)
+    if num_segments == 0:
+        output = q + k.sum() + v.sum()  # empty, and still hangs on all three
+        attentions = q.new_zeros(0, q.shape[-2], max_seqlen_q, max_seqlen_k)
+    else:
+        output, attentions = _IMPLEMENTATIONS[attn_implementation](
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            output_attentions=output_attentions,
+        )
+    return (output, attentions) if output_attentions else output
+
+
+def _max_seqlen(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+    if cu_seqlens is None:
+        return x.shape[1]
+    if max_seqlen is not None:
+        return max_seqlen
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> None:
+    dims_q, dims_k = (3, 4) if cu_seqlens_q is None else (3,), (4,) if cu_seqlens_k is None else (3,)
+    if q.dim() not in dims_q:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [Tq, H, D] with cu_seqlens_q, [N, Lq, H, D] or "
+                         "[Lq, H, D] without.")  # fmt: skip
+    if k.dim() not in dims_k:
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected [Tk, H, D] with cu_seqlens_k, [N, Lk, H, D] without.")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)} but k has {tuple(k.shape)}; they must be the same.")
+    if q.shape[-2:] != k.shape[-2:]:
+        raise ValueError(f"q has [H, D] = {list(q.shape[-2:])} but k has {list(k.shape[-2:])}; they must be the same.")
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers."
+        )
+    if cu_seqlens.device.type == "cpu":  # elsewhere reading the values would cost a host sync
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
+            raise ValueError(f"{name}={values} must rise from 0 to the number of packed tokens, {num_tokens}.")

@@ -1,0 +1,111 @@
+"""Cross-attention through ``torch.nn.functional.scaled_dot_product_attention``.
+
+Ragged segments take one of two ways, both measured in ``benchmarks/cross_attention.py``: on the CPU one call a
+segment, which copies nothing and computes no padding; elsewhere one padded call with a mask, which needs no host sync.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idavlm.ops.cross_attention.segments import length_mask, pad_segments, split_segments, unpad_segments
+
+
+def sdpa_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    output_attentions: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments as in :func:`idavlm.ops.cross_attention`, all given."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        output = _dense(q, k, v, scale=scale)
+    elif q.device.type == "cpu":
+        output = _one_call_a_segment(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    else:
+        output = _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+    if not output_attentions:
+        return output, None
+    return output, attention_weights(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
+    """The matrix SDPA does not return: ``[N, H, max_seqlen_q, max_seqlen_k]`` in float32, zero where nothing stands."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q = pad_segments(q, cu_seqlens_q, max_seqlen_q).to(dtype)
+        k = pad_segments(k, cu_seqlens_k, max_seqlen_k).to(dtype)
+        scores = torch.einsum("nqhd,nkhd->nhqk", q * scale, k)
+        if cu_seqlens_k is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            absent = ~length_mask(cu_seqlens_k, max_seqlen_k)[:, None, None]
+            lowest = torch.finfo(dtype).min
+            weights = scores.masked_fill(absent, lowest).softmax(dim=-1).masked_fill(absent, 0)
+        if cu_seqlens_q is not None:
+            weights = weights * length_mask(cu_seqlens_q, max_seqlen_q)[:, None, :, None]
+    return weights
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """``[N, Lq, H, D]`` queries over ``[N, Lk, H, D]`` keys."""
+    if k.shape[1] == 0 or q.numel() == 0:
+        # SDPA kernels disagree on empty inputs; a sum over no keys is zero, and still hangs on q, k and v.
+        weights = torch.einsum("nqhd,nkhd->nhqk", q, k)
+        return torch.einsum("nhqk,nkhd->nqhd", weights, v)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _one_call_a_segment(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float
+) -> Tensor:
+    segments = zip(
+        split_segments(q, cu_seqlens_q),
+        split_segments(k, cu_seqlens_k),
+        split_segments(v, cu_seqlens_k),
+        strict=True,
+    )
+    outputs = [_dense(*(x[None] for x in segment), scale=scale) for segment in segments]
+    return torch.cat(outputs) if cu_seqlens_q is None else torch.cat(outputs, dim=1).squeeze(0)
+
+
+def _padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
+    # At least one key: a segment without keys attends to one zero vector, which gives zeros and zero gradients.
+    max_seqlen_k = max(max_seqlen_k, 1)
+    mask = None
+    if cu_seqlens_k is not None and k.shape[0] != (cu_seqlens_k.numel() - 1) * max_seqlen_k:
+        mask = length_mask(cu_seqlens_k, max_seqlen_k)
+        mask[:, 0] = True
+        mask = mask[:, None, None]
+    output = _dense(
+        pad_segments(q, cu_seqlens_q, max_seqlen_q),
+        pad_segments(k, cu_seqlens_k, max_seqlen_k),
+        pad_segments(v, cu_seqlens_k, max_seqlen_k),
+        scale=scale,
+        mask=mask,
+    )
+    return unpad_segments(output, cu_seqlens_q, q.shape[0])

@@ -1,0 +1,17 @@
+"""Argument checks whose errors name the argument, the value and the remedy."""
+
+from collections.abc import Iterable
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise ``ValueError`` for the first keyword whose value is not an integer >= 1."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
