@@ -98,7 +98,9 @@ def measure_case(
 
 
 @torch.no_grad()
-def measure_video(name: str, sizes: dict[str, int], num_patches: int, frames: int, args: argparse.Namespace) -> list[object]:
+def measure_video(
+    name: str, sizes: dict[str, int], num_patches: int, frames: int, args: argparse.Namespace
+) -> list[object]:
     """Frames that come one by one and share three references: the release encodes those again for every frame."""
     released, id_former = build(sizes, args.device, args.dtype)
     shape = (num_patches, sizes["vision_hidden_size"])

@@ -23,7 +23,9 @@ def describe_machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def time_side_by_side(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+def time_side_by_side(
+    functions: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, float]:
     """Median milliseconds of each function; the functions take turns, so that noise falls on all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 1):
@@ -55,7 +57,8 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> s
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
 
     def line(row: list[str]) -> str:
-        aligned = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        first, *figures = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        aligned = [first.strip().ljust(widths[0]), *figures]
         return f"| {' | '.join(aligned)} |"
 
     rule = [("-" * (width - 1) + ":") if i else "-" * width for i, width in enumerate(widths)]

@@ -21,7 +21,18 @@ _HOME_OF = {
     "identity_patch_targets": "idavlm.ops",
 }
 
-__all__ = ["__version__", *_HOME_OF]
+__all__ = [
+    "CrossAttention",
+    "IDFormer",
+    "IdentityTokens",
+    "ImageRole",
+    "Resampler",
+    "__version__",
+    "build_connector",
+    "cross_attention",
+    "identity_attention_loss",
+    "identity_patch_targets",
+]
 
 if TYPE_CHECKING:
     from idavlm.modules import CrossAttention, IdentityTokens, IDFormer, Resampler, build_connector

@@ -35,10 +35,12 @@ class CrossAttention(nn.Module):
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
-        check_positive(hidden_size=hidden_size, num_heads=num_heads)
+        check_positive(hidden_size=hidden_size, num_heads=num_heads, key_value_hidden_size=key_value_hidden_size)
         check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
         if hidden_size % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide hidden_size={hidden_size}; choose a divisor of it.")
+            raise ValueError(
+                f"num_heads={num_heads} does not divide hidden_size={hidden_size}; choose a divisor of it."
+            )
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.attn_implementation = attn_implementation

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from idavlm.utils import check_positive
+
 
 class FeedForward(nn.Module):
     """Pre-norm ``down_proj(gelu(up_proj(norm(x))))``; the caller adds the residual.
@@ -15,6 +17,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int | None = None, *, zero_init: bool = True):
         super().__init__()
+        check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
         intermediate_size = intermediate_size or 4 * hidden_size
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.up_proj = nn.Linear(hidden_size, intermediate_size)

@@ -1,4 +1,4 @@
-"""The ID-Former: image tokens of scenes that know the identities shown in reference photos (IDA-VLM, arXiv 2407.07577)."""
+"""The ID-Former: image tokens of scenes that know the identities of reference photos (IDA-VLM, arXiv 2407.07577)."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from idavlm.modules.identity_layer import IdentityLayer
 from idavlm.modules.identity_map import identity_map
-from idavlm.modules.image_groups import ImageGroups, cumulative, group_images
+from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images
 from idavlm.modules.resampler import Resampler
 from idavlm.ops.identity_supervision import IGNORE, NOBODY, identity_attention_loss
 from idavlm.utils import check_choice, check_positive
@@ -80,7 +80,9 @@ class IDFormer(nn.Module):
         nobody_token: bool = False,
     ):
         super().__init__()
-        check_positive(num_identity_layers=num_identity_layers)
+        check_positive(num_identity_layers=num_identity_layers, intermediate_size=intermediate_size)
+        if num_identity_slots != 0:
+            check_positive(num_identity_slots=num_identity_slots)
         check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
         check_choice("identity_keys", identity_keys, ("tokens", "patches"))
         self.detach_references = detach_references
@@ -161,9 +163,7 @@ class IDFormer(nn.Module):
             image_tokens = image_tokens.index_select(0, groups.inverse)
         return (image_tokens, maps) if output_attentions else image_tokens
 
-    def encode_references(
-        self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None
-    ) -> IdentityTokens:
+    def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
         """Encode the R photos ``[R, P, Cv]`` of one identity, once, for :meth:`forward_scenes`."""
         grid_size = self.resampler.check_features(image_features, grid_size)
         patches = self.resampler.project(image_features)
@@ -193,6 +193,7 @@ class IDFormer(nn.Module):
         """
         grid_size = self.resampler.check_features(image_features, grid_size)
         patches = self.resampler.project(image_features)
+        self._check_bank(identities)
         photos = [len(identity.keys) for identity in identities]
         num_scenes = len(patches) if sum(photos) else 0  # without photos there is nobody to look at
         groups = ImageGroups(
@@ -207,7 +208,8 @@ class IDFormer(nn.Module):
         keys = torch.cat([identity.keys for identity in identities]) if identities else patches[:0]
         plain, scenes = patches.split([groups.num_plain, num_scenes])
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
-        image_tokens = self.resampler.read(torch.cat([plain, scenes]), self.resampler.key_bias(grid_size))
+        patches = torch.cat([plain, scenes])
+        image_tokens = self.resampler.read(patches, self.resampler.key_bias(grid_size))
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def identity_loss(self, identity_attentions: tuple[Tensor, ...], targets: Tensor) -> Tensor:
@@ -228,12 +230,21 @@ class IDFormer(nn.Module):
         keys = image_tokens if self.identity_keys == "tokens" else patches
         return keys.detach() if self.detach_references else keys
 
+    def _check_bank(self, identities: list[IdentityTokens]) -> None:
+        for number, identity in enumerate(identities):
+            expected = (*identities[0].keys.shape[1:2], self.resampler.hidden_size)
+            if identity.keys.dim() != 3 or identity.keys.shape[1:] != expected:
+                raise ValueError(
+                    f"identities[{number}].keys has shape {tuple(identity.keys.shape)}; expected "
+                    f"[R, {', '.join(map(str, expected))}]: encode all of them with this IDFormer, at one image size."
+                )
+
     def _slots(self, identities: tuple[int, ...], device: torch.device) -> Tensor:
         num_slots = self.identity_slots.num_embeddings
         if max(identities, default=0) >= num_slots:
             raise ValueError(
-                f"a sample has identity {max(identities)} but num_identity_slots={num_slots}; build the IDFormer with at "
-                f"least {max(identities) + 1} slots, or with 0 for none."
+                f"a sample has identity {max(identities)} but num_identity_slots={num_slots}; build the IDFormer with "
+                f"at least {max(identities) + 1} slots, or with 0 for none."
             )
         return self.identity_slots(torch.tensor(identities, dtype=torch.long).to(device))
 
@@ -249,19 +260,15 @@ class IDFormer(nn.Module):
         num_patches, key_length = scenes.shape[1], keys.shape[1]
         if self.identity_slots is not None:
             keys = keys + self._slots(groups.identities, keys.device)[:, None]
-        packed, nobody = keys.flatten(0, 1), 0
-        if self.nobody_token is not None:
-            nobody = 1
-            samples = keys.split(groups.references_per_sample)
-            packed = torch.cat([part for sample in samples for part in (self.nobody_token, sample.flatten(0, 1))])
-        lengths_q = tuple(count * num_patches for count in groups.scenes_per_sample)
-        lengths_k = tuple(count * key_length + nobody for count in groups.references_per_sample)
-        segments = {
-            "cu_seqlens_q": cumulative(lengths_q, scenes.device),
-            "cu_seqlens_k": cumulative(lengths_k, scenes.device),
-            "max_seqlen_q": max(lengths_q, default=0),
-            "max_seqlen_k": max(lengths_k, default=0),
-        }
+        nobody = self.nobody_token is not None
+        packed = keys.flatten(0, 1)
+        if nobody:  # stands before the keys of every sample
+            samples = packed.split([count * key_length for count in groups.references_per_sample])
+            parts = (part for sample in samples for part in (self.nobody_token, sample))
+            packed = torch.cat([packed[:0], self.nobody_token[:0], *parts])  # in the graph even without a sample
+        segments = attention_segments(
+            groups, num_patches=num_patches, key_length=key_length, extra_keys=int(nobody), device=scenes.device
+        )
         maps = []
         for layer in self.identity_layers:
             query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.query_position), grid_size)
@@ -269,5 +276,5 @@ class IDFormer(nn.Module):
                 scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments
             )
             if output_attentions:
-                maps.append(identity_map(weights, groups, num_patches, key_length, nobody_token=bool(nobody)))
+                maps.append(identity_map(weights, groups, num_patches, key_length, nobody_token=nobody))
         return scenes, tuple(maps)

@@ -34,16 +34,15 @@ def identity_map(
     for sample, count in enumerate(groups.references_per_sample):
         for photo in range(count):
             owner[sample, photo, next(remaining)] = 1
-    shares = torch.cat([photos @ owner.to(photos), nobody], dim=-1).reshape(-1, num_patches, num_identities + 1)
+    with torch.autocast(weights.device.type, enabled=False):
+        photos = photos @ owner.to(photos)
+    shares = torch.cat([photos, nobody], dim=-1).reshape(-1, num_patches, num_identities + 1)
 
     most_scenes = max(groups.scenes_per_sample, default=0)
     rows = [
-        sample * most_scenes + scene
-        for sample, count in enumerate(groups.scenes_per_sample)
-        for scene in range(count)
+        sample * most_scenes + scene for sample, count in enumerate(groups.scenes_per_sample) for scene in range(count)
     ]
     scenes = shares[torch.tensor(rows, dtype=torch.long).to(shares.device)]
     plain = F.one_hot(torch.full((groups.num_plain, num_patches), num_identities), num_identities + 1)
     maps = torch.cat([plain.to(scenes), scenes])
     return maps if groups.inverse is None else maps.index_select(0, groups.inverse)
-

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from idavlm.utils import ImageRole
+from idavlm.utils import ImageRole, outside_compile
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ImageGroups:
     scenes_per_sample: tuple[int, ...]
 
 
-@torch.compiler.disable
+@outside_compile
 def group_images(
     image_roles: Tensor,
     sample_index: Tensor,
@@ -110,9 +110,31 @@ def group_images(
     )
 
 
-def cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """``cu_seqlens`` ``[N + 1]`` int32 of segments of these lengths."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+@outside_compile
+def attention_segments(
+    groups: ImageGroups, *, num_patches: int, key_length: int, extra_keys: int, device: torch.device
+) -> dict[str, Tensor | int]:
+    """Segment arguments of the identity cross-attention: each sample's scenes look at each sample's references.
+
+    Args:
+        groups: the images of the batch.
+        num_patches: queries a scene.
+        key_length: keys a reference.
+        extra_keys: further keys of every sample.
+        device: where ``cu_seqlens`` go.
+
+    Returns:
+        ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k`` of :func:`idavlm.ops.cross_attention`.
+    """
+    segments: dict[str, Tensor | int] = {}
+    for name, lengths in (
+        ("q", [count * num_patches for count in groups.scenes_per_sample]),
+        ("k", [count * key_length + extra_keys for count in groups.references_per_sample]),
+    ):
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        segments[f"cu_seqlens_{name}"] = cu_seqlens.to(device, non_blocking=True)
+        segments[f"max_seqlen_{name}"] = max(lengths, default=extra_keys)
+    return segments
 
 
 def _integers(name: str, values: Tensor, num_images: int) -> list[int]:

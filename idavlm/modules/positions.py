@@ -42,7 +42,7 @@ def square_grid(name: str, count: int) -> tuple[int, int]:
     side = math.isqrt(count)
     if side * side != count or count == 0:
         raise ValueError(
-            f"{name}={count} is no square, and 2-D positions need a grid; choose {max(side, 1) ** 2} or {(side + 1) ** 2}, "
-            "or give grid_size=(rows, columns) where the argument exists."
+            f"{name}={count} is no square, and 2-D positions need a grid; choose {max(side, 1) ** 2} or "
+            f"{(side + 1) ** 2}, or give grid_size=(rows, columns) where the argument exists."
         )
     return side, side

@@ -44,7 +44,7 @@ class Resampler(nn.Module):
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
-        check_positive(hidden_size=hidden_size, num_queries=num_queries, num_heads=num_heads)
+        check_positive(hidden_size=hidden_size, num_queries=num_queries, vision_hidden_size=vision_hidden_size)
         self.hidden_size = hidden_size
         self.num_queries = num_queries
         self.vision_hidden_size = vision_hidden_size or hidden_size

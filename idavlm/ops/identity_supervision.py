@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from idavlm.utils import ImageRole
+
 NOBODY = -1
 """Target of a patch that shows none of the references; indexes the last column of an identity attention map."""
 
@@ -72,7 +74,7 @@ def identity_patch_targets(
     if num_identities:
         targets[single] = claimed.int().argmax(1)[single]
     if image_roles is not None:
-        targets[image_roles.to(device) != 1] = IGNORE
+        targets[image_roles.to(device) != ImageRole.SCENE] = IGNORE
     return targets
 
 
@@ -93,12 +95,14 @@ def identity_attention_loss(identity_attention: Tensor, targets: Tensor) -> Tens
         )
     num_identities = identity_attention.shape[-1] - 1
     labelled = targets != IGNORE
-    if bool(((targets >= num_identities) | ((targets < NOBODY) & labelled)).any()):
-        raise ValueError(
-            f"targets holds {sorted(set(targets.unique().tolist()) - set(range(-1, num_identities)) - {IGNORE})}; the "
-            f"map has identities 0..{num_identities - 1}, -1 for nobody, and -100 is left out."
-        )
-    column = torch.where(labelled, targets, NOBODY) % (num_identities + 1)
+    if targets.device.type == "cpu":  # elsewhere reading the values would cost a host sync
+        wrong = targets[labelled & ((targets >= num_identities) | (targets < NOBODY))]
+        if len(wrong):
+            raise ValueError(
+                f"targets holds {sorted(set(wrong.tolist()))}; the map has {num_identities} identities, counted from "
+                "0; -1 is nobody, and -100 is left out."
+            )
+    column = targets.masked_fill(~labelled | (targets == NOBODY), num_identities)
     attention = identity_attention.float().gather(-1, column[..., None]).squeeze(-1)
     nll = -attention.clamp(min=torch.finfo(torch.float32).tiny).log()
     return (nll * labelled).sum() / labelled.sum().clamp(min=1)
@@ -114,17 +118,29 @@ def _check_boxes(
         raise ValueError(f"image_sizes has shape {tuple(image_sizes.shape)}; expected [I, 2] heights and widths.")
     for name, index in (("box_image", box_image), ("box_identity", box_identity)):
         if index.shape != (num_boxes,) or index.is_floating_point():
-            raise ValueError(f"{name} has shape {tuple(index.shape)}, dtype {index.dtype}; expected [{num_boxes}] integers.")
+            raise ValueError(
+                f"{name} has shape {tuple(index.shape)}, dtype {index.dtype}; expected [{num_boxes}] integers."
+            )
     if image_roles is not None and image_roles.shape != (num_images,):
-        raise ValueError(f"image_roles has shape {tuple(image_roles.shape)}; image_sizes speaks of {num_images} images.")
+        raise ValueError(
+            f"image_roles has shape {tuple(image_roles.shape)}; image_sizes speaks of {num_images} images."
+        )
     for number, (box, image, identity) in enumerate(
         zip(boxes.tolist(), box_image.tolist(), box_identity.tolist(), strict=True)
     ):
         if not 0 <= image < num_images:
             raise ValueError(f"box_image[{number}]={image} names no image; the batch has {num_images}, from 0.")
-        if image_roles is not None and image_roles[image] != 1:
-            raise ValueError(f"box_image[{number}]={image} has role {int(image_roles[image])}; boxes belong to scenes (1).")
+        if image_roles is not None and image_roles[image] != ImageRole.SCENE:
+            raise ValueError(
+                f"box_image[{number}]={image} has role {int(image_roles[image])}; boxes belong to scenes (1)."
+            )
         if identity < 0:
             raise ValueError(f"box_identity[{number}]={identity} must be at least 0; leave out boxes of nobody known.")
         if not (box[0] < box[2] and box[1] < box[3]):
             raise ValueError(f"boxes[{number}]={box} is empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2.")
+        height, width = image_sizes[image].tolist()
+        if box[2] <= 0 or box[3] <= 0 or box[0] >= width or box[1] >= height:
+            raise ValueError(
+                f"boxes[{number}]={box} lies outside its image of {width} x {height} pixels; are the boxes in pixels "
+                "of the original image?"
+            )

@@ -10,8 +10,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
 
 
-def check_positive(**sizes: int) -> None:
-    """Raise ``ValueError`` for the first keyword whose value is not an integer >= 1."""
+def check_positive(**sizes: int | None) -> None:
+    """Raise ``ValueError`` for the first keyword whose value is not an integer >= 1; None, "not given", passes."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")

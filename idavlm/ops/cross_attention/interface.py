@@ -61,8 +61,8 @@ def cross_attention(
             f"q has {num_query_segments} segments but k and v have {num_segments}; give one group of queries to each "
             "group of keys, or [Lq, H, D] queries without cu_seqlens_q to share them."
         )
-    max_seqlen_q = _max_seqlen(q, cu_seqlens_q, max_seqlen_q)
-    max_seqlen_k = _max_seqlen(k, cu_seqlens_k, max_seqlen_k)
+    max_seqlen_q = _max_seqlen("max_seqlen_q", q, cu_seqlens_q, max_seqlen_q)
+    max_seqlen_k = _max_seqlen("max_seqlen_k", k, cu_seqlens_k, max_seqlen_k)
     if num_segments == 0:
         output = q + k.sum() + v.sum()  # empty, and still hangs on all three
         attentions = q.new_zeros(0, q.shape[-2], max_seqlen_q, max_seqlen_k)
@@ -81,17 +81,18 @@ def cross_attention(
     return (output, attentions) if output_attentions else output
 
 
-def _max_seqlen(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+def _max_seqlen(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
     if cu_seqlens is None:
         return x.shape[1]
-    if max_seqlen is not None:
+    if max_seqlen is not None and cu_seqlens.device.type != "cpu":
         return max_seqlen
-    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+    longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"{name}={max_seqlen} but a segment has {longest} tokens; give the longest, or leave it out.")
+    return longest if max_seqlen is None else max_seqlen
 
 
-def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
     dims_q, dims_k = (3, 4) if cu_seqlens_q is None else (3,), (4,) if cu_seqlens_k is None else (3,)
     if q.dim() not in dims_q:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [Tq, H, D] with cu_seqlens_q, [N, Lq, H, D] or "

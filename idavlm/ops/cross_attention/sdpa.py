@@ -1,14 +1,18 @@
 """Cross-attention through ``torch.nn.functional.scaled_dot_product_attention``.
 
-Ragged segments take one of two ways, both measured in ``benchmarks/cross_attention.py``: on the CPU one call a
-segment, which copies nothing and computes no padding; elsewhere one padded call with a mask, which needs no host sync.
+Segments of equal length are one call on views. Ragged ones take one of two ways, both measured in
+``benchmarks/cross_attention.py``: on the CPU one call for each pair of lengths that occurs, which computes no padding;
+elsewhere one padded call with a mask, which needs no host sync.
 """
+
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idavlm.ops.cross_attention.segments import length_mask, pad_segments, split_segments, unpad_segments
+from idavlm.ops.cross_attention.segments import are_equal, length_mask, pad_segments, split_segments, unpad_segments
+from idavlm.utils import outside_compile
 
 
 def sdpa_cross_attention(
@@ -24,10 +28,9 @@ def sdpa_cross_attention(
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in :func:`idavlm.ops.cross_attention`, all given."""
-    if cu_seqlens_q is None and cu_seqlens_k is None:
-        output = _dense(q, k, v, scale=scale)
-    elif q.device.type == "cpu":
-        output = _one_call_a_segment(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    equal = are_equal(q, cu_seqlens_q, max_seqlen_q) and are_equal(k, cu_seqlens_k, max_seqlen_k)
+    if q.device.type == "cpu" and not equal:
+        output = _bucketed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
     else:
         output = _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
     if not output_attentions:
@@ -71,17 +74,28 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def _one_call_a_segment(
+@outside_compile
+def _bucketed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float
 ) -> Tensor:
-    segments = zip(
-        split_segments(q, cu_seqlens_q),
-        split_segments(k, cu_seqlens_k),
-        split_segments(v, cu_seqlens_k),
-        strict=True,
+    segments = list(
+        zip(
+            split_segments(q, cu_seqlens_q),
+            split_segments(k, cu_seqlens_k),
+            split_segments(v, cu_seqlens_k),
+            strict=True,
+        )
     )
-    outputs = [_dense(*(x[None] for x in segment), scale=scale) for segment in segments]
-    return torch.cat(outputs) if cu_seqlens_q is None else torch.cat(outputs, dim=1).squeeze(0)
+    buckets = defaultdict(list)
+    for number, (queries, keys, _) in enumerate(segments):
+        buckets[len(queries), len(keys)].append(number)
+    outputs = [q] * len(segments)
+    for members in buckets.values():
+        batch = zip(*(segments[number] for number in members), strict=True)
+        output = _dense(*(x[0][None] if len(x) == 1 else torch.stack(x) for x in batch), scale=scale)
+        for number, segment in zip(members, output.unbind(0), strict=True):
+            outputs[number] = segment
+    return torch.stack(outputs) if cu_seqlens_q is None else torch.cat(outputs)
 
 
 def _padded(
@@ -97,7 +111,7 @@ def _padded(
     # At least one key: a segment without keys attends to one zero vector, which gives zeros and zero gradients.
     max_seqlen_k = max(max_seqlen_k, 1)
     mask = None
-    if cu_seqlens_k is not None and k.shape[0] != (cu_seqlens_k.numel() - 1) * max_seqlen_k:
+    if not are_equal(k, cu_seqlens_k, max_seqlen_k):
         mask = length_mask(cu_seqlens_k, max_seqlen_k)
         mask[:, 0] = True
         mask = mask[:, None, None]

@@ -1,4 +1,4 @@
-"""Two forms of the same tokens: dense ``[N, L, H, D]``, and packed ``[T, H, D]`` divided by ``cu_seqlens`` (``[N + 1]``)."""
+"""Two forms of the same tokens: dense ``[N, L, H, D]``, and packed ``[T, H, D]`` with ``cu_seqlens`` ``[N + 1]``."""
 
 import torch
 from torch import Tensor
@@ -21,12 +21,17 @@ def token_positions(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int) -> Ten
     return torch.arange(num_tokens, device=cu_seqlens.device) + (segment * max_seqlen - cu_seqlens[segment])
 
 
+def are_equal(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> bool:
+    """Whether all segments have ``max_seqlen`` tokens; known from sizes alone, without a host sync."""
+    return cu_seqlens is None or x.shape[0] == (cu_seqlens.numel() - 1) * max_seqlen
+
+
 def pad_segments(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
     """``[N, max_seqlen, H, D]``, zeros behind each segment's end; a view where all segments have the same length."""
     if cu_seqlens is None:
         return x
     shape = (cu_seqlens.numel() - 1, max_seqlen, *x.shape[1:])
-    if x.shape[0] == shape[0] * max_seqlen:
+    if are_equal(x, cu_seqlens, max_seqlen):
         return x.view(shape)
     positions = token_positions(cu_seqlens, x.shape[0], max_seqlen)
     return x.new_zeros(shape).flatten(0, 1).index_copy(0, positions, x).view(shape)
