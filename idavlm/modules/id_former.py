@@ -150,17 +150,13 @@ class IDFormer(nn.Module):
         groups = group_images(
             image_roles, sample_index, identity_index, num_images=len(image_features), device=image_features.device
         )
-        if groups.order is not None:
-            image_features = image_features.index_select(0, groups.order)
-        patches = self.resampler.project(image_features)
+        patches = self.resampler.project(_select(image_features, groups.order))
         key_bias = self.resampler.key_bias(grid_size)
         plain, scenes = patches.split([groups.num_plain, len(patches) - groups.num_plain])
         plain_tokens = self.resampler.read(plain, key_bias)
         keys = self._identity_keys(plain, plain_tokens).index_select(0, groups.references)
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
-        image_tokens = torch.cat([plain_tokens, self.resampler.read(scenes, key_bias)])
-        if groups.inverse is not None:
-            image_tokens = image_tokens.index_select(0, groups.inverse)
+        image_tokens = _select(torch.cat([plain_tokens, self.resampler.read(scenes, key_bias)]), groups.inverse)
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
@@ -278,3 +274,7 @@ class IDFormer(nn.Module):
             if output_attentions:
                 maps.append(identity_map(weights, groups, num_patches, key_length, nobody_token=nobody))
         return scenes, tuple(maps)
+
+
+def _select(images: Tensor, order: Tensor | None) -> Tensor:
+    return images if order is None else images.index_select(0, order)

@@ -1,10 +1,12 @@
 """The public function: checks, the three layouts of queries, and the choice of implementation."""
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from idavlm.ops.cross_attention.naive import naive_cross_attention
 from idavlm.ops.cross_attention.sdpa import sdpa_cross_attention
-from idavlm.utils import check_choice
+from idavlm.utils import check_choice, outside_compile
 
 _IMPLEMENTATIONS = {"eager": naive_cross_attention, "sdpa": sdpa_cross_attention}
 
@@ -61,8 +63,14 @@ def cross_attention(
             f"q has {num_query_segments} segments but k and v have {num_segments}; give one group of queries to each "
             "group of keys, or [Lq, H, D] queries without cu_seqlens_q to share them."
         )
-    max_seqlen_q = _max_seqlen("max_seqlen_q", q, cu_seqlens_q, max_seqlen_q)
-    max_seqlen_k = _max_seqlen("max_seqlen_k", k, cu_seqlens_k, max_seqlen_k)
+    max_seqlen_q, equal_q = _measure_segments("q", q, cu_seqlens_q, max_seqlen_q)
+    max_seqlen_k, equal_k = _measure_segments("k", k, cu_seqlens_k, max_seqlen_k)
+    # Implementations see packed tokens only where their segments differ in length.
+    if equal_q:
+        q, cu_seqlens_q = q.unflatten(0, (num_segments, max_seqlen_q)), None
+    if equal_k:
+        k, v = (x.unflatten(0, (num_segments, max_seqlen_k)) for x in (k, v))
+        cu_seqlens_k = None
     if num_segments == 0:
         output = q + k.sum() + v.sum()  # empty, and still hangs on all three
         attentions = q.new_zeros(0, q.shape[-2], max_seqlen_q, max_seqlen_k)
@@ -78,18 +86,9 @@ def cross_attention(
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             output_attentions=output_attentions,
         )
+    if equal_q:
+        output = output.flatten(0, 1)
     return (output, attentions) if output_attentions else output
-
-
-def _max_seqlen(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
-    if cu_seqlens is None:
-        return x.shape[1]
-    if max_seqlen is not None and cu_seqlens.device.type != "cpu":
-        return max_seqlen
-    longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
-    if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(f"{name}={max_seqlen} but a segment has {longest} tokens; give the longest, or leave it out.")
-    return longest if max_seqlen is None else max_seqlen
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
@@ -101,20 +100,37 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
         raise ValueError(f"k has shape {tuple(k.shape)}; expected [Tk, H, D] with cu_seqlens_k, [N, Lk, H, D] without.")
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)} but k has {tuple(k.shape)}; they must be the same.")
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu_seqlens is not None and (
+            cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers."
+            )
     if q.shape[-2:] != k.shape[-2:]:
         raise ValueError(f"q has [H, D] = {list(q.shape[-2:])} but k has {list(k.shape[-2:])}; they must be the same.")
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor | None, num_tokens: int) -> None:
+@outside_compile
+def _measure_segments(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, bool]:
+    """Check ``cu_seqlens_{name}`` and ``max_seqlen_{name}`` of ``x``.
+
+    Values are read on the CPU only: elsewhere that would cost a host sync.
+
+    Returns:
+        Length of the longest segment, and whether ``x`` is packed with all segments of that length.
+    """
     if cu_seqlens is None:
-        return
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers."
-        )
-    if cu_seqlens.device.type == "cpu":  # elsewhere reading the values would cost a host sync
+        return x.shape[1], False
+    if max_seqlen is None or cu_seqlens.device.type == "cpu":
         values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
-            raise ValueError(f"{name}={values} must rise from 0 to the number of packed tokens, {num_tokens}.")
+        if values[0] != 0 or values[-1] != x.shape[0] or values != sorted(values):
+            raise ValueError(f"cu_seqlens_{name}={values} must rise from 0 to the number of packed tokens, {len(x)}.")
+        longest = max((end - start for start, end in pairwise(values)), default=0)
+        if max_seqlen is not None and max_seqlen < longest:
+            raise ValueError(
+                f"max_seqlen_{name}={max_seqlen} but a segment has {longest} tokens; give the longest, or leave it out."
+            )
+        max_seqlen = longest if max_seqlen is None else max_seqlen
+    num_segments = cu_seqlens.numel() - 1
+    return max_seqlen, num_segments > 0 and x.shape[0] == num_segments * max_seqlen

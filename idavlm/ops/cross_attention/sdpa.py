@@ -1,6 +1,6 @@
 """Cross-attention through ``torch.nn.functional.scaled_dot_product_attention``.
 
-Segments of equal length are one call on views. Ragged ones take one of two ways, both measured in
+Dense input is one call. Ragged input takes one of two ways, both measured in
 ``benchmarks/cross_attention.py``: on the CPU one call for each pair of lengths that occurs, which computes no padding;
 elsewhere one padded call with a mask, which needs no host sync.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idavlm.ops.cross_attention.segments import are_equal, length_mask, pad_segments, split_segments, unpad_segments
+from idavlm.ops.cross_attention.segments import length_mask, pad_segments, split_segments, unpad_segments
 from idavlm.utils import outside_compile
 
 
@@ -28,8 +28,9 @@ def sdpa_cross_attention(
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in :func:`idavlm.ops.cross_attention`, all given."""
-    equal = are_equal(q, cu_seqlens_q, max_seqlen_q) and are_equal(k, cu_seqlens_k, max_seqlen_k)
-    if q.device.type == "cpu" and not equal:
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        output = _dense(q, k, v, scale=scale)
+    elif q.device.type == "cpu":
         output = _bucketed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
     else:
         output = _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
@@ -111,7 +112,7 @@ def _padded(
     # At least one key: a segment without keys attends to one zero vector, which gives zeros and zero gradients.
     max_seqlen_k = max(max_seqlen_k, 1)
     mask = None
-    if not are_equal(k, cu_seqlens_k, max_seqlen_k):
+    if cu_seqlens_k is not None:
         mask = length_mask(cu_seqlens_k, max_seqlen_k)
         mask[:, 0] = True
         mask = mask[:, None, None]

@@ -21,18 +21,11 @@ def token_positions(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int) -> Ten
     return torch.arange(num_tokens, device=cu_seqlens.device) + (segment * max_seqlen - cu_seqlens[segment])
 
 
-def are_equal(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> bool:
-    """Whether all segments have ``max_seqlen`` tokens; known from sizes alone, without a host sync."""
-    return cu_seqlens is None or x.shape[0] == (cu_seqlens.numel() - 1) * max_seqlen
-
-
 def pad_segments(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    """``[N, max_seqlen, H, D]``, zeros behind each segment's end; a view where all segments have the same length."""
+    """``[N, max_seqlen, H, D]``, zeros behind each segment's end."""
     if cu_seqlens is None:
         return x
     shape = (cu_seqlens.numel() - 1, max_seqlen, *x.shape[1:])
-    if are_equal(x, cu_seqlens, max_seqlen):
-        return x.view(shape)
     positions = token_positions(cu_seqlens, x.shape[0], max_seqlen)
     return x.new_zeros(shape).flatten(0, 1).index_copy(0, positions, x).view(shape)
 
@@ -41,10 +34,7 @@ def unpad_segments(padded: Tensor, cu_seqlens: Tensor | None, num_tokens: int) -
     """Undo :func:`pad_segments`."""
     if cu_seqlens is None:
         return padded
-    flat = padded.flatten(0, 1)
-    if flat.shape[0] == num_tokens:
-        return flat
-    return flat.index_select(0, token_positions(cu_seqlens, num_tokens, padded.shape[1]))
+    return padded.flatten(0, 1).index_select(0, token_positions(cu_seqlens, num_tokens, padded.shape[1]))
 
 
 def length_mask(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

@@ -1,0 +1,64 @@
+"""Benchmarks and examples run, at sizes that take seconds; what they measure is not asserted."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import cross_attention, id_former, measure, resampler_designs
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(monkeypatch, capsys, main, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    main()
+    return capsys.readouterr().out
+
+
+def test_id_former_benchmark(monkeypatch, capsys):
+    """The program checks values of both sides itself before it measures them."""
+    tiny = {"hidden_size": 32, "num_heads": 2, "num_queries": 4, "vision_hidden_size": 24}
+    monkeypatch.setattr(id_former, "SMALL", tiny)
+    monkeypatch.setattr(id_former, "RELEASED", tiny)
+    out = run(monkeypatch, capsys, id_former.main, "--samples", "2", "--rounds", "1")
+    assert out.count("forward + backward") == 3
+    assert out.count("frames") == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_cross_attention_benchmark(monkeypatch, capsys):
+    out = run(monkeypatch, capsys, cross_attention.main, "--samples", "2", "--rounds", "1")
+    for way in cross_attention.WAYS:
+        assert [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("|")].count(way) == 6
+
+
+def test_resampler_designs_benchmark(monkeypatch, capsys):
+    sizes = ["--hidden-size", "32", "--num-heads", "2", "--num-queries", "4", "--num-patches", "9", "--images", "9"]
+    out = run(monkeypatch, capsys, resampler_designs.main, *sizes, "--rounds", "1")
+    for design in resampler_designs.DESIGNS:
+        assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")].count(design) == 2
+
+
+def test_peak_memory_counts_what_lives_at_one_time():
+    megabyte = 2**18
+
+    def two_then_one():
+        x = torch.ones(megabyte) + torch.ones(megabyte)
+        x.add_(1)
+        del x
+        return torch.ones(megabyte).view(2, -1)
+
+    assert measure.peak_megabytes(two_then_one, torch.device("cpu")) == pytest.approx(3, abs=0.01)
+
+
+def test_find_identities_writes_its_picture(monkeypatch, capsys, tmp_path):
+    arguments = ["program", "--steps", "3", "--seeds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(ROOT / "examples" / "find_identities.py"), run_name="__main__")
+    assert "right photos" in capsys.readouterr().out
+    with Image.open(tmp_path / "found.png") as picture:
+        assert picture.size == (1080, 864)
