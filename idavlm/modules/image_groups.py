@@ -53,17 +53,7 @@ def group_images(
     """
     roles = _integers("image_roles", image_roles, num_images)
     samples = _integers("sample_index", sample_index, num_images)
-    for image, role in enumerate(roles):
-        if not 0 <= role <= 2:
-            raise ValueError(
-                f"image_roles[{image}]={role} is no role; use 0 (reference), 1 (scene) or 2 (general), see ImageRole."
-            )
-    for image in range(num_images):
-        if samples[image] < (samples[image - 1] if image else 0):
-            raise ValueError(
-                f"sample_index[{image}]={samples[image]} follows {samples[image - 1] if image else 'the start'}; it "
-                "counts from 0 and never falls: sort the images of the batch by sample."
-            )
+    _check_roles_and_samples(roles, samples)
     numbers = {sample: number for number, sample in enumerate(dict.fromkeys(samples))}
     samples = [numbers[sample] for sample in samples]
     is_reference = [role == ImageRole.REFERENCE for role in roles]
@@ -86,15 +76,7 @@ def group_images(
     if identity_index is None:
         identities = [number for count in references_per_sample for number in range(count)]
     else:
-        identities = []
-        for image, identity in enumerate(_integers("identity_index", identity_index, num_images)):
-            if is_reference[image]:
-                if identity < 0:
-                    raise ValueError(
-                        f"identity_index[{image}]={identity} belongs to a reference; number the identities of each "
-                        "sample from 0 (images that are no references may hold anything)."
-                    )
-                identities.append(identity)
+        identities = _identities(_integers("identity_index", identity_index, num_images), is_reference)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
@@ -135,6 +117,31 @@ def attention_segments(
         segments[f"cu_seqlens_{name}"] = cu_seqlens.to(device, non_blocking=True)
         segments[f"max_seqlen_{name}"] = max(lengths, default=extra_keys)
     return segments
+
+
+def _check_roles_and_samples(roles: list[int], samples: list[int]) -> None:
+    for image, role in enumerate(roles):
+        if not 0 <= role <= 2:
+            raise ValueError(
+                f"image_roles[{image}]={role} is no role; use 0 (reference), 1 (scene) or 2 (general), see ImageRole."
+            )
+    for image in range(len(samples)):
+        if samples[image] < (samples[image - 1] if image else 0):
+            raise ValueError(
+                f"sample_index[{image}]={samples[image]} follows {samples[image - 1] if image else 'the start'}; it "
+                "counts from 0 and never falls: sort the images of the batch by sample."
+            )
+
+
+def _identities(identity_index: list[int], is_reference: list[bool]) -> list[int]:
+    """The identities of the references alone."""
+    for image, (identity, reference) in enumerate(zip(identity_index, is_reference, strict=True)):
+        if reference and identity < 0:
+            raise ValueError(
+                f"identity_index[{image}]={identity} belongs to a reference; number the identities of each sample from "
+                "0 (images that are no references may hold anything)."
+            )
+    return [identity for identity, reference in zip(identity_index, is_reference, strict=True) if reference]
 
 
 def _integers(name: str, values: Tensor, num_images: int) -> list[int]:
