@@ -49,6 +49,8 @@ def test_constructor(change, message):
         ((FEATURES, ROLES, torch.tensor([-1, 0, 0])), r"sample_index\[0\]=-1 follows the start"),
         ((FEATURES, ROLES, INDEX, torch.tensor([0])), r"identity_index has shape \(1,\)"),
         ((FEATURES, ROLES, INDEX, torch.tensor([0, -1, 0])), r"identity_index\[1\]=-1 belongs to a reference"),
+        ((FEATURES, ROLES, INDEX, torch.tensor([0, 2, 0])), r"identity_index\[1\]=2 belongs to .* with 2 references"),
+        ((FEATURES, [0, 0, 1], INDEX), r"image_roles is a list; give a tensor of \[3\] integers"),
     ],
 )
 def test_forward(arguments, message):
@@ -60,6 +62,10 @@ def test_grid_size_must_fit_the_patches():
     id_former = IDFormer(**SIZES)
     with pytest.raises(ValueError, match=r"grid_size=\(2, 4\) has 8 cells but image_features has 9 patches"):
         id_former(FEATURES, ROLES, INDEX, grid_size=(2, 4))
+    with pytest.raises(ValueError, match=r"grid_size=9 must be a pair"):
+        id_former(FEATURES, ROLES, INDEX, grid_size=9)
+    with pytest.raises(ValueError, match=r"grid_size\[0\]=-3 must be an integer of at least 1"):
+        id_former(FEATURES, ROLES, INDEX, grid_size=(-3, -3))
     assert id_former(FEATURES[:, :8], ROLES, INDEX, grid_size=(2, 4)).shape == (3, 4, 16)
 
 

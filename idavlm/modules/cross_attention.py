@@ -1,5 +1,6 @@
 """Multi-head cross-attention with positions folded into the projections' biases."""
 
+import torch
 from torch import Tensor, nn
 
 from idavlm.ops import cross_attention
@@ -109,16 +110,20 @@ class CrossAttention(nn.Module):
 
     def query_bias(self, position: Tensor) -> Tensor:
         """What ``position`` ``[..., C]`` adds to projected queries. Linear: it may be interpolated afterwards."""
-        return self.q_proj(position) - self.q_proj.bias
+        return _linear_part(self.q_proj, position)
 
     def key_bias(self, position: Tensor) -> Tensor:
         """What ``position`` ``[..., Ckv]`` adds to projected keys."""
-        return self.k_proj(position) - self.k_proj.bias
+        return _linear_part(self.k_proj, position)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.hidden_size // self.num_heads))
 
 
+def _linear_part(projection: nn.Module, x: Tensor) -> Tensor:
+    """``projection(x)`` less its bias, whatever adapters the projection carries."""
+    return projection(x) - projection(torch.zeros_like(x[:1]))
+
+
 def _add(projected: Tensor, bias: Tensor | None) -> Tensor:
-    """In place: ``projected`` is fresh and no backward needs it; a copy would cost as much as the bias saves."""
-    return projected if bias is None else projected.add_(bias)
+    return projected if bias is None else projected + bias

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from idavlm.modules.identity_layer import IdentityLayer
 from idavlm.modules.identity_map import identity_map
-from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images
+from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys
 from idavlm.modules.resampler import Resampler
 from idavlm.ops.identity_supervision import IGNORE, NOBODY, identity_attention_loss
 from idavlm.utils import check_choice, check_positive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IdentityTokens:
     """One identity, encoded from R photos; keep it and use it for every frame.
 
@@ -196,7 +196,6 @@ class IDFormer(nn.Module):
             order=None,
             inverse=None,
             num_plain=len(patches) - num_scenes,
-            references=torch.arange(sum(photos), device=patches.device),
             identities=tuple(number for number, count in enumerate(photos) for _ in range(count)),
             references_per_sample=(sum(photos),),
             scenes_per_sample=(num_scenes,),
@@ -235,15 +234,6 @@ class IDFormer(nn.Module):
                     f"[R, {', '.join(map(str, expected))}]: encode all of them with this IDFormer, at one image size."
                 )
 
-    def _slots(self, identities: tuple[int, ...], device: torch.device) -> Tensor:
-        num_slots = self.identity_slots.num_embeddings
-        if max(identities, default=0) >= num_slots:
-            raise ValueError(
-                f"a sample has identity {max(identities)} but num_identity_slots={num_slots}; build the IDFormer with "
-                f"at least {max(identities) + 1} slots, or with 0 for none."
-            )
-        return self.identity_slots(torch.tensor(identities, dtype=torch.long).to(device))
-
     def _recognise(
         self,
         scenes: Tensor,
@@ -254,20 +244,14 @@ class IDFormer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Patches of scenes ``[S, P, C]`` look at keys ``[R, K, C]``, each at those of its own sample."""
         num_patches, key_length = scenes.shape[1], keys.shape[1]
-        if self.identity_slots is not None:
-            keys = keys + self._slots(groups.identities, keys.device)[:, None]
         nobody = self.nobody_token is not None
-        packed = keys.flatten(0, 1)
-        if nobody:  # stands before the keys of every sample
-            samples = packed.split([count * key_length for count in groups.references_per_sample])
-            parts = (part for sample in samples for part in (self.nobody_token, sample))
-            packed = torch.cat([packed[:0], self.nobody_token[:0], *parts])  # in the graph even without a sample
+        packed = pack_keys(keys, groups, slots=self.identity_slots, nobody_token=self.nobody_token)
         segments = attention_segments(
             groups, num_patches=num_patches, key_length=key_length, extra_keys=int(nobody), device=scenes.device
         )
         maps = []
         for layer in self.identity_layers:
-            query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.query_position), grid_size)
+            query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.position), grid_size)
             scenes, weights = layer(
                 scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments
             )

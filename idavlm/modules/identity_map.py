@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idavlm.modules.image_groups import ImageGroups
+from idavlm.utils import outside_compile
 
 
+@outside_compile
 def identity_map(
     weights: Tensor, groups: ImageGroups, num_patches: int, key_length: int, *, nobody_token: bool
 ) -> Tensor:
@@ -35,14 +37,14 @@ def identity_map(
         for photo in range(count):
             owner[sample, photo, next(remaining)] = 1
     with torch.autocast(weights.device.type, enabled=False):
-        photos = photos @ owner.to(photos)
+        photos = photos @ owner.to(photos, non_blocking=True)
     shares = torch.cat([photos, nobody], dim=-1).reshape(-1, num_patches, num_identities + 1)
 
     most_scenes = max(groups.scenes_per_sample, default=0)
     rows = [
         sample * most_scenes + scene for sample, count in enumerate(groups.scenes_per_sample) for scene in range(count)
     ]
-    scenes = shares[torch.tensor(rows, dtype=torch.long).to(shares.device)]
+    scenes = shares[torch.tensor(rows, dtype=torch.long).to(shares.device, non_blocking=True)]
     plain = F.one_hot(torch.full((groups.num_plain, num_patches), num_identities), num_identities + 1)
     maps = torch.cat([plain.to(scenes), scenes])
     return maps if groups.inverse is None else maps.index_select(0, groups.inverse)

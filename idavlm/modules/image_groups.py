@@ -1,15 +1,16 @@
 """Which images are read alone, and which look at whose references: worked out once a batch, as indices."""
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from idavlm.utils import ImageRole, outside_compile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageGroups:
     """Indices that turn a batch of images into one ragged pass, and back.
 
@@ -20,19 +21,19 @@ class ImageGroups:
         order: ``[I]`` batch index of each packed image, or None where both orders are the same.
         inverse: ``[I]`` packed index of each image of the batch, or None.
         num_plain: number of plain images.
-        references: ``[R]`` packed index of every reference, sample by sample.
-        identities: identity of each of these R references, counted within its sample.
+        identities: identity of each of the R references, sample by sample, counted within its sample.
         references_per_sample: one count for each of the N samples that have images.
         scenes_per_sample: the same for the scenes that look at references.
+        references: ``[R]`` packed index of every reference, or None where they are not among the images.
     """
 
     order: Tensor | None
     inverse: Tensor | None
     num_plain: int
-    references: Tensor
     identities: tuple[int, ...]
     references_per_sample: tuple[int, ...]
     scenes_per_sample: tuple[int, ...]
+    references: Tensor | None = None
 
 
 @outside_compile
@@ -70,13 +71,13 @@ def group_images(
 
     order = sorted(range(num_images), key=looks.__getitem__)
     inverse = sorted(range(num_images), key=order.__getitem__)
-    in_order = order == inverse == list(range(num_images))
+    in_order = order == list(range(num_images))
     references = [inverse[image] for image in range(num_images) if is_reference[image]]
 
     if identity_index is None:
         identities = [number for count in references_per_sample for number in range(count)]
     else:
-        identities = _identities(_integers("identity_index", identity_index, num_images), is_reference)
+        identities = _identities(_integers("identity_index", identity_index, num_images), samples, is_reference)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
@@ -90,6 +91,35 @@ def group_images(
         references_per_sample=tuple(references_per_sample),
         scenes_per_sample=tuple(scenes_per_sample),
     )
+
+
+@outside_compile
+def pack_keys(keys: Tensor, groups: ImageGroups, *, slots: nn.Embedding | None, nobody_token: Tensor | None) -> Tensor:
+    """Keys ``[R, K, C]`` of all references as one sequence ``[T, C]``, sample by sample.
+
+    Args:
+        keys: tokens or patches of every reference.
+        groups: the images of the batch.
+        slots: embeddings added to the keys of identity 0, 1, ... of a sample.
+        nobody_token: ``[1, C]``, stands before the keys of every sample.
+
+    Raises:
+        ValueError: a sample has more identities than there are slots.
+    """
+    if slots is not None:
+        highest = max(groups.identities, default=0)
+        if highest >= slots.num_embeddings:
+            raise ValueError(
+                f"a sample has identity {highest} but num_identity_slots={slots.num_embeddings}; build the IDFormer "
+                f"with at least {highest + 1} slots, or with 0 for none."
+            )
+        identities = torch.tensor(groups.identities, dtype=torch.long).to(keys.device, non_blocking=True)
+        keys = keys + slots(identities)[:, None]
+    if nobody_token is None:
+        return keys.flatten(0, 1)
+    samples = (sample.flatten(0, 1) for sample in keys.split(groups.references_per_sample))
+    parts = [part for sample in samples for part in (nobody_token, sample)]
+    return torch.cat([keys.flatten(0, 1)[:0], nobody_token[:0], *parts])  # in the graph even without a sample
 
 
 @outside_compile
@@ -133,18 +163,23 @@ def _check_roles_and_samples(roles: list[int], samples: list[int]) -> None:
             )
 
 
-def _identities(identity_index: list[int], is_reference: list[bool]) -> list[int]:
+def _identities(identity_index: list[int], samples: list[int], is_reference: list[bool]) -> list[int]:
     """The identities of the references alone."""
-    for image, (identity, reference) in enumerate(zip(identity_index, is_reference, strict=True)):
-        if reference and identity < 0:
+    references = [image for image, reference in enumerate(is_reference) if reference]
+    photos = Counter(samples[image] for image in references)
+    for image in references:
+        if not 0 <= identity_index[image] < photos[samples[image]]:
             raise ValueError(
-                f"identity_index[{image}]={identity} belongs to a reference; number the identities of each sample from "
-                "0 (images that are no references may hold anything)."
+                f"identity_index[{image}]={identity_index[image]} belongs to a reference of a sample with "
+                f"{photos[samples[image]]} references; number the identities of each sample 0, 1, ... (images that "
+                "are no references may hold anything)."
             )
-    return [identity for identity, reference in zip(identity_index, is_reference, strict=True) if reference]
+    return [identity_index[image] for image in references]
 
 
 def _integers(name: str, values: Tensor, num_images: int) -> list[int]:
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} is a {type(values).__name__}; give a tensor of [{num_images}] integers.")
     if values.is_floating_point() or values.shape != (num_images,):
         raise ValueError(
             f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}; image_features has {num_images} images, "

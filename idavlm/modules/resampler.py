@@ -87,12 +87,20 @@ class Resampler(nn.Module):
         num_patches = image_features.shape[1]
         if grid_size is None:
             return square_grid("P, the number of patches of image_features,", num_patches)
+        if not isinstance(grid_size, (tuple, list)) or len(grid_size) != 2:
+            raise ValueError(f"grid_size={grid_size!r} must be a pair (rows, columns).")
+        check_positive(**{"grid_size[0]": grid_size[0], "grid_size[1]": grid_size[1]})
         if grid_size[0] * grid_size[1] != num_patches:
             raise ValueError(
                 f"grid_size={tuple(grid_size)} has {grid_size[0] * grid_size[1]} cells but image_features has "
                 f"{num_patches} patches; give the rows and columns of the patches."
             )
         return tuple(grid_size)
+
+    @property
+    def position(self) -> Tensor:
+        """``query_position`` in the type of the parameters, which mixed precision may have changed alone."""
+        return self.query_position.to(self.query.dtype)
 
     def on_patches(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Resize ``x`` ``[Q, C]`` from the grid of the queries to the patches' ``[P, C]``."""
@@ -103,7 +111,7 @@ class Resampler(nn.Module):
 
         Projecting and resizing commute; the grid of the queries is the smaller one, so it is projected.
         """
-        return self.on_patches(self.attention.key_bias(self.query_position), grid_size)
+        return self.on_patches(self.attention.key_bias(self.position), grid_size)
 
     def project(self, image_features: Tensor) -> Tensor:
         """``[I, P, Cv] -> [I, P, C]`` projected and normalised patches."""
@@ -111,5 +119,5 @@ class Resampler(nn.Module):
 
     def read(self, patches: Tensor, key_bias: Tensor) -> Tensor:
         """``[I, P, C]`` projected patches with the :meth:`key_bias` of their grid to ``[I, Q, C]`` tokens."""
-        tokens = self.attention(self.query_norm(self.query) + self.query_position, patches, key_bias=key_bias)
+        tokens = self.attention(self.query_norm(self.query) + self.position, patches, key_bias=key_bias)
         return tokens if self.feed_forward is None else tokens + self.feed_forward(tokens)

@@ -1,6 +1,7 @@
 """Supervision of the identity attention map from boxes: "this patch shows reference k, or nobody"."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from idavlm.utils import ImageRole
@@ -44,6 +45,7 @@ def identity_patch_targets(
     Raises:
         ValueError: shapes, indices or boxes that do not fit.
     """
+    boxes = boxes if boxes.is_floating_point() else boxes.float()
     num_images, num_boxes = image_sizes.shape[0], boxes.shape[0]
     _check_boxes(boxes, box_image, box_identity, image_sizes, image_roles)
     if not 0 < min_coverage <= 1:
@@ -81,12 +83,17 @@ def identity_patch_targets(
 def identity_attention_loss(identity_attention: Tensor, targets: Tensor) -> Tensor:
     """Mean ``-log`` of the attention each labelled patch pays to its target; 0 where no patch is labelled.
 
+    Images that look at no reference have nothing to learn and do not count.
+
     Args:
         identity_attention: ``[I, P, G + 1]``, a map of :class:`IDFormer`: one column an identity, the last nobody's.
         targets: ``[I, P]`` identity 0..G-1, :data:`NOBODY` (-1) or :data:`IGNORE` (-100).
 
     A map made without ``nobody_token`` cannot say "nobody": its last column is 0 for every patch of an image with
     references. Use :meth:`IDFormer.identity_loss`, which leaves those patches out.
+
+    Raises:
+        ValueError: shapes that do not fit, or a target that names an identity the image's sample does not have.
     """
     if identity_attention.dim() != 3 or identity_attention.shape[:2] != targets.shape:
         raise ValueError(
@@ -94,26 +101,30 @@ def identity_attention_loss(identity_attention: Tensor, targets: Tensor) -> Tens
             "expected [I, P, G + 1] and [I, P]."
         )
     num_identities = identity_attention.shape[-1] - 1
+    present = (identity_attention.detach()[..., :-1] != 0).any(1)
+    known = F.pad(present, (0, 1), value=True)
     labelled = targets != IGNORE
-    if targets.device.type == "cpu":  # elsewhere reading the values would cost a host sync
-        wrong = targets[labelled & ((targets >= num_identities) | (targets < NOBODY))]
-        if len(wrong):
-            raise ValueError(
-                f"targets holds {sorted(set(wrong.tolist()))}; the map has {num_identities} identities, counted from "
-                "0; -1 is nobody, and -100 is left out."
-            )
     column = targets.masked_fill(~labelled | (targets == NOBODY), num_identities)
+    outside = (column < 0) | (column > num_identities)
+    wrong = outside | ~known.gather(1, column.masked_fill(outside, num_identities)) | (targets == num_identities)
+    if wrong.any():
+        image, patch = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"targets[{image}, {patch}]={int(targets[image, patch])}, but image {image} has no reference of that "
+            f"identity (it has {present[image].nonzero().flatten().tolist()}); use -1 for nobody, -100 to leave out."
+        )
     attention = identity_attention.float().gather(-1, column[..., None]).squeeze(-1)
     nll = -attention.clamp(min=torch.finfo(torch.float32).tiny).log()
-    return (nll * labelled).sum() / labelled.sum().clamp(min=1)
+    counted = labelled & present.any(-1, keepdim=True)
+    return (nll * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _check_boxes(
     boxes: Tensor, box_image: Tensor, box_identity: Tensor, image_sizes: Tensor, image_roles: Tensor | None
 ) -> None:
     num_boxes, num_images = boxes.shape[0], image_sizes.shape[0]
-    if boxes.dim() != 2 or boxes.shape[-1] != 4 or not boxes.is_floating_point():
-        raise ValueError(f"boxes has shape {tuple(boxes.shape)}, dtype {boxes.dtype}; expected [N, 4] floating point.")
+    if boxes.dim() != 2 or boxes.shape[-1] != 4:
+        raise ValueError(f"boxes has shape {tuple(boxes.shape)}; expected [N, 4] pixels [x1, y1, x2, y2].")
     if image_sizes.dim() != 2 or image_sizes.shape[-1] != 2:
         raise ValueError(f"image_sizes has shape {tuple(image_sizes.shape)}; expected [I, 2] heights and widths.")
     for name, index in (("box_image", box_image), ("box_identity", box_identity)):

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from idavlm.ops.cross_attention.naive import naive_cross_attention
@@ -40,6 +41,7 @@ def cross_attention(
             ``cu_seqlens_q[n + 1]``, as in flash-attn. Segments may be empty.
         cu_seqlens_k: the same for keys. A query of a segment without keys gives zeros.
         max_seqlen_q: longest segment of queries; read from ``cu_seqlens_q`` if not given (a host sync on CUDA).
+            On CUDA a given value is trusted: one that is too small gives wrong results.
         max_seqlen_k: the same for keys.
         scale: factor on the scores; ``D ** -0.5`` if not given.
         attn_implementation: ``"sdpa"``, or ``"eager"``, the float32 reference.
@@ -73,7 +75,9 @@ def cross_attention(
         cu_seqlens_k = None
     if num_segments == 0:
         output = q + k.sum() + v.sum()  # empty, and still hangs on all three
-        attentions = q.new_zeros(0, q.shape[-2], max_seqlen_q, max_seqlen_k)
+        attentions = q.new_zeros(
+            0, q.shape[-2], max_seqlen_q, max_seqlen_k, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
     else:
         output, attentions = _IMPLEMENTATIONS[attn_implementation](
             q,
