@@ -1,6 +1,6 @@
 """Teach an ID-Former to find people it has never seen, and look at where it looks.
 
-    python examples/find_identities.py            # three seeds, about three minutes on two CPU cores
+    python examples/find_identities.py            # three seeds, under three minutes on two CPU cores
 
 Every person is three colours: hair, shirt and trousers. A sample shows one photo each of two people, and a scene with
 both and a stranger. Patches are plain pixels, there is no vision tower and no language model: the identity attention

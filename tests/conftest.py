@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from idavlm import IDFormer
+from idavlm.ops.cross_attention import sdpa
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,15 @@ def small_id_former():
         return (randomise(module) if random else module).to(dtype)
 
     return build
+
+
+def take_the_padded_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``"sdpa"`` go on the CPU the way it goes on accelerators: one padded call with a mask."""
+
+    def padded(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
+        longest = [
+            x.shape[1] if cu is None else int(cu.diff().max()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k))
+        ]
+        return sdpa._padded(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, scale)
+
+    monkeypatch.setattr(sdpa, "_bucketed", padded)

@@ -1,4 +1,4 @@
-"""The floors of docs/design.md: imports point down only, and never in a circle."""
+"""The floors of docs/architecture.md: imports point down only, and never in a circle."""
 
 import ast
 import graphlib

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idavlm import cross_attention
-from idavlm.ops.cross_attention import sdpa
 from idavlm.ops.cross_attention.segments import pad_segments, unpad_segments
+from tests.conftest import take_the_padded_way
 
 IMPLEMENTATIONS = ("eager", "sdpa", "sdpa padded")
 
@@ -17,14 +17,7 @@ def run(implementation: str, *args, **kwargs):
     if implementation != "sdpa padded":
         return cross_attention(*args, attn_implementation=implementation, **kwargs)
     with pytest.MonkeyPatch.context() as patch:
-
-        def padded(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
-            longest = [
-                x.shape[1] if cu is None else int(cu.diff().max()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k))
-            ]
-            return sdpa._padded(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, scale)
-
-        patch.setattr(sdpa, "_bucketed", padded)
+        take_the_padded_way(patch)
         return cross_attention(*args, attn_implementation="sdpa", **kwargs)
 
 

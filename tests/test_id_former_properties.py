@@ -102,7 +102,8 @@ def test_every_parameter_gets_a_gradient_whatever_the_roles(small_id_former, opt
     features = torch.randn(sum(map(len, samples)), 9, 12, dtype=torch.float64)
     out, maps = id_former(features, *batch_of(samples), output_attentions=True)
     assert out.shape == (len(features), 4, 16)
-    (out.sum() + sum(layer.sum() for layer in maps)).backward()
+    assert all(layer.dtype == torch.float64 for layer in maps)
+    out.sum().backward()
     for name, parameter in id_former.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -275,13 +276,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(small_id_former):
     torch.testing.assert_close(torch.autograd.grad(again.square().sum(), parameters), expected)
 
 
-def test_peft_adapters_reach_every_projection(small_id_former):
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_peft_adapters_reach_every_projection(small_id_former, lora_bias):
     """Positions enter through the projections too: a LoRA layer must act on them, and merging must change nothing."""
     peft = pytest.importorskip("peft")
     id_former, features, batch = small_id_former(), torch.cat(features_of(SAMPLES)), batch_of(SAMPLES)
     before = id_former(features, *batch)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], init_lora_weights=False)
+    names = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False, lora_bias=lora_bias)
     adapted = peft.get_peft_model(id_former, config).double()
+    for name, parameter in adapted.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     out = adapted(features, *batch)
     assert (out - before).abs().max() > 1e-3
     torch.testing.assert_close(adapted.merge_and_unload()(features, *batch), out, atol=1e-10, rtol=1e-8)

@@ -131,7 +131,7 @@ class IDFormer(nn.Module):
                 on the CPU they cost no synchronisation.
             sample_index: ``[I]`` the sample (row of the batch) each image belongs to; never falls. Within a sample
                 roles may stand in any order.
-            identity_index: ``[I]`` for references, the identity within its sample, from 0: several photos of one
+            identity_index: ``[I]`` for references, the identity within its sample, 0, 1, ...: several photos of one
                 person share it. Where it is not given every reference is an identity of its own.
             grid_size: rows and columns of patches; the square of ``P`` if not given.
             output_attentions: also return the identity attention maps.
