@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import describe_machine, markdown_table, peak_megabytes, time_side_by_side
+from benchmarks.measure import (
+    argument_parser,
+    describe_machine,
+    markdown_table,
+    peak_megabytes,
+    time_side_by_side,
+    tolerance,
+)
 from idavlm import cross_attention
 from idavlm.ops.cross_attention import sdpa
 
@@ -100,7 +107,7 @@ def measure_case(
     ways = {}
     for way, function in WAYS.items():
         try:
-            torch.testing.assert_close(function(*inputs, *lengths), expected, atol=args.tolerance, rtol=args.tolerance)
+            torch.testing.assert_close(function(*inputs, *lengths), expected, **tolerance(args.dtype))
             ways[way] = function
         except RuntimeError as error:
             print(f"{name}: {way} does not run here: {str(error).splitlines()[0]}")
@@ -130,13 +137,9 @@ def measure_case(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser = argument_parser(__doc__, rounds=9)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    args.tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
     torch.manual_seed(0)
     draw = random.Random(0)
     ragged = [(256 * draw.randint(1, 4), 64 * draw.randint(1, 6)) for _ in range(args.samples)]

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.measure import describe_machine, markdown_table, peak_megabytes, time_side_by_side
+from benchmarks.measure import (
+    argument_parser,
+    describe_machine,
+    markdown_table,
+    peak_megabytes,
+    time_side_by_side,
+    tolerance,
+)
 from benchmarks.released import ReleasedIDFormer, to_idavlm
 from idavlm import IDFormer
 
@@ -90,7 +97,7 @@ def measure_case(
     features = torch.randn(len(roles), num_patches, sizes["vision_hidden_size"], device=args.device, dtype=args.dtype)
     inputs = (features, roles, index)
     with torch.no_grad():
-        torch.testing.assert_close(id_former(*inputs), released(*inputs), atol=args.tolerance, rtol=args.tolerance)
+        torch.testing.assert_close(id_former(*inputs), released(*inputs), **tolerance(args.dtype))
         functions = {"released": lambda: released(*inputs), "IDFormer": lambda: id_former(*inputs)}
         rows = [compare(f"{name}, forward", functions, args.device, args.rounds)]
     functions = {"released": forward_backward(released, *inputs), "IDFormer": forward_backward(id_former, *inputs)}
@@ -116,14 +123,10 @@ def measure_video(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser = argument_parser(__doc__, rounds=7)
     parser.add_argument("--samples", type=int, default=8, help="samples at C 1024")
     parser.add_argument("--released-samples", type=int, default=1, help="samples at C 4096; 0 leaves this size out")
-    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    args.tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
 
     rows = measure_case(f"C 1024, {args.samples} x (3 + 1)", SMALL, 256, [(3, 1)] * args.samples, args)
     rows += measure_case(f"C 1024, {args.samples} x (1..6 + 1..4)", SMALL, 256, ragged(args.samples), args)

@@ -1,5 +1,6 @@
 """Time, memory and multiplications of several functions, side by side in one run."""
 
+import argparse
 import platform
 import statistics
 import time
@@ -10,6 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def argument_parser(doc: str, *, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """How far results of two designs may lie apart before they are measured."""
+    return dict.fromkeys(("atol", "rtol"), 1e-4 if dtype == torch.float32 else 3e-2)
 
 
 def describe_machine(device: torch.device) -> str:

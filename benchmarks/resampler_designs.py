@@ -8,14 +8,20 @@ multiplications while heads x queries < hidden size. They reach into the project
 quantised layer, and write the attention matrix out.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import describe_machine, markdown_table, peak_megabytes, time_side_by_side
+from benchmarks.measure import (
+    argument_parser,
+    describe_machine,
+    markdown_table,
+    peak_megabytes,
+    time_side_by_side,
+    tolerance,
+)
 from idavlm import Resampler
 
 
@@ -92,15 +98,12 @@ DESIGNS: dict[str, Callable] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser = argument_parser(__doc__, rounds=9)
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--num-heads", type=int, default=8)
     parser.add_argument("--num-queries", type=int, default=64)
     parser.add_argument("--num-patches", type=int, default=256)
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -121,9 +124,8 @@ def main() -> None:
     expected = run(shipped, False)
     rows = []
     for direction, train in (("forward", False), ("forward + backward", True)):
-        tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2
         for design in DESIGNS.values():
-            torch.testing.assert_close(run(design, train), expected, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(run(design, train), expected, **tolerance(args.dtype))
         functions = {name: lambda design=design, train=train: run(design, train) for name, design in DESIGNS.items()}
         times = time_side_by_side(functions, args.device, args.rounds)
         for name, function in functions.items():

@@ -48,7 +48,7 @@ def main() -> None:
     arrow(ax, (9, 3.42), (9, 4.58), "x, knowing who")
     ax.plot([5.72, 6.2, 6.2], [6.8, 6.8, 3.0], color="#444", lw=1.3, ls="--")
     arrow(ax, (6.2, 3.0), (7.28, 3.0), style="--")
-    ax.text(6.3, 4.2, "t: all tokens\nof the sample's\nreferences,\nno gradient", fontsize=8, color="#444", va="center")
+    ax.text(6.3, 4.0, "t: all tokens\nof the sample's\nreferences,\nno gradient", fontsize=8, color="#444", va="center")
     ax.text(9, 7.5, "same queries and weights in all three columns", fontsize=8, ha="right", color="#444")
     ax.annotate("identity map\n[P, G + 1]", xy=(10.72, 3.0), xytext=(11.3, 3.0), fontsize=9, va="center",
                 arrowprops={"arrowstyle": "<-", "lw": 1.3, "color": "#444"})  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from idavlm.modules.identity_layer import IdentityLayer
 from idavlm.modules.identity_map import identity_map
-from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys
+from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys, select_images
 from idavlm.modules.resampler import Resampler
 from idavlm.ops.identity_supervision import IGNORE, NOBODY, identity_attention_loss
 from idavlm.utils import check_choice, check_positive
@@ -150,13 +150,13 @@ class IDFormer(nn.Module):
         groups = group_images(
             image_roles, sample_index, identity_index, num_images=len(image_features), device=image_features.device
         )
-        patches = self.resampler.project(_select(image_features, groups.order))
+        patches = self.resampler.project(select_images(image_features, groups.order))
         key_bias = self.resampler.key_bias(grid_size)
         plain, scenes = patches.split([groups.num_plain, len(patches) - groups.num_plain])
         plain_tokens = self.resampler.read(plain, key_bias)
         keys = self._identity_keys(plain, plain_tokens).index_select(0, groups.references)
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
-        image_tokens = _select(torch.cat([plain_tokens, self.resampler.read(scenes, key_bias)]), groups.inverse)
+        image_tokens = select_images(torch.cat([plain_tokens, self.resampler.read(scenes, key_bias)]), groups.inverse)
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
@@ -258,7 +258,3 @@ class IDFormer(nn.Module):
             if output_attentions:
                 maps.append(identity_map(weights, groups, num_patches, key_length, nobody_token=nobody))
         return scenes, tuple(maps)
-
-
-def _select(images: Tensor, order: Tensor | None) -> Tensor:
-    return images if order is None else images.index_select(0, order)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idavlm.modules.image_groups import ImageGroups
+from idavlm.modules.image_groups import ImageGroups, select_images
 from idavlm.utils import outside_compile
 
 
@@ -47,4 +47,4 @@ def identity_map(
     scenes = shares[torch.tensor(rows, dtype=torch.long).to(shares.device, non_blocking=True)]
     plain = F.one_hot(torch.full((groups.num_plain, num_patches), num_identities), num_identities + 1)
     maps = torch.cat([plain.to(scenes), scenes])
-    return maps if groups.inverse is None else maps.index_select(0, groups.inverse)
+    return select_images(maps, groups.inverse)

@@ -93,6 +93,11 @@ def group_images(
     )
 
 
+def select_images(images: Tensor, index: Tensor | None) -> Tensor:
+    """``images[index]``; None, as in :class:`ImageGroups`, leaves their order as it is."""
+    return images if index is None else images.index_select(0, index)
+
+
 @outside_compile
 def pack_keys(keys: Tensor, groups: ImageGroups, *, slots: nn.Embedding | None, nobody_token: Tensor | None) -> Tensor:
     """Keys ``[R, K, C]`` of all references as one sequence ``[T, C]``, sample by sample.
