@@ -1,0 +1,26 @@
+"""Data formats in use, each turned into a record of the schema: ``read(record, where) -> dict``."""
+
+from collections.abc import Callable
+from typing import Any
+
+from idavlm.data.readers.conversations import read_llava, read_sharegpt, read_yi_vl
+from idavlm.data.readers.openai_parts import read_openai
+from idavlm.data.readers.qwen_inline import read_qwen_vl
+
+
+def read_idavlm(record: Any, where: str) -> Any:
+    """The schema itself: nothing to do."""
+    return record
+
+
+READERS: dict[str, Callable[[Any, str], Any]] = {
+    "idavlm": read_idavlm,
+    "llava": read_llava,
+    "openai": read_openai,
+    "qwen_vl": read_qwen_vl,
+    "sharegpt": read_sharegpt,
+    "yi_vl": read_yi_vl,
+}
+"""Readers by name, for ``RecordDataset(reader=...)``; a new format is one more function and one more line."""
+
+__all__ = ["READERS", "read_idavlm", "read_llava", "read_openai", "read_qwen_vl", "read_sharegpt", "read_yi_vl"]

@@ -1,0 +1,52 @@
+"""Qwen-VL's inline pictures, ``<img>path</img>``; a line ``Kate is <img>path</img>`` introduces Kate (as IDA-VLM's)."""
+
+import re
+from typing import Any
+
+from idavlm.data.errors import DataError
+from idavlm.data.readers.turns import new_record, text_of, text_part, turns_of
+
+_IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_REFERENCE = re.compile(
+    r"^[ \t]*(?P<name>[^\n<>]*?\S) is <img>(?P<image>[^\n<>]*)</img>[ \t]*[.,;]?[ \t]*(?:\n|\Z)", re.M
+)
+_NO_NAME = re.compile(
+    r"it|this|that|here|there|he|she|who|what|which|where|"
+    r"((the|this|that) )?(image|picture|photo|figure|scene)( ?\d+)?",
+    re.IGNORECASE,
+)
+
+
+def read_qwen_vl(record: Any, where: str) -> dict[str, Any]:
+    """``conversations`` of ``{"from": "user" | "assistant", "value"}``.
+
+    A line of a user turn that is nothing but ``NAME is <img>path</img>`` becomes a photo of the identity NAME and
+    leaves the text; every other picture stays where it is (a scene, or a general image where nobody is introduced).
+    "This is", "Here is", "The picture is" and the like introduce nobody. ``<ref>``, ``<box>`` stay text.
+    """
+    identities: dict[str, list[str]] = {}
+
+    def introduce(match: re.Match) -> str:
+        if _NO_NAME.fullmatch(match["name"]):
+            return match[0]
+        identities.setdefault(match["name"], []).append(match["image"].strip())
+        return ""
+
+    messages = []
+    for number, (role, value) in enumerate(turns_of(record, "conversations", "from", "value", where)):
+        text = text_of(value, f"value of turn {number}", where)
+        opened, closed, whole = text.count("<img>"), text.count("</img>"), len(_IMAGE.findall(text))
+        if not opened == closed == whole:
+            raise DataError(
+                f"turn {number} has {opened} <img> but {closed} </img>, {whole} of them whole; pair them.",
+                where=where,
+                kind="placeholders",
+            )
+        if role == "user":
+            text = _REFERENCE.sub(introduce, text)
+        first, *others = _IMAGE.split(text)
+        content = text_part(first)
+        for image, after in zip(others[::2], others[1::2], strict=True):
+            content += [{"type": "image", "image": image.strip()}, *text_part(after)]
+        messages.append({"role": role, "content": content})
+    return new_record(record, messages, [{"name": name, "images": images} for name, images in identities.items()])

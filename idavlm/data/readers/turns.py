@@ -1,0 +1,54 @@
+"""What the readers share: roles by their many names, and fields that must be there."""
+
+from typing import Any
+
+from idavlm.data.errors import DataError
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+
+
+def role_of(name: Any, where: str) -> str:
+    """The schema's role for a format's ``name``."""
+    if not isinstance(name, str) or name not in _ROLES:
+        raise DataError(f"role {name!r} is not known; known are {', '.join(map(repr, _ROLES))}.", where=where)
+    return _ROLES[name]
+
+
+def turns_of(record: Any, field: str, role: str, content: str, where: str) -> list[tuple[str, Any]]:
+    """``(role, content)`` of every turn of the list ``record[field]``."""
+    turns = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(turns, list):
+        raise DataError(
+            f"the record has no list {field!r}; is it of another format? Choose another reader.", where=where
+        )
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not {role, content} <= turn.keys():
+            raise DataError(
+                f"{field}[{number}] is {str(turn)[:80]!r}; expected an object {{{role!r}, {content!r}}}.", where=where
+            )
+    return [(role_of(turn[role], where), turn[content]) for turn in turns]
+
+
+def text_of(value: Any, field: str, where: str) -> str:
+    """``value``, which must be a string."""
+    if not isinstance(value, str):
+        raise DataError(f"{field}={str(value)[:80]!r} is {type(value).__name__}; expected a string.", where=where)
+    return value
+
+
+def text_part(text: str) -> list[dict[str, str]]:
+    """A text part, or none for no text."""
+    return [{"type": "text", "text": text}] if text else []
+
+
+def new_record(record: dict, messages: list[dict], identities: list[dict] | None = None) -> dict[str, Any]:
+    """A record of the schema that keeps the ``id`` it had."""
+    kept = {"id": record["id"]} if record.get("id") is not None else {}
+    return {**kept, "identities": identities or [], "messages": messages}

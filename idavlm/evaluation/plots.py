@@ -1,0 +1,169 @@
+"""Curves of the losses and bars of the scores, as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from idavlm.data.schema import TASK_TYPES
+from idavlm.evaluation.results import MAIN_METRIC, EvaluationResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#1b6ca8", "#e08e45", "#7a9e7e", "#b07aa1", "#c75146", "#5b5f97", "#8c7853")
+INK, FAINT = "#2b2d33", "#d9dce1"
+_DASHES = (0, (5, 2))
+
+LogHistory = Sequence[Mapping[str, float]]
+"""``log_history`` of a Trainer: one mapping a logged step, with "step" and the numbers logged there."""
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure of its own, without pyplot: no display, no global state.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The report draws with matplotlib; install it with: pip install 'idavlm[eval]'") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> Path | None:
+    """Losses and learning rate over steps, faint as logged and bold smoothed; None where nothing was logged.
+
+    Args:
+        path: the PNG to write.
+        logs: variant -> one history a seed. Read are ``loss_identity`` (or the Trainer's plain ``loss``),
+            ``loss_general``, ``identity_attention_loss`` and ``learning_rate``; panels without numbers are left out.
+    """
+    panels = {
+        "loss of the answers": {"identity data": "loss_identity", "general data": "loss_general"},
+        "loss of the identity attention": {"": "identity_attention_loss"},
+        "learning rate": {"": "learning_rate"},
+    }
+    histories = [history for seeds in logs.values() for history in seeds]
+    if not any("loss_identity" in entry for history in histories for entry in history):
+        panels["loss of the answers"] = {"": "loss"}
+    panels = {
+        title: lines
+        for title, lines in panels.items()
+        if any(_curve(history, key)[0] for history in histories for key in lines.values())
+    }
+    if not panels:
+        return None
+    figure = new_figure(4.6 * len(panels), 3.6)
+    for ax, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _tidy(ax)
+        ax.set_title(title, fontsize=11, color=INK, loc="left")
+        ax.set_xlabel("step", fontsize=9, color=INK)
+        for number, (variant, seeds) in enumerate(logs.items()):
+            for style, (line, key) in zip(("-", _DASHES), lines.items(), strict=False):
+                label = ", ".join(part for part in (variant if len(logs) > 1 else "", line) if part)
+                for history in seeds:
+                    label = _draw(ax, history, key, COLOURS[number % len(COLOURS)], style, label)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        ax.set_ylim(bottom=0)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=8.5, frameon=False)
+    return save(figure, path)
+
+
+def _draw(ax: "Axes", history: LogHistory, key: str, colour: str, style, label: str) -> str:
+    """One curve; returns the label for the next seed's, which has none once this one carries it."""
+    steps, values = _curve(history, key)
+    if not steps:
+        return label
+    if key == "learning_rate":
+        ax.plot(steps, values, color=colour, lw=1.6, ls=style, label=label or None)
+    else:
+        ax.plot(steps, values, color=colour, lw=0.6, alpha=0.25)
+        ax.plot(steps, _smooth(values), color=colour, lw=1.6, ls=style, label=label or None)
+    return ""
+
+
+def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]]) -> Path | None:
+    """Main score of every task, a bar a variant: the mean over seeds, whiskers from the lowest to the highest.
+
+    A dashed line across a task's bars is what guessing would score.
+
+    Args:
+        path: the PNG to write.
+        results: variant -> one result a seed.
+    """
+    summaries = {variant: [result.summary for result in seeds] for variant, seeds in results.items()}
+    tasks = [task for task in TASK_TYPES if any(task in summary for seeds in summaries.values() for summary in seeds)]
+    if not tasks:
+        return None
+    figure = new_figure(max(6.0, 0.8 + len(tasks) * (0.34 * len(summaries) + 0.3)), 3.9)
+    ax = figure.subplots()
+    _tidy(ax)
+    width = 0.8 / len(summaries)
+    for number, (variant, seeds) in enumerate(summaries.items()):
+        for place, task in enumerate(tasks):
+            values = [summary[task]["metrics"][MAIN_METRIC[task]] for summary in seeds if task in summary]
+            if not values:
+                continue
+            x, mean = place - 0.4 + (number + 0.5) * width, fmean(values)
+            colour = COLOURS[number % len(COLOURS)]
+            label = variant if variant not in ax.get_legend_handles_labels()[1] else None
+            ax.bar(x, mean, width * 0.88, color=colour, label=label, zorder=2)
+            if len(values) > 1:
+                low, high = mean - min(values), max(values) - mean
+                ax.errorbar(x, mean, [[low], [high]], color=INK, capsize=3, lw=1, zorder=4)
+            ax.annotate(
+                f"{mean:.2f}", (x, max(values)), (0, 4), textcoords="offset points",
+                ha="center", fontsize=8, color=INK, zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
+            )  # fmt: skip
+    chances = {place: chance for place, task in enumerate(tasks) if (chance := _chance(summaries, task)) is not None}
+    for place, chance in chances.items():
+        ax.plot([place - 0.45, place + 0.45], [chance] * 2, color=INK, lw=1.2, ls=(0, (4, 2)), zorder=3)
+    ax.set_xticks(range(len(tasks)), [f"{task}\n{MAIN_METRIC[task]}" for task in tasks], fontsize=9.5, color=INK)
+    ax.set_xlim(-0.6, len(tasks) - 0.4)
+    ax.set_ylim(0, 1.08)
+    ax.tick_params(axis="x", length=0)
+    handles, labels = ax.get_legend_handles_labels()
+    if chances:
+        handles, labels = [*handles, ax.lines[-1]], [*labels, "guessing"]
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(summaries) + 1, fontsize=9, frameon=False)
+    return save(figure, path)
+
+
+def save(figure: "Figure", path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _chance(summaries: Mapping[str, Sequence[Mapping]], task: str) -> float | None:
+    for seeds in summaries.values():
+        for summary in seeds:
+            if task in summary:
+                return summary[task]["chance"].get(MAIN_METRIC[task])
+    return None
+
+
+def _curve(history: LogHistory, key: str) -> tuple[list[float], list[float]]:
+    found = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean of the neighbours on both sides, some 5% of the curve, fewer at the ends."""
+    half = len(values) // 40
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _tidy(ax: "Axes") -> None:
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#9a9da5")
+    ax.grid(axis="y", color=FAINT, lw=0.7, zorder=0)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=INK, labelsize=9)

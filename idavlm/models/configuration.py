@@ -1,0 +1,81 @@
+"""Configuration of an identity-aware VLM: nested configurations of its parts."""
+
+from transformers import AutoConfig, PretrainedConfig
+
+from idavlm.utils import check_choice, check_positive
+
+VISION_FEATURES = ("patch", "cls", "all")
+
+
+class IDAVLMConfig(PretrainedConfig):
+    """Vision tower -> connector or ID-Former -> language model.
+
+    Args:
+        vision_config: configuration (or its dict with ``model_type``) of a transformers vision model. timm models come
+            through ``TimmWrapperConfig``.
+        text_config: configuration (or its dict) of a transformers causal language model.
+        connector: ``"id_former"``, or a kind of :func:`idavlm.build_connector`: ``"resampler"``, ``"mlp2x_gelu"``, ...
+        connector_config: options of the ID-Former (:class:`idavlm.IDFormer`) or the connector; the two widths come from
+            the parts and are not given here.
+        image_token_id: id of the placeholder that image tokens replace.
+        image_seq_length: image tokens of one image; ``num_queries`` of an ID-Former or resampler.
+        vision_feature_layer: hidden state of the vision tower that is read: -1 its output, -2 the layer before, ...
+        vision_feature_select: ``"patch"`` leaves out leading tokens such as CLS, ``"cls"`` keeps only them, ``"all"``
+            keeps everything. An ID-Former needs ``"patch"``.
+        identity_loss_weight: factor of the identity attention loss, which exists where boxes are given.
+    """
+
+    model_type = "idavlm"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        connector: str = "id_former",
+        connector_config: dict | None = None,
+        image_token_id: int | None = None,
+        image_seq_length: int | None = None,
+        vision_feature_layer: int = -1,
+        vision_feature_select: str = "patch",
+        identity_loss_weight: float = 1.0,
+        **kwargs,
+    ):
+        check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
+        if connector == "id_former" and vision_feature_select != "patch":
+            raise ValueError(
+                f"vision_feature_select={vision_feature_select!r} with an ID-Former: it reads a grid of patches; "
+                "use 'patch'."
+            )
+        if vision_feature_layer >= 0:
+            raise ValueError(f"vision_feature_layer={vision_feature_layer} counts from the end: -1, -2, ...")
+        check_positive(image_seq_length=image_seq_length)
+        if identity_loss_weight < 0:
+            raise ValueError(f"identity_loss_weight={identity_loss_weight} must be at least 0.")
+        text_config = _sub_config("text_config", text_config)
+        # The language model ties its own head; nothing is tied across parts.
+        kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+        # After super().__init__: it would reset the attention implementation of its sub-configurations.
+        self.vision_config = _sub_config("vision_config", vision_config)
+        self.text_config = text_config
+        self.connector = connector
+        self.connector_config = dict(connector_config or {})
+        self.image_token_id = image_token_id
+        self.image_seq_length = image_seq_length
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select = vision_feature_select
+        self.identity_loss_weight = identity_loss_weight
+
+    def get_text_config(self, *args, **kwargs):
+        text_config = getattr(self, "text_config", None)
+        return self if text_config is None else text_config.get_text_config(*args, **kwargs)
+
+
+def _sub_config(name: str, config) -> PretrainedConfig | None:
+    if config is None or isinstance(config, PretrainedConfig):
+        return config
+    if "model_type" not in config:
+        raise ValueError(f"{name} has no 'model_type'; give a transformers configuration or its dict.")
+    return AutoConfig.for_model(**config)

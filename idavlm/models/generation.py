@@ -1,0 +1,46 @@
+"""Generation with images: read once, and repeated with their sample."""
+
+import torch
+from transformers import GenerationMixin
+
+# What describes the images of a batch: one row an image, and one row a box.
+IMAGE_INPUTS = ("pixel_values", "image_features", "image_roles", "identity_index", "image_sizes")
+BOX_INPUTS = ("boxes", "box_image", "box_identity")
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """transformers' generation for a batch whose images are rows of their own, told apart by ``sample_index``."""
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            for name in (*IMAGE_INPUTS, "sample_index"):
+                inputs.pop(name, None)
+        for name in BOX_INPUTS:
+            inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeat the images of a sample with the sample, for beams and several answers."""
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        for name in BOX_INPUTS:
+            kwargs.pop(name, None)
+        sample_index = kwargs.pop("sample_index", None)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if images and sample_index is None:
+            raise ValueError("images without sample_index: say which row of the batch each image belongs to.")
+        if images:
+            rows = sample_index.tolist()
+            copies = [
+                (row * expand_size + copy, image)
+                for row in sorted(set(rows))
+                for copy in range(expand_size)
+                for image in range(len(rows))
+                if rows[image] == row
+            ]
+            order = torch.tensor([image for _, image in copies])
+            kwargs.update({name: value[order.to(value.device)] for name, value in images.items()})
+            kwargs["sample_index"] = torch.tensor([sample for sample, _ in copies])
+        return input_ids, kwargs

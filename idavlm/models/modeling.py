@@ -1,0 +1,341 @@
+"""The identity-aware VLM: vision tower -> ID-Former or connector -> language model."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.generation import ImageGenerationMixin
+from idavlm.models.outputs import IDAVLMOutput
+from idavlm.models.scatter import scatter_image_tokens
+from idavlm.models.vision import output_width, vision_features
+from idavlm.modules import IDFormer, Resampler, build_connector
+from idavlm.ops import identity_patch_targets
+
+
+class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
+    """An identity-aware vision-language model for training and generation.
+
+    Parts: ``vision_tower`` (any transformers vision model), ``id_former`` or ``connector``, ``language_model`` (any
+    transformers causal language model, with its head). Build one from a configuration, from parts
+    (:meth:`from_parts`) or from a checkpoint (``from_pretrained``).
+
+    Args:
+        config: the configuration.
+        vision_tower: instance to use; built from the configuration if not given.
+        language_model: the same.
+    """
+
+    config_class = IDAVLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["IDFormer", "Resampler"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: IDAVLMConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        if config.image_token_id is None:
+            raise ValueError("image_token_id is not set; give the id of the tokenizer's image placeholder.")
+        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
+        self.id_former = self.connector = None
+        if config.connector == "id_former":
+            self.id_former = _build_connector(config)
+        else:
+            self.connector = _build_connector(config)
+        self.language_model = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
+        # from_pretrained builds on the meta device, where initial values are lost.
+        self._connector_was_built_empty = any(parameter.is_meta for parameter in self._joint.parameters())
+        self.post_init()
+
+    @property
+    def _joint(self) -> nn.Module:
+        """What joins the two parts."""
+        return self.connector if self.id_former is None else self.id_former
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision_tower: PreTrainedModel | str,
+        language_model: PreTrainedModel | str,
+        *,
+        image_token_id: int,
+        connector: str = "id_former",
+        **options,
+    ) -> "IDAVLMForConditionalGeneration":
+        """Join a vision tower and a language model by a new ID-Former or connector.
+
+        Args:
+            vision_tower: a model, or what ``AutoModel.from_pretrained`` takes.
+            language_model: a model, or what ``AutoModelForCausalLM.from_pretrained`` takes.
+            image_token_id: id of the image placeholder; the language model's embeddings must reach it.
+            connector: as in :class:`IDAVLMConfig`.
+            options: further arguments of :class:`IDAVLMConfig`; every other name goes to ``connector_config``, e.g.
+                ``num_queries=64, num_heads=8``.
+        """
+        if isinstance(vision_tower, str):
+            vision_tower = AutoModel.from_pretrained(vision_tower)
+        vision_tower = getattr(vision_tower, "vision_model", vision_tower)
+        if isinstance(language_model, str):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        vocabulary = language_model.get_input_embeddings().num_embeddings
+        if not 0 <= image_token_id < vocabulary:
+            raise ValueError(
+                f"image_token_id={image_token_id} lies outside the {vocabulary} embeddings of the language model; call "
+                "language_model.resize_token_embeddings(len(tokenizer)) first."
+            )
+        known = ("image_seq_length", "vision_feature_layer", "vision_feature_select", "identity_loss_weight")
+        config = IDAVLMConfig(
+            vision_config=vision_tower.config,
+            text_config=language_model.config,
+            connector=connector,
+            connector_config={name: value for name, value in options.items() if name not in known},
+            image_token_id=image_token_id,
+            dtype=language_model.dtype,
+            **{name: value for name, value in options.items() if name in known},
+        )
+        model = cls(config, vision_tower, language_model)
+        model._joint.to(device=language_model.device, dtype=language_model.dtype)
+        model.generation_config = language_model.generation_config
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self):
+        return self.language_model.get_decoder()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: idavlm's modules initialise themselves when they are built."""
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As transformers'; of an ID-Former or connector, what a checkpoint lacks takes the values of a new one."""
+        super().initialize_weights()
+        if not self._connector_was_built_empty:
+            return
+        lacking = {
+            name: tensor
+            for name, tensor in self._joint.state_dict(keep_vars=True).items()
+            if not getattr(tensor, "_is_hf_initialized", False)
+        }
+        new = _build_connector(self.config).state_dict() if lacking else {}
+        for name, tensor in lacking.items():
+            tensor.copy_(new[name])
+
+    def encode_images(
+        self,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_roles: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        identity_index: Tensor | None = None,
+        *,
+        output_identity_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[int, int] | None]:
+        """Images to image tokens.
+
+        Args:
+            pixel_values: ``[I, 3, H, W]``; or
+            image_features: ``[I, P, Cv]`` of a square grid, made by the vision tower before (a frozen tower need not
+                run again).
+            image_roles: ``[I]`` see :class:`idavlm.ImageRole`; general images if not given.
+            sample_index: ``[I]`` row of the batch each image belongs to; needed with ``image_roles``.
+            identity_index: ``[I]`` see :meth:`idavlm.IDFormer.forward`.
+            output_identity_attentions: also give the identity maps.
+
+        Returns:
+            ``[I, Q, C]`` tokens; the identity maps or None; rows and columns of the patches or None.
+        """
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("give either pixel_values or image_features.")
+        grid_size = None
+        if image_features is None:
+            image_features, grid_size = self.image_features(pixel_values)
+        if self.id_former is None:
+            return self._connect(image_features, grid_size), None, grid_size
+        num_images = image_features.shape[0]
+        if image_roles is None:
+            image_roles = torch.full((num_images,), 2)
+            sample_index = torch.zeros(num_images, dtype=torch.long)
+        elif sample_index is None:
+            raise ValueError("image_roles without sample_index: say which row of the batch each image belongs to.")
+        image_features = image_features.to(self.id_former.resampler.query.dtype)
+        result = self.id_former(
+            image_features,
+            image_roles,
+            sample_index,
+            identity_index,
+            grid_size=grid_size,
+            output_attentions=output_identity_attentions,
+        )
+        image_tokens, maps = result if output_identity_attentions else (result, None)
+        return image_tokens, maps, grid_size
+
+    def image_features(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        """``[I, P, Cv]`` features of the vision tower and their grid; without gradient where the tower is frozen."""
+        if pixel_values.shape[0] == 0:
+            raise ValueError("pixel_values holds no image; leave it out for text alone.")
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trained):
+            return vision_features(
+                self.vision_tower,
+                pixel_values,
+                layer=self.config.vision_feature_layer,
+                select=self.config.vision_feature_select,
+            )
+
+    def _connect(self, image_features: Tensor, grid_size: tuple[int, int] | None) -> Tensor:
+        image_features = image_features.to(next((p.dtype for p in self.connector.parameters()), self.dtype))
+        if isinstance(self.connector, Resampler):
+            return self.connector(image_features, grid_size=grid_size)
+        return self.connector(image_features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_roles: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        identity_index: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        boxes: Tensor | None = None,
+        box_image: Tensor | None = None,
+        box_identity: Tensor | None = None,
+        output_identity_attentions: bool = False,
+        **kwargs,
+    ) -> IDAVLMOutput:
+        """Read text and images; with ``labels`` also the losses.
+
+        Args:
+            input_ids: ``[B, T]`` with ``image_token_id`` wherever an image token goes.
+            attention_mask: ``[B, T]`` 1 = keep.
+            position_ids: ``[B, T]``.
+            past_key_values: a transformers cache.
+            inputs_embeds: ``[B, T, C]`` in place of ``input_ids``; then no images are read.
+            labels: ``[B, T]``, -100 where nothing is to be predicted.
+            pixel_values: see :meth:`encode_images`, as the next four.
+            image_features: ...
+            image_roles: ...
+            sample_index: ...
+            identity_index: ...
+            image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
+            boxes: ``[N, 4]`` pixels of persons who have references: teach the identity attention.
+            box_image: ``[N]`` image of each box, counted over the batch.
+            box_identity: ``[N]`` identity of each box within its sample.
+            output_identity_attentions: also give the identity maps.
+            kwargs: for the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds.")
+        image_tokens = maps = grid_size = None
+        teaches = self.id_former is not None and boxes is not None and labels is not None
+        if inputs_embeds is None:
+            is_image = input_ids == self.config.image_token_id
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None or image_features is not None:
+                image_tokens, maps, grid_size = self.encode_images(
+                    pixel_values,
+                    image_features,
+                    image_roles,
+                    sample_index,
+                    identity_index,
+                    output_identity_attentions=output_identity_attentions or teaches,
+                )
+                inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_tokens)
+            elif past_key_values is None and is_image.any():
+                raise ValueError(
+                    f"the text holds {int(is_image.sum())} image placeholders but 0 images; give pixel_values."
+                )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        loss = language_loss = identity_loss = None
+        if labels is not None:
+            vocabulary = outputs.logits.shape[-1]
+            loss = language_loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocabulary)
+        if teaches and maps is not None:
+            targets = self.identity_targets(boxes, box_image, box_identity, image_sizes, image_roles, maps, grid_size)
+            identity_loss = self.id_former.identity_loss(maps, targets)
+            loss = loss + self.config.identity_loss_weight * identity_loss
+        return IDAVLMOutput(
+            loss=loss,
+            language_loss=language_loss,
+            identity_loss=identity_loss,
+            logits=outputs.logits,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_tokens,
+            identity_attentions=maps,
+        )
+
+    @staticmethod
+    def identity_targets(boxes, box_image, box_identity, image_sizes, image_roles, maps, grid_size) -> Tensor:
+        """Targets of the identity maps; see :func:`idavlm.identity_patch_targets`."""
+        if grid_size is None:
+            side = int(maps[0].shape[1] ** 0.5)
+            grid_size = (side, side)
+        targets = identity_patch_targets(
+            boxes.cpu(),
+            box_image.cpu(),
+            box_identity.cpu(),
+            image_sizes.cpu(),
+            grid_size,
+            image_roles=image_roles.cpu(),
+        )
+        return targets.to(maps[0].device)
+
+
+def _build_connector(config: IDAVLMConfig) -> nn.Module:
+    options = {
+        "hidden_size": config.text_config.get_text_config().hidden_size,
+        "vision_hidden_size": output_width(config.vision_config),
+        **config.connector_config,
+    }
+    if config.connector in ("id_former", "resampler"):
+        options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
+        tokens = options.get("num_queries")
+        if config.image_seq_length is None:
+            config.image_seq_length = tokens
+        if tokens != config.image_seq_length:
+            raise ValueError(
+                f"num_queries={tokens} but image_seq_length={config.image_seq_length}; they are one number."
+            )
+    if config.image_seq_length is None:
+        raise ValueError(f"connector={config.connector!r} needs image_seq_length, the patches of one image.")
+    if config.connector == "id_former":
+        return IDFormer(**options)
+    return build_connector(config.connector, **options)

@@ -1,0 +1,33 @@
+"""What the model returns."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class IDAVLMOutput(ModelOutput):
+    """What :class:`IDAVLMForConditionalGeneration` returns.
+
+    Attributes:
+        loss: ``language_loss + identity_loss_weight * identity_loss``, where labels were given.
+        language_loss: mean next-token cross-entropy over labelled tokens.
+        identity_loss: see :meth:`idavlm.IDFormer.identity_loss`, where boxes were given.
+        logits: ``[B, T, vocabulary]``.
+        past_key_values: the language model's cache.
+        hidden_states: of the language model, where asked for.
+        attentions: of the language model, where asked for.
+        image_hidden_states: ``[I, Q, C]`` image tokens.
+        identity_attentions: maps of the ID-Former, one ``[I, P, G + 1]`` a layer, where asked for or boxes were given.
+    """
+
+    loss: Tensor | None = None
+    language_loss: Tensor | None = None
+    identity_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    identity_attentions: tuple[Tensor, ...] | None = None

@@ -1,0 +1,228 @@
+"""From a sample of the schema to tensors: text with placeholders, images with roles, boxes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.models.boxes import BoxFormat
+from idavlm.utils import ImageRole, check_positive
+
+
+class IDAVLMProcessor(ProcessorMixin):
+    """Prepares samples for :class:`IDAVLMForConditionalGeneration`.
+
+    Identities stand before the first user turn, one line a photo; every image becomes ``image_seq_length``
+    placeholders; boxes become text. All of it is fixed here and saved with the processor.
+
+    Args:
+        image_processor: a transformers image processor that gives all images one size.
+        tokenizer: a transformers tokenizer with ``image_token`` as one token, and a chat template (or give one).
+        chat_template: replaces the tokenizer's.
+        image_seq_length: image tokens of an image, as in :class:`IDAVLMConfig`.
+        image_token: the placeholder.
+        image_format: what stands for an image in the text; ``{image}`` is the placeholder, e.g. ``<img>{image}</img>``.
+        identity_format: a line of an identity; ``{name}`` and ``{image}`` (which is in ``image_format``).
+        box_format: see :class:`BoxFormat`.
+        max_length: longest encoded sample in tokens; a longer one is an error, never cut. None for no limit.
+        image_cache_size: so many prepared images are kept in memory (small data sets on slow disks and CPUs).
+    """
+
+    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        image_seq_length: int = 256,
+        image_token: str = "<image>",
+        image_format: str = "{image}",
+        identity_format: str = "{name} is {image}\n",
+        box_format: str = "thousand",
+        max_length: int | None = None,
+        image_cache_size: int = 0,
+        **kwargs,
+    ):
+        check_positive(image_seq_length=image_seq_length, max_length=max_length)
+        for name, form in (("image_format", image_format), ("identity_format", identity_format)):
+            if "{image}" not in form:
+                raise ValueError(f"{name}={form!r} must contain {{image}}.")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.image_format = image_format
+        self.identity_format = identity_format
+        self.box_format = box_format
+        self.max_length = max_length
+        self.image_cache_size = image_cache_size
+        self._boxes = BoxFormat(box_format)
+        self._cache: dict[tuple[str, str], tuple[Tensor, tuple[int, int]]] = {}
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"image_token={image_token!r} is no token of the tokenizer; call "
+                f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}}) first."
+            )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "image_roles", "sample_index", "identity_index"]
+
+    def to_dict(self, *args, **kwargs) -> dict[str, Any]:
+        output = super().to_dict(*args, **kwargs)
+        for name in ("_boxes", "_cache", "image_token_id"):
+            output.pop(name, None)
+        return output
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """Text with ``image_token`` for every image, and these images, as general images: transformers' usual call.
+
+        For identities build a record and use :meth:`encode`.
+
+        Args:
+            images: all images, in the order of the text(s).
+            text: a string or a list of strings.
+            kwargs: for the tokenizer (``padding``, ``return_tensors``).
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        counts = [item.count(self.image_token) for item in texts]
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        if sum(counts) != len(images):
+            raise ValueError(f"the text holds {sum(counts)} {self.image_token} but {len(images)} images were given.")
+        wrapped = self.image_format.format(image=self.image_token * self.image_seq_length)
+        kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, **kwargs}
+        batch = self.tokenizer([item.replace(self.image_token, wrapped) for item in texts], **kwargs)
+        if images:
+            batch["pixel_values"] = self._pixels(images)
+            batch["image_roles"] = torch.full((len(images),), int(ImageRole.GENERAL))
+            batch["sample_index"] = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
+        return BatchFeature(dict(batch))
+
+    def encode(self, sample: Sample, *, add_generation_prompt: bool = False) -> dict[str, Tensor]:
+        """Encode one sample.
+
+        Args:
+            sample: a checked record; its images are opened below its ``image_root``.
+            add_generation_prompt: end with the header of an assistant turn, for generation.
+
+        Returns:
+            ``input_ids``, ``labels`` ``[T]``; ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``
+            ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity, then the images of the messages;
+            ``boxes`` ``[N, 4]``, ``box_image``, ``box_identity`` ``[N]`` of the persons with references.
+
+        Raises:
+            DataError: images that cannot be read, text that holds the placeholder, boxes without an image, a sample
+                longer than ``max_length``.
+        """
+        images = [self._load(sample.image_root, path) for path in sample.images]
+        sizes = [size for _, size in images]
+        references = len(sample.reference_images)
+        scenes = dict(zip(sample.message_images, sizes[references:], strict=True))
+        input_ids, labels = render_chat(
+            self.tokenizer,
+            self._messages(sample, scenes),
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self.chat_template,
+        )
+        input_ids, labels = self._expand(input_ids, labels)
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            raise DataError(
+                f"sample {sample.id!r} has {len(input_ids)} tokens, more than max_length={self.max_length}; give fewer "
+                "images or raise max_length.",
+                kind="length",
+            )
+        role = ImageRole.SCENE if sample.identities else ImageRole.GENERAL
+        roles = [int(ImageRole.REFERENCE)] * references + [int(role)] * len(sample.message_images)
+        identities = [number for number, identity in enumerate(sample.identities) for _ in identity.images]
+        return {
+            "input_ids": torch.tensor(input_ids),
+            "labels": torch.tensor(labels),
+            "pixel_values": torch.stack([pixels for pixels, _ in images]) if images else torch.zeros(0, 3, 0, 0),
+            "image_roles": torch.tensor(roles, dtype=torch.long),
+            "identity_index": torch.tensor(identities + [0] * len(sample.message_images), dtype=torch.long),
+            "image_sizes": torch.tensor(sizes, dtype=torch.long).view(-1, 2),
+            **self._box_tensors(sample, references),
+        }
+
+    def collate(self, encoded: list[dict[str, Tensor]], *, padding_side: str = "right") -> dict[str, Tensor]:
+        """Batch of encoded samples; ``padding_side="left"`` for generation."""
+        return Collator(self.tokenizer.pad_token_id, padding_side=padding_side)(encoded)
+
+    def parse_box(self, text: str, image_size: tuple[int, int]) -> list[float] | None:
+        """First box in generated ``text``, in pixels of an image of (height, width); None if there is none."""
+        return self._boxes.parse(text, image_size)
+
+    def _load(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
+        """Prepared pixels ``[3, H, W]`` and original (height, width) of an image file."""
+        key = (str(root), path)
+        if key not in self._cache:
+            if root is None:
+                raise DataError(f"image {path!r} has no image_root; give one to the data set.", kind="image", file=path)
+            image = ImageStore(root).open(path)
+            loaded = self._pixels([image])[0], (image.height, image.width)
+            if len(self._cache) >= self.image_cache_size:
+                return loaded
+            self._cache[key] = loaded
+        return self._cache[key]
+
+    def _pixels(self, images: list) -> Tensor:
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def _messages(self, sample: Sample, sizes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
+        """The conversation as text, one placeholder an image, with the identities before the first user turn."""
+        image = self.image_format.format(image=self.image_token)
+        lines = [
+            self.identity_format.format(name=identity.name, image=image)
+            for identity in sample.identities
+            for _ in identity.images
+        ]
+        messages = []
+        for message in sample.messages:
+            text = "".join(lines) if message.role == "user" else ""
+            lines = [] if message.role == "user" else lines
+            for part in message.content:
+                if part.type == "image":
+                    text += image
+                elif part.type == "box":
+                    box = sample.box_of(part.name, part.image)
+                    text += self._boxes.write(part.name, box.box, sizes[box.image])
+                elif self.image_token in part.text:
+                    raise DataError(
+                        f"sample {sample.id!r}: the text {part.text[:60]!r} holds the placeholder "
+                        f"{self.image_token!r}; make it an image part.",
+                        kind="placeholders",
+                    )
+                else:
+                    text += part.text
+            messages.append({"role": message.role, "content": text})
+        return messages
+
+    def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        """Every placeholder ``image_seq_length`` times."""
+        ids, targets = [], []
+        for token, label in zip(input_ids, labels, strict=True):
+            if token == self.image_token_id:
+                ids += [token] * self.image_seq_length
+                targets += [-100] * self.image_seq_length
+            else:
+                ids.append(token)
+                targets.append(label)
+        return ids, targets
+
+    @staticmethod
+    def _box_tensors(sample: Sample, references: int) -> dict[str, Tensor]:
+        """Boxes of the persons who have references; each in the first image of its path."""
+        number = {identity.name: index for index, identity in enumerate(sample.identities)}
+        images = sample.message_images
+        known = [box for box in sample.boxes if box.name in number and box.image in images]
+        return {
+            "boxes": torch.tensor([box.box for box in known], dtype=torch.float32).view(-1, 4),
+            "box_image": torch.tensor([references + images.index(box.image) for box in known], dtype=torch.long),
+            "box_identity": torch.tensor([number[box.name] for box in known], dtype=torch.long),
+        }

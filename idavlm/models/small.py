@@ -1,0 +1,72 @@
+"""Parts of a model that trains from scratch on a CPU in minutes: for the demonstration, ablations and tests."""
+
+from collections.abc import Iterable
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ResNetConfig, ResNetModel
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>"
+    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}<|{{ message['role'] }}|>{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Roles as special tokens; the end of a turn is learned with the answer."""
+
+
+def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token: str = "<image>"):
+    """A byte-level BPE tokenizer trained on ``texts``, with a chat template that marks the assistant's turns.
+
+    Any text can be encoded and decoded exactly; words that are frequent in ``texts`` are single tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", image_token]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", image_token],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def small_vision_tower(*, hidden_size: int = 128) -> ResNetModel:
+    """A shallow ResNet: 8 x 8 patches of a 64 x 64 picture."""
+    return ResNetModel(
+        ResNetConfig(
+            embedding_size=32,
+            hidden_sizes=[hidden_size],
+            depths=[2],
+            layer_type="bottleneck",
+            downsample_in_first_stage=True,
+        )
+    )
+
+
+def small_language_model(tokenizer, *, hidden_size: int = 128, num_hidden_layers: int = 2) -> LlamaForCausalLM:
+    """A small Llama with tied embeddings."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )

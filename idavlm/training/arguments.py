@@ -1,0 +1,54 @@
+"""Arguments of :class:`IDTrainer`: those of transformers, and a few of identity training."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from idavlm.utils import check_choice
+
+MODULES = ("vision_tower", "connector", "id_former", "language_model")
+SOURCES = ("identity", "general")
+_DICTIONARIES = ("loss_weights", "module_learning_rates")
+
+
+@dataclass
+class IDTrainingArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` and
+
+    Attributes:
+        mixing_ratio: how often a general batch comes, see :class:`idavlm.data.DualDataLoader`.
+        mixing_mode: ``"extra"``, ``"interleave"`` or ``"joint"``, see there.
+        loss_weights: factor of the whole loss of a source, ``{"identity": 1.0, "general": 1.0}`` where not given. It
+            acts on the gradients, not on the logged numbers.
+        module_learning_rates: learning rate of single modules, e.g. ``{"vision_tower": 1e-5}``; ``learning_rate``
+            for the others. Modules are ``vision_tower``, ``connector``, ``id_former``, ``language_model``.
+        freeze: modules that are not trained.
+    """
+
+    # Parsed from JSON on a command line, as transformers does with its own dictionaries.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]  # noqa: RUF012
+
+    mixing_ratio: float = field(default=0.1, metadata={"help": "How often a general batch comes."})
+    mixing_mode: str = field(default="extra", metadata={"help": "extra, interleave or joint."})
+    loss_weights: dict | str | None = field(default=None, metadata={"help": 'JSON, {"identity": 1, "general": 1}.'})
+    module_learning_rates: dict | str | None = field(default=None, metadata={"help": 'JSON, {"vision_tower": 1e-5}.'})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "Modules that are not trained."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are passed on whole."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop roles and boxes from the batches; leave it False.")
+        for source in self.loss_weights or {}:
+            check_choice("loss_weights", source, SOURCES)
+        self.loss_weights = dict.fromkeys(SOURCES, 1.0) | (self.loss_weights or {})
+        for source, weight in self.loss_weights.items():
+            if weight < 0:
+                raise ValueError(f"loss_weights[{source!r}]={weight} must be at least 0.")
+        self.module_learning_rates = dict(self.module_learning_rates or {})
+        for module in self.module_learning_rates:
+            check_choice("module_learning_rates", module, MODULES)
+        for module in self.freeze:
+            check_choice("freeze", module, MODULES)
+            if module in self.module_learning_rates:
+                raise ValueError(f"freeze holds {module!r}, which module_learning_rates trains; choose one.")

@@ -1,0 +1,20 @@
+"""What a run shows."""
+
+from transformers import ProgressCallback
+
+
+class SourceProgress(ProgressCallback):
+    """The progress bar, with the loss of each source beside it instead of a printed dictionary a time."""
+
+    SHOWN = {"loss_identity": "identity", "loss_general": "general", "identity_attention_loss": "attention"}  # noqa: RUF012
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or logs is None:
+            return
+        shown = {label: f"{logs[name]:.3f}" for name, label in self.SHOWN.items() if name in logs}
+        if shown:
+            self.training_bar.set_postfix(shown)
+        evaluated = {name: value for name, value in logs.items() if name.startswith("eval_")}
+        if evaluated:
+            values = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in evaluated.items())
+            self.training_bar.write(f"step {state.global_step}: {values}")

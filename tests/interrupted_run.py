@@ -1,0 +1,117 @@
+"""A small training run over both sources that can be killed: ``python -m tests.interrupted_run FOLDER [STEP WHERE]``.
+
+Writes the losses of every step, exactly, to FOLDER/losses.jsonl.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from idavlm.data import RecordDataset
+from idavlm.training import IDTrainer, IDTrainingArguments
+from tests.small_models import IMAGES, draw_images, record, small_model, small_processor
+
+STEPS, SAVE_EVERY = 14, 4
+
+
+def write_data(folder: Path) -> None:
+    """Ten identity records and five general ones."""
+    draw_images(folder / "images", IMAGES)
+    people = [("Kate", "Tom"), ("Tom",), ("Tom", "Kate"), ("Kate",)]
+    identity = [record(number, people=people[number % 4]) for number in range(10)]
+    general = [
+        {
+            "id": f"g{number}",
+            "source": "general",
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": IMAGES[number % 4]}]},
+                {"role": "assistant", "content": f"Picture {number}: Tom."},
+            ],
+        }
+        for number in range(5)
+    ]
+    for name, records in (("train", identity), ("general", general)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
+class Exact(TrainerCallback):
+    """Writes the losses of every step down to the last bit."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = {name: value for name, value in logs.items() if name.startswith(("loss", "identity"))}
+        if losses:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **losses}) + "\n")
+
+
+class Kill(TrainerCallback):
+    """SIGKILL at a step; nothing is flushed, closed or caught."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, **options) -> IDTrainer:
+    processor = small_processor()
+    set_seed(3)
+    model = small_model(processor, detach_references=False)
+    model.language_model.config.attention_dropout = 0.1  # random numbers of the model must go on, too
+    arguments = IDTrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        warmup_steps=2,
+        logging_steps=1,
+        save_steps=SAVE_EVERY,
+        mixing_ratio=0.4,
+        dataloader_num_workers=num_workers,
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=True,
+        seed=3,
+        **options,
+    )
+    return IDTrainer(
+        model,
+        arguments,
+        train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
+        general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode),
+        data_collator=processor.collate,
+        callbacks=[Exact(folder / "losses.jsonl")],
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    data, folder, step, where = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    trainer = build_trainer(data, folder)
+    if where == "step":
+        trainer.add_callback(Kill(step))
+    else:
+        # In the midst of writing a checkpoint: weights are there, the state is not.
+        save = trainer._save_optimizer_and_scheduler
+
+        def killed_while_saving(output_dir):
+            if trainer.state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(output_dir)
+
+        trainer._save_optimizer_and_scheduler = killed_while_saving
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A small identity-aware VLM with its processor, and a sample to feed it: for tests of everything above the modules."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from idavlm.data import Sample, parse_sample
+from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm.models.small import small_language_model, small_tokenizer, small_vision_tower
+
+TEXTS = [
+    "Kate is reading. Tom is waving.",
+    "Where is Kate? What is Tom doing?",
+    "Picture 1: Kate. Picture 2: Tom.",
+] * 20
+
+
+def small_processor(**options) -> IDAVLMProcessor:
+    images = CLIPImageProcessorPil(
+        size={"height": 64, "width": 64}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    options = {"image_seq_length": 4, "box_format": "bins", **options}
+    return IDAVLMProcessor(images, small_tokenizer(TEXTS, vocab_size=320), **options)
+
+
+def small_model(
+    processor: IDAVLMProcessor, *, connector: str = "id_former", **options
+) -> IDAVLMForConditionalGeneration:
+    torch.manual_seed(0)
+    if connector in ("id_former", "resampler"):
+        options = {"num_queries": processor.image_seq_length, "num_heads": 2, **options}
+    if connector == "id_former":
+        options = {"gate": "none", "nobody_token": True, **options}
+    return IDAVLMForConditionalGeneration.from_parts(
+        small_vision_tower(hidden_size=32),
+        small_language_model(processor.tokenizer, hidden_size=32),
+        image_token_id=processor.image_token_id,
+        connector=connector,
+        **options,
+    ).eval()
+
+
+def draw_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60)) -> Path:
+    """Noise pictures of (width, height) under ``folder``."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def record(number: int = 0, *, people: tuple[str, ...] = ("Kate", "Tom"), answer: bool = True) -> dict:
+    """An identity record: one photo each, a scene, a question of each kind."""
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "scene.png"}, {"type": "text", "text": f"\nWhere is {people[0]}?"}],
+        },
+        {"role": "assistant", "content": [{"type": "box", "name": people[0]}]},
+        {"role": "user", "content": f"What is {people[0]} doing?"},
+        {"role": "assistant", "content": f"{people[0]} is reading."},
+    ]
+    return {
+        "id": str(number),
+        "source": "identity",
+        "identities": [{"name": name, "images": [f"{name.lower()}.png"]} for name in people],
+        "messages": messages if answer else messages[:1],
+        "boxes": [
+            {"name": name, "image": "scene.png", "box": [10 + 30 * place, 10, 35 + 30 * place, 55]}
+            for place, name in enumerate(people)
+        ],
+    } | ({} if answer else {"type": "location", "answer": "", "target": people[0]})
+
+
+IMAGES = ["kate.png", "tom.png", "scene.png", "other.png"]
+
+
+def sample(root: Path, **options) -> Sample:
+    return parse_sample(record(**options), where="test.jsonl:1", image_root=root)

@@ -1,0 +1,196 @@
+"""What a record may hold, and that every fault is named."""
+
+import copy
+
+import pytest
+
+from idavlm.data import DataError, parse_sample
+
+IMAGE = {"type": "image", "image": "s/9.jpg"}
+TRAINING = {
+    "id": "loc-17",
+    "source": "identity",
+    "identities": [{"name": "Kate", "images": ["k/3.jpg", "k/5.jpg"]}, {"name": "Tom", "images": ["t.jpg"]}],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": "\nWhere is Kate?"}]},
+        {"role": "assistant", "content": [{"type": "box", "name": "Kate"}]},
+        {"role": "user", "content": "What is Kate doing?"},
+        {"role": "assistant", "content": "Kate is reading."},
+    ],
+    "boxes": [
+        {"name": "Kate", "image": "s/9.jpg", "box": [853, 112, 1237, 516]},
+        {"name": "a stranger", "image": "s/9.jpg", "box": [0.5, 0, 12, 51.5]},
+    ],
+}
+LOCATION = {
+    "id": 3,
+    "type": "location",
+    "identities": TRAINING["identities"][:1],
+    "messages": TRAINING["messages"][1:2],
+    "answer": "",
+    "target": "Kate",
+    "boxes": TRAINING["boxes"],
+}
+MATCHING = {
+    "type": "matching",
+    "identities": TRAINING["identities"][:1],
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "Picture 1: "}, IMAGE]}],
+    "answer": "Picture 1",
+    "false_answers": ["Picture 2", "Picture 3"],
+}
+
+
+def test_a_training_record():
+    sample = parse_sample(TRAINING, where="train.jsonl:17", image_root="/data/images")
+    assert (sample.id, sample.source, sample.type, sample.where) == ("loc-17", "identity", None, "train.jsonl:17")
+    assert sample.reference_images == ["k/3.jpg", "k/5.jpg", "t.jpg"]
+    assert sample.images == ["k/3.jpg", "k/5.jpg", "t.jpg", "s/9.jpg"]
+    assert [part.type for part in sample.messages[1].content] == ["image", "text"]
+    assert sample.messages[3].content[0].text == "What is Kate doing?", "a string becomes one text part"
+    part = sample.messages[2].content[0]
+    assert sample.box_of(part.name, part.image).box == [853, 112, 1237, 516], "the box part knows its image"
+    assert str(sample.image_root) == "/data/images"
+    with pytest.raises(KeyError, match=r"no box of 'Tom' in 's/9.jpg'"):
+        sample.box_of("Tom", "s/9.jpg")
+
+
+def test_evaluation_records():
+    sample = parse_sample(LOCATION)
+    assert (sample.type, sample.answer, sample.source, sample.id) == ("location", "", "identity", "3")
+    assert sample.target_box.box == [853, 112, 1237, 516]
+    sample = parse_sample(MATCHING, where="test.jsonl:1")
+    assert (sample.false_answers, sample.target_box, sample.id) == (["Picture 2", "Picture 3"], None, "test.jsonl:1")
+
+
+def test_meta_and_general_records():
+    record = {
+        "meta": {"any": "thing"},
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}],
+    }
+    assert parse_sample(record).source == "general"
+
+
+def test_the_record_is_left_as_it_is():
+    record = copy.deepcopy(TRAINING)
+    parse_sample(record)
+    assert record == TRAINING
+
+
+def changed(record, path, value):
+    """``record`` with the entry at ``path`` ("messages.1.role") set, or taken away where value is None."""
+    record = copy.deepcopy(record)
+    *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    place = record
+    for key in way:
+        place = place[key]
+    if value is None:
+        del place[last]
+    elif isinstance(place, list) and last == len(place):
+        place.append(value)
+    else:
+        place[last] = value
+    return record
+
+
+TEXT = {"type": "text", "text": "x"}
+KATE = {"name": "Kate", "images": ["x.jpg"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("sorce", "identity", "unknown fields 'sorce'; known are"),
+        ("id", [1], r"id=\[1\] must be a string"),
+        ("source", "both", "source='both' is not known; choose one of 'identity', 'general'"),
+        ("source", "general", "source='general', but the record has 2 identities"),
+        ("identities", [], "source='identity', but the record has 0 identities"),
+        ("identities", "Kate", "identities is str 'Kate'; expected a list"),
+        ("identities.0", "Kate", r"identities\[0\] is str"),
+        ("identities.0.name", " ", r"identities\[0\].name=' ' must be a string that is not empty"),
+        ("identities.0.images", [], r"identities\[0\].images=\[\] of 'Kate' must be a list of at least one photo"),
+        ("identities.0.images", "k.jpg", "must be a list of at least one photo"),
+        ("identities.0.photo", "k.jpg", r"identities\[0\] has unknown fields 'photo'"),
+        ("identities.2", KATE, "identities names 'Kate' 2 times"),
+        ("identities.0.images.0", "/etc/passwd", r"identities\[0\].images\[0\]='/etc/passwd' is absolute"),
+        ("identities.0.images.0", "C:\\x.jpg", "is absolute"),
+        ("identities.0.images.0", "a/../../x.jpg", "leaves the image root"),
+        ("identities.0.images.0", "a\\..\\x.jpg", "leaves the image root"),
+        ("identities.0.images.0", "http://host/x.jpg", "is a URL; URLs are off"),
+        ("identities.0.images.0", "data:image/png;base64,AAAA", "is a URL; URLs are off"),
+        ("identities.0.images.0", "x\0.jpg", "must be a string"),
+        ("identities.0.images.0", 3, "must be a string"),
+        ("messages.1.content.0.image", "../s.jpg", r"messages\[1\].content\[0\].image='../s.jpg' leaves"),
+        ("messages", [], r"messages has no user turn \(roles: none\)"),
+        ("messages", [{"role": "assistant", "content": "x"}], r"no user turn \(roles: assistant\)"),
+        ("messages.1.role", "human", r"messages\[1\].role='human' is not known; choose one of 'system', 'user'"),
+        ("messages.2.role", "user", r"messages\[2\].role='user' where 'assistant' is due"),
+        ("messages.3.role", "system", r"messages\[3\].role='system' where 'user' is due"),
+        ("messages.4", None, "messages ends with a turn of 'user', not 'assistant'"),
+        ("messages.4.content", "  ", r"messages\[4\] of 'assistant' has no text"),
+        ("messages.4.content", [], r"messages\[4\] of 'assistant' has no text"),
+        ("messages.0.content", "", r"messages\[0\] of 'system' has no text"),
+        ("messages.3.content", "", r"messages\[3\] of 'user' is empty"),
+        ("messages.4.content", [TEXT, IMAGE], "of 'assistant' has an image; only user turns"),
+        ("messages.4.content", 7, r"messages\[4\].content=7 must be a string or a list of parts"),
+        ("messages.4.content", None, r"messages\[4\].content=None must be"),
+        ("messages.1.content.0.type", "video", r"messages\[1\].content\[0\].type='video' is not known"),
+        ("messages.1.content.0", "text", r"messages\[1\].content\[0\] is str 'text'"),
+        ("messages.1.content.1.text", 4, r"messages\[1\].content\[1\].text is int '4'"),
+        ("messages.1.content.0.text", "x", "unknown fields 'text'; known are image, type"),
+        ("messages.1.name", "x", r"messages\[1\] has unknown fields 'name'"),
+        ("messages.2.content.0.name", "Jane", r"messages\[2\] has a box part of 'Jane', but boxes has no such entry"),
+        ("messages.2.content.0.image", "t.jpg", "a box part of 'Kate' in 't.jpg', but boxes has no such entry"),
+        ("boxes.0.image", "k/3.jpg", r"boxes\[0\].image='k/3.jpg' is no image of the messages \(s/9.jpg\)"),
+        ("boxes.0.box", [1, 2, 1, 4], r"boxes\[0\].box=\[1, 2, 1, 4\] of 'Kate' is empty"),
+        ("boxes.0.box", [5, 2, 1, 4], "is empty"),
+        ("boxes.0.box", [-5, -5, 0, 4], "is empty"),
+        ("boxes.0.box", [1, 2, 3], "must be four numbers"),
+        ("boxes.0.box", [1, 2, 3, float("nan")], "must be four numbers"),
+        ("boxes.0.box", [1, 2, True, 4], "must be four numbers"),
+        ("boxes.0.box", "1 2 3 4", "must be four numbers"),
+        ("boxes.0.name", None, r"boxes\[0\].name=None must be a string"),
+        ("boxes.2", {"name": "Kate", "image": "s/9.jpg", "box": [1, 2, 3, 4]}, r"boxes\[2\] is a second box of 'Kate'"),
+        ("answer", "x", 'answer belongs to evaluation records; add "type"'),
+    ],
+)
+def test_faults_of_training_records_are_named(path, value, message):
+    with pytest.raises(DataError, match=f"^train.jsonl:17: .*{message}") as caught:
+        parse_sample(changed(TRAINING, path, value), where="train.jsonl:17")
+    assert caught.value.kind == "record"
+
+
+@pytest.mark.parametrize(
+    ("record", "path", "value", "message"),
+    [
+        (LOCATION, "type", "find", "type='find' is not known; choose one of 'matching', 'location'"),
+        (LOCATION, "target", None, "target=None of a location record has no box in the last image"),
+        (LOCATION, "target", "Jane", "target='Jane' of a location record has no box"),
+        (LOCATION, "answer", None, "answer is NoneType"),
+        (LOCATION, "messages.1", {"role": "assistant", "content": "x"}, "ends with a turn of 'assistant', not 'user'"),
+        (MATCHING, "answer", " ", "answer=' ' of a matching record is empty"),
+        (MATCHING, "false_answers", "Picture 2", "false_answers is str"),
+        (MATCHING, "false_answers.0", "Picture 1", r"false_answers\[0\]='Picture 1' is the right answer"),
+        (MATCHING, "false_answers.0", "", r"false_answers\[0\]='' must be a string"),
+        (MATCHING, "target", 3, "target=3 must be a string"),
+    ],
+)
+def test_faults_of_evaluation_records_are_named(record, path, value, message):
+    with pytest.raises(DataError, match=f"^test.jsonl:2: .*{message}"):
+        parse_sample(changed(record, path, value), where="test.jsonl:2")
+
+
+@pytest.mark.parametrize("record", [None, 3, "x", [TRAINING]])
+def test_a_record_is_an_object(record):
+    with pytest.raises(DataError, match=r"^f:1: the record is .*; expected a JSON object"):
+        parse_sample(record, where="f:1")
+
+
+def test_a_name_with_boxes_in_two_images_needs_the_image():
+    other = {"type": "image", "image": "s/10.jpg"}
+    record = changed(TRAINING, "messages.1.content.2", other)
+    record = changed(record, "boxes.2", {"name": "Kate", "image": "s/10.jpg", "box": [1, 2, 3, 4]})
+    with pytest.raises(DataError, match=r"'Kate', who has boxes in s/9.jpg, s/10.jpg; add .image."):
+        parse_sample(record)
+    sample = parse_sample(changed(record, "messages.2.content.0.image", "s/10.jpg"))
+    assert sample.messages[2].content[0].image == "s/10.jpg"

@@ -1,0 +1,210 @@
+"""Scores of answers, the baselines, and the run over all samples."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from idavlm.data import Identity
+from idavlm.evaluation import (
+    EvaluationResult,
+    box_iou,
+    evaluate,
+    names_in,
+    parse_picture,
+    score_box,
+    score_description,
+    score_picture,
+    with_wrong_references,
+    without_references,
+)
+from tests.evaluation_fakes import FakeModel, FakeProcessor, samples
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Picture 3", 3),
+        ("It is picture three.", 3),
+        ("Image 4, not Image 1", 4),
+        ("image4", 4),
+        ("The photo #2 shows Kate", 2),
+        (" 2. ", 2),
+        ("Picture 12", 12),
+        ("The 3rd of them", None),
+        ("She wears 2 hats", None),
+        ("pictures", None),
+        ("", None),
+    ],
+)
+def test_the_picture_named_first(text, number):
+    assert parse_picture(text) == number
+
+
+def test_score_of_a_matching_answer():
+    assert score_picture("Image 2", "Picture 2") == {"accuracy": 1}
+    assert score_picture("Picture 1 or 2", "Picture 2") == {"accuracy": 0}
+    assert score_picture("Kate", "Picture 2") is None
+    with pytest.raises(ValueError, match="answer='Kate' names no picture"):
+        score_picture("Picture 1", "Kate")
+
+
+def test_iou_of_known_boxes():
+    assert box_iou([0, 0, 10, 10], [0, 0, 10, 10]) == 1
+    assert box_iou([0, 0, 10, 10], [5, 0, 15, 10]) == pytest.approx(1 / 3)
+    assert box_iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0
+    assert box_iou([3, 3, 3, 3], [3, 3, 3, 3]) == 0
+    assert score_box([0, 0, 10, 5], [0, 0, 10, 10]) == {"mean_iou": 0.5, "acc@0.5": 1}
+
+
+boxes = st.lists(st.integers(0, 12), min_size=4, max_size=4).filter(lambda b: b[0] < b[2] and b[1] < b[3])
+
+
+@given(boxes, boxes)
+def test_iou_is_that_of_counted_pixels(first, second):
+    masks = []
+    for x1, y1, x2, y2 in (first, second):
+        masks.append(torch.zeros(12, 12, dtype=torch.bool))
+        masks[-1][y1:y2, x1:x2] = True
+    expected = (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
+    assert box_iou(first, second) == pytest.approx(float(expected))
+    assert box_iou(first, second) == box_iou(second, first)
+
+
+def test_names_are_whole_words_and_the_longest():
+    names = ["Ann", "Anna", "Ranger", "Elvish Ranger", "C.J."]
+    assert names_in("Anna and C.J. see an Elvish Ranger.", names) == {"Anna", "Elvish Ranger", "C.J."}
+    assert names_in("anna, Annabel and Ann's hat", names) == {"Ann"}
+    assert names_in("Anna", []) == set()
+
+
+def test_score_of_a_description():
+    gold, names = "Kate is waving and Tom is reading.", ["Kate", "Tom", "Mia"]
+    full = {"name_precision": 1, "name_recall": 1, "clause_recall": 1}
+    assert score_description(gold, gold, names) == full
+    assert score_description("Tom is  reading and Kate is waving", gold, names) == full
+    assert score_description("Kate is reading and Tom is waving.", gold, names) == {**full, "clause_recall": 0}
+    assert score_description("Kate is waving and Mia is reading.", gold, names) == dict.fromkeys(full, 0.5)
+    assert score_description("someone is waving", gold, names) == dict.fromkeys(full, 0)
+    assert score_description("someone is waving", "someone is reading", names) == full
+    assert score_description("Mia is waving", "someone is waving", names) == {**full, "name_precision": 0}
+
+
+@pytest.mark.parametrize("more", ["", "Someone is sitting, "])
+def test_pictures_of_a_description_do_not_mix(more):
+    gold = f"Picture 1: {more}Kate is waving. Picture 2: {more}Kate is reading."
+    swapped = f"Picture 1: {more}Kate is reading. Picture 2: {more}Kate is waving."
+    renamed = f"Image 1: {more}Kate is waving; image 2: {more}Kate is reading."
+    assert score_description(swapped, gold, ["Kate"])["clause_recall"] == 0
+    assert score_description(renamed, gold, ["Kate"])["clause_recall"] == 1
+
+
+@pytest.mark.parametrize("model", [FakeModel(), FakeModel(prompt_too=False)])
+def test_a_model_that_recognises_scores_full(model):
+    result = evaluate(model, FakeProcessor(), samples(), batch_size=3)
+    for task, summary in result.summary.items():
+        assert set(summary["metrics"].values()) == {1.0}, task
+        assert (summary["n"], summary["unparsed"]) == (8, 0)
+    assert [prediction.id for prediction in result.predictions] == [sample.id for sample in samples()]
+    chance = {task: summary["chance"] for task, summary in result.summary.items()}
+    assert chance == {
+        "matching": {"accuracy": 0.25},
+        "location": {"mean_iou": 0.25, "acc@0.5": 0.25},
+        "qa_single": {"accuracy": 0.25},
+        "caption_single": {},
+    }
+
+
+@pytest.mark.parametrize("references", ["none", "wrong"])
+def test_without_the_right_references_it_guesses(references):
+    """The fake answers with the first choice then, right for two of eight persons; never unreadable."""
+    result = evaluate(FakeModel(), FakeProcessor(), samples(), references=references)
+    for task, metric in (("matching", "accuracy"), ("location", "acc@0.5"), ("qa_single", "accuracy")):
+        assert result.summary[task]["metrics"][metric] <= 0.25, task
+    assert result.summary["caption_single"]["metrics"]["name_recall"] == 1
+    assert result.summary["caption_single"]["metrics"]["clause_recall"] <= 0.25
+
+
+def test_what_cannot_be_read_is_counted_and_scores_0():
+    result = evaluate(FakeModel(mute=True), FakeProcessor(), samples())
+    for task in ("matching", "location"):
+        assert result.summary[task]["unparsed"] == 8
+        assert set(result.summary[task]["metrics"].values()) == {0.0}
+    assert result.predictions[1].box is None
+
+
+def test_a_tie_of_candidates_is_wrong():
+    model = FakeModel()
+    model.answer = lambda prompt: ""
+    one = [replace(samples()[2], answer="Kate is mad.", false_answers=["Kate is sad."])]
+    assert evaluate(model, FakeProcessor(), one).predictions[0].scores == {"accuracy": 0}
+
+
+def test_long_answers_are_cut_and_the_mode_comes_back():
+    model = FakeModel().train()
+    model.frozen = torch.nn.BatchNorm1d(1).eval()
+    result = evaluate(model, FakeProcessor(), samples(), max_new_tokens=4)
+    assert model.training
+    assert not model.frozen.training
+    assert result.predictions[0].text == "Pict"
+
+
+def test_a_result_survives_the_disk(tmp_path):
+    result = evaluate(FakeModel(), FakeProcessor(), samples())
+    assert EvaluationResult.load(result.save(tmp_path / "new" / "scores.json")) == result
+
+
+def test_samples_that_cannot_be_asked_are_named():
+    with pytest.raises(ValueError, match=r"test.jsonl:1 is a training sample"):
+        evaluate(FakeModel(), FakeProcessor(), [replace(samples()[0], type=None)])
+    with pytest.raises(ValueError, match=r"test.jsonl:3 of type 'qa_single' has no false_answers"):
+        evaluate(FakeModel(), FakeProcessor(), [replace(samples()[2], false_answers=[])])
+    with pytest.raises(ValueError, match="references='no' is not known"):
+        evaluate(FakeModel(), FakeProcessor(), samples(), references="no")
+
+
+def test_without_references_the_question_stays():
+    sample = samples()[0]
+    bare = without_references(sample)
+    assert (bare.identities, bare.source, bare.messages) == ([], "general", sample.messages)
+    assert len(sample.identities) == 1
+
+
+def test_wrong_references_show_nobody_of_the_sample():
+    given = samples(12)
+    wrong = with_wrong_references(given)
+    assert wrong == with_wrong_references(given)
+    for sample, before in zip(wrong, samples(12), strict=True):
+        assert [identity.name for identity in sample.identities] == ["Kate"]
+        shown = {image.split("/")[0] for image in before.images}
+        photos = sample.identities[0].images
+        assert len(photos) == 2
+        assert len({photo.split("/")[0] for photo in photos} - shown) == 1
+    assert given == samples(12)
+
+
+def test_photos_shared_in_a_chain_are_one_person():
+    """Sample 2's photos are linked to sample 0's by sample 1, so only sample 3's are of somebody else."""
+    photos = [["a", "b"], ["b", "c"], ["c", "d"], ["x", "y"]]
+    given = [
+        replace(samples()[0], identities=[Identity("Kate", images)], messages=samples()[2].messages)
+        for images in photos
+    ]
+    wrong = [sample.identities[0].images for sample in with_wrong_references(given)]
+    assert wrong[:3] == [["x", "y"]] * 3
+    assert wrong[3] != ["x", "y"]
+    with pytest.raises(ValueError, match=r"no other person for 'Kate' of test\.jsonl:1"):
+        with_wrong_references(given[:3])
+
+
+def test_two_identities_of_a_sample_get_two_others():
+    pair = [Identity("Kate", ["a"]), Identity("Tom", ["b"])]
+    base = samples()[2]
+    given = [
+        replace(base, identities=pair),
+        *(replace(base, identities=[Identity("Mia", [image])]) for image in ("c", "c", "d")),
+    ]
+    first = with_wrong_references(given)[0].identities
+    assert {image for identity in first for image in identity.images} == {"c", "d"}
