@@ -11,32 +11,53 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "CrossAttention": "idavlm.modules",
+    "DualDataLoader": "idavlm.data",
+    "IDAVLMConfig": "idavlm.models",
+    "IDAVLMForConditionalGeneration": "idavlm.models",
+    "IDAVLMProcessor": "idavlm.models",
     "IDFormer": "idavlm.modules",
+    "IDTrainer": "idavlm.training",
+    "IDTrainingArguments": "idavlm.training",
     "IdentityTokens": "idavlm.modules",
     "ImageRole": "idavlm.utils",
+    "RecordDataset": "idavlm.data",
     "Resampler": "idavlm.modules",
+    "Sample": "idavlm.data",
     "build_connector": "idavlm.modules",
     "cross_attention": "idavlm.ops",
     "identity_attention_loss": "idavlm.ops",
     "identity_patch_targets": "idavlm.ops",
+    "parse_sample": "idavlm.data",
 }
 
 __all__ = [
     "CrossAttention",
+    "DualDataLoader",
+    "IDAVLMConfig",
+    "IDAVLMForConditionalGeneration",
+    "IDAVLMProcessor",
     "IDFormer",
+    "IDTrainer",
+    "IDTrainingArguments",
     "IdentityTokens",
     "ImageRole",
+    "RecordDataset",
     "Resampler",
+    "Sample",
     "__version__",
     "build_connector",
     "cross_attention",
     "identity_attention_loss",
     "identity_patch_targets",
+    "parse_sample",
 ]
 
 if TYPE_CHECKING:
+    from idavlm.data import DualDataLoader, RecordDataset, Sample, parse_sample
+    from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor
     from idavlm.modules import CrossAttention, IdentityTokens, IDFormer, Resampler, build_connector
     from idavlm.ops import cross_attention, identity_attention_loss, identity_patch_targets
+    from idavlm.training import IDTrainer, IDTrainingArguments
     from idavlm.utils import ImageRole
 
 

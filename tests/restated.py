@@ -1,5 +1,7 @@
 """Every option of IDFormer restated image by image: tokens and maps, with textbook attention and no ragged anything."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +55,19 @@ def restate(
         tokens = attend("resampler.attention", query, x + patch_position, x)[0]
         return tokens + feed_forward("resampler.feed_forward", tokens)
 
+    def mark(image: int, shares: Tensor) -> Tensor | float:
+        """Slots: of a photo its identity's, of others by what the patches in the cell of each query look at."""
+        if "identity_slots.weight" not in weights:
+            return 0.0
+        slots = weights["identity_slots.weight"][:num_identities]
+        if roles[image] == 0:
+            return slots[identities[image]]
+        side, cells = int(len(shares) ** 0.5), int(len(position) ** 0.5)
+        edges = [(math.floor(i * side / cells), math.ceil((i + 1) * side / cells)) for i in range(cells)]
+        grid = shares[:, :-1].view(side, side, -1)
+        rows = [grid[top:bottom, left:right].mean((0, 1)) @ slots for top, bottom in edges for left, right in edges]
+        return torch.stack(rows)
+
     patches = [norm("resampler.input_norm", x @ weights["resampler.input_proj.weight"].T) for x in features]
     tokens, maps = [], [[] for _ in id_former.identity_layers]
     for number, x in enumerate(patches):
@@ -64,8 +79,6 @@ def restate(
         for i in own:
             key = read(patches[i]) if id_former.identity_keys == "tokens" else patches[i]
             key = key.detach() if id_former.detach_references else key
-            if "identity_slots.weight" in weights:
-                key = key + weights["identity_slots.weight"][identities[i]]
             keys.append(key)
             owner.append(torch.full((len(key),), identities[i]))
         for layer, layer_maps in enumerate(maps):
@@ -77,5 +90,5 @@ def restate(
             x = x + gate(f"{name}.attention_gate") * found
             x = x + gate(f"{name}.feed_forward_gate") * feed_forward(f"{name}.feed_forward", x)
             layer_maps.append(shares @ F.one_hot(torch.cat(owner), num_identities + 1).to(x))
-        tokens.append(read(x))
+        tokens.append(read(x) + mark(number, maps[-1][-1]))
     return torch.stack(tokens), [torch.stack(layer_maps) for layer_maps in maps]

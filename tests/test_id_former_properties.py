@@ -146,7 +146,7 @@ def test_a_bank_of_identities_equals_forward(small_id_former, options):
     roles, identity = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, -1, -1, -1])
     expected, maps = id_former(features, roles, torch.zeros(6, dtype=torch.long), identity, output_attentions=True)
     bank = [id_former.encode_references(features[:2]), id_former.encode_references(features[2:3])]
-    torch.testing.assert_close(torch.cat([i.image_tokens for i in bank]), expected[:3], atol=1e-12, rtol=0)
+    torch.testing.assert_close(id_former.reference_tokens(bank), expected[:3], atol=1e-12, rtol=0)
     out, bank_maps = id_former.forward_scenes(features[3:], bank, output_attentions=True)
     torch.testing.assert_close(out, expected[3:], atol=1e-12, rtol=0)
     for layer, bank_layer in zip(maps, bank_maps, strict=True):
@@ -291,3 +291,34 @@ def test_peft_adapters_reach_every_projection(small_id_former, lora_bias):
     out = adapted(features, *batch)
     assert (out - before).abs().max() > 1e-3
     torch.testing.assert_close(adapted.merge_and_unload()(features, *batch), out, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("keys", ["tokens", "patches"])
+@pytest.mark.parametrize("nobody", [False, True])
+def test_contrast_loss_restated(small_id_former, keys, nobody):
+    """All samples as one: every labelled patch attends to all references, and slots play no part."""
+    id_former = small_id_former(identity_keys=keys, nobody_token=nobody, num_identity_slots=2, num_identity_heads=1)
+    features = torch.randn(6, 9, 12, dtype=torch.float64)
+    roles = torch.tensor([0, 0, 1, 0, 0, 1])
+    samples, identities = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 0, 0, 0])
+    targets = torch.full((6, 9), -100)
+    targets[2, :4] = torch.tensor([0, 1, 1, -1])
+    targets[5, 3:5] = 0
+    loss = id_former.contrast_loss(features, roles, samples, identities, targets)
+
+    plain = small_id_former(identity_keys=keys, nobody_token=nobody, num_identity_heads=1)
+    plain.load_state_dict({k: v for k, v in id_former.state_dict().items() if k != "identity_slots.weight"})
+    order = torch.tensor([0, 1, 3, 4, 2, 5])
+    _, maps = plain(
+        features[order],
+        roles[order],
+        torch.zeros(6, dtype=torch.long),
+        torch.tensor([0, 1, 2, 2, 0, 0]),
+        output_attentions=True,
+    )
+    scenes = maps[0][4:]
+    shares = [scenes[0, 0, 0], scenes[0, 1, 1], scenes[0, 2, 1], scenes[1, 3, 2], scenes[1, 4, 2]]
+    torch.testing.assert_close(loss, -torch.stack(shares).double().log().mean(), rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert id_former.identity_layers[0].attention.q_proj.weight.grad.abs().max() > 0
+    assert id_former.contrast_loss(features, roles, samples, identities, torch.full((6, 9), -1)) == 0

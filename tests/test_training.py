@@ -125,9 +125,7 @@ def test_freezing_and_rates_of_modules(data, tmp_path):
     model = small_model(processor)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     options = {"freeze": ["vision_tower"], "module_learning_rates": {"id_former": 0.0}, "learning_rate": 1e-2}
-    trainer = IDTrainer(
-        model, arguments(tmp_path, **options), train_dataset=records, data_collator=processor.collate
-    )
+    trainer = IDTrainer(model, arguments(tmp_path, **options), train_dataset=records, data_collator=processor.collate)
     trainer.train()
     for name, parameter in model.named_parameters():
         changed = not torch.equal(parameter, before[name])

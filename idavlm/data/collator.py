@@ -9,7 +9,7 @@ from torch import Tensor
 from idavlm.data.rendering import IGNORE_INDEX
 from idavlm.utils import check_choice
 
-_TEXT = {"input_ids": (torch.int64, ("T",)), "labels": (torch.int64, ("T",))}
+_TEXT = dict.fromkeys(("input_ids", "labels", "name_identity"), (torch.int64, ("T",)))
 _IMAGES = {
     "pixel_values": (torch.float32, ("I", 3, "H", "W")),
     "image_roles": (torch.int64, ("I",)),
@@ -44,10 +44,11 @@ class Collator:
         """Batch encoded samples.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels`` ``[B, T]``; ``pixel_values`` ``[I, 3, H, W]``,
-            ``image_roles``, ``identity_index``, ``sample_index`` ``[I]``, ``image_sizes`` ``[I, 2]`` of all samples
-            together; ``boxes`` ``[N, 4]``, ``box_image`` ``[N]`` (image in the batch), ``box_identity`` ``[N]``
-            (identity in its sample); ``source``, a list of B strings, where the samples have one.
+            ``input_ids``, ``attention_mask``, ``labels``, ``name_identity`` ``[B, T]``; of all samples together
+            ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``, ``sample_index`` ``[I]``,
+            ``image_sizes`` ``[I, 2]``; ``boxes`` ``[N, 4]``, ``box_image`` ``[N]`` (image in the batch),
+            ``box_identity`` ``[N]`` (identity in its sample); ``source``, a list of B strings, where the samples have
+            one.
 
         Raises:
             ValueError: missing or unknown fields, shapes or indices that do not fit, images of different size.
@@ -78,13 +79,16 @@ class Collator:
         shape = (len(samples), longest)
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
+        name_identity = torch.full(shape, -1)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
             place = slice(0, length) if self.padding_side == "right" else slice(longest - length, longest)
             input_ids[row, place] = sample["input_ids"]
             labels[row, place] = sample["labels"]
+            name_identity[row, place] = sample["name_identity"]
             attention_mask[row, place] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return texts | {"name_identity": name_identity}
 
 
 def _images(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from idavlm.utils import check_choice
 
-_NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _FOUR = re.compile(rf"[\[(<{{]?{_NUMBER},{_NUMBER}[)>]?\s*,?\s*[(<]?{_NUMBER},{_NUMBER}")
 
 

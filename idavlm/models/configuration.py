@@ -22,12 +22,23 @@ class IDAVLMConfig(PretrainedConfig):
         vision_feature_layer: hidden state of the vision tower that is read: -1 its output, -2 the layer before, ...
         vision_feature_select: ``"patch"`` leaves out leading tokens such as CLS, ``"cls"`` keeps only them, ``"all"``
             keeps everything. An ID-Former needs ``"patch"``.
-        identity_loss_weight: factor of the identity attention loss, which exists where boxes are given.
+        identity_loss_weight: factor of :meth:`idavlm.IDFormer.identity_loss`, which exists where boxes are given.
+        contrast_loss_weight: factor of :meth:`idavlm.IDFormer.contrast_loss`, computed where it is not 0 and boxes are
+            given. For models from scratch.
     """
 
     model_type = "idavlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "past_key_values",
+        "language_loss",
+        "identity_loss",
+        "contrast_loss",
+        "auxiliary_loss",
+        "image_hidden_states",
+        "identity_attentions",
+    ]
 
     def __init__(
         self,
@@ -40,6 +51,7 @@ class IDAVLMConfig(PretrainedConfig):
         vision_feature_layer: int = -1,
         vision_feature_select: str = "patch",
         identity_loss_weight: float = 1.0,
+        contrast_loss_weight: float = 0.0,
         **kwargs,
     ):
         check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
@@ -51,8 +63,9 @@ class IDAVLMConfig(PretrainedConfig):
         if vision_feature_layer >= 0:
             raise ValueError(f"vision_feature_layer={vision_feature_layer} counts from the end: -1, -2, ...")
         check_positive(image_seq_length=image_seq_length)
-        if identity_loss_weight < 0:
-            raise ValueError(f"identity_loss_weight={identity_loss_weight} must be at least 0.")
+        for name, weight in (("identity", identity_loss_weight), ("contrast", contrast_loss_weight)):
+            if weight < 0:
+                raise ValueError(f"{name}_loss_weight={weight} must be at least 0.")
         text_config = _sub_config("text_config", text_config)
         # The language model ties its own head; nothing is tied across parts.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
@@ -67,6 +80,7 @@ class IDAVLMConfig(PretrainedConfig):
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select = vision_feature_select
         self.identity_loss_weight = identity_loss_weight
+        self.contrast_loss_weight = contrast_loss_weight
 
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)

@@ -1,7 +1,10 @@
 """Generation with images: read once, and repeated with their sample."""
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationMixin
+
+from idavlm.models.names import NOT_A_NAME
 
 # What describes the images of a batch: one row an image, and one row a box.
 IMAGE_INPUTS = ("pixel_values", "image_features", "image_roles", "identity_index", "image_sizes")
@@ -14,8 +17,13 @@ class ImageGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            for name in (*IMAGE_INPUTS, "sample_index"):
+            for name in (*IMAGE_INPUTS, "sample_index", "name_identity"):
                 inputs.pop(name, None)
+        elif inputs.get("name_identity") is not None:
+            new = (
+                input_ids.shape[1] - inputs["name_identity"].shape[1]
+            )  # without a cache the prompt comes again, longer
+            inputs["name_identity"] = F.pad(inputs["name_identity"], (0, new), value=NOT_A_NAME)
         for name in BOX_INPUTS:
             inputs.pop(name, None)
         return inputs
@@ -40,7 +48,7 @@ class ImageGenerationMixin(GenerationMixin):
                 for image in range(len(rows))
                 if rows[image] == row
             ]
-            order = torch.tensor([image for _, image in copies])
+            order = torch.tensor([image for _, image in copies], dtype=torch.long)
             kwargs.update({name: value[order.to(value.device)] for name, value in images.items()})
-            kwargs["sample_index"] = torch.tensor([sample for sample, _ in copies])
+            kwargs["sample_index"] = torch.tensor([sample for sample, _ in copies], dtype=torch.long)
         return input_ids, kwargs

@@ -2,15 +2,16 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
+from idavlm.models.joint import connector_of, identity_targets
 from idavlm.models.outputs import IDAVLMOutput
 from idavlm.models.scatter import scatter_image_tokens
-from idavlm.models.vision import output_width, vision_features
-from idavlm.modules import IDFormer, Resampler, build_connector
-from idavlm.ops import identity_patch_targets
+from idavlm.models.vision import no_features, vision_features
+from idavlm.modules import Resampler
+from idavlm.utils import ImageRole
 
 
 class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
@@ -51,14 +52,18 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
         self.id_former = self.connector = None
         if config.connector == "id_former":
-            self.id_former = _build_connector(config)
+            self.id_former = connector_of(config)
         else:
-            self.connector = _build_connector(config)
+            self.connector = connector_of(config)
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
         # from_pretrained builds on the meta device, where initial values are lost.
         self._connector_was_built_empty = any(parameter.is_meta for parameter in self._joint.parameters())
+        # transformers would initialise layers of given parts that were replaced or wrapped after they were built.
+        for part in (vision_tower, language_model):
+            for module in part.modules() if part is not None else ():
+                module._is_hf_initialized = True
         self.post_init()
 
     @property
@@ -88,7 +93,10 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         """
         if isinstance(vision_tower, str):
             vision_tower = AutoModel.from_pretrained(vision_tower)
-        vision_tower = getattr(vision_tower, "vision_model", vision_tower)
+        # Of a model of images and text the vision part, if that is what its configuration builds when it is loaded.
+        part = getattr(vision_tower, "vision_model", None)
+        if part is not None and MODEL_MAPPING.get(type(getattr(part, "config", None)), None) is type(part):
+            vision_tower = part
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
         vocabulary = language_model.get_input_embeddings().num_embeddings
@@ -97,7 +105,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
                 f"image_token_id={image_token_id} lies outside the {vocabulary} embeddings of the language model; call "
                 "language_model.resize_token_embeddings(len(tokenizer)) first."
             )
-        known = ("image_seq_length", "vision_feature_layer", "vision_feature_select", "identity_loss_weight")
+        known = ("image_seq_length", "vision_feature_layer", "vision_feature_select")
+        known += ("identity_loss_weight", "contrast_loss_weight")
         config = IDAVLMConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
@@ -127,6 +136,13 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     def get_decoder(self):
         return self.language_model.get_decoder()
 
+    def train(self, mode: bool = True) -> "IDAVLMForConditionalGeneration":
+        """As usual; a vision tower that is frozen stays in evaluation mode, and so do its batch statistics."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
+
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: idavlm's modules initialise themselves when they are built."""
 
@@ -141,7 +157,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             for name, tensor in self._joint.state_dict(keep_vars=True).items()
             if not getattr(tensor, "_is_hf_initialized", False)
         }
-        new = _build_connector(self.config).state_dict() if lacking else {}
+        new = connector_of(self.config).state_dict() if lacking else {}
         for name, tensor in lacking.items():
             tensor.copy_(new[name])
 
@@ -169,35 +185,18 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         Returns:
             ``[I, Q, C]`` tokens; the identity maps or None; rows and columns of the patches or None.
         """
-        if (pixel_values is None) == (image_features is None):
-            raise ValueError("give either pixel_values or image_features.")
-        grid_size = None
-        if image_features is None:
-            image_features, grid_size = self.image_features(pixel_values)
-        if self.id_former is None:
-            return self._connect(image_features, grid_size), None, grid_size
-        num_images = image_features.shape[0]
-        if image_roles is None:
-            image_roles = torch.full((num_images,), 2)
-            sample_index = torch.zeros(num_images, dtype=torch.long)
-        elif sample_index is None:
-            raise ValueError("image_roles without sample_index: say which row of the batch each image belongs to.")
-        image_features = image_features.to(self.id_former.resampler.query.dtype)
-        result = self.id_former(
-            image_features,
-            image_roles,
-            sample_index,
-            identity_index,
-            grid_size=grid_size,
-            output_attentions=output_identity_attentions,
-        )
-        image_tokens, maps = result if output_identity_attentions else (result, None)
+        features, grid_size = self._features(pixel_values, image_features)
+        roles = (image_roles, sample_index, identity_index)
+        image_tokens, maps = self._encode(features, grid_size, roles, output_identity_attentions)
         return image_tokens, maps, grid_size
 
     def image_features(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
-        """``[I, P, Cv]`` features of the vision tower and their grid; without gradient where the tower is frozen."""
+        """``[I, P, Cv]`` features of the vision tower and their grid; without gradient where the tower is frozen.
+
+        Of no images (a batch of text alone) ``[0, 1, Cv]`` and None.
+        """
         if pixel_values.shape[0] == 0:
-            raise ValueError("pixel_values holds no image; leave it out for text alone.")
+            return no_features(self.vision_tower, self.config), None
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained):
             return vision_features(
@@ -207,12 +206,6 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
                 select=self.config.vision_feature_select,
             )
 
-    def _connect(self, image_features: Tensor, grid_size: tuple[int, int] | None) -> Tensor:
-        image_features = image_features.to(next((p.dtype for p in self.connector.parameters()), self.dtype))
-        if isinstance(self.connector, Resampler):
-            return self.connector(image_features, grid_size=grid_size)
-        return self.connector(image_features)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -221,6 +214,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        name_identity: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         image_roles: Tensor | None = None,
@@ -233,7 +227,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         output_identity_attentions: bool = False,
         **kwargs,
     ) -> IDAVLMOutput:
-        """Read text and images; with ``labels`` also the losses.
+        """Read text and images; with ``labels`` also the losses. Images alone are read without the language model.
 
         Args:
             input_ids: ``[B, T]`` with ``image_token_id`` wherever an image token goes.
@@ -242,6 +236,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             past_key_values: a transformers cache.
             inputs_embeds: ``[B, T, C]`` in place of ``input_ids``; then no images are read.
             labels: ``[B, T]``, -100 where nothing is to be predicted.
+            name_identity: ``[B, T]`` the identity whose name a token is, -1 elsewhere. An ID-Former with
+                ``num_identity_slots`` marks these tokens as it marks the identity's photos.
             pixel_values: see :meth:`encode_images`, as the next four.
             image_features: ...
             image_roles: ...
@@ -254,27 +250,33 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             output_identity_attentions: also give the identity maps.
             kwargs: for the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is not None:
             raise ValueError("give either input_ids or inputs_embeds.")
-        image_tokens = maps = grid_size = None
-        teaches = self.id_former is not None and boxes is not None and labels is not None
-        if inputs_embeds is None:
+        image_tokens = maps = None
+        losses: dict[str, Tensor] = {}
+        if pixel_values is not None or image_features is not None:
+            teaches = self.id_former is not None and boxes is not None
+            features, grid_size = self._features(pixel_values, image_features)
+            roles = (image_roles, sample_index, identity_index)
+            image_tokens, maps = self._encode(features, grid_size, roles, output_identity_attentions or teaches)
+            if teaches:
+                located = (boxes, box_image, box_identity, image_sizes)
+                targets = identity_targets(located, image_roles, features.shape[1], grid_size)
+                losses = self._teach(features, grid_size, roles, maps, targets)
+        if input_ids is not None:
+            inputs_embeds = self._mark_names(self.get_input_embeddings()(input_ids), name_identity)
             is_image = input_ids == self.config.image_token_id
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            if pixel_values is not None or image_features is not None:
-                image_tokens, maps, grid_size = self.encode_images(
-                    pixel_values,
-                    image_features,
-                    image_roles,
-                    sample_index,
-                    identity_index,
-                    output_identity_attentions=output_identity_attentions or teaches,
-                )
+            if image_tokens is not None:
                 inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_tokens)
             elif past_key_values is None and is_image.any():
                 raise ValueError(
                     f"the text holds {int(is_image.sum())} image placeholders but 0 images; give pixel_values."
                 )
+        if inputs_embeds is None:
+            if image_tokens is None:
+                raise ValueError("give input_ids or inputs_embeds, or images alone.")
+            loss = losses.get("auxiliary_loss")
+            return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_attentions=maps)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -282,18 +284,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             past_key_values=past_key_values,
             **kwargs,
         )
-        loss = language_loss = identity_loss = None
+        loss = None
         if labels is not None:
             vocabulary = outputs.logits.shape[-1]
-            loss = language_loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocabulary)
-        if teaches and maps is not None:
-            targets = self.identity_targets(boxes, box_image, box_identity, image_sizes, image_roles, maps, grid_size)
-            identity_loss = self.id_former.identity_loss(maps, targets)
-            loss = loss + self.config.identity_loss_weight * identity_loss
+            losses["language_loss"] = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocabulary)
+            loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
         return IDAVLMOutput(
             loss=loss,
-            language_loss=language_loss,
-            identity_loss=identity_loss,
+            **losses,
             logits=outputs.logits,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
@@ -302,40 +300,43 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             identity_attentions=maps,
         )
 
-    @staticmethod
-    def identity_targets(boxes, box_image, box_identity, image_sizes, image_roles, maps, grid_size) -> Tensor:
-        """Targets of the identity maps; see :func:`idavlm.identity_patch_targets`."""
-        if grid_size is None:
-            side = int(maps[0].shape[1] ** 0.5)
-            grid_size = (side, side)
-        targets = identity_patch_targets(
-            boxes.cpu(),
-            box_image.cpu(),
-            box_identity.cpu(),
-            image_sizes.cpu(),
-            grid_size,
-            image_roles=image_roles.cpu(),
-        )
-        return targets.to(maps[0].device)
+    def _features(self, pixel_values, image_features) -> tuple[Tensor, tuple[int, int] | None]:
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("give either pixel_values or image_features.")
+        features, grid_size = (image_features, None) if pixel_values is None else self.image_features(pixel_values)
+        dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
+        return features.to(dtype), grid_size
 
+    def _encode(self, features, grid_size, roles, output_attentions) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        if isinstance(self.connector, Resampler):
+            return self.connector(features, grid_size=grid_size), None
+        if self.id_former is None:
+            return self.connector(features), None
+        image_roles, sample_index, identity_index = roles
+        if image_roles is None:
+            image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
+            sample_index = torch.zeros(len(features), dtype=torch.long)
+        elif sample_index is None:
+            raise ValueError("image_roles without sample_index: say which row of the batch each image belongs to.")
+        options = {"grid_size": grid_size, "output_attentions": output_attentions}
+        result = self.id_former(features, image_roles, sample_index, identity_index, **options)
+        return result if output_attentions else (result, None)
 
-def _build_connector(config: IDAVLMConfig) -> nn.Module:
-    options = {
-        "hidden_size": config.text_config.get_text_config().hidden_size,
-        "vision_hidden_size": output_width(config.vision_config),
-        **config.connector_config,
-    }
-    if config.connector in ("id_former", "resampler"):
-        options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
-        tokens = options.get("num_queries")
-        if config.image_seq_length is None:
-            config.image_seq_length = tokens
-        if tokens != config.image_seq_length:
-            raise ValueError(
-                f"num_queries={tokens} but image_seq_length={config.image_seq_length}; they are one number."
+    def _mark_names(self, inputs_embeds: Tensor, name_identity: Tensor | None) -> Tensor:
+        slots = None if self.id_former is None else self.id_former.identity_slots
+        if slots is None or name_identity is None:
+            return inputs_embeds
+        name_identity = name_identity.to(slots.weight.device)
+        marks = slots(name_identity.clamp(min=0)) * (name_identity >= 0)[..., None]
+        return inputs_embeds + marks.to(inputs_embeds)
+
+    def _teach(self, features, grid_size, roles, maps, targets) -> dict[str, Tensor]:
+        """What boxes teach the identity attention."""
+        losses = {"identity_loss": self.id_former.identity_loss(maps, targets)}
+        losses["auxiliary_loss"] = self.config.identity_loss_weight * losses["identity_loss"]
+        if self.config.contrast_loss_weight:
+            losses["contrast_loss"] = self.id_former.contrast_loss(features, *roles, targets, grid_size=grid_size)
+            losses["auxiliary_loss"] = (
+                losses["auxiliary_loss"] + self.config.contrast_loss_weight * losses["contrast_loss"]
             )
-    if config.image_seq_length is None:
-        raise ValueError(f"connector={config.connector!r} needs image_seq_length, the patches of one image.")
-    if config.connector == "id_former":
-        return IDFormer(**options)
-    return build_connector(config.connector, **options)
+        return losses

@@ -11,9 +11,11 @@ class IDAVLMOutput(ModelOutput):
     """What :class:`IDAVLMForConditionalGeneration` returns.
 
     Attributes:
-        loss: ``language_loss + identity_loss_weight * identity_loss``, where labels were given.
+        loss: ``language_loss + auxiliary_loss``, where labels were given.
         language_loss: mean next-token cross-entropy over labelled tokens.
         identity_loss: see :meth:`idavlm.IDFormer.identity_loss`, where boxes were given.
+        contrast_loss: see :meth:`idavlm.IDFormer.contrast_loss`, where boxes were given and its weight is not 0.
+        auxiliary_loss: the two last, by their weights; where boxes were given.
         logits: ``[B, T, vocabulary]``.
         past_key_values: the language model's cache.
         hidden_states: of the language model, where asked for.
@@ -25,6 +27,8 @@ class IDAVLMOutput(ModelOutput):
     loss: Tensor | None = None
     language_loss: Tensor | None = None
     identity_loss: Tensor | None = None
+    contrast_loss: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: object | None = None
     hidden_states: tuple[Tensor, ...] | None = None

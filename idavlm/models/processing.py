@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.data import Box, Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.models.boxes import BoxFormat
+from idavlm.models.names import name_identities
 from idavlm.utils import ImageRole, check_positive
 
 
@@ -112,7 +113,8 @@ class IDAVLMProcessor(ProcessorMixin):
             add_generation_prompt: end with the header of an assistant turn, for generation.
 
         Returns:
-            ``input_ids``, ``labels`` ``[T]``; ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``
+            ``input_ids``, ``labels``, ``name_identity`` (identity of a name in the prompt, -1 elsewhere) ``[T]``;
+            ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``
             ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity, then the images of the messages;
             ``boxes`` ``[N, 4]``, ``box_image``, ``box_identity`` ``[N]`` of the persons with references.
 
@@ -124,13 +126,16 @@ class IDAVLMProcessor(ProcessorMixin):
         sizes = [size for _, size in images]
         references = len(sample.reference_images)
         scenes = dict(zip(sample.message_images, sizes[references:], strict=True))
+        for box in sample.boxes:
+            _check_box(sample, box, scenes[box.image])
         input_ids, labels = render_chat(
             self.tokenizer,
             self._messages(sample, scenes),
             add_generation_prompt=add_generation_prompt,
             chat_template=self.chat_template,
         )
-        input_ids, labels = self._expand(input_ids, labels)
+        names = name_identities(self.tokenizer, input_ids, labels, [identity.name for identity in sample.identities])
+        input_ids, labels, names = self._expand(input_ids, labels, names)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
                 f"sample {sample.id!r} has {len(input_ids)} tokens, more than max_length={self.max_length}; give fewer "
@@ -143,6 +148,7 @@ class IDAVLMProcessor(ProcessorMixin):
         return {
             "input_ids": torch.tensor(input_ids),
             "labels": torch.tensor(labels),
+            "name_identity": torch.tensor(names),
             "pixel_values": torch.stack([pixels for pixels, _ in images]) if images else torch.zeros(0, 3, 0, 0),
             "image_roles": torch.tensor(roles, dtype=torch.long),
             "identity_index": torch.tensor(identities + [0] * len(sample.message_images), dtype=torch.long),
@@ -177,6 +183,8 @@ class IDAVLMProcessor(ProcessorMixin):
     def _messages(self, sample: Sample, sizes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
         """The conversation as text, one placeholder an image, with the identities before the first user turn."""
         image = self.image_format.format(image=self.image_token)
+        for name in (*(identity.name for identity in sample.identities), *(box.name for box in sample.boxes)):
+            self._check_text(sample, name)
         lines = [
             self.identity_format.format(name=identity.name, image=image)
             for identity in sample.identities
@@ -192,28 +200,27 @@ class IDAVLMProcessor(ProcessorMixin):
                 elif part.type == "box":
                     box = sample.box_of(part.name, part.image)
                     text += self._boxes.write(part.name, box.box, sizes[box.image])
-                elif self.image_token in part.text:
-                    raise DataError(
-                        f"sample {sample.id!r}: the text {part.text[:60]!r} holds the placeholder "
-                        f"{self.image_token!r}; make it an image part.",
-                        kind="placeholders",
-                    )
                 else:
+                    self._check_text(sample, part.text)
                     text += part.text
             messages.append({"role": message.role, "content": text})
         return messages
 
-    def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    def _check_text(self, sample: Sample, text: str) -> None:
+        if self.image_token in text:
+            raise DataError(
+                f"sample {sample.id!r}: the text {text[:60]!r} holds the placeholder {self.image_token!r}; make it an "
+                "image part.",
+                kind="placeholders",
+            )
+
+    def _expand(self, input_ids: list[int], labels: list[int], names: list[int]) -> tuple[list[int], ...]:
         """Every placeholder ``image_seq_length`` times."""
-        ids, targets = [], []
-        for token, label in zip(input_ids, labels, strict=True):
-            if token == self.image_token_id:
-                ids += [token] * self.image_seq_length
-                targets += [-100] * self.image_seq_length
-            else:
-                ids.append(token)
-                targets.append(label)
-        return ids, targets
+        times = [self.image_seq_length if token == self.image_token_id else 1 for token in input_ids]
+        return tuple(
+            [value for value, count in zip(values, times, strict=True) for _ in range(count)]
+            for values in (input_ids, labels, names)
+        )
 
     @staticmethod
     def _box_tensors(sample: Sample, references: int) -> dict[str, Tensor]:
@@ -226,3 +233,12 @@ class IDAVLMProcessor(ProcessorMixin):
             "box_image": torch.tensor([references + images.index(box.image) for box in known], dtype=torch.long),
             "box_identity": torch.tensor([number[box.name] for box in known], dtype=torch.long),
         }
+
+
+def _check_box(sample: Sample, box: Box, image_size: tuple[int, int]) -> None:
+    height, width = image_size
+    if box.box[0] >= width or box.box[1] >= height:
+        raise DataError(
+            f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside {box.image!r} of {width} x {height} "
+            "pixels; boxes are in pixels of the original image."
+        )

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ResNetConfig, ResNetModel
 
+from idavlm.models.boxes import BoxFormat
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>"
     "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
@@ -70,3 +72,13 @@ def small_language_model(tokenizer, *, hidden_size: int = 128, num_hidden_layers
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+
+
+def record_texts(samples: Iterable) -> Iterable[str]:
+    """What a tokenizer needs to know of the samples of a data set: words, names, and numbers of boxes."""
+    for sample in samples:
+        yield from (f"{identity.name} is" for identity in sample.identities)
+        for message in sample.messages:
+            yield from (part.text for part in message.content if part.type == "text")
+    steps = range(BoxFormat.BINS)
+    yield from (f"{first} {second}" for first in steps for second in steps)

@@ -28,6 +28,9 @@ def vision_features(
     dtype = next((p.dtype for p in vision_tower.parameters() if p.is_floating_point()), pixel_values.dtype)
     if layer == -1:
         hidden = vision_tower(pixel_values.to(dtype)).last_hidden_state
+        # timm's Swin and its like end with channels last.
+        if hidden.dim() == 4 and getattr(getattr(vision_tower, "timm_model", None), "output_fmt", "") == "NHWC":
+            hidden = hidden.permute(0, 3, 1, 2)
     else:
         states = vision_tower(pixel_values.to(dtype), output_hidden_states=True).hidden_states
         if states is None or len(states) < -layer:
@@ -70,20 +73,49 @@ def _grid_size(vision_tower: nn.Module, num_tokens: int, image_size: torch.Size)
     return side, side
 
 
-def output_width(config) -> int:
-    """Channels of a tower's features, from its configuration."""
-    if getattr(config, "model_type", None) == "timm_wrapper":
-        from transformers import AutoModel
+def no_features(vision_tower: nn.Module, config) -> Tensor:
+    """``[0, 1, C]`` features of no image; the tower's parameters have part in them, as on ranks that have images."""
+    parameters = [parameter for parameter in vision_tower.parameters() if parameter.is_floating_point()]
+    features = parameters[0].new_zeros(0, 1, features_width(config))
+    for parameter in parameters:
+        if parameter.requires_grad:
+            features = features + 0 * parameter.flatten()[:1].sum().to(features)
+    return features
 
-        with torch.device("meta"):
-            return AutoModel.from_config(config).timm_model.num_features
-    for name in ("hidden_size", "hidden_sizes", "embed_dim"):
-        width = getattr(config, name, None)
-        if isinstance(width, (list, tuple)):
-            return width[-1]
-        if isinstance(width, int):
-            return width
-    raise ValueError(
-        f"vision_config of type {type(config).__name__} has neither hidden_size nor hidden_sizes; the connector needs "
-        "the width of the features."
-    )
+
+def features_width(config) -> int:
+    """Cv, the channels of what a model with this configuration reads of its vision tower."""
+    given = config.connector_config.get("vision_hidden_size")
+    return given or output_width(config.vision_config, config.vision_feature_layer)
+
+
+def output_width(config, layer: int = -1) -> int:
+    """Channels of a tower's ``layer``, from its configuration."""
+    width = getattr(config, "hidden_size", None)
+    if isinstance(width, int):
+        return width
+    widths = getattr(config, "hidden_sizes", None)
+    if isinstance(widths, (list, tuple)) and -layer <= len(widths):
+        return widths[layer]
+    return _tried_width(config, layer)
+
+
+def _tried_width(config, layer: int) -> int:
+    """The same, found out by running the tower without weights."""
+    from transformers import AutoModel
+
+    size = getattr(config, "image_size", None) or 224
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            tower = AutoModel.from_config(config).eval()
+            of_timm = getattr(getattr(tower, "timm_model", None), "pretrained_cfg", None) or {}
+            size = tuple(of_timm.get("input_size", size)[-2:])
+            pixels = torch.zeros(1, getattr(config, "num_channels", 3), *size)
+            return vision_features(tower, pixels, layer=layer, select="all")[0].shape[-1]
+    except Exception as error:
+        raise ValueError(
+            f"vision_config of type {type(config).__name__} has neither hidden_size nor hidden_sizes, and running the "
+            f"tower on an image of {size[0]} x {size[1]} pixels fails ({error}); the connector needs the width of the "
+            "features: give vision_hidden_size."
+        ) from error

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from idavlm.modules.identity_contrast import identity_contrast, number_identities
 from idavlm.modules.identity_layer import IdentityLayer
 from idavlm.modules.identity_map import identity_map
+from idavlm.modules.identity_slots import IdentitySlots
 from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys, select_images
 from idavlm.modules.resampler import Resampler
 from idavlm.ops.identity_supervision import IGNORE, NOBODY, identity_attention_loss
-from idavlm.utils import check_choice, check_positive
+from idavlm.utils import ImageRole, check_choice, check_positive
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +53,19 @@ class IDFormer(nn.Module):
         attn_implementation: ``"sdpa"`` or ``"eager"``.
         detach_references: keep gradients of scenes out of the reference tokens they look at.
         num_identity_layers: depth of the identity cross-attention.
+        num_identity_heads: heads of the identity cross-attention; ``num_heads`` if not given. With one, all of an
+            embedding decides who somebody is.
         gate: ``"zero_init"``, ``"tanh"`` or ``"none"``: how open an identity layer starts, see :class:`IdentityLayer`.
         feed_forward: ``"none"``; ``"identity"``: behind each identity cross-attention; ``"all"``: behind the
             resampler's as well, as in the paper's figure.
         intermediate_size: inner width of the feed-forward blocks; ``4 * hidden_size`` if not given.
         identity_keys: ``"tokens"``: scenes attend to resampled reference tokens; ``"patches"``: to projected patches.
-        num_identity_slots: learned embeddings added to the keys of identity 0, 1, ... of a sample, which tell one
-            identity from another; 0 for none. A sample may hold at most so many identities.
+        num_identity_slots: learned embeddings that mark identity 0, 1, ... of a sample, so that a language model can
+            tell who is meant; 0 for none. They are added to the image tokens of the identity's photos, and to every
+            token of a scene by the share of attention that the patches in its query's cell of the grid pay to the
+            identity; :class:`idavlm.IDAVLMForConditionalGeneration` adds them to its name in the prompt as well. A
+            sample may hold at most so many identities.
+        token_positions: see :class:`Resampler`.
         nobody_token: a learned key in every sample that patches may attend to instead of any reference. With it the
             identity map can say "nobody".
     """
@@ -72,15 +80,18 @@ class IDFormer(nn.Module):
         attn_implementation: str = "sdpa",
         detach_references: bool = True,
         num_identity_layers: int = 1,
+        num_identity_heads: int | None = None,
         gate: str = "zero_init",
         feed_forward: str = "none",
         intermediate_size: int | None = None,
         identity_keys: str = "tokens",
         num_identity_slots: int = 0,
         nobody_token: bool = False,
+        token_positions: bool = False,
     ):
         super().__init__()
-        check_positive(num_identity_layers=num_identity_layers, intermediate_size=intermediate_size)
+        check_positive(num_identity_layers=num_identity_layers, num_identity_heads=num_identity_heads)
+        check_positive(intermediate_size=intermediate_size)
         if num_identity_slots != 0:
             check_positive(num_identity_slots=num_identity_slots)
         check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
@@ -94,12 +105,13 @@ class IDFormer(nn.Module):
             vision_hidden_size=vision_hidden_size,
             feed_forward=feed_forward == "all",
             intermediate_size=intermediate_size,
+            token_positions=token_positions,
             attn_implementation=attn_implementation,
         )
         self.identity_layers = nn.ModuleList(
             IdentityLayer(
                 hidden_size=hidden_size,
-                num_heads=num_heads,
+                num_heads=num_identity_heads or num_heads,
                 gate=gate,
                 feed_forward=feed_forward != "none",
                 intermediate_size=intermediate_size,
@@ -107,11 +119,10 @@ class IDFormer(nn.Module):
             )
             for _ in range(num_identity_layers)
         )
-        self.identity_slots = nn.Embedding(num_identity_slots, hidden_size) if num_identity_slots else None
+        self.identity_slots = IdentitySlots(num_identity_slots, hidden_size) if num_identity_slots else None
         self.nobody_token = nn.Parameter(torch.empty(1, hidden_size)) if nobody_token else None
-        for learned in (self.identity_slots and self.identity_slots.weight, self.nobody_token):
-            if learned is not None:
-                nn.init.trunc_normal_(learned, std=0.02)
+        if self.nobody_token is not None:
+            nn.init.trunc_normal_(self.nobody_token, std=0.02)
 
     def forward(
         self,
@@ -155,8 +166,12 @@ class IDFormer(nn.Module):
         plain, scenes = patches.split([groups.num_plain, len(patches) - groups.num_plain])
         plain_tokens = self.resampler.read(plain, key_bias)
         keys = self._identity_keys(plain, plain_tokens).index_select(0, groups.references)
+        if self.identity_slots is not None:
+            marks = self.identity_slots.of(groups.identities)[:, None].expand(-1, plain_tokens.shape[1], -1)
+            plain_tokens = plain_tokens.index_add(0, groups.references, marks.to(plain_tokens.dtype))
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
         image_tokens = select_images(torch.cat([plain_tokens, self.resampler.read(scenes, key_bias)]), groups.inverse)
+        image_tokens = self._mark(image_tokens, maps, grid_size)
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
@@ -205,7 +220,71 @@ class IDFormer(nn.Module):
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
         patches = torch.cat([plain, scenes])
         image_tokens = self.resampler.read(patches, self.resampler.key_bias(grid_size))
+        image_tokens = self._mark(image_tokens, maps, grid_size)
         return (image_tokens, maps) if output_attentions else image_tokens
+
+    def reference_tokens(self, identities: list[IdentityTokens]) -> Tensor:
+        """What a language model reads for a bank of identities, as in :meth:`forward`: ``[R, Q, C]`` of all photos."""
+        tokens = torch.cat([identity.image_tokens for identity in identities])
+        if self.identity_slots is None:
+            return tokens
+        photos = (len(identity.image_tokens) for identity in identities)
+        return (
+            tokens
+            + self.identity_slots.of([number for number, count in enumerate(photos) for _ in range(count)])[:, None]
+        )
+
+    def contrast_loss(
+        self,
+        image_features: Tensor,
+        image_roles: Tensor,
+        sample_index: Tensor,
+        identity_index: Tensor,
+        targets: Tensor,
+        *,
+        grid_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Supervise the identity attention over the references of the whole batch.
+
+        Every patch that shows a known identity attends, in the first identity layer, to the references of all samples;
+        the loss is the mean ``-log`` of the attention it pays to its own identity. With many identities to be told
+        apart this teaches a model from scratch several times as fast as :meth:`identity_loss` alone, which offers a
+        patch only the few of its sample. A person who is in two samples of a batch counts as two.
+
+        Args:
+            image_features, image_roles, sample_index, identity_index, grid_size: as in :meth:`forward`.
+            targets: ``[I, P]``, e.g. from :func:`idavlm.identity_patch_targets`; only patches of identities count.
+
+        Returns:
+            The loss; 0 where no patch is labelled with an identity.
+        """
+        grid_size = self.resampler.check_features(image_features, grid_size)
+        patches = self.resampler.project(image_features)
+        image, patch = (targets >= 0).nonzero(as_tuple=True)
+        sample_index, identity_index = sample_index.to(patches.device), identity_index.to(patches.device)
+        is_reference = image_roles.to(patches.device) == ImageRole.REFERENCE
+        if len(image) == 0 or not is_reference.any():
+            return patches.sum() * 0
+        references = patches[is_reference]
+        key_bias = self.resampler.key_bias(grid_size)
+        tokens = self.resampler.read(references, key_bias) if self._reads_tokens else None
+        keys = self._identity_keys(references, tokens).flatten(0, 1)
+        attention = self.identity_layers[0].attention
+        query_bias = self.resampler.on_patches(attention.query_bias(self.resampler.position), grid_size)
+        nobody = [] if self.nobody_token is None else [self.nobody_token]
+        _, weights = attention(
+            patches[image, patch][None],
+            torch.cat([*nobody, keys])[None],
+            query_bias=query_bias[patch],
+            output_attentions=True,
+        )
+        shares = weights[0].mean(0)[:, len(nobody) :].unflatten(-1, (len(references), -1)).sum(-1)
+        numbers = number_identities(
+            torch.cat([sample_index[is_reference], sample_index[image]]),
+            torch.cat([identity_index[is_reference], targets[image, patch]]),
+        )
+        owner, target = numbers.split([len(references), len(image)])
+        return identity_contrast(shares, owner, target)
 
     def identity_loss(self, identity_attentions: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """Supervise the identity attention maps: mean over layers of :func:`idavlm.identity_attention_loss`.
@@ -221,8 +300,18 @@ class IDFormer(nn.Module):
             targets = targets.masked_fill(targets == NOBODY, IGNORE)
         return torch.stack([identity_attention_loss(layer, targets) for layer in identity_attentions]).mean()
 
-    def _identity_keys(self, patches: Tensor, image_tokens: Tensor) -> Tensor:
-        keys = image_tokens if self.identity_keys == "tokens" else patches
+    @property
+    def _reads_tokens(self) -> bool:
+        return self.identity_keys == "tokens"
+
+    def _mark(self, image_tokens: Tensor, maps: tuple[Tensor, ...], grid_size: tuple[int, int]) -> Tensor:
+        """Add the slots of the identities that the cell of each token looks at."""
+        if self.identity_slots is None:
+            return image_tokens
+        return image_tokens + self.identity_slots.of_cells(maps[-1], grid_size, self.resampler.query_grid)
+
+    def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
+        keys = image_tokens if self._reads_tokens else patches
         return keys.detach() if self.detach_references else keys
 
     def _check_bank(self, identities: list[IdentityTokens]) -> None:
@@ -245,10 +334,11 @@ class IDFormer(nn.Module):
         """Patches of scenes ``[S, P, C]`` look at keys ``[R, K, C]``, each at those of its own sample."""
         num_patches, key_length = scenes.shape[1], keys.shape[1]
         nobody = self.nobody_token is not None
-        packed = pack_keys(keys, groups, slots=self.identity_slots, nobody_token=self.nobody_token)
+        packed = pack_keys(keys, groups, nobody_token=self.nobody_token)
         segments = attention_segments(
             groups, num_patches=num_patches, key_length=key_length, extra_keys=int(nobody), device=scenes.device
         )
+        output_attentions = output_attentions or self.identity_slots is not None
         maps = []
         for layer in self.identity_layers:
             query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.position), grid_size)

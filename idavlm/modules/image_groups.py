@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from idavlm.utils import ImageRole, outside_compile
 
@@ -99,27 +99,14 @@ def select_images(images: Tensor, index: Tensor | None) -> Tensor:
 
 
 @outside_compile
-def pack_keys(keys: Tensor, groups: ImageGroups, *, slots: nn.Embedding | None, nobody_token: Tensor | None) -> Tensor:
+def pack_keys(keys: Tensor, groups: ImageGroups, *, nobody_token: Tensor | None) -> Tensor:
     """Keys ``[R, K, C]`` of all references as one sequence ``[T, C]``, sample by sample.
 
     Args:
         keys: tokens or patches of every reference.
         groups: the images of the batch.
-        slots: embeddings added to the keys of identity 0, 1, ... of a sample.
         nobody_token: ``[1, C]``, stands before the keys of every sample.
-
-    Raises:
-        ValueError: a sample has more identities than there are slots.
     """
-    if slots is not None:
-        highest = max(groups.identities, default=0)
-        if highest >= slots.num_embeddings:
-            raise ValueError(
-                f"a sample has identity {highest} but num_identity_slots={slots.num_embeddings}; build the IDFormer "
-                f"with at least {highest + 1} slots, or with 0 for none."
-            )
-        identities = torch.tensor(groups.identities, dtype=torch.long).to(keys.device, non_blocking=True)
-        keys = keys + slots(identities)[:, None]
     if nobody_token is None:
         return keys.flatten(0, 1)
     samples = (sample.flatten(0, 1) for sample in keys.split(groups.references_per_sample))

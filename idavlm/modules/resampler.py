@@ -29,6 +29,8 @@ class Resampler(nn.Module):
             unprojected, as released.
         feed_forward: add ``tokens + FeedForward(tokens)``, drawn in the paper's figure, absent from the release.
         intermediate_size: inner width of the feed-forward block; ``4 * hidden_size`` if not given.
+        token_positions: add to every token the position of its query, so that a language model can tell where in the
+            image it reads. As released they have none.
         attn_implementation: see :func:`idavlm.ops.cross_attention`.
     """
 
@@ -41,6 +43,7 @@ class Resampler(nn.Module):
         vision_hidden_size: int | None = None,
         feed_forward: bool = False,
         intermediate_size: int | None = None,
+        token_positions: bool = False,
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
@@ -48,6 +51,7 @@ class Resampler(nn.Module):
         self.hidden_size = hidden_size
         self.num_queries = num_queries
         self.vision_hidden_size = vision_hidden_size or hidden_size
+        self.token_positions = token_positions
         self.query_grid = square_grid("num_queries", num_queries)
         self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.register_buffer("query_position", sincos_positions_2d(hidden_size, self.query_grid))
@@ -106,6 +110,10 @@ class Resampler(nn.Module):
         """Resize ``x`` ``[Q, C]`` from the grid of the queries to the patches' ``[P, C]``."""
         return resize_positions(x, self.query_grid, grid_size)
 
+    def project(self, image_features: Tensor) -> Tensor:
+        """``[I, P, Cv] -> [I, P, C]`` projected and normalised patches."""
+        return self.input_norm(self.input_proj(image_features))
+
     def key_bias(self, grid_size: tuple[int, int]) -> Tensor:
         """Positions of the patches, projected for the keys: ``[P, C]``.
 
@@ -113,11 +121,9 @@ class Resampler(nn.Module):
         """
         return self.on_patches(self.attention.key_bias(self.position), grid_size)
 
-    def project(self, image_features: Tensor) -> Tensor:
-        """``[I, P, Cv] -> [I, P, C]`` projected and normalised patches."""
-        return self.input_norm(self.input_proj(image_features))
-
     def read(self, patches: Tensor, key_bias: Tensor) -> Tensor:
         """``[I, P, C]`` projected patches with the :meth:`key_bias` of their grid to ``[I, Q, C]`` tokens."""
         tokens = self.attention(self.query_norm(self.query) + self.position, patches, key_bias=key_bias)
-        return tokens if self.feed_forward is None else tokens + self.feed_forward(tokens)
+        if self.feed_forward is not None:
+            tokens = tokens + self.feed_forward(tokens)
+        return tokens + self.position if self.token_positions else tokens

@@ -23,6 +23,8 @@ class IDTrainingArguments(TrainingArguments):
         module_learning_rates: learning rate of single modules, e.g. ``{"vision_tower": 1e-5}``; ``learning_rate``
             for the others. Modules are ``vision_tower``, ``connector``, ``id_former``, ``language_model``.
         freeze: modules that are not trained.
+        identity_warmup_steps: for so many steps identity batches teach the identity attention alone, by their boxes; the
+            language model is not run on them. For models from scratch: it has nothing to learn from images before.
     """
 
     # Parsed from JSON on a command line, as transformers does with its own dictionaries.
@@ -33,12 +35,17 @@ class IDTrainingArguments(TrainingArguments):
     loss_weights: dict | str | None = field(default=None, metadata={"help": 'JSON, {"identity": 1, "general": 1}.'})
     module_learning_rates: dict | str | None = field(default=None, metadata={"help": 'JSON, {"vision_tower": 1e-5}.'})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Modules that are not trained."})
+    identity_warmup_steps: int = field(default=0, metadata={"help": "Steps that teach the identity attention alone."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are passed on whole."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop roles and boxes from the batches; leave it False.")
+        if self.identity_warmup_steps < 0:
+            raise ValueError(f"identity_warmup_steps={self.identity_warmup_steps} must be at least 0.")
+        if self.identity_warmup_steps and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # the language model's have no gradient then
         for source in self.loss_weights or {}:
             check_choice("loss_weights", source, SOURCES)
         self.loss_weights = dict.fromkeys(SOURCES, 1.0) | (self.loss_weights or {})

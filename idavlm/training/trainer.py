@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -14,6 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from idavlm.data import IGNORE_INDEX, DualDataLoader
 from idavlm.training.arguments import MODULES, SOURCES, IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
+
+TEXT = ("input_ids", "attention_mask", "labels", "name_identity")
 
 
 class IDTrainer(Trainer):
@@ -44,6 +47,7 @@ class IDTrainer(Trainer):
     ):
         self.general_dataset = general_dataset
         self.task_evaluation = task_evaluation
+        self._evaluating = False
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         for name in args.freeze:
@@ -85,22 +89,37 @@ class IDTrainer(Trainer):
         inputs = dict(inputs)
         sources = inputs.pop("source", None)
         sample_source = inputs.pop("sample_source", None)
-        outputs = model(**inputs)
         source = _one_source(sources)
+        if model.training and source == "identity" and self.state.global_step < self.args.identity_warmup_steps:
+            return self._identity_loss(model, inputs, return_outputs)
+        outputs = model(**inputs)
         if source is not None:
             losses = {source: outputs["language_loss"]}
         else:
+            if sample_source is None:  # one data set with samples of both sources
+                sample_source = torch.tensor([SOURCES.index(name) for name in sources])
+            sample_source = sample_source.to(outputs["logits"].device)
             losses = language_loss_by_source(outputs["logits"], inputs["labels"], sample_source)
-        attention = outputs.get("identity_loss")
         loss = sum(self.args.loss_weights[name] * value for name, value in losses.items())
-        if attention is not None:
+        if outputs.get("auxiliary_loss") is not None:
             # Only identity samples have boxes of known persons.
-            loss = loss + self.args.loss_weights["identity"] * model_config(model).identity_loss_weight * attention
+            loss = loss + self.args.loss_weights["identity"] * outputs["auxiliary_loss"]
         if model.training:
             for name, value in losses.items():
                 self._note(f"loss_{name}", value)
-            if attention is not None and "identity" in losses:
-                self._note("identity_attention_loss", attention)
+            if outputs.get("identity_loss") is not None and "identity" in losses:
+                self._note("identity_attention_loss", outputs["identity_loss"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _identity_loss(self, model, inputs, return_outputs: bool):
+        """What the boxes of a batch teach, without its text."""
+        outputs = model(**{name: value for name, value in inputs.items() if name not in TEXT})
+        if outputs.get("auxiliary_loss") is None:
+            raise ValueError(
+                f"identity_warmup_steps={self.args.identity_warmup_steps} needs a model with an ID-Former, and boxes."
+            )
+        self._note("identity_attention_loss", outputs["identity_loss"])
+        loss = self.args.loss_weights["identity"] * outputs["auxiliary_loss"]
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -116,9 +135,13 @@ class IDTrainer(Trainer):
         """Losses on ``eval_dataset`` and the numbers of ``task_evaluation``."""
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics = {}
-        if given is not None and len(given):
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.task_evaluation is not None:
+        outermost, self._evaluating = not self._evaluating, True  # several data sets are evaluated one by one
+        try:
+            if given is not None and (not hasattr(given, "__len__") or len(given)):
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluating = not outermost
+        if self.task_evaluation is not None and outermost:
             was_training = self.model.training
             self.model.eval()
             scores = self.task_evaluation(self.accelerator.unwrap_model(self.model))
@@ -176,7 +199,7 @@ def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tenso
     loss = F.cross_entropy(
         logits.float().transpose(1, 2), targets.to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    counted = targets != IGNORE_INDEX
+    counted = targets.to(loss.device) != IGNORE_INDEX
     means = {}
     for number, name in enumerate(SOURCES):
         rows = sample_source == number
@@ -201,13 +224,6 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
     if not found:
         raise ValueError(f"output_dir={str(output_dir)!r} holds no complete checkpoint to resume from.")
     return str(found[max(found)])
-
-
-def model_config(model: nn.Module):
-    """The configuration of a model, below whatever wraps it."""
-    while not hasattr(model, "config"):
-        model = model.module
-    return model.config
 
 
 def _one_source(sources: str | list[str] | None) -> str | None:

@@ -1,0 +1,70 @@
+"""Where the names of identities stand among the tokens of a prompt."""
+
+from collections.abc import Sequence
+
+NOT_A_NAME = -1
+
+
+def name_identities(tokenizer, input_ids: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> list[int]:
+    """The identity each token names, or -1.
+
+    Only the prompt counts, not what the model is to say (``labels`` other than -100). A name is found as the tokens it
+    has on its own, after a space or on a new line, if it stands there as a whole word: no letter or digit before or
+    after it. Of two names that begin alike the longer one wins.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        input_ids: tokens, images as one placeholder each.
+        labels: as long as ``input_ids``.
+        names: of identity 0, 1, ...
+    """
+    spellings = []
+    line = tokenizer.encode("\n", add_special_tokens=False)
+    for identity, name in enumerate(names):
+        # Behind a new line it may look unlike at the start of a text, which some tokenizers put a space before.
+        for before in ("", " ", "\n"):
+            tokens = tokenizer.encode(before + name, add_special_tokens=False)
+            if before == "\n":
+                tokens = tokens[len(line) :] if tokens[: len(line)] == line else []
+            if tokens and (tokens, identity) not in spellings:
+                spellings.append((tokens, identity))
+    spellings.sort(key=lambda spelling: -len(spelling[0]))
+    first = {tokens[0] for tokens, _ in spellings}
+    found = [NOT_A_NAME] * len(input_ids)
+    position = 0
+    while position < len(input_ids):
+        length = 1
+        if input_ids[position] in first and labels[position] == -100:
+            for tokens, identity in spellings:
+                end = position + len(tokens)
+                if list(input_ids[position:end]) != tokens or any(label != -100 for label in labels[position:end]):
+                    continue
+                if _is_word(tokenizer, input_ids, position, end):
+                    found[position:end] = [identity] * len(tokens)
+                    length = len(tokens)
+                    break
+        position += length
+    return found
+
+
+def _is_word(tokenizer, input_ids: Sequence[int], start: int, end: int) -> bool:
+    """Whether no letter or digit stands right before or behind the tokens ``start`` to ``end``.
+
+    Tokens are decoded in pairs: on its own a token loses the space before it in some tokenizers.
+    """
+
+    def text(first: int, last: int) -> str:
+        return tokenizer.decode(list(input_ids[first:last]), clean_up_tokenization_spaces=False)
+
+    if end < len(input_ids) and _in_a_word(text(end - 1, end + 1)[len(text(end - 1, end)) :][:1]):
+        return False
+    if start == 0:
+        return True
+    own = text(start, start + 1)
+    before = text(start - 1, start + 1)[: -len(own.lstrip()) or None]
+    return own[:1].isspace() or not _in_a_word(before[-1:])
+
+
+def _in_a_word(character: str) -> bool:
+    """A letter or digit; not of Chinese, Japanese or Korean, which put no spaces between words."""
+    return character.isalnum() and character < "\u2e80"

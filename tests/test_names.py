@@ -1,0 +1,144 @@
+"""Which tokens of a prompt are the names of identities."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from idavlm.data import Identity, Message, Part, Sample
+from idavlm.models.names import name_identities
+from idavlm.models.small import small_tokenizer
+from tests.small_models import TEXTS, small_processor
+
+
+def metaspace_tokenizer(texts) -> PreTrainedTokenizerFast:
+    """As SentencePiece's: a text begins with a space, a token alone is decoded without it."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    alphabet = [chr(code) for code in range(32, 127)] + ["\n", "▁"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "byte-level": small_tokenizer(TEXTS, vocab_size=320),
+    "metaspace": metaspace_tokenizer(TEXTS),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]
+
+
+def found(tokenizer, text: str, names: list[str]) -> list[tuple[str, int]]:
+    """``(text, identity)`` of every run of tokens that names somebody."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    marks = name_identities(tokenizer, ids, [-100] * len(ids), names)
+    runs: list[list] = []
+    for token, mark, before in zip(ids, marks, [-1, *marks], strict=False):
+        if mark >= 0 and mark == before:
+            runs[-1][0].append(token)
+        elif mark >= 0:
+            runs.append([[token], mark])
+    return [(tokenizer.decode(tokens).strip(), mark) for tokens, mark in runs]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Kate",
+        "Kate is reading.",
+        "Where is Kate",
+        "Where is Kate?",
+        "(Kate)",
+        "Tom\nKate is",
+        "Kate's",
+        "is Kate, is",
+        "Kate\n",
+    ],
+)
+def test_a_name_is_found_wherever_it_stands(tokenizer, text):
+    assert found(tokenizer, text, ["Kate"]) == [("Kate", 0)]
+
+
+@pytest.mark.parametrize(
+    "text", ["Katerina is", "Where is Kates?", "SuperKate", "xKate is", "Kate2 is", "2Kate", "kate"]
+)
+def test_only_whole_words_count(tokenizer, text):
+    assert found(tokenizer, text, ["Kate"]) == []
+
+
+def test_the_longer_name_wins(tokenizer):
+    names = ["Kate", "Kate Moss", "Tom", "Person 1", "Person 12"]
+    text = "Kate Moss and Kate and Tom, Person 12 and Person 1 and Person 123"
+    expected = [("Kate Moss", 1), ("Kate", 0), ("Tom", 2), ("Person 12", 4), ("Person 1", 3)]
+    assert found(tokenizer, text, names) == expected
+
+
+@pytest.mark.parametrize("name", ["Zébulon Ångström", "Anna-Maria O'Neill", "凯特", "R2-D2", "Иван"])
+def test_names_of_several_tokens(name):
+    tokenizer = TOKENIZERS["byte-level"]
+    assert len(tokenizer.encode(name)) > 1
+    text = f"{name} is\n{name}. Where is {name}?"
+    assert found(tokenizer, text, ["Tom", name]) == [(name, 1)] * 3
+
+
+def test_names_between_chinese_characters_need_no_spaces():
+    assert found(TOKENIZERS["byte-level"], "凯特在哪里", ["凯特"]) == [("凯特", 0)]
+
+
+def test_what_the_model_is_to_say_is_not_marked(tokenizer):
+    ids = tokenizer.encode("Kate is Kate", add_special_tokens=False)
+    size = len(tokenizer.encode("Kate", add_special_tokens=False))
+    labels = [-100] * (len(ids) - size) + ids[-size:]
+    marks = name_identities(tokenizer, ids, labels, ["Kate"])
+    assert [mark >= 0 for mark in marks] == [place < size for place in range(len(ids))]
+    # A name of which only a part is a label is no name of the prompt.
+    if size > 1:
+        labels = [-100] * (len(ids) - 1) + ids[-1:]
+        assert name_identities(tokenizer, ids, labels, ["Kate"])[-size:] == [-1] * size
+
+
+def test_nobody_to_find(tokenizer):
+    ids = tokenizer.encode("Kate is reading.", add_special_tokens=False)
+    assert name_identities(tokenizer, ids, ids, []) == [-1] * len(ids)
+    assert name_identities(tokenizer, [], [], ["Kate"]) == []
+
+
+def test_names_behind_the_headers_of_turns_and_placeholders():
+    tokenizer = small_processor().tokenizer
+    text = "<|user|>Kate is <image>\nTom is <image>\n<image>Kate?<|end|><|assistant|>Tom"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    spans = [
+        tokenizer.decode([token])
+        for token, mark in zip(ids, name_identities(tokenizer, ids, [-100] * len(ids), ["Kate", "Tom"]), strict=True)
+        if mark >= 0
+    ]
+    assert "".join(spans).replace(" ", "") == "KateTomKateTom"
+
+
+def test_placeholders_are_expanded_around_names():
+    processor = small_processor()
+    marks = processor._expand([7, processor.image_token_id, 8], [-100, -100, 8], [0, -1, 1])
+    assert marks == ([7, *[processor.image_token_id] * 4, 8], [-100] * 5 + [8], [0, -1, -1, -1, -1, 1])
+
+
+def test_text_alone_names_nobody():
+    plain = Sample(
+        "t", "general", [], [Message("user", [Part("text", "Kate?")]), Message("assistant", [Part("text", "A")])]
+    )
+    assert (small_processor().encode(plain)["name_identity"] == -1).all()
+    known = Sample("t", "identity", [Identity("Kate", [])], plain.messages)
+    assert (small_processor().encode(known)["name_identity"] == 0).any()

@@ -1,0 +1,439 @@
+"""Samples to tensors: text and labels, order and roles of images, boxes, limits; faulty data from file to trainer."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from idavlm.data import IGNORE_INDEX, DataError, RecordDataset, parse_sample
+from idavlm.models import BoxFormat, IDAVLMProcessor
+from idavlm.models.small import small_tokenizer
+from idavlm.training import IDTrainer, IDTrainingArguments
+from tests.small_models import IMAGES, TEXTS, draw_images, record, sample, small_model, small_processor
+
+REFERENCE, SCENE, GENERAL = 0, 1, 2
+QUERIES = 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("images"), IMAGES)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small_processor()
+
+
+def parsed(root, entry):
+    return parse_sample(entry, where="r.jsonl:1", image_root=root)
+
+
+def general_record(**more):
+    content = [{"type": "image", "image": "other.png"}, {"type": "text", "text": "Where is Kate?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Nowhere."}]
+    return {"id": "g", "source": "general", "messages": messages, **more}
+
+
+def text(processor, ids, *, placeholder="*"):
+    """Decoded, an image as one character however many placeholders it has."""
+    decoded = processor.tokenizer.decode(ids)
+    return re.sub(f"(?:{re.escape(processor.image_token)}){{{processor.image_seq_length}}}", placeholder, decoded)
+
+
+def labelled(processor, encoded):
+    """What is to be learned: the texts of the runs of labels."""
+    runs, before = [], IGNORE_INDEX
+    for label in encoded["labels"].tolist():
+        if label != IGNORE_INDEX:
+            if before == IGNORE_INDEX:
+                runs.append([])
+            runs[-1].append(label)
+        before = label
+    return [processor.tokenizer.decode(run) for run in runs]
+
+
+# --- Text and labels -------------------------------------------------------------------------------------------------
+
+
+def test_identities_stand_before_the_first_user_turn_and_labels_on_the_answers(processor, root):
+    encoded = processor.encode(sample(root))
+    assert text(processor, encoded["input_ids"]) == (
+        "<|user|>Kate is *\nTom is *\n*\nWhere is Kate?<|assistant|>4 5 14 28<|end|>"
+        "<|user|>What is Kate doing?<|assistant|>Kate is reading.<|end|>"
+    )
+    assert labelled(processor, encoded) == ["4 5 14 28<|end|>", "Kate is reading.<|end|>"]
+    at_labels = encoded["labels"] != IGNORE_INDEX
+    assert torch.equal(encoded["labels"][at_labels], encoded["input_ids"][at_labels])
+    assert not (at_labels & (encoded["input_ids"] == processor.image_token_id)).any()
+    assert (encoded["input_ids"] == processor.image_token_id).sum() == 3 * QUERIES
+
+
+def test_the_system_turn_stays_first(processor, root):
+    entry = record()
+    entry["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    encoded = processor.encode(parsed(root, entry))
+    assert text(processor, encoded["input_ids"]).startswith("<|system|>Be brief.<|user|>Kate is *\nTom is *\n*\nWhere")
+    assert len(labelled(processor, encoded)) == 2
+
+
+def test_the_prompt_of_generation_is_the_beginning_of_training(processor, root):
+    prompt = processor.encode(sample(root, answer=False), add_generation_prompt=True)
+    whole = processor.encode(sample(root))
+    length = len(prompt["input_ids"])
+    assert torch.equal(whole["input_ids"][:length], prompt["input_ids"])
+    assert torch.equal(whole["name_identity"][:length], prompt["name_identity"])
+    assert (prompt["labels"] == IGNORE_INDEX).all()
+    assert (whole["labels"][:length] == IGNORE_INDEX).all()
+    assert whole["labels"][length] != IGNORE_INDEX
+
+
+def test_formats_of_images_and_identities(root):
+    processor = small_processor(image_format="<img>{image}</img>", identity_format="Photo of {name}: {image} ")
+    encoded = processor.encode(sample(root, people=("Tom",)))
+    assert text(processor, encoded["input_ids"]).startswith(
+        "<|user|>Photo of Tom: <img>*</img> <img>*</img>\nWhere is Tom?"
+    )
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_roles_and_sizes_in_order(processor, root, tmp_path):
+    draw_images(tmp_path, ["kate.png"], size=(10, 20))
+    draw_images(tmp_path, ["kate2.png"], size=(30, 40))
+    draw_images(tmp_path, ["tom.png"], size=(50, 60))
+    draw_images(tmp_path, ["scene.png"], size=(80, 60))
+    draw_images(tmp_path, ["other.png"], size=(100, 70))
+    entry = record()
+    entry["identities"][0]["images"] = ["kate.png", "kate2.png"]
+    entry["messages"][2]["content"] = [{"type": "image", "image": "other.png"}, {"type": "text", "text": "And here?"}]
+    encoded = processor.encode(parsed(tmp_path, entry))
+    assert encoded["image_roles"].tolist() == [REFERENCE, REFERENCE, REFERENCE, SCENE, SCENE]
+    assert encoded["identity_index"].tolist() == [0, 0, 1, 0, 0]
+    assert encoded["image_sizes"].tolist() == [[20, 10], [40, 30], [60, 50], [60, 80], [70, 100]]
+    assert encoded["pixel_values"].shape == (5, 3, 64, 64)
+    for place, name in enumerate(["kate.png", "kate2.png", "tom.png", "scene.png", "other.png"]):
+        expected = processor.image_processor(Image.open(tmp_path / name).convert("RGB"), return_tensors="pt")
+        torch.testing.assert_close(encoded["pixel_values"][place], expected["pixel_values"][0], rtol=0, atol=0)
+    assert text(processor, encoded["input_ids"]).startswith("<|user|>Kate is *\nKate is *\nTom is *\n*\nWhere")
+
+
+def test_general_samples_and_text_alone(processor, root):
+    encoded = processor.encode(parsed(root, general_record()))
+    assert encoded["image_roles"].tolist() == [GENERAL]
+    assert text(processor, encoded["input_ids"]) == "<|user|>*Where is Kate?<|assistant|>Nowhere.<|end|>"
+    assert (encoded["name_identity"] == -1).all()
+
+    plain = general_record(messages=[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom."}])
+    alone = processor.encode(parsed(root, plain))
+    assert alone["pixel_values"].shape == (0, 3, 0, 0)
+    assert alone["image_sizes"].shape == (0, 2)
+    assert alone["boxes"].shape == (0, 4)
+    batch = processor.collate([alone, encoded])
+    assert batch["sample_index"].tolist() == [1]
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_prepared_images_are_kept_up_to_a_number(root, tmp_path):
+    folder = draw_images(tmp_path / "images", IMAGES)
+    processor = small_processor(image_cache_size=2)
+    first = processor.encode(sample(folder))
+    assert len(processor._cache) == 2
+    for name in IMAGES[:2]:  # those that are kept are not opened again
+        (folder / name).unlink()
+    again = processor.encode(sample(folder))
+    for name, value in first.items():
+        assert torch.equal(again[name], value), name
+    (folder / "scene.png").unlink()
+    with pytest.raises(DataError, match=r"scene\.png"):
+        processor.encode(sample(folder))
+    other = draw_images(tmp_path / "others", IMAGES[::-1])  # the same names below another root are other images
+    assert not torch.equal(processor.encode(sample(other))["pixel_values"], first["pixel_values"])
+
+
+# --- Boxes -----------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_of_known_persons_only(processor, root):
+    entry = record()
+    entry["identities"] = entry["identities"][1:]  # Kate has a box, but no photo
+    encoded = processor.encode(parsed(root, entry))
+    assert encoded["box_identity"].tolist() == [0]
+    assert encoded["box_image"].tolist() == [1]
+    assert encoded["boxes"].tolist() == [[40, 10, 65, 55]]
+    assert labelled(processor, encoded)[0] == "4 5 14 28<|end|>"  # she may still be asked for
+
+
+@pytest.mark.parametrize("kind", BoxFormat.KINDS)
+def test_boxes_in_every_format(root, kind):
+    processor = small_processor(box_format=kind)
+    answer = labelled(processor, processor.encode(sample(root)))[0].removesuffix("<|end|>")
+    assert answer == BoxFormat(kind).write("Kate", [10, 10, 35, 55], (60, 80))
+    found = processor.parse_box(answer, (60, 80))
+    assert found == pytest.approx([10, 10, 35, 55], abs=80 / 31 / 2 + 1e-3)
+    assert processor.parse_box("Kate is reading.", (60, 80)) is None
+
+
+def test_a_box_outside_its_image_is_an_error_of_the_record(processor, root):
+    entry = record()
+    entry["boxes"][1]["box"] = [80, 10, 100, 30]  # the image ends at 80
+    with pytest.raises(
+        DataError, match=r"box \[80, 10, 100, 30\] of 'Tom' lies outside 'scene.png' of 80 x 60"
+    ) as error:
+        processor.encode(parsed(root, entry))
+    assert error.value.kind == "record"
+    entry["boxes"][1]["box"] = [70, 50, 100, 90]  # partly within
+    assert processor.encode(parsed(root, entry))["boxes"].shape == (2, 4)
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_longer_than_max_length(root):
+    length = len(small_processor().encode(sample(root))["input_ids"])
+    assert len(small_processor(max_length=length).encode(sample(root))["input_ids"]) == length
+    with pytest.raises(DataError, match=f"has {length} tokens, more than max_length={length - 1}") as error:
+        small_processor(max_length=length - 1).encode(sample(root))
+    assert error.value.kind == "length"
+
+
+@pytest.mark.parametrize("place", ["user", "assistant", "identity", "box"])
+def test_the_placeholder_in_a_record(processor, root, place):
+    entry = record()
+    if place == "user":
+        entry["messages"][2]["content"] = "What is in <image>?"
+    elif place == "assistant":
+        entry["messages"][3]["content"] = "It is <image>."
+    elif place == "identity":
+        entry["identities"][0]["name"] = "K<image>"
+    else:
+        entry["boxes"][1]["name"] = "Tom<image>"
+    with pytest.raises(DataError, match="holds the placeholder '<image>'") as error:
+        processor.encode(parsed(root, entry))
+    assert error.value.kind == "placeholders"
+
+
+def test_images_without_a_root(processor):
+    with pytest.raises(DataError, match="has no image_root") as error:
+        processor.encode(parse_sample(record(), where="r.jsonl:1"))
+    assert error.value.kind == "image"
+
+
+def test_no_chat_template(root):
+    images, tokenizer = CLIPImageProcessorPil(size={"height": 32, "width": 32}), small_tokenizer(TEXTS, vocab_size=300)
+    tokenizer.chat_template = None
+    bare = IDAVLMProcessor(images, tokenizer, image_seq_length=QUERIES)
+    with pytest.raises(ValueError, match="has no chat_template"):
+        bare.encode(sample(root))
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    given = IDAVLMProcessor(images, tokenizer, image_seq_length=QUERIES, chat_template=template)
+    encoded = given.encode(parsed(root, general_record()))
+    assert text(given, encoded["input_ids"]) == "user: *Where is Kate?<|end|>assistant: Nowhere.<|end|>"
+    assert labelled(given, encoded) == ["Nowhere.<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_format": "<img>"}, "image_format='<img>' must contain"),
+        ({"identity_format": "{name}"}, "identity_format='{name}' must contain"),
+        ({"box_format": "yxyx"}, "box_format='yxyx'"),
+        ({"image_seq_length": 0}, "image_seq_length=0"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"image_token": "<picture>"}, "image_token='<picture>' is no token"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small_processor(**options)
+
+
+# --- transformers' usual ways ----------------------------------------------------------------------------------------
+
+
+def test_called_with_text_and_images(processor, root):
+    first, second, third = (Image.open(root / name).convert("RGB") for name in IMAGES[:3])
+    alone = processor(images=first, text="<image> Where is Kate?")
+    assert isinstance(alone, BatchFeature)
+    assert text(processor, alone["input_ids"][0]) == "* Where is Kate?"
+    assert alone["image_roles"].tolist() == [GENERAL]
+    texts = ["<image> and <image>", "Kate?", "<image>"]
+    batch = processor(images=[first, second, third], text=texts)
+    assert batch["sample_index"].tolist() == [0, 0, 2]
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [2 * QUERIES, 0, QUERIES]
+    assert batch["attention_mask"].sum(1).tolist() == [
+        len(processor(text=t, images=i)["input_ids"][0])
+        for t, i in zip(texts, ([first, second], None, third), strict=True)
+    ]
+    expected = processor.image_processor([first, second, third], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
+    assert "pixel_values" not in processor(text="Kate?")
+    model = small_model(processor)
+    assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
+    assert model.generate(**alone, max_new_tokens=2).shape[1] == alone["input_ids"].shape[1] + 2
+    with pytest.raises(ValueError, match="holds 2 <image> but 1 images"):
+        processor(images=first, text="<image><image>")
+
+
+def test_the_call_equals_encoding_the_same_conversation(processor, root):
+    general = parsed(root, general_record())
+    encoded = processor.encode(general)
+    chat = [{"role": "user", "content": "<image>Where is Kate?"}, {"role": "assistant", "content": "Nowhere."}]
+    rendered = processor.apply_chat_template(chat, tokenize=False)
+    called = processor(images=Image.open(root / "other.png").convert("RGB"), text=rendered)
+    assert torch.equal(called["input_ids"][0], encoded["input_ids"])
+    assert torch.equal(called["pixel_values"], encoded["pixel_values"])
+    assert torch.equal(called["image_roles"], encoded["image_roles"])
+
+
+def test_saved_and_loaded_with_all_options(root, tmp_path):
+    options = {
+        "image_seq_length": 9,
+        "image_format": "<i>{image}</i>",
+        "identity_format": "{name}: {image};",
+        "box_format": "unit",
+        "max_length": 300,
+        "image_cache_size": 3,
+    }
+    processor = small_processor(**options)
+    processor.encode(sample(root))  # what is cached is not saved
+    processor.save_pretrained(tmp_path)
+    for loaded in (
+        IDAVLMProcessor.from_pretrained(tmp_path, backend="pil"),
+        AutoProcessor.from_pretrained(tmp_path, backend="pil"),
+    ):
+        assert isinstance(loaded, IDAVLMProcessor)
+        assert {name: getattr(loaded, name) for name in options} == options
+        assert loaded.chat_template == processor.chat_template
+        assert loaded.image_token_id == processor.image_token_id
+        expected = processor.encode(sample(root))
+        for name, value in loaded.encode(sample(root)).items():
+            assert torch.equal(value, expected[name]), name
+    assert (
+        not {"_cache", "_boxes", "image_token_id"} & json.loads((tmp_path / "processor_config.json").read_text()).keys()
+    )
+
+
+# --- Faulty data, from the file to the trainer -----------------------------------------------------------------------
+
+FAULTS = {
+    "missing": ("image", "does not exist"),
+    "truncated": ("image", "damaged"),
+    "oversized": ("image", "more than max_pixels"),
+    "no_image": ("image", "no picture"),
+    "placeholder": ("placeholders", "holds the placeholder"),
+    "outside_box": ("record", "lies outside"),
+    "too_long": ("length", "more than max_length"),
+    "bad_json": ("json", "not a line of JSON"),
+    "bad_role": ("record", "role='narrator' is not known"),
+    "escape": ("record", "leaves the image root"),
+    "link": ("image", "leads out of the image root"),
+    "no_answer": ("record", "has no text"),
+}
+AT_ONCE = ("bad_json", "bad_role", "escape", "no_answer")
+
+
+def faulty_line(fault: str) -> str:
+    entry = record(people=("Kate",))
+    pictures = {"missing": "missing.png", "truncated": "cut.png", "oversized": "huge.png", "no_image": "text.png"}
+    pictures |= {"escape": "../outside.png", "link": "link.png"}
+    if fault in pictures:
+        entry["identities"][0]["images"] = [pictures[fault]]
+    elif fault == "placeholder":
+        entry["messages"][2]["content"] = "See <image>."
+    elif fault == "outside_box":
+        entry["boxes"][0]["box"] = [500, 500, 600, 600]
+    elif fault == "too_long":
+        entry["messages"][2]["content"] = "What? " * 200
+    elif fault == "bad_role":
+        entry["messages"][0]["role"] = "narrator"
+    elif fault == "no_answer":
+        entry["messages"][3]["content"] = "  "
+    line = json.dumps(entry)
+    return line[:-20] if fault == "bad_json" else line
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A good line before, between and behind bad ones; the folder and the number of each bad line."""
+    folder = tmp_path_factory.mktemp("faulty")
+    images = draw_images(folder / "images", IMAGES)
+    whole = (images / "kate.png").read_bytes()
+    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (images / "text.png").write_text("no image at all")
+    Image.new("1", (9000, 9000)).save(images / "huge.png")
+    Image.new("RGB", (8, 8)).save(folder / "outside.png")
+    (images / "link.png").symlink_to(folder / "outside.png")
+    lines, places = [json.dumps(record(0))], {}
+    for fault in FAULTS:
+        lines += [faulty_line(fault), json.dumps(record(len(lines), people=("Tom", "Kate")))]
+        places[fault] = len(lines) - 1
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder, places
+
+
+def test_each_fault_is_raised_with_file_and_line(faulty, tmp_path):
+    folder, places = faulty
+    processor = small_processor(max_length=200)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    for fault, (kind, message) in FAULTS.items():
+        # The same file with this fault alone.
+        kept = [line if number == places[fault] or number % 2 else "" for number, line in enumerate(lines, 1)]
+        path = tmp_path / f"{fault}.jsonl"
+        path.write_text("\n".join(kept) + "\n")
+        where = rf"{fault}\.jsonl:{places[fault]}: .*{re.escape(message)}"
+        if fault in AT_ONCE:
+            with pytest.raises(DataError, match=where) as error:
+                RecordDataset(path, folder / "images", encode=processor.encode)
+        else:
+            records = RecordDataset(path, folder / "images", encode=processor.encode)
+            for index in range(len(records)):
+                if index != places[fault] // 2:
+                    records[index]
+            with pytest.raises(DataError, match=where) as error:
+                records[places[fault] // 2]
+        assert error.value.kind == kind, fault
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_faults_are_skipped_and_counted_and_the_rest_trains(faulty, tmp_path):
+    folder, places = faulty
+    processor = small_processor(max_length=200)
+    records = RecordDataset(folder / "train.jsonl", folder / "images", encode=processor.encode, on_error="skip")
+    assert len(records) == len(FAULTS) + 1 + len(FAULTS) - len(AT_ONCE)
+    assert records.errors.total == len(AT_ONCE)
+    clean = [line for number, line in enumerate((folder / "train.jsonl").read_text().splitlines(), 1) if number % 2]
+    (tmp_path / "clean.jsonl").write_text("\n".join(clean) + "\n")
+    expected = RecordDataset(tmp_path / "clean.jsonl", folder / "images", encode=processor.encode)
+    arguments = IDTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=8,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+    )
+    trainer = IDTrainer(small_model(processor), arguments, train_dataset=records, data_collator=processor.collate)
+    trainer.train()
+    logged = [entry["loss_identity"] for entry in trainer.state.log_history if "loss_identity" in entry]
+    assert len(logged) == 3
+    assert all(0 < loss < 10 for loss in logged)
+    seen = {text(processor, records[index]["input_ids"]) for index in range(len(records))}
+    assert seen == {text(processor, expected[index]["input_ids"]) for index in range(len(expected))}
+    assert records.errors.total == len(FAULTS)
+    kinds = [kind for kind, _ in FAULTS.values()]
+    assert dict(records.errors.counts) == {kind: kinds.count(kind) for kind in kinds}
+    for fault, (_, message) in FAULTS.items():
+        assert any(f"train.jsonl:{places[fault]}: " in line and message in line for line in records.errors.messages), (
+            fault
+        )
