@@ -21,7 +21,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/find_identities.py
+	$(BIN)/python examples/train_idformer.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.id_former

@@ -18,110 +18,86 @@ from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from idavlm.data import RecordDataset
+from idavlm.data import RecordDataset, Sample
 from idavlm.data.characters import build_characters
 from idavlm.data.faces import build_faces
 from idavlm.data.wesnoth import build_wesnoth
 from idavlm.evaluation import EvaluationResult, evaluate, pick_examples, write_report
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
-from idavlm.models.small import record_texts, small_language_model, small_tokenizer, small_vision_tower
+from idavlm.models.small import small_language_model, small_processor, small_vision_tower
 from idavlm.training import IDTrainer, IDTrainingArguments
 
 BUILD = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-STEPS = {"characters": 800, "wesnoth": 3000, "faces": 1500}
-NUM_QUERIES, HIDDEN_SIZE = 16, 128
+STEPS = {"characters": 700, "wesnoth": 3000, "faces": 1500}
 
-CONNECTORS = {
-    # From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
-    "with ID-Former": {
-        "connector": "id_former",
-        "gate": "none",
-        "identity_keys": "patches",
-        "num_identity_heads": 1,
-        "num_identity_slots": 4,
-        "nobody_token": True,
-        "detach_references": False,
-        "contrast_loss_weight": 1.0,
-    },
-    "without ID-Former": {"connector": "resampler"},
-}
-
-
-def build_processor(folder: Path, image_size: int) -> IDAVLMProcessor:
-    """A tokenizer made for the records, pictures as squares, and one prepared copy of each picture in memory."""
-    records = [RecordDataset(folder / name) for name in ("train.jsonl", "general.jsonl")]
-    images = CLIPImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        do_center_crop=False,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return IDAVLMProcessor(
-        images,
-        small_tokenizer(text for dataset in records for text in record_texts(dataset)),
-        image_seq_length=NUM_QUERIES,
-        box_format="bins",
-        image_cache_size=50_000,
-    )
+# From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
+ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrast_loss_weight": 1.0}
+# One head compares patches with patches, or finds nobody; marks tell a sample's identities apart.
+ID_FORMER |= {"num_identity_heads": 1, "identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4}
+VARIANTS = {"with ID-Former": ID_FORMER, "without ID-Former": {"connector": "resampler"}}
 
 
 def build_model(processor: IDAVLMProcessor, connector: dict) -> IDAVLMForConditionalGeneration:
     """A shallow ResNet, the connector and a Llama of two layers: about half a million parameters."""
     return IDAVLMForConditionalGeneration.from_parts(
-        small_vision_tower(hidden_size=HIDDEN_SIZE),
-        small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE),
+        small_vision_tower(hidden_size=128),
+        small_language_model(processor.tokenizer, hidden_size=128),
         image_token_id=processor.image_token_id,
-        num_queries=NUM_QUERIES,
+        num_queries=processor.image_seq_length,
         num_heads=4,
-        value_positions=True,
+        token_positions=True,
         **connector,
     )
 
 
-def scores(model, *, processor: IDAVLMProcessor, samples: list) -> dict[str, float]:
-    """A few numbers to watch while it trains."""
-    summary = evaluate(model, processor, samples, batch_size=32, max_new_tokens=16).summary
-    matching, location = summary["matching"]["metrics"], summary["location"]["metrics"]
-    return {"matching": matching["accuracy"], "location": location["acc@0.5"]}
-
-
-def train(model, processor: IDAVLMProcessor, folder: Path, out: Path, args: argparse.Namespace, seed: int) -> IDTrainer:
-    identity, general = (
-        RecordDataset(folder / f"{name}.jsonl", encode=processor.encode) for name in ("train", "general")
-    )
-    test = list(RecordDataset(folder / "test.jsonl"))
-    watched = [[sample for sample in test if sample.type == task][:50] for task in ("matching", "location")]
-    joint = "id_former" if model.id_former is not None else "connector"
-    arguments = IDTrainingArguments(
-        output_dir=str(out),
+def train(
+    model, processor: IDAVLMProcessor, folder: Path, out: Path, args: argparse.Namespace, seed: int
+) -> list[dict]:
+    """First the identity attention alone (where there is one), then everything."""
+    identity = RecordDataset(folder / "train.jsonl", encode=processor.encode)
+    general = RecordDataset(folder / "general.jsonl", encode=processor.encode)
+    common = {"per_device_train_batch_size": args.batch_size, "lr_scheduler_type": "cosine", "adam_beta2": 0.98}
+    common |= {"warmup_steps": 30, "logging_steps": 20, "report_to": [], "seed": seed}
+    if model.id_former is not None and not args.resume:
+        steps = args.identity_steps
+        stage = IDTrainingArguments(
+            str(out), max_steps=steps, identity_warmup_steps=steps, learning_rate=5e-3, **common
+        )
+        IDTrainer(model, stage, train_dataset=identity, data_collator=processor.collate).train()
+    stage = IDTrainingArguments(
+        str(out),
         max_steps=args.steps or STEPS[args.data],
-        per_device_train_batch_size=args.batch_size,
         learning_rate=3e-3,
-        module_learning_rates={"vision_tower": 5e-3, joint: 5e-3},
-        lr_scheduler_type="cosine",
-        warmup_steps=40,
-        adam_beta2=0.98,
+        module_learning_rates={"vision_tower": 2e-3, "id_former" if model.id_former else "connector": 2e-3},
         mixing_ratio=0.05,
-        logging_steps=20,
         eval_strategy="steps",
         eval_steps=200,
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
-        report_to=[],
-        seed=seed,
+        **common,
     )
+    test = list(RecordDataset(folder / "test.jsonl"))
+    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.type == task][:50]]
     trainer = IDTrainer(
         model,
-        arguments,
+        stage,
         train_dataset=identity,
         general_dataset=general,
         data_collator=processor.collate,
-        task_evaluation=partial(scores, processor=processor, samples=sum(watched, [])),
+        task_evaluation=partial(watch, processor=processor, samples=watched),
     )
     trainer.train(resume_from_checkpoint=True if args.resume else None)
-    return trainer
+    return trainer.state.log_history
+
+
+def watch(model, *, processor: IDAVLMProcessor, samples: list[Sample]) -> dict[str, float]:
+    """Two numbers to watch."""
+    summary = evaluate(model, processor, samples, batch_size=32, max_new_tokens=16).summary
+    return {
+        "matching": summary["matching"]["metrics"]["accuracy"],
+        "location": summary["location"]["metrics"]["acc@0.5"],
+    }
 
 
 def main() -> None:
@@ -129,6 +105,7 @@ def main() -> None:
     parser.add_argument("--data", choices=BUILD, default="characters")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, help="default: by data set")
+    parser.add_argument("--identity-steps", type=int, default=250, help="steps before, of the identity attention alone")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps")
@@ -137,38 +114,37 @@ def main() -> None:
     args = parser.parse_args()
     start, out = time.time(), args.out / args.data
     folder = BUILD[args.data](args.out / "data" / args.data)
-    processor = build_processor(folder, args.image_size)
     test = list(RecordDataset(folder / "test.jsonl"))
+    records = [sample for name in ("train", "general") for sample in RecordDataset(folder / f"{name}.jsonl")]
+    processor = small_processor(records, image_size=args.image_size, num_queries=16)
+    ask = partial(evaluate, processor=processor, samples=test, batch_size=32)
     results: dict[str, list[EvaluationResult]] = defaultdict(list)
     logs, examples = defaultdict(list), []
     for seed in range(args.seeds):
-        for name, connector in CONNECTORS.items():
+        for name, connector in VARIANTS.items():
             set_seed(seed)
             model = build_model(processor, connector)
-            print(f"seed {seed}, {name}: {model.num_parameters():,} parameters")
-            trainer = train(model, processor, folder, out / f"seed-{seed}" / name.replace(" ", "-"), args, seed)
-            logs[name].append(trainer.state.log_history)
-            results[name].append(evaluate(model, processor, test, batch_size=32))
+            print(f"seed {seed}, {name}: {model.num_parameters():,} parameters", flush=True)
+            where = out / f"seed-{seed}" / name.replace(" ", "-")
+            logs[name].append(train(model, processor, folder, where, args, seed))
+            model.save_pretrained(where)
+            processor.save_pretrained(where)
+            results[name].append(ask(model))
             if model.id_former is not None:
+                results["no references"].append(ask(model, references="none"))
+                results["wrong references"].append(ask(model, references="wrong"))
                 examples = examples or pick_examples(model, processor, test, results[name][0])
-                for references in ("no", "wrong"):
-                    key = {"no": "none"}.get(references, references)
-                    result = evaluate(model, processor, test, batch_size=32, references=key)
-                    results[f"{references} references"].append(result)
-            model.save_pretrained(out / f"seed-{seed}" / name.replace(" ", "-"))
-    processor.save_pretrained(out)
     report = write_report(
         out,
         results,
         title=f"Identities never trained on: {args.data}",
         logs=logs,
         examples=examples,
-        settings={"parameters": f"{model.num_parameters():,}", **vars(args)},
+        settings=vars(args) | {"training steps": args.steps or STEPS[args.data]},
         command=" ".join(["python", *sys.argv]),
         seconds=time.time() - start,
     )
-    print(report.read_text().split("##")[1])
-    print(f"\n{report}")
+    print(report.read_text().split("\n## ")[1], f"\n{report}")
 
 
 if __name__ == "__main__":

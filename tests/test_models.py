@@ -18,6 +18,7 @@ from transformers import (
 
 from idavlm.data import parse_sample
 from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, scatter_image_tokens
+from idavlm.models.joint import identity_targets
 from tests.small_models import IMAGES, draw_images, record, sample, small_model, small_processor
 
 TRAINING_ONLY = ("labels", "boxes", "box_image", "box_identity", "source")
@@ -307,3 +308,24 @@ def test_records_to_loss_with_references_of_several_photos(processor, root):
     assert encoded["image_roles"].tolist() == [0, 0, 0, 1]
     assert encoded["box_image"].tolist() == [3, 3]
     assert encoded["box_identity"].tolist() == [0, 1]
+
+
+def test_somebody_without_a_box_may_be_anywhere(model, processor, root):
+    """Records of Qwen-VL and IDA-VLM introduce people and box nobody: their scenes must not teach "nobody"."""
+    unboxed = record()
+    unboxed["boxes"], unboxed["messages"] = [], unboxed["messages"][:1] + unboxed["messages"][3:]
+    one_boxed = record()
+    one_boxed["boxes"].pop()
+    whole = record()
+    losses = []
+    for number, one in enumerate((unboxed, one_boxed, whole)):
+        encoded = processor.encode(parse_sample(one, where=f"r:{number}", image_root=root))
+        batch = processor.collate([encoded])
+        losses.append(model(**{k: v for k, v in batch.items() if k != "source"}).identity_loss)
+        located = tuple(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes"))
+        roles = tuple(batch[name] for name in ("image_roles", "sample_index", "identity_index"))
+        targets = identity_targets(located, roles, 64, (8, 8))[-1]
+        assert (targets == -1).any() == (number == 2)
+        assert (targets >= 0).any() == (number > 0)
+    assert losses[0] == 0
+    assert losses[1] > 0

@@ -1,5 +1,6 @@
 """What joins vision tower and language model: built from a configuration, taught by boxes."""
 
+import torch
 from torch import Tensor, nn
 
 from idavlm.models.configuration import IDAVLMConfig
@@ -7,19 +8,40 @@ from idavlm.models.vision import features_width
 from idavlm.modules import IDFormer, build_connector
 from idavlm.modules.positions import square_grid
 from idavlm.ops import identity_patch_targets
+from idavlm.ops.identity_supervision import IGNORE, NOBODY
+from idavlm.utils import ImageRole
 
 
 def identity_targets(
     boxes: tuple[Tensor, Tensor, Tensor, Tensor],
-    image_roles: Tensor,
+    roles: tuple[Tensor, Tensor, Tensor],
     num_patches: int,
     grid_size: tuple[int, int] | None,
 ) -> Tensor:
-    """:func:`idavlm.identity_patch_targets` of a batch, computed on the host; ``[I, P]`` on the device of the boxes."""
-    if image_roles is None or any(tensor is None for tensor in boxes):
-        raise ValueError("boxes need box_image, box_identity, image_sizes and image_roles beside them.")
+    """:func:`idavlm.identity_patch_targets` of a batch, computed on the host; ``[I, P]`` on the device of the boxes.
+
+    Where a sample introduces an identity and boxes it nowhere, it may be anywhere: then "nobody" is no target there.
+
+    Args:
+        boxes: ``boxes``, ``box_image``, ``box_identity``, ``image_sizes`` of the batch.
+        roles: ``image_roles``, ``sample_index``, ``identity_index``.
+        num_patches: P.
+        grid_size: rows and columns of patches; the square of P where it is None.
+    """
+    if any(tensor is None for tensor in (*boxes, *roles)):
+        raise ValueError(
+            "boxes need box_image, box_identity, image_sizes, image_roles, sample_index and identity_index beside them."
+        )
     grid_size = grid_size or square_grid("P, the number of patches,", num_patches)
-    targets = identity_patch_targets(*(tensor.cpu() for tensor in boxes), grid_size, image_roles=image_roles.cpu())
+    box, box_image, box_identity, image_sizes = (tensor.cpu() for tensor in boxes)
+    image_roles, sample_index, identity_index = (tensor.cpu() for tensor in roles)
+    targets = identity_patch_targets(box, box_image, box_identity, image_sizes, grid_size, image_roles=image_roles)
+    is_reference = image_roles == ImageRole.REFERENCE
+    introduced = zip(sample_index[is_reference].tolist(), identity_index[is_reference].tolist(), strict=True)
+    boxed = set(zip(sample_index[box_image].tolist(), box_identity.tolist(), strict=True))
+    unknown = sorted({sample for sample, identity in introduced if (sample, identity) not in boxed})
+    somewhere = torch.isin(sample_index, torch.tensor(unknown, dtype=sample_index.dtype))
+    targets = targets.masked_fill(somewhere[:, None] & (targets == NOBODY), IGNORE)
     return targets.to(boxes[0].device)
 
 

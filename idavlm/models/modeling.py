@@ -261,7 +261,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             image_tokens, maps = self._encode(features, grid_size, roles, output_identity_attentions or teaches)
             if teaches:
                 located = (boxes, box_image, box_identity, image_sizes)
-                targets = identity_targets(located, image_roles, features.shape[1], grid_size)
+                targets = identity_targets(located, roles, features.shape[1], grid_size)
                 losses = self._teach(features, grid_size, roles, maps, targets)
         if input_ids is not None:
             inputs_embeds = self._mark_names(self.get_input_embeddings()(input_ids), name_identity)

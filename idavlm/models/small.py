@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ResNetConfig, ResNetModel
 
 from idavlm.models.boxes import BoxFormat
+from idavlm.models.processing import IDAVLMProcessor
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>"
@@ -82,3 +83,17 @@ def record_texts(samples: Iterable) -> Iterable[str]:
             yield from (part.text for part in message.content if part.type == "text")
     steps = range(BoxFormat.BINS)
     yield from (f"{first} {second}" for first in steps for second in steps)
+
+
+def small_processor(samples: Iterable, *, image_size: int, num_queries: int):
+    """A processor with a tokenizer made for ``samples``, square pictures, and all of them kept in memory."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = {"height": image_size, "width": image_size}
+    return IDAVLMProcessor(
+        CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        small_tokenizer(record_texts(samples)),
+        image_seq_length=num_queries,
+        box_format="bins",
+        image_cache_size=50_000,
+    )

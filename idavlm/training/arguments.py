@@ -23,8 +23,8 @@ class IDTrainingArguments(TrainingArguments):
         module_learning_rates: learning rate of single modules, e.g. ``{"vision_tower": 1e-5}``; ``learning_rate``
             for the others. Modules are ``vision_tower``, ``connector``, ``id_former``, ``language_model``.
         freeze: modules that are not trained.
-        identity_warmup_steps: for so many steps identity batches teach the identity attention alone, by their boxes; the
-            language model is not run on them. For models from scratch: it has nothing to learn from images before.
+        identity_warmup_steps: for so many steps identity batches teach the identity attention alone, by their boxes;
+            the language model is not run on them. For models from scratch: it could learn nothing from images yet.
     """
 
     # Parsed from JSON on a command line, as transformers does with its own dictionaries.

@@ -50,6 +50,11 @@ class IDTrainer(Trainer):
         self._evaluating = False
         self._sums: dict[str, Tensor | float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would cut a batch between a row and its images; start one process a "
+                "GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
+            )
         for name in args.freeze:
             _module(model, "freeze", name).requires_grad_(False)
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
