@@ -59,10 +59,11 @@ def train(
     general = RecordDataset(folder / "general.jsonl", encode=processor.encode)
     common = {"per_device_train_batch_size": args.batch_size, "lr_scheduler_type": "cosine", "adam_beta2": 0.98}
     common |= {"warmup_steps": 30, "logging_steps": 20, "report_to": [], "seed": seed}
+    common |= {"save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500}
     if model.id_former is not None and not args.resume:
         steps = args.identity_steps
         stage = IDTrainingArguments(
-            str(out), max_steps=steps, identity_warmup_steps=steps, learning_rate=5e-3, **common
+            str(out / "identity"), max_steps=steps, identity_warmup_steps=steps, learning_rate=5e-3, **common
         )
         IDTrainer(model, stage, train_dataset=identity, data_collator=processor.collate).train()
     stage = IDTrainingArguments(
@@ -73,8 +74,6 @@ def train(
         mixing_ratio=0.05,
         eval_strategy="steps",
         eval_steps=200,
-        save_strategy="steps" if args.save_steps else "no",
-        save_steps=args.save_steps or 500,
         **common,
     )
     test = list(RecordDataset(folder / "test.jsonl"))
