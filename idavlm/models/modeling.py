@@ -1,6 +1,7 @@
 """The identity-aware VLM: vision tower -> ID-Former or connector -> language model."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -323,12 +324,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         return result if output_attentions else (result, None)
 
     def _mark_names(self, inputs_embeds: Tensor, name_identity: Tensor | None) -> Tensor:
+        """Add slots to names, each as strong as the embedding it is added to, so that both can be read."""
         slots = None if self.id_former is None else self.id_former.identity_slots
         if slots is None or name_identity is None:
             return inputs_embeds
-        name_identity = name_identity.to(slots.weight.device)
-        marks = slots(name_identity.clamp(min=0)) * (name_identity >= 0)[..., None]
-        return inputs_embeds + marks.to(inputs_embeds)
+        name_identity = name_identity.to(inputs_embeds.device)
+        marks = F.normalize(slots.weight.to(inputs_embeds), dim=-1)[name_identity.clamp(min=0)]
+        strength = inputs_embeds.detach().norm(dim=-1) * (name_identity >= 0)
+        return inputs_embeds + marks * strength[..., None]
 
     def _teach(self, features, grid_size, roles, maps, targets) -> dict[str, Tensor]:
         """What boxes teach the identity attention."""
