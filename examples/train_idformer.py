@@ -29,10 +29,10 @@ from idavlm.models.small import small_language_model, small_processor, small_vis
 from idavlm.training import IDTrainer, IDTrainingArguments
 
 BUILD = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-STEPS = {"characters": 700, "wesnoth": 3000, "faces": 1500}
+STEPS = {"characters": 500, "wesnoth": 3000, "faces": 1500}
 
 # From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
-ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrast_loss_weight": 1.0}
+ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrast_loss_weight": 3.0}
 # One head compares patches with patches, or finds nobody; marks tell a sample's identities apart.
 ID_FORMER |= {"num_identity_heads": 1, "identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4}
 VARIANTS = {"with ID-Former": ID_FORMER, "without ID-Former": {"connector": "resampler"}}
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--data", choices=BUILD, default="characters")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, help="default: by data set")
-    parser.add_argument("--identity-steps", type=int, default=250, help="steps before, of the identity attention alone")
+    parser.add_argument("--identity-steps", type=int, default=300, help="steps before, of the identity attention alone")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps")

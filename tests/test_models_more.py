@@ -272,7 +272,8 @@ def test_slots_mark_the_names_of_the_prompt(processor, root):
     for identity in (0, 1):
         here = batch["name_identity"] == identity
         slot = model.id_former.identity_slots.weight[identity]
-        torch.testing.assert_close(marked[here], embeds[here] + slot)
+        strength = embeds[here].norm(dim=-1, keepdim=True) / slot.norm()
+        torch.testing.assert_close(marked[here], embeds[here] + strength * slot)
     assert torch.equal(marked[batch["name_identity"] < 0], embeds[batch["name_identity"] < 0])
     unmarked = batch | {"name_identity": torch.full_like(batch["name_identity"], -1)}
     assert not torch.allclose(model(**batch).logits, model(**unmarked).logits)
