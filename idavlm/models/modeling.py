@@ -235,15 +235,11 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             attention_mask: ``[B, T]`` 1 = keep.
             position_ids: ``[B, T]``.
             past_key_values: a transformers cache.
-            inputs_embeds: ``[B, T, C]`` in place of ``input_ids``; then no images are read.
+            inputs_embeds: ``[B, T, C]`` in place of ``input_ids``, image tokens included: none are put in.
             labels: ``[B, T]``, -100 where nothing is to be predicted.
             name_identity: ``[B, T]`` the identity whose name a token is, -1 elsewhere. An ID-Former with
                 ``num_identity_slots`` marks these tokens as it marks the identity's photos.
-            pixel_values: see :meth:`encode_images`, as the next four.
-            image_features: ...
-            image_roles: ...
-            sample_index: ...
-            identity_index: ...
+            pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
             image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
             boxes: ``[N, 4]`` pixels of persons who have references: teach the identity attention.
             box_image: ``[N]`` image of each box, counted over the batch.

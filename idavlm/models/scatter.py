@@ -15,7 +15,7 @@ def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: 
         ``[B, T, C]``.
 
     Raises:
-        ValueError: as many placeholders as image tokens are needed; the message has both numbers.
+        ValueError: another number of placeholders than of image tokens, with both numbers; widths that differ.
     """
     placeholders, tokens = int(is_image.sum()), image_tokens.shape[0] * image_tokens.shape[1]
     if placeholders != tokens:
