@@ -74,6 +74,7 @@ def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, **options) 
         per_device_train_batch_size=2,
         learning_rate=1e-3,
         warmup_steps=2,
+        muon_modules=["language_model"],
         logging_steps=1,
         save_steps=SAVE_EVERY,
         mixing_ratio=0.4,

@@ -53,7 +53,10 @@ def restate(
     def read(x: Tensor) -> Tensor:
         query = norm("resampler.query_norm", weights["resampler.query"]) + position
         tokens = attend("resampler.attention", query, x + patch_position, x)[0]
-        return tokens + feed_forward("resampler.feed_forward", tokens)
+        tokens = tokens + feed_forward("resampler.feed_forward", tokens)
+        if "resampler.token_norm.weight" in weights:
+            tokens = norm("resampler.token_norm", tokens)
+        return tokens + position if id_former.resampler.token_positions else tokens
 
     def mark(image: int, shares: Tensor) -> Tensor | float:
         """Slots: of a photo its identity's, of others by what the patches in the cell of each query look at."""

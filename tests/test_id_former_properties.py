@@ -16,6 +16,7 @@ OPTIONS = {
     "tanh gate": {"gate": "tanh", "feed_forward": "identity"},
     "open": {"gate": "none", "identity_keys": "patches"},
     "slots": {"num_identity_slots": 4, "nobody_token": True, "identity_keys": "patches"},
+    "normed": {"num_identity_slots": 4, "token_norm": True, "token_positions": True},
     "nobody": {"nobody_token": True},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

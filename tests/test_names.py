@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from idavlm.data import Identity, Message, Part, Sample
-from idavlm.models.names import name_identities
+from idavlm.models.names import carry_names, name_identities
 from idavlm.models.small import small_tokenizer
 from tests.small_models import TEXTS, small_processor
 
@@ -142,3 +142,20 @@ def test_text_alone_names_nobody():
     assert (small_processor().encode(plain)["name_identity"] == -1).all()
     known = Sample("t", "identity", [Identity("Kate", [])], plain.messages)
     assert (small_processor().encode(known)["name_identity"] == 0).any()
+
+
+def test_a_name_stands_for_what_follows_until_an_image_a_name_or_an_answer():
+    prompt, answer, image = -100, 5, 9
+    names = [-1, 0, -1, -1, -1, 1, -1, -1, 0, -1]
+    tokens = [1, 1, 1, image, 1, 1, 1, 1, 1, 1]
+    labels = [prompt] * 6 + [answer] + [prompt] * 3
+    assert carry_names(names, tokens, labels, image) == [-1, 0, 0, -1, -1, 1, -1, -1, 0, 0]
+
+
+def test_a_question_is_about_its_name_up_to_the_answer():
+    messages = [Message("user", [Part("text", "Is Kate here?")]), Message("assistant", [Part("text", "Kate is")])]
+    encoded = small_processor().encode(Sample("t", "identity", [Identity("Kate", [])], messages))
+    marks, labels = encoded["name_identity"], encoded["labels"]
+    first = marks.tolist().index(0)
+    assert (marks[first : labels.ne(-100).nonzero()[0]] == 0).all()
+    assert (marks[labels != -100] == -1).all() and (marks[:first] == -1).all()

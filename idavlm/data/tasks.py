@@ -43,6 +43,10 @@ MAX_INTRODUCED = 4
 """Identities of a training record at most. Each more is one more choice for every patch of the scene: with one or two,
 identity attention needs several times as many pictures to leave chance."""
 
+ROLL_CALLS = 0.5
+"""Share of matching's training records that ask who is in every picture in place of which shows whom. Never both: the
+one could be answered from the text of the other, and a model that can copy does not learn to look."""
+
 FALSE_ANSWERS = 3
 """False answers beside the right one, where there are so many."""
 
@@ -138,7 +142,9 @@ class RecordComposer:
         """A scene, and two of the people in it, in training perhaps all."""
         scene = self.rng.choice(self.album.scenes)
         most = 2 if evaluation else min(MAX_INTRODUCED, len(scene.people))
-        return [scene], [person.identity for person in self.rng.sample(scene.people, self.rng.randint(2, most))]
+        return [scene], [
+            person.identity for person in self.rng.sample(scene.people, self.rng.randint(2 if evaluation else 1, most))
+        ]
 
     def _choose_several(self, evaluation: bool) -> tuple[list[Picture], list[str]]:
         """A picture of each of two people, often one more of either of them."""
@@ -174,10 +180,9 @@ class RecordComposer:
             _Question(wording.which_shows(name), *_choice(numbers[identity], len(draft.pictures)))
             for identity, name in draft.names.items()
         ]
-        if not draft.evaluation:
-            # An answer for every picture, whoever it shows: it teaches to read them long before the choice is learnt.
-            questions.append(_Question(wording.WHO, wording.roll_call(draft.pictures, draft.names)))
-            self.rng.shuffle(questions)
+        if not draft.evaluation and self.rng.random() < ROLL_CALLS:
+            return [_Question(wording.WHO, wording.roll_call(draft.pictures, draft.names))]
+        self.rng.shuffle(questions)
         return questions
 
     def _ask_caption(self, draft: "_Draft") -> list[_Question]:

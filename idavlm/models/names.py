@@ -47,6 +47,27 @@ def name_identities(tokenizer, input_ids: Sequence[int], labels: Sequence[int], 
     return found
 
 
+def carry_names(names: Sequence[int], input_ids: Sequence[int], labels: Sequence[int], stop: int) -> list[int]:
+    """Let each name of a prompt stand for the words behind it too: they are about the same person.
+
+    "Where is Kate?" is about Kate up to its end, where the answer begins: a model need not find her name again.
+
+    Args:
+        names: from :func:`name_identities`.
+        input_ids: tokens.
+        labels: as long as ``input_ids``; what the model is to say is never marked.
+        stop: id of the placeholder of images, which end it.
+    """
+    carried, current = [], NOT_A_NAME
+    for name, token, label in zip(names, input_ids, labels, strict=True):
+        if token == stop or label != -100:
+            current = NOT_A_NAME
+        elif name != NOT_A_NAME:
+            current = name
+        carried.append(current)
+    return carried
+
+
 def _is_word(tokenizer, input_ids: Sequence[int], start: int, end: int) -> bool:
     """Whether no letter or digit stands right before or behind the tokens ``start`` to ``end``.
 

@@ -9,7 +9,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Box, Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.models.boxes import BoxFormat
-from idavlm.models.names import name_identities
+from idavlm.models.names import carry_names, name_identities
 from idavlm.utils import ImageRole, check_positive
 
 
@@ -113,7 +113,8 @@ class IDAVLMProcessor(ProcessorMixin):
             add_generation_prompt: end with the header of an assistant turn, for generation.
 
         Returns:
-            ``input_ids``, ``labels``, ``name_identity`` (identity of a name in the prompt, -1 elsewhere) ``[T]``;
+            ``input_ids``, ``labels``, ``name_identity`` (whom the prompt is about, from a name on; -1 elsewhere)
+            ``[T]``;
             ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``
             ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity, then the images of the messages;
             ``boxes`` ``[N, 4]``, ``box_image``, ``box_identity`` ``[N]`` of the persons with references.
@@ -135,6 +136,7 @@ class IDAVLMProcessor(ProcessorMixin):
             chat_template=self.chat_template,
         )
         names = name_identities(self.tokenizer, input_ids, labels, [identity.name for identity in sample.identities])
+        names = carry_names(names, input_ids, labels, self.image_token_id)
         input_ids, labels, names = self._expand(input_ids, labels, names)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(

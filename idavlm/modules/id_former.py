@@ -65,7 +65,7 @@ class IDFormer(nn.Module):
             token of a scene by the share of attention that the patches in its query's cell of the grid pay to the
             identity; :class:`idavlm.IDAVLMForConditionalGeneration` adds them to its name in the prompt as well. A
             sample may hold at most so many identities.
-        token_positions: see :class:`Resampler`.
+        token_norm, token_positions: see :class:`Resampler`.
         nobody_token: a learned key in every sample that patches may attend to instead of any reference. With it the
             identity map can say "nobody".
     """
@@ -87,6 +87,7 @@ class IDFormer(nn.Module):
         identity_keys: str = "tokens",
         num_identity_slots: int = 0,
         nobody_token: bool = False,
+        token_norm: bool = False,
         token_positions: bool = False,
     ):
         super().__init__()
@@ -105,6 +106,7 @@ class IDFormer(nn.Module):
             vision_hidden_size=vision_hidden_size,
             feed_forward=feed_forward == "all",
             intermediate_size=intermediate_size,
+            token_norm=token_norm,
             token_positions=token_positions,
             attn_implementation=attn_implementation,
         )
@@ -228,11 +230,8 @@ class IDFormer(nn.Module):
         tokens = torch.cat([identity.image_tokens for identity in identities])
         if self.identity_slots is None:
             return tokens
-        photos = (len(identity.image_tokens) for identity in identities)
-        return (
-            tokens
-            + self.identity_slots.of([number for number, count in enumerate(photos) for _ in range(count)])[:, None]
-        )
+        numbers = [number for number, identity in enumerate(identities) for _ in identity.image_tokens]
+        return tokens + self.identity_slots.of(numbers)[:, None]
 
     def contrast_loss(
         self,

@@ -15,8 +15,12 @@ class IdentitySlots(nn.Embedding):
         hidden_size: C.
     """
 
+    STRENGTH = 2.0
+    """Root mean square of a new mark: twice that of normalised tokens, as marks are diluted by shares of attention."""
+
     def __init__(self, num_slots: int, hidden_size: int):
-        super().__init__(num_slots, hidden_size)  # starts at scale 1, that of normalised patches
+        super().__init__(num_slots, hidden_size)
+        nn.init.normal_(self.weight, std=self.STRENGTH)
 
     def of(self, identities: Sequence[int]) -> Tensor:
         """``[R, C]`` marks of identities, counted within their sample.

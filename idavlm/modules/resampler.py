@@ -19,7 +19,8 @@ class Resampler(nn.Module):
 
     ``state_dict`` keys: ``query`` ``[Q, C]``; ``query_position`` ``[Q, C]`` (buffer); ``query_norm.*``;
     ``input_proj.weight`` ``[C, Cv]`` (only with ``vision_hidden_size``); ``input_norm.*``; ``attention.*`` (see
-    :class:`CrossAttention`); ``feed_forward.*`` (only with ``feed_forward=True``).
+    :class:`CrossAttention`); ``feed_forward.*`` (only with ``feed_forward=True``); ``token_norm.*`` (only with
+    ``token_norm=True``).
 
     Args:
         hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
@@ -29,6 +30,8 @@ class Resampler(nn.Module):
             unprojected, as released.
         feed_forward: add ``tokens + FeedForward(tokens)``, drawn in the paper's figure, absent from the release.
         intermediate_size: inner width of the feed-forward block; ``4 * hidden_size`` if not given.
+        token_norm: normalise the tokens, before positions and marks are added: attention to patches of a trained tower
+            gives them any strength, and a mark would drown. As released they are not.
         token_positions: add to every token the position of its query, so that a language model can tell where in the
             image it reads. As released they have none.
         attn_implementation: see :func:`idavlm.ops.cross_attention`.
@@ -43,6 +46,7 @@ class Resampler(nn.Module):
         vision_hidden_size: int | None = None,
         feed_forward: bool = False,
         intermediate_size: int | None = None,
+        token_norm: bool = False,
         token_positions: bool = False,
         attn_implementation: str = "sdpa",
     ):
@@ -66,6 +70,7 @@ class Resampler(nn.Module):
             hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
         )
         self.feed_forward = FeedForward(hidden_size, intermediate_size) if feed_forward else None
+        self.token_norm = nn.LayerNorm(hidden_size, eps=1e-6) if token_norm else None
         nn.init.trunc_normal_(self.query, std=0.02)
 
     def forward(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -126,4 +131,6 @@ class Resampler(nn.Module):
         tokens = self.attention(self.query_norm(self.query) + self.position, patches, key_bias=key_bias)
         if self.feed_forward is not None:
             tokens = tokens + self.feed_forward(tokens)
+        if self.token_norm is not None:
+            tokens = self.token_norm(tokens)
         return tokens + self.position if self.token_positions else tokens

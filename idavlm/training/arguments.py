@@ -25,6 +25,8 @@ class IDTrainingArguments(TrainingArguments):
         freeze: modules that are not trained.
         identity_warmup_steps: for so many steps identity batches teach the identity attention alone, by their boxes;
             the language model is not run on them. For models from scratch: it could learn nothing from images yet.
+        muon_modules: modules whose linear layers are trained by Muon (:class:`idavlm.training.MuonAdamW`), all else by
+            AdamW at the same rate. For models from scratch: small ones learn to read images in far fewer steps.
     """
 
     # Parsed from JSON on a command line, as transformers does with its own dictionaries.
@@ -36,6 +38,7 @@ class IDTrainingArguments(TrainingArguments):
     module_learning_rates: dict | str | None = field(default=None, metadata={"help": 'JSON, {"vision_tower": 1e-5}.'})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Modules that are not trained."})
     identity_warmup_steps: int = field(default=0, metadata={"help": "Steps that teach the identity attention alone."})
+    muon_modules: list[str] = field(default_factory=list, metadata={"help": "Modules trained by Muon."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are passed on whole."})
 
     def __post_init__(self):
@@ -55,6 +58,10 @@ class IDTrainingArguments(TrainingArguments):
         self.module_learning_rates = dict(self.module_learning_rates or {})
         for module in self.module_learning_rates:
             check_choice("module_learning_rates", module, MODULES)
+        for module in self.muon_modules:
+            check_choice("muon_modules", module, MODULES)
+        if self.muon_modules and not str(self.optim).rsplit(".", 1)[-1].lower().startswith("adamw_torch"):
+            raise ValueError(f"muon_modules goes with AdamW for all else; optim={self.optim!r} is not adamw_torch.")
         for module in self.freeze:
             check_choice("freeze", module, MODULES)
             if module in self.module_learning_rates:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from idavlm.data import IGNORE_INDEX, DualDataLoader
 from idavlm.training.arguments import MODULES, SOURCES, IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
+from idavlm.training.muon import MuonAdamW, linear_weights
 
 TEXT = ("input_ids", "attention_mask", "labels", "name_identity")
 
@@ -159,32 +160,33 @@ class IDTrainer(Trainer):
         return metrics
 
     def create_optimizer(self, model=None):
-        """One group per learning rate, with and without weight decay."""
-        rates = self.args.module_learning_rates
-        if self.optimizer is not None or not rates:
+        """One group per learning rate, with and without weight decay, by Muon or not."""
+        rates, by_muon = self.args.module_learning_rates, self.args.muon_modules
+        if self.optimizer is not None or not (rates or by_muon):
             return super().create_optimizer(model) if model is not None else super().create_optimizer()
         trained = self.model if model is None else model
         for name in rates:
             _module(trained, "module_learning_rates", name)
+        matrices = linear_weights(trained, [_module(trained, "muon_modules", name) for name in by_muon])
         decayed = set(self.get_decay_parameter_names(trained))
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
                 module = next((part for part in name.split(".") if part in MODULES), None)
-                groups[rates.get(module, self.args.learning_rate), name in decayed].append(parameter)
+                rate = rates.get(module, self.args.learning_rate)
+                groups[rate, name in decayed, id(parameter) in matrices].append(parameter)
         optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
         if not isinstance(optimizer_cls, type) or {"params", "model", "optimizer_dict"} & options.keys():
             raise ValueError(
                 f"optim={self.args.optim!r} groups the parameters itself; it does not go with module_learning_rates. "
                 "Use an optimiser such as adamw_torch."
             )
-        self.optimizer = optimizer_cls(
-            [
-                {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
-                for (rate, decay), parameters in groups.items()
-            ],
-            **options,
-        )
+        parts = [
+            {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+            | ({"muon": muon} if by_muon else {})
+            for (rate, decay, muon), parameters in groups.items()
+        ]
+        self.optimizer = MuonAdamW(parts, **options) if by_muon else optimizer_cls(parts, **options)
         return self.optimizer
 
     def _note(self, name: str, value: Tensor) -> None:

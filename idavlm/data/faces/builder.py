@@ -15,7 +15,7 @@ from idavlm.data.tasks import RecordComposer, drawn_names
 from idavlm.utils.checks import check_positive
 
 NAME = "faces"
-VERSION = 3
+VERSION = 4
 QUESTION = "In which place is {name}?"
 SCENE_SIZES = {"train": (2, 3, 4), "test": (3, 4)}
 """Numbers of people in the scenes of each split, in turn."""

@@ -20,7 +20,7 @@ from idavlm.data.wesnoth.units import read_units
 from idavlm.utils.checks import check_positive
 
 NAME = "wesnoth"
-VERSION = 5
+VERSION = 6
 SCENE_SIZES = {"train": (2, 3, 4), "test": (3, 4), "validation": (3, 4)}
 """Numbers of people in the scenes of each split, in turn."""
 
