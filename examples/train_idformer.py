@@ -30,7 +30,7 @@ from idavlm.models.small import small_language_model, small_processor, small_vis
 from idavlm.training import IDTrainer, IDTrainingArguments
 
 BUILD = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-STEPS = {"characters": 500, "wesnoth": 3000, "faces": 1500}
+STEPS = {"characters": 550, "wesnoth": 3000, "faces": 1500}
 LEARNING_RATE = 6e-3
 
 # From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
@@ -49,6 +49,7 @@ def build_model(processor: IDAVLMProcessor, connector: dict) -> IDAVLMForConditi
         num_queries=processor.image_seq_length,
         num_heads=4,
         token_norm=True,
+        image_token_scale=0.3,
         token_positions=True,
         **connector,
     )
@@ -66,13 +67,17 @@ def train(
     common |= {"save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500}
     # A small language model learns to read images several times as fast by Muon.
     read = common | {"learning_rate": LEARNING_RATE, "muon_modules": ["language_model"]}
-    read |= {"module_learning_rates": {"vision_tower": 2e-3, "id_former" if model.id_former else "connector": 2e-3}}
+    if model.id_former is None:
+        read |= {"module_learning_rates": {"vision_tower": 2e-3, "connector": 2e-3}}
+    else:  # by then it can tell people apart
+        read |= {"freeze": ["vision_tower", "id_former"]}
     trainer = partial(IDTrainer, model, data_collator=processor.collate)
     if not args.resume:
         steps = args.identity_steps
         if model.id_former is not None and steps:
             first = {"max_steps": steps, "identity_warmup_steps": steps, "learning_rate": 5e-3}
             trainer(IDTrainingArguments(str(out / "identity"), **common | first), train_dataset=identity).train()
+            model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
         one_task = IDTrainingArguments(str(out / "location"), max_steps=args.location_steps, **read)
         trainer(one_task, train_dataset=Subset(identity, located)).train()
     all_tasks = {"max_steps": args.steps or STEPS[args.data], "mixing_ratio": 0.05}
@@ -103,8 +108,8 @@ def main() -> None:
     parser.add_argument("--data", choices=BUILD, default="characters")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, help="default: by data set")
-    parser.add_argument("--identity-steps", type=int, default=400, help="steps before, of the identity attention alone")
-    parser.add_argument("--location-steps", type=int, default=200, help="steps before, of one task alone")
+    parser.add_argument("--identity-steps", type=int, default=700, help="steps before, of the identity attention alone")
+    parser.add_argument("--location-steps", type=int, default=250, help="steps before, of one task alone")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps")

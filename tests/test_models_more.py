@@ -347,6 +347,22 @@ def test_the_contrast_loss_is_weighted(processor, root):
         small_model(processor, contrast_loss_weight=-1)
 
 
+def test_image_tokens_are_scaled_where_text_reads_them(processor, root):
+    batch = batch_of(processor, sample(root))
+    plain, scaled = (small_model(processor, image_token_scale=scale) for scale in (1.0, 0.25))
+    scaled.load_state_dict(plain.state_dict())
+    seen = []
+    scaled.language_model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(inputs["inputs_embeds"]), with_kwargs=True
+    )
+    tokens = scaled(**batch).image_hidden_states
+    assert torch.equal(tokens, plain(**batch).image_hidden_states)
+    here = batch["input_ids"] == processor.image_token_id
+    torch.testing.assert_close(seen[0][here], 0.25 * tokens.flatten(0, 1))
+    with pytest.raises(ValueError, match="image_token_scale=0"):
+        small_model(processor, image_token_scale=0)
+
+
 def test_boxes_need_what_goes_with_them(processor, root):
     batch = batch_of(processor, sample(root))
     batch.pop("image_sizes")

@@ -31,7 +31,8 @@ def test_directions_are_kept_and_come_to_one_length(shape):
     matrix = torch.randn(shape)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     inner = left.T @ orthogonal(matrix) @ right.T
-    assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.3
+    assert inner.diagonal().min() > 0.6
+    assert inner.diagonal().max() < 1.3
     torch.testing.assert_close(inner - inner.diagonal().diag(), torch.zeros_like(inner), rtol=0, atol=2e-5)
 
 
@@ -83,7 +84,8 @@ def test_a_closure_is_evaluated_once_and_its_loss_given():
         return loss
 
     assert optimizer.step(closure).item() == 4.0
-    assert len(calls) == 1 and not torch.equal(parameter, torch.ones(2, 2))
+    assert len(calls) == 1
+    assert not torch.equal(parameter, torch.ones(2, 2))
 
 
 def test_vectors_are_refused():

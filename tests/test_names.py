@@ -158,4 +158,5 @@ def test_a_question_is_about_its_name_up_to_the_answer():
     marks, labels = encoded["name_identity"], encoded["labels"]
     first = marks.tolist().index(0)
     assert (marks[first : labels.ne(-100).nonzero()[0]] == 0).all()
-    assert (marks[labels != -100] == -1).all() and (marks[:first] == -1).all()
+    assert (marks[labels != -100] == -1).all()
+    assert (marks[:first] == -1).all()

@@ -14,11 +14,11 @@ Naming = Callable[[Sequence[str], Random], Sequence[str]]
 
 TRAIN_SHARES = {
     "matching": 0.45,
-    "location": 0.3,
-    "qa_single": 0.1,
-    "caption_single": 0.05,
-    "qa_multi": 0.05,
-    "caption_multi": 0.05,
+    "location": 0.4,
+    "qa_single": 0.06,
+    "caption_single": 0.03,
+    "qa_multi": 0.03,
+    "caption_multi": 0.03,
 }
 """Kinds of training records and their shares. The first two need identities and nothing else: a small model learns to
 read identities from them, and reads activities much later."""

@@ -25,6 +25,8 @@ class IDAVLMConfig(PretrainedConfig):
         identity_loss_weight: factor of :meth:`idavlm.IDFormer.identity_loss`, which exists where boxes are given.
         contrast_loss_weight: factor of :meth:`idavlm.IDFormer.contrast_loss`, computed where it is not 0 and boxes are
             given. For models from scratch.
+        image_token_scale: factor of image tokens where they are put among the embeddings of text. The embeddings of
+            a new language model are small; image tokens many times as strong hide what its first layers add to them.
     """
 
     model_type = "idavlm"
@@ -52,6 +54,7 @@ class IDAVLMConfig(PretrainedConfig):
         vision_feature_select: str = "patch",
         identity_loss_weight: float = 1.0,
         contrast_loss_weight: float = 0.0,
+        image_token_scale: float = 1.0,
         **kwargs,
     ):
         check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
@@ -66,6 +69,8 @@ class IDAVLMConfig(PretrainedConfig):
         for name, weight in (("identity", identity_loss_weight), ("contrast", contrast_loss_weight)):
             if weight < 0:
                 raise ValueError(f"{name}_loss_weight={weight} must be at least 0.")
+        if not image_token_scale > 0:
+            raise ValueError(f"image_token_scale={image_token_scale} must be above 0.")
         text_config = _sub_config("text_config", text_config)
         # The language model ties its own head; nothing is tied across parts.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
@@ -81,6 +86,7 @@ class IDAVLMConfig(PretrainedConfig):
         self.vision_feature_select = vision_feature_select
         self.identity_loss_weight = identity_loss_weight
         self.contrast_loss_weight = contrast_loss_weight
+        self.image_token_scale = image_token_scale
 
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)

@@ -107,7 +107,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
                 "language_model.resize_token_embeddings(len(tokenizer)) first."
             )
         known = ("image_seq_length", "vision_feature_layer", "vision_feature_select")
-        known += ("identity_loss_weight", "contrast_loss_weight")
+        known += ("identity_loss_weight", "contrast_loss_weight", "image_token_scale")
         config = IDAVLMConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
@@ -237,7 +237,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             past_key_values: a transformers cache.
             inputs_embeds: ``[B, T, C]`` in place of ``input_ids``, image tokens included: none are put in.
             labels: ``[B, T]``, -100 where nothing is to be predicted.
-            name_identity: ``[B, T]`` the identity whose name a token is, -1 elsewhere. An ID-Former with
+            name_identity: ``[B, T]`` the identity a token is about, from its name on; -1 elsewhere. An ID-Former with
                 ``num_identity_slots`` marks these tokens as it marks the identity's photos.
             pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
             image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
@@ -264,7 +264,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             inputs_embeds = self._mark_names(self.get_input_embeddings()(input_ids), name_identity)
             is_image = input_ids == self.config.image_token_id
             if image_tokens is not None:
-                inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_tokens)
+                image_embeds = image_tokens * self.config.image_token_scale
+                inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_embeds)
             elif past_key_values is None and is_image.any():
                 raise ValueError(
                     f"the text holds {int(is_image.sum())} image placeholders but 0 images; give pixel_values."

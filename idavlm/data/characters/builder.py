@@ -15,7 +15,7 @@ from idavlm.data.tasks import RecordComposer, drawn_names
 from idavlm.utils.checks import check_positive
 
 NAME = "characters"
-VERSION = 7
+VERSION = 8
 
 SCENE_SIZES = {"train": (2, 3, 4), "test": (3, 4)}
 """People in the scenes of each split, in turn."""
