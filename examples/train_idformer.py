@@ -30,8 +30,8 @@ from idavlm.models.small import small_language_model, small_processor, small_vis
 from idavlm.training import IDTrainer, IDTrainingArguments
 
 BUILD = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-STEPS = {"characters": 550, "wesnoth": 3000, "faces": 1500}
-LEARNING_RATE = 6e-3
+# Of the identity attention alone, of one task, of all tasks.
+STEPS = {"characters": (700, 250, 800), "wesnoth": (3000, 400, 1000), "faces": (2000, 400, 800)}
 
 # From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
 ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrast_loss_weight": 3.0}
@@ -62,26 +62,23 @@ def train(
     identity = RecordDataset(folder / "train.jsonl", encode=processor.encode)
     general = RecordDataset(folder / "general.jsonl", encode=processor.encode)
     located = [i for i, one in enumerate(RecordDataset(folder / "train.jsonl")) if one.id.startswith("location")]
+    steps = args.steps or STEPS[args.data]
     common = {"per_device_train_batch_size": args.batch_size, "lr_scheduler_type": "cosine", "adam_beta2": 0.98}
     common |= {"warmup_steps": 30, "logging_steps": 20, "report_to": [], "seed": seed}
     common |= {"save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500}
     # A small language model learns to read images several times as fast by Muon.
-    read = common | {"learning_rate": LEARNING_RATE, "muon_modules": ["language_model"]}
-    if model.id_former is None:
-        read |= {"module_learning_rates": {"vision_tower": 2e-3, "connector": 2e-3}}
-    else:  # by then it can tell people apart
-        read |= {"freeze": ["vision_tower", "id_former"]}
+    read = common | {"learning_rate": 6e-3, "muon_modules": ["language_model"]}
+    rates = {"module_learning_rates": {"vision_tower": 2e-3, "connector": 2e-3}}
+    read |= rates if model.id_former is None else {"freeze": ["vision_tower", "id_former"]}
     trainer = partial(IDTrainer, model, data_collator=processor.collate)
     if not args.resume:
-        steps = args.identity_steps
-        if model.id_former is not None and steps:
-            first = {"max_steps": steps, "identity_warmup_steps": steps, "learning_rate": 5e-3}
+        if model.id_former is not None:
+            first = {"identity_warmup_steps": steps[0], "max_steps": steps[0], "learning_rate": 5e-3}
             trainer(IDTrainingArguments(str(out / "identity"), **common | first), train_dataset=identity).train()
             model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
-        one_task = IDTrainingArguments(str(out / "location"), max_steps=args.location_steps, **read)
+        one_task = IDTrainingArguments(str(out / "location"), max_steps=steps[1], **read)
         trainer(one_task, train_dataset=Subset(identity, located)).train()
-    all_tasks = {"max_steps": args.steps or STEPS[args.data], "mixing_ratio": 0.05}
-    all_tasks |= {"eval_strategy": "steps", "eval_steps": 200}
+    all_tasks = {"max_steps": steps[2], "mixing_ratio": 0.05, "eval_strategy": "steps", "eval_steps": 200}
     test = list(RecordDataset(folder / "test.jsonl"))
     watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.type == task][:50]]
     last = trainer(
@@ -107,9 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=BUILD, default="characters")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="default: by data set")
-    parser.add_argument("--identity-steps", type=int, default=700, help="steps before, of the identity attention alone")
-    parser.add_argument("--location-steps", type=int, default=250, help="steps before, of one task alone")
+    parser.add_argument("--steps", type=int, nargs=3, help="of identity attention, of location, of all tasks")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps")
@@ -144,7 +139,7 @@ def main() -> None:
         title=f"Identities never trained on: {args.data}",
         logs=logs,
         examples=examples,
-        settings=vars(args) | {"training steps": args.steps or STEPS[args.data]},
+        settings=vars(args) | {"steps": args.steps or STEPS[args.data]},
         command=" ".join(["python", *sys.argv]),
         seconds=time.time() - start,
     )
