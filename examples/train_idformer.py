@@ -41,7 +41,7 @@ VARIANTS = {"with ID-Former": ID_FORMER, "without ID-Former": {"connector": "res
 
 
 def build_model(processor: IDAVLMProcessor, connector: dict) -> IDAVLMForConditionalGeneration:
-    """A shallow ResNet, the connector and a Llama of two layers: about half a million parameters."""
+    """A shallow ResNet, the connector and a Llama of two layers: about 0.6 million parameters."""
     return IDAVLMForConditionalGeneration.from_parts(
         small_vision_tower(hidden_size=128),
         small_language_model(processor.tokenizer, hidden_size=128),
@@ -58,7 +58,7 @@ def build_model(processor: IDAVLMProcessor, connector: dict) -> IDAVLMForConditi
 def train(
     model, processor: IDAVLMProcessor, folder: Path, out: Path, args: argparse.Namespace, seed: int
 ) -> list[dict]:
-    """First the identity attention alone (where there is one), then one task, then all."""
+    """First the identity attention alone (where there is one), then one task, then all; Muon reads images sooner."""
     identity = RecordDataset(folder / "train.jsonl", encode=processor.encode)
     general = RecordDataset(folder / "general.jsonl", encode=processor.encode)
     located = [i for i, one in enumerate(RecordDataset(folder / "train.jsonl")) if one.id.startswith("location")]
@@ -66,16 +66,15 @@ def train(
     common = {"per_device_train_batch_size": args.batch_size, "lr_scheduler_type": "cosine", "adam_beta2": 0.98}
     common |= {"warmup_steps": 30, "logging_steps": 20, "report_to": [], "seed": seed}
     common |= {"save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500}
-    # A small language model learns to read images several times as fast by Muon.
     read = common | {"learning_rate": 6e-3, "muon_modules": ["language_model"]}
     rates = {"module_learning_rates": {"vision_tower": 2e-3, "connector": 2e-3}}
     read |= rates if model.id_former is None else {"freeze": ["vision_tower", "id_former"]}
     trainer = partial(IDTrainer, model, data_collator=processor.collate)
+    if model.id_former is not None and not args.resume:
+        first = {"identity_warmup_steps": steps[0], "max_steps": steps[0], "learning_rate": 5e-3}
+        trainer(IDTrainingArguments(str(out / "identity"), **common | first), train_dataset=identity).train()
+    model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
     if not args.resume:
-        if model.id_former is not None:
-            first = {"identity_warmup_steps": steps[0], "max_steps": steps[0], "learning_rate": 5e-3}
-            trainer(IDTrainingArguments(str(out / "identity"), **common | first), train_dataset=identity).train()
-            model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
         one_task = IDTrainingArguments(str(out / "location"), max_steps=steps[1], **read)
         trainer(one_task, train_dataset=Subset(identity, located)).train()
     all_tasks = {"max_steps": steps[2], "mixing_ratio": 0.05, "eval_strategy": "steps", "eval_steps": 200}
