@@ -23,11 +23,14 @@ _HOME_OF = {
     "RecordDataset": "idavlm.data",
     "Resampler": "idavlm.modules",
     "Sample": "idavlm.data",
+    "add_inner_adaptors": "idavlm.modules",
     "build_connector": "idavlm.modules",
     "cross_attention": "idavlm.ops",
     "identity_attention_loss": "idavlm.ops",
     "identity_patch_targets": "idavlm.ops",
+    "load_adaptors": "idavlm.modules",
     "parse_sample": "idavlm.data",
+    "save_adaptors": "idavlm.modules",
 }
 
 __all__ = [
@@ -45,17 +48,29 @@ __all__ = [
     "Resampler",
     "Sample",
     "__version__",
+    "add_inner_adaptors",
     "build_connector",
     "cross_attention",
     "identity_attention_loss",
     "identity_patch_targets",
+    "load_adaptors",
     "parse_sample",
+    "save_adaptors",
 ]
 
 if TYPE_CHECKING:
     from idavlm.data import DualDataLoader, RecordDataset, Sample, parse_sample
     from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor
-    from idavlm.modules import CrossAttention, IdentityTokens, IDFormer, Resampler, build_connector
+    from idavlm.modules import (
+        CrossAttention,
+        IdentityTokens,
+        IDFormer,
+        Resampler,
+        add_inner_adaptors,
+        build_connector,
+        load_adaptors,
+        save_adaptors,
+    )
     from idavlm.ops import cross_attention, identity_attention_loss, identity_patch_targets
     from idavlm.training import IDTrainer, IDTrainingArguments
     from idavlm.utils import ImageRole

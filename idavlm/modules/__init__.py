@@ -4,6 +4,18 @@ from idavlm.modules.connectors import build_connector
 from idavlm.modules.cross_attention import CrossAttention
 from idavlm.modules.id_former import IdentityTokens, IDFormer
 from idavlm.modules.identity_layer import IdentityLayer
+from idavlm.modules.inner_adaptor import InnerAdaptor, add_inner_adaptors, load_adaptors, save_adaptors
 from idavlm.modules.resampler import Resampler
 
-__all__ = ["CrossAttention", "IDFormer", "IdentityLayer", "IdentityTokens", "Resampler", "build_connector"]
+__all__ = [
+    "CrossAttention",
+    "IDFormer",
+    "IdentityLayer",
+    "IdentityTokens",
+    "InnerAdaptor",
+    "Resampler",
+    "add_inner_adaptors",
+    "build_connector",
+    "load_adaptors",
+    "save_adaptors",
+]

@@ -1,0 +1,128 @@
+"""Adaptors in a file of their own, beside the untouched base."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from idavlm.modules.inner_adaptor.adding import InnerAdaptor, add_inner_adaptors
+from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
+
+FILE_NAME = "inner_adaptors.safetensors"
+_VALUES = 4  # of every tensor of the base, enough to tell checkpoints of one architecture apart
+
+
+def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> Path:
+    """Write the inner adaptors of a model, their options and what tells their base apart, without the base.
+
+    Args:
+        model: a language model with inner adaptors, or a model around one.
+        folder: where ``inner_adaptors.safetensors`` goes.
+        state_dict: of ``model``, where its own parameters are not whole: under ZeRO-3 or FSDP
+            ``accelerator.get_state_dict(model)``.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no adaptors; layers in them that were changed since, e.g. by peft; parameters that are not whole.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, InnerAdaptor)]
+    if not found:
+        raise ValueError(f"model={type(model).__name__} has no inner adaptors; call add_inner_adaptors first.")
+    path, inner_adaptor = found[0]
+    tensors = {
+        name.removeprefix(f"{path}."): tensor
+        for name, tensor in (model.state_dict() if state_dict is None else state_dict).items()
+        if name.startswith(f"{path}.")
+    }
+    if set(tensors) != inner_adaptor.tensor_names:
+        wrong = sorted(set(tensors) ^ inner_adaptor.tensor_names)[0]
+        raise ValueError(
+            f"the adaptors of model={type(model).__name__} have other tensors than when they were added, e.g. "
+            f"{wrong!r}; merge what was put on top (peft: merge_and_unload()), or give state_dict= of the bare model."
+        )
+    if any(tensor.numel() == 0 for tensor in tensors.values()):
+        raise ValueError("parameters are partitioned; give state_dict=accelerator.get_state_dict(model).")
+    holder = model.get_submodule(path.rpartition(".")[0])
+    prefix = f"{path.rpartition('.')[0]}." if "." in path else ""
+    tensors_of_base = {name.removeprefix(prefix): tensor for name, tensor in (state_dict or {}).items()}
+    metadata = {"options": inner_adaptor.options, "base": _describe(holder, tensors_of_base)}
+    file = Path(folder) / FILE_NAME
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, file, metadata={name: json.dumps(value) for name, value in metadata.items()})
+    return file
+
+
+def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: nn.Module | None = None) -> nn.Module:
+    """Read what :func:`save_adaptors` wrote into a language model, which gets adaptors first if it has none.
+
+    Args:
+        language_model: the base, or a model with adaptors of the same options.
+        folder: holds ``inner_adaptors.safetensors``.
+        connector: as of :func:`add_inner_adaptors`, where the saved workflows own one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another base than the adaptors were trained on; other options.
+    """
+    file = Path(folder) / FILE_NAME
+    if not file.exists():
+        raise FileNotFoundError(f"folder={str(folder)!r} holds no {FILE_NAME}; give one that save_adaptors wrote.")
+    with safe_open(file, framework="pt") as opened:
+        options, base = (json.loads(opened.metadata()[name]) for name in ("options", "base"))
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    inner_adaptor = next((module for module in language_model.modules() if isinstance(module, InnerAdaptor)), None)
+    _check_base(file, base, _describe(language_model, {}))
+    if inner_adaptor is None:
+        inner_adaptor = add_inner_adaptors(language_model, **options, connector=connector).inner_adaptor
+    for name, value in options.items():
+        if inner_adaptor.options[name] != value:
+            raise ValueError(
+                f"{file}: saved with {name}={value}, but the model has {name}={inner_adaptor.options[name]}."
+            )
+    inner_adaptor.load_state_dict(tensors)
+    return language_model
+
+
+def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
+    """Sizes of a base model, and a few values of each weight of its layers, from ``tensors`` where they are given."""
+    layers = find_decoder_parts(language_model).layers
+    path = next(name for name, module in language_model.named_modules() if module is layers)
+    config = language_model.config.get_text_config(decoder=True)
+    values = {}
+    for name, parameter in layers.named_parameters():
+        tensor = tensors.get(f"{path}.{name}", parameter).detach()
+        if tensor.is_floating_point() and tensor.numel():
+            places = torch.linspace(0, tensor.numel() - 1, _VALUES, device=tensor.device).long()
+            values[name.replace(".base_layer", "")] = tensor.flatten()[places].float().tolist()
+    sizes = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+    return {"sizes": {name: getattr(config, name, None) for name in sizes}, "values": values}
+
+
+def _check_base(file: Path, saved: dict, given: dict) -> None:
+    there = saved["sizes"] | {"vocab_size": given["sizes"]["vocab_size"]}  # a resized vocabulary changes no layer
+    if there != given["sizes"]:
+        raise ValueError(
+            f"{file}: trained on {_listed(saved['sizes'])}, but language_model is {_listed(given['sizes'])}; "
+            "load them onto their own base."
+        )
+    for name, values in saved["values"].items():
+        # As far apart as rounding to another dtype brings them; quantised weights have no values to compare.
+        other = given["values"].get(name, values)
+        if not torch.allclose(torch.tensor(values), torch.tensor(other), rtol=1e-2, atol=1e-6):
+            raise ValueError(
+                f"{file}: trained on another language model of the same sizes: its layer weight {name!r} begins with "
+                f"{values[0]:.5g}, that of language_model with {other[0]:.5g}; load them onto their own base."
+            )
+
+
+def _listed(sizes: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())

@@ -1,0 +1,104 @@
+"""Inner adaptors compute what the release of IAA computes: golden tensors of ``iaa-tiny``, all three workflows."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from idavlm import add_inner_adaptors, build_connector
+
+LAYERS = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
+WORKFLOWS = {"multimodal": "MM", "grounding": "G", "text": "Text"}
+KEYS = {
+    r"model\.condition_layers\.": "inner_adaptor.multimodal.layers.",
+    r"model\.condition_layers_grounding\.": "inner_adaptor.grounding.layers.",
+    r"model\.embed_tokens_condition\.": "inner_adaptor.multimodal.embeddings.",
+    r"model\.embed_tokens_condition_grounding\.": "inner_adaptor.grounding.embeddings.",
+    r"model\.norm_condition\.": "inner_adaptor.multimodal.norm.",
+    r"model\.norm_condition_grounding\.": "inner_adaptor.grounding.norm.",
+    r"lm_head_condtion\.": "inner_adaptor.multimodal.lm_head.",
+    r"lm_head_condtion_grounding\.": "inner_adaptor.grounding.lm_head.",
+    r"model\.mm_projector\.": "inner_adaptor.multimodal.connector.",
+    r"model\.mm_projector_G\.": "inner_adaptor.grounding.connector.",
+}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(Path(__file__).parent / "fixtures" / "iaa_tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model_and_connector(golden):
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    connector = build_connector("mlp2x_gelu", vision_hidden_size=48, hidden_size=32)
+    owned = ("embeddings", "norm", "lm_head", "connector")
+    add_inner_adaptors(model, layers=LAYERS, owned=owned, connector=connector)
+    state = {}
+    for key, value in golden.items():
+        if not key.startswith("expected."):
+            for released, ours in KEYS.items():
+                key = re.sub(f"^{released}", ours, key)
+            state[key] = value.float()
+    model.load_state_dict(state)  # strict: every released tensor has its place, and every place its tensor
+    return model, connector
+
+
+def prompt(golden, model, connector, workflow: str) -> torch.Tensor:
+    """Embeddings of the prompt, image features in the place of -200."""
+    if workflow == "text":
+        with model.workflow("text"):
+            return model.get_input_embeddings()(golden["expected.text_input_ids"])
+    rows = []
+    with model.workflow(workflow):
+        images = connector(golden["expected.patch_features"])
+        for ids, image in zip(golden["expected.input_ids"], images, strict=True):
+            place = int((ids == -200).nonzero())
+            embeds = model.get_input_embeddings()(ids.clamp(min=0))
+            rows.append(torch.cat([embeds[:place], image, embeds[place + 1 :]]))
+    torch.testing.assert_close(images, golden[f"expected.image_features.{WORKFLOWS[workflow]}"], atol=2e-4, rtol=1e-3)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+@torch.no_grad()
+def test_logits_are_the_released(golden, model_and_connector, workflow):
+    model, connector = model_and_connector
+    inputs_embeds = prompt(golden, model, connector, workflow)
+    logits = model(inputs_embeds=inputs_embeds, workflow=workflow).logits
+    torch.testing.assert_close(logits, golden[f"expected.{WORKFLOWS[workflow]}.logits"], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+@torch.no_grad()
+def test_greedy_tokens_are_the_released(golden, model_and_connector, workflow, use_cache):
+    model, connector = model_and_connector
+    inputs_embeds = prompt(golden, model, connector, workflow)
+    if use_cache:
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        tokens = model.generate(inputs_embeds=inputs_embeds, workflow=workflow, **options)
+    else:
+        tokens = torch.empty(len(inputs_embeds), 0, dtype=torch.long)
+        with model.workflow(workflow):
+            for _ in range(12):
+                new = model.get_input_embeddings()(tokens)
+                logits = model(inputs_embeds=torch.cat([inputs_embeds, new], 1), use_cache=False).logits
+                tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(tokens, golden[f"expected.{WORKFLOWS[workflow]}.greedy"])
