@@ -12,6 +12,7 @@ from idavlm.modules.inner_adaptor.adding import InnerAdaptor, add_inner_adaptors
 from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
 
 FILE_NAME = "inner_adaptors.safetensors"
+_METADATA = "inner_adaptors"
 _VALUES = 4  # of every tensor of the base, enough to tell checkpoints of one architecture apart
 
 
@@ -50,11 +51,11 @@ def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str,
     holder = model.get_submodule(path.rpartition(".")[0])
     prefix = f"{path.rpartition('.')[0]}." if "." in path else ""
     tensors_of_base = {name.removeprefix(prefix): tensor for name, tensor in (state_dict or {}).items()}
-    metadata = {"options": inner_adaptor.options, "base": _describe(holder, tensors_of_base)}
+    description = {"options": inner_adaptor.options, "base": _describe(holder, tensors_of_base)}
     file = Path(folder) / FILE_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, file, metadata={name: json.dumps(value) for name, value in metadata.items()})
+    save_file(whole, file, metadata={_METADATA: json.dumps(description)})
     return file
 
 
@@ -77,10 +78,11 @@ def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: n
     if not file.exists():
         raise FileNotFoundError(f"folder={str(folder)!r} holds no {FILE_NAME}; give one that save_adaptors wrote.")
     with safe_open(file, framework="pt") as opened:
-        options, base = (json.loads(opened.metadata()[name]) for name in ("options", "base"))
+        description = json.loads(opened.metadata()[_METADATA])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     inner_adaptor = next((module for module in language_model.modules() if isinstance(module, InnerAdaptor)), None)
-    _check_base(file, base, _describe(language_model, {}))
+    options = description["options"]
+    _check_base(file, description["base"], _describe(language_model, {}))
     if inner_adaptor is None:
         inner_adaptor = add_inner_adaptors(language_model, **options, connector=connector).inner_adaptor
     for name, value in options.items():

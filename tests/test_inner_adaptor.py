@@ -1,0 +1,325 @@
+"""Inner adaptors: the base stays what it was; adaptors compute, cache, train, save and load as they say."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from idavlm import add_inner_adaptors, build_connector, load_adaptors, save_adaptors
+from tests.inner_adaptor_models import FAMILIES, adapted, disturb, language_model, prompt
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+def hashed(model: nn.Module) -> dict[str, str]:
+    """Of every tensor of the base, by name."""
+    return {
+        name: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("inner_adaptor.")
+    }
+
+
+def train(model: nn.Module, workflow: str, steps: int = 3) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=prompt(), labels=prompt(), workflow=workflow).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def logits(model: nn.Module, workflow: str, **inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**({"input_ids": prompt()} | inputs), workflow=workflow).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_workflow_is_the_base_bit_for_bit_before_and_after_training(family, dtype):
+    base = language_model(family).to(dtype)
+    keys, hashes = list(base.state_dict()), hashed(base)
+    expected, tokens = logits_of_base(base), base.generate(prompt(), **GREEDY)
+    beams = base.generate(prompt(), num_beams=2, **GREEDY)
+    model = add_inner_adaptors(copy.deepcopy(base), every=2, owned=("embeddings", "norm", "lm_head"))
+    for _ in range(2):
+        assert torch.equal(logits(model, "text"), expected)
+        assert torch.equal(model.generate(prompt(), workflow="text", **GREEDY), tokens)
+        with model.workflow("text"):
+            assert torch.equal(model.generate(prompt(), num_beams=2, **GREEDY), beams)
+        assert [name for name in model.state_dict() if not name.startswith("inner_adaptor.")] == keys
+        assert hashed(model) == hashes
+        untrained = logits(model, "multimodal")
+        train(model, "multimodal")
+    assert not torch.equal(logits(model, "multimodal"), untrained)
+
+
+def logits_of_base(base: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return base(input_ids=prompt()).logits
+
+
+def test_only_adaptors_are_trained_and_each_workflow_alone():
+    model = adapted()
+    assert all(p.requires_grad is name.startswith("inner_adaptor.") for name, p in model.named_parameters())
+    grounding = logits(model, "grounding")
+    train(model, "multimodal")
+    assert torch.equal(logits(model, "grounding"), grounding)
+    model.inner_adaptor.train_workflow("grounding")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(name.startswith("inner_adaptor.grounding.") for name in trained)
+
+
+def test_first_workflow_is_the_default_and_context_ends_where_it_ends():
+    model = adapted()
+    multimodal, grounding, text = (logits(model, name) for name in ("multimodal", "grounding", "text"))
+    assert not torch.equal(multimodal, grounding)
+    assert not torch.equal(multimodal, text)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=prompt()).logits, multimodal)
+        with model.workflow("grounding"):
+            assert torch.equal(model(input_ids=prompt()).logits, grounding)
+            assert torch.equal(model(input_ids=prompt(), workflow="text").logits, text)
+            assert torch.equal(model(input_ids=prompt()).logits, grounding)
+        with pytest.raises(RuntimeError, match="stop"), model.workflow("text"):
+            raise RuntimeError("stop")
+        assert torch.equal(model(input_ids=prompt()).logits, multimodal)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("composition", ["serial", "parallel"])
+def test_every_cache_gives_what_no_cache_gives(family, composition):
+    """Prompts are longer than sliding windows."""
+    model = adapted(family, composition=composition)
+    expected = model.generate(prompt(), use_cache=False, **GREEDY)
+    assert not torch.equal(logits(model, "multimodal"), logits(model, "text"))
+    caches = [DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=32)]
+    for cache in caches:
+        assert torch.equal(model.generate(prompt(), past_key_values=cache, **GREEDY), expected)
+        assert len(cache) == 6, "four layers of the base, two adaptors"
+    for name in ("dynamic", "static"):
+        options = {"cache_implementation": name, "disable_compile": True}
+        assert torch.equal(model.generate(prompt(), **options, **GREEDY), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from CUDA only")
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(name):
+    model = adapted().cuda()
+    expected = model.generate(prompt().cuda(), use_cache=False, **GREEDY)
+    options = {"cache_implementation": name, "disable_compile": True}
+    assert torch.equal(model.generate(prompt().cuda(), **options, **GREEDY), expected)
+
+
+def test_layers_are_fetched_before_they_are_used():
+    """What an offloading cache needs, without a GPU: the adaptor's layer is asked for before it is updated."""
+    model, cache, fetched = adapted(), DynamicCache(), []
+
+    class Layer(cache.layer_class_to_replicate):
+        def prefetch(self):
+            fetched.append(self)
+
+    cache.layer_class_to_replicate = Layer
+    logits(model, "multimodal", past_key_values=cache)
+    assert fetched == []
+    cache.offloading, cache.update = True, lambda k, v, index: cache.layers[index].update(k, v)
+    logits(model, "multimodal", past_key_values=cache)
+    assert fetched == cache.layers[4:]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_left_padding_and_beams(family):
+    model = adapted(family)
+    long, short = prompt(1, 10), prompt(1, 6)
+    batch = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)])
+    mask = (batch != 0).long()
+    tokens = model.generate(batch, attention_mask=mask, workflow="grounding", **GREEDY)
+    for row, alone in enumerate((long, short)):
+        expected = model.generate(alone, workflow="grounding", **GREEDY)[0, -8:]
+        assert torch.equal(tokens[row, -8:], expected)
+    options = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2, **GREEDY}
+    assert torch.equal(model.generate(batch, **options), model.generate(batch, use_cache=False, **options))
+
+
+def test_a_conversation_changes_its_workflow():
+    """With a cache a workflow, each turn gives what reading the whole conversation gives."""
+    model, caches = adapted(), {}
+    conversation = prompt(1, 6)
+    for turn, workflow in enumerate(["multimodal", "grounding", "text", "multimodal", "text"]):
+        cache = caches.setdefault(workflow, DynamicCache(config=model.config))
+        answer = model.generate(conversation, past_key_values=cache, workflow=workflow, **GREEDY)
+        assert torch.equal(answer, model.generate(conversation, use_cache=False, workflow=workflow, **GREEDY))
+        conversation = torch.cat([answer, prompt(1, 3 + turn)], 1)
+    with pytest.raises(ValueError, match=r"holds \d+ tokens read in workflow 'multimodal'.*'grounding'"):
+        model.generate(conversation, past_key_values=caches["multimodal"], workflow="grounding", **GREEDY)
+    with pytest.raises(ValueError, match=r"in workflow 'text', and workflow='multimodal'.*one cache a workflow"):
+        model(prompt(1, 1), past_key_values=caches["text"])
+    static = StaticCache(model.config, max_cache_len=32)
+    for workflow in ("grounding", "text", "multimodal"):
+        logits(model, workflow, past_key_values=static)
+        logits(model, workflow, past_key_values=static, input_ids=prompt(2, 1))
+        static.reset()
+
+
+@pytest.mark.parametrize("composition", ["serial", "parallel"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(composition, use_reentrant):
+    """Also where another workflow is active when gradients are made."""
+    plain = adapted(composition=composition).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    losses = []
+    for model in (plain, checkpointed):
+        with model.workflow("grounding"):
+            losses.append(model(input_ids=prompt(), labels=prompt()).loss)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    pairs = zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True)
+    for (name, one), (_, other) in pairs:
+        assert (one.grad is not None) is name.startswith("inner_adaptor.grounding."), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+def test_parallel_adaptors_start_as_the_base_and_are_added_by_their_gate():
+    base = language_model()
+    model = add_inner_adaptors(copy.deepcopy(base), layers=[0, 3], composition="parallel")
+    assert torch.equal(logits(model, "multimodal"), logits_of_base(base))
+    with torch.no_grad():
+        for layer in model.inner_adaptor["multimodal"]["layers"]:
+            layer.gate.fill_(0.5)
+    for index in (0, 3):  # adaptors are still copies: output + (output - input) / 2
+        base.model.layers[index].register_forward_hook(lambda _, args, output: 1.5 * output - 0.5 * args[0])
+    torch.testing.assert_close(logits(model, "multimodal"), logits_of_base(base))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_low_rank_adaptors_are_a_difference_of_weights(family):
+    model = adapted(family, rank=2)
+    whole = add_inner_adaptors(language_model(family), layers=[1, 2])
+    assert model.inner_adaptor.tensor_names.isdisjoint({"multimodal.layers.0.mlp.down_proj.weight"})
+    assert sum(map(torch.numel, model.inner_adaptor.parameters())) < 0.4 * sum(
+        map(torch.numel, whole.inner_adaptor.parameters())
+    )
+    state = model.inner_adaptor.state_dict()
+    with torch.no_grad():
+        for name, parameter in whole.inner_adaptor.named_parameters():
+            low = name.removesuffix(".weight")
+            if f"{low}.up.weight" in state:
+                parameter += state[f"{low}.up.weight"] @ state[f"{low}.down.weight"]
+            else:
+                parameter.copy_(state[name])
+    torch.testing.assert_close(logits(model, "grounding"), logits(whole, "grounding"), atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(prompt(), **GREEDY), model.generate(prompt(), use_cache=False, **GREEDY))
+
+
+def test_owned_modules_answer_in_their_workflow_only():
+    connector = build_connector("linear", vision_hidden_size=12, hidden_size=32)
+    owned = ("embeddings", "norm", "lm_head", "connector")
+    model = adapted("gemma3_text", owned=owned, connector=connector)
+    features = torch.randn(2, 3, 12)
+    outputs = {}
+    for workflow in ("multimodal", "grounding", "text"):
+        with model.workflow(workflow), torch.no_grad():
+            outputs[workflow] = (model.get_input_embeddings()(prompt()), connector(features))
+    for one, other in (("multimodal", "grounding"), ("grounding", "text")):
+        assert not any(torch.equal(a, b) for a, b in zip(outputs[one], outputs[other], strict=True))
+    assert torch.equal(outputs["text"][1], nn.functional.linear(features, connector.weight, connector.bias))
+    with pytest.raises(ValueError, match=r"own embeddings, lm_head, which resize_token_embeddings.*before add_inner"):
+        model.resize_token_embeddings(80)
+
+
+def test_peft_on_top():
+    from peft import LoraConfig, get_peft_model
+
+    model = adapted()
+    expected = logits(model, "grounding")
+    tuned = get_peft_model(model, LoraConfig(target_modules=r".*inner_adaptor\.grounding.*\.(q|v)_proj"))
+    torch.testing.assert_close(logits(tuned, "grounding"), expected)
+    train(tuned, "grounding")
+    assert not torch.equal(logits(tuned, "grounding"), expected)
+    assert torch.equal(logits(tuned, "text"), logits_of_base(language_model()))
+    expected = logits(tuned, "grounding")
+    assert tuned.generate(input_ids=prompt(), workflow="grounding", **GREEDY).shape == (2, 18)
+    with pytest.raises(ValueError, match=r"have other tensors than when they were added.*merge"):
+        save_adaptors(tuned, "nowhere")
+    merged = tuned.merge_and_unload()
+    torch.testing.assert_close(logits(merged, "grounding"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_peft_on_the_base_leaves_the_adaptors_alone():
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(adapted(), LoraConfig(target_modules=r"model\.layers\..*\.(q|v)_proj"))
+    train(tuned, "multimodal")
+    trained = [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
+    assert not any("inner_adaptor" in name for name in trained)
+
+
+def test_compiled_in_every_workflow():
+    model = adapted(layers=[0], owned=("norm",), options={"num_hidden_layers": 2})
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for workflow in ("multimodal", "text", "multimodal"):
+        whole = {"use_cache": False}
+        torch.testing.assert_close(logits(compiled, workflow, **whole), logits(model, workflow, **whole))
+    caches = [StaticCache(model.config, max_cache_len=16) for _ in range(2)]
+    for cache in caches:  # read the prompt as it is, then compile single tokens, as transformers does
+        logits(model, "grounding", past_key_values=cache)
+    for _ in range(2):
+        one = {"input_ids": prompt(2, 1)}
+        step = logits(compiled, "grounding", past_key_values=caches[0], **one)
+        torch.testing.assert_close(step, logits(model, "grounding", past_key_values=caches[1], **one))
+
+
+def test_hidden_states_are_those_of_the_base_layers():
+    model = adapted()
+    with torch.no_grad():
+        states, text = (
+            model(input_ids=prompt(), output_hidden_states=True, workflow=workflow).hidden_states
+            for workflow in ("multimodal", "text")
+        )
+    assert len(states) == len(text) == 1 + 4
+    assert [torch.equal(one, other) for one, other in zip(states, text, strict=True)] == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "composition": "parallel"}, {"owned": ("norm", "lm_head")}])
+def test_saved_and_loaded_onto_the_base(tmp_path, options):
+    model = adapted(**options)
+    file = save_adaptors(model, tmp_path)
+    assert file.stat().st_size < sum(tensor.nbytes for tensor in model.inner_adaptor.state_dict().values()) + 12_000
+    loaded = load_adaptors(language_model(), tmp_path)
+    for workflow in ("multimodal", "grounding", "text"):
+        assert torch.equal(logits(loaded, workflow), logits(model, workflow))
+    disturb(loaded)
+    assert torch.equal(logits(load_adaptors(loaded, tmp_path), "grounding"), logits(model, "grounding"))
+    half = load_adaptors(language_model().to(torch.bfloat16), tmp_path)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    save_adaptors(model, tmp_path / "given", state_dict=model.state_dict())
+    assert (tmp_path / "given" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_saved_with_a_connector(tmp_path):
+    connectors = [build_connector("linear", vision_hidden_size=12, hidden_size=32) for _ in range(2)]
+    model = adapted(owned=("connector",), connector=connectors[0])
+    save_adaptors(model, tmp_path)
+    load_adaptors(language_model(), tmp_path, connector=connectors[1])
+    features = torch.randn(1, 2, 12)
+    assert torch.equal(*(connector(features) for connector in connectors))
+
+
+def test_deep_copies_are_models_of_their_own():
+    model = adapted(owned=("norm",))
+    duplicate = copy.deepcopy(model)
+    disturb(duplicate)
+    with duplicate.workflow("text"):
+        assert not torch.equal(logits(model, "grounding"), logits(duplicate, "grounding"))
+        assert model.inner_adaptor.active == "multimodal"
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert isinstance(model, type(language_model()))

@@ -1,0 +1,110 @@
+"""What cannot be done says what was chosen, what is there and what to do."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaModel
+
+from idavlm import add_inner_adaptors, load_adaptors, save_adaptors
+from tests.inner_adaptor_models import adapted, language_model, prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [1, 4]}, r"layers=\[1, 4\]: 4 is not there; LlamaModel has 4 layers, 0 to 3"),
+        ({"layers": [-1]}, r"layers=\[-1\]: -1 is not there"),
+        ({"layers": [1.5]}, r"1\.5 is not there"),
+        ({"layers": []}, r"layers=\[\]: none is chosen"),
+        ({"layers": [1, 1]}, "an index twice"),
+        ({"every": 5}, "every=5 passes all 4 layers of LlamaModel; give at most 4"),
+        ({"every": 0}, "every=0 must be"),
+        ({}, "layers=None and every=None: give one"),
+        ({"layers": [0], "every": 2}, r"layers=\[0\] and every=2: give one"),
+        ({"every": 2, "workflows": ()}, r"workflows=\[\]: give at least one"),
+        ({"every": 2, "workflows": ("text",)}, "workflows holds 'text'; 'text' is there without being named"),
+        ({"every": 2, "workflows": ("a.b",)}, r"workflows holds 'a\.b'"),
+        ({"every": 2, "workflows": ("a", "a")}, "each once"),
+        (
+            {"every": 2, "composition": "series"},
+            "composition='series' is not known; choose one of 'serial'",
+        ),
+        ({"every": 2, "rank": 0}, "rank=0 must be an integer of at least 1"),
+        ({"every": 2, "owned": ("head",)}, "owned='head' is not known; choose one of 'embeddings', 'norm', 'lm_head'"),
+        ({"every": 2, "owned": ("connector",)}, "go together; give both or neither"),
+    ],
+)
+def test_wrong_choices(options, message):
+    model = language_model()
+    with pytest.raises(ValueError, match=message):
+        add_inner_adaptors(model, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is as it was"
+    assert not hasattr(model, "inner_adaptor")
+
+
+def test_unknown_workflow():
+    model = adapted()
+    message = "workflow='ground' is not known; choose one of 'multimodal', 'grounding', 'text'"
+    with pytest.raises(ValueError, match=message):
+        model(prompt(), workflow="ground")
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt(), workflow="ground")
+    with pytest.raises(ValueError, match=message), model.workflow("ground"):
+        pass
+
+
+def test_layers_that_cannot_be_found():
+    model = language_model()
+    model.model.layers = nn.ModuleList([nn.ModuleList(model.model.layers[:3]), model.model.layers[3]])
+    message = r"LlamaForCausalLM: no nn.ModuleList of num_hidden_layers=4 layers.*'layers' of 2, 'layers.0' of 3"
+    with pytest.raises(ValueError, match=message):
+        add_inner_adaptors(model, every=2)
+    with pytest.raises(ValueError, match="language_model=Linear is no transformers model"):
+        add_inner_adaptors(nn.Linear(2, 2), every=2)
+
+
+def test_parts_that_are_not_there():
+    headless = LlamaModel(language_model().config)
+    with pytest.raises(ValueError, match="owned holds 'lm_head', which LlamaModel does not have; leave it out"):
+        add_inner_adaptors(headless, every=2, owned=("lm_head",))
+    add_inner_adaptors(headless, every=2)
+    with torch.no_grad():
+        outputs = [headless(prompt(), workflow=name).last_hidden_state for name in ("text", "multimodal")]
+    assert not torch.equal(*outputs)
+
+
+def test_adaptors_twice():
+    with pytest.raises(ValueError, match="has inner adaptors already, for 'multimodal', 'grounding'"):
+        add_inner_adaptors(adapted(), every=2)
+
+
+def test_weights_that_cannot_be_copied():
+    model = language_model()
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"rank=None.*'mlp.up_proj.weight' of LlamaDecoderLayer is quantised.*rank=16"):
+        add_inner_adaptors(model, layers=[1])
+    add_inner_adaptors(model, layers=[1], rank=2)
+    partitioned = language_model()
+    partitioned.lm_head.weight.ds_id = 1
+    with pytest.raises(ValueError, match=r"partitioned by ZeRO-3.*before"):
+        add_inner_adaptors(partitioned, every=2)
+
+
+def test_loading_onto_what_they_do_not_belong_to(tmp_path):
+    save_adaptors(adapted(), tmp_path)
+    with pytest.raises(ValueError, match=r"trained on model_type=llama.*, but language_model is model_type=qwen2"):
+        load_adaptors(language_model("qwen2"), tmp_path)
+    with pytest.raises(ValueError, match=r"num_hidden_layers=4.*but.*num_hidden_layers=3"):
+        load_adaptors(language_model(num_hidden_layers=3), tmp_path)
+    other = language_model()
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match=r"another language model of the same sizes.*'2.mlp.up_proj.weight'"):
+        load_adaptors(other, tmp_path)
+    assert not hasattr(other, "inner_adaptor")
+    with pytest.raises(ValueError, match=r"saved with layers=\[1, 2\], but the model has layers=\[3\]"):
+        load_adaptors(adapted(layers=[3]), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*save_adaptors"):
+        load_adaptors(language_model(), tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no inner adaptors; call add_inner_adaptors"):
+        save_adaptors(language_model(), tmp_path)
