@@ -5,6 +5,7 @@ import torch
 
 from idavlm import IDFormer
 from idavlm.ops.cross_attention import sdpa
+from tests.small_models import IMAGES, draw_images, small_processor
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,17 @@ def small_id_former():
         return (randomise(module) if random else module).to(dtype)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder of the pictures that records of ``tests.small_models`` name."""
+    return draw_images(tmp_path_factory.mktemp("images"), IMAGES)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small_processor()
 
 
 def take_the_padded_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,19 +19,9 @@ from transformers import (
 from idavlm.data import parse_sample
 from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, scatter_image_tokens
 from idavlm.models.joint import identity_targets
-from tests.small_models import IMAGES, draw_images, record, sample, small_model, small_processor
+from tests.small_models import record, sample, small_model
 
 TRAINING_ONLY = ("labels", "boxes", "box_image", "box_identity", "source")
-
-
-@pytest.fixture
-def root(tmp_path):
-    return draw_images(tmp_path / "images", IMAGES)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return small_processor()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from idavlm.models.small import small_language_model, small_vision_tower
 from idavlm.models.vision import output_width, vision_features
 from idavlm.training import IDTrainer, IDTrainingArguments
 from tests.interrupted_run import write_data
-from tests.small_models import IMAGES, draw_images, record, sample, small_model, small_processor
+from tests.small_models import record, sample, small_model
 
 NOT_FOR_THE_MODEL = ("source",)
 SIZE = {
@@ -46,16 +46,6 @@ SIZE = {
     "patch_size": 8,
 }
 SMALLER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return draw_images(tmp_path_factory.mktemp("images"), IMAGES)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return small_processor()
 
 
 def batch_of(processor, *samples, **options):

@@ -144,19 +144,19 @@ def test_text_alone_names_nobody():
     assert (small_processor().encode(known)["name_identity"] == 0).any()
 
 
-def test_a_name_stands_for_what_follows_until_an_image_a_name_or_an_answer():
+def test_a_name_stands_for_what_follows_until_an_image_a_name_or_the_end_of_an_answer():
     prompt, answer, image = -100, 5, 9
-    names = [-1, 0, -1, -1, -1, 1, -1, -1, 0, -1]
-    tokens = [1, 1, 1, image, 1, 1, 1, 1, 1, 1]
-    labels = [prompt] * 6 + [answer] + [prompt] * 3
-    assert carry_names(names, tokens, labels, image) == [-1, 0, 0, -1, -1, 1, -1, -1, 0, 0]
+    names = [-1, 0, -1, -1, -1, 1, -1, -1, -1, 0, -1]
+    tokens = [1, 1, 1, image, 1, 1, 1, 1, 1, 1, 1]
+    labels = [prompt] * 6 + [answer] * 2 + [prompt] * 3
+    assert carry_names(names, tokens, labels, image) == [-1, 0, 0, -1, -1, 1, 1, 1, -1, 0, 0]
 
 
-def test_a_question_is_about_its_name_up_to_the_answer():
+def test_question_and_answer_are_about_its_name():
     messages = [Message("user", [Part("text", "Is Kate here?")]), Message("assistant", [Part("text", "Kate is")])]
     encoded = small_processor().encode(Sample("t", "identity", [Identity("Kate", [])], messages))
     marks, labels = encoded["name_identity"], encoded["labels"]
     first = marks.tolist().index(0)
-    assert (marks[first : labels.ne(-100).nonzero()[0]] == 0).all()
-    assert (marks[labels != -100] == -1).all()
+    assert 0 < first < labels.ne(-100).nonzero()[0]
+    assert (marks[first:] == 0).all()
     assert (marks[:first] == -1).all()

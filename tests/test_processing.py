@@ -19,16 +19,6 @@ REFERENCE, SCENE, GENERAL = 0, 1, 2
 QUERIES = 4
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return draw_images(tmp_path_factory.mktemp("images"), IMAGES)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return small_processor()
-
-
 def parsed(root, entry):
     return parse_sample(entry, where="r.jsonl:1", image_root=root)
 

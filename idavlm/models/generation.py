@@ -1,10 +1,7 @@
 """Generation with images: read once, and repeated with their sample."""
 
 import torch
-import torch.nn.functional as F
 from transformers import GenerationMixin
-
-from idavlm.models.names import NOT_A_NAME
 
 # What describes the images of a batch: one row an image, and one row a box.
 IMAGE_INPUTS = ("pixel_values", "image_features", "image_roles", "identity_index", "image_sizes")
@@ -16,14 +13,14 @@ class ImageGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        names, read = inputs.get("name_identity"), inputs.get("input_ids")
+        if names is not None and read is not None:
+            # The answer is about whom the end of the prompt is about; what is cached is not read again.
+            answered = max(input_ids.shape[1] - names.shape[1], 0)
+            inputs["name_identity"] = torch.cat([names, names[:, -1:].expand(-1, answered)], 1)[:, -read.shape[1] :]
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            for name in (*IMAGE_INPUTS, "sample_index", "name_identity"):
+            for name in (*IMAGE_INPUTS, "sample_index"):
                 inputs.pop(name, None)
-        elif inputs.get("name_identity") is not None:
-            new = (
-                input_ids.shape[1] - inputs["name_identity"].shape[1]
-            )  # without a cache the prompt comes again, longer
-            inputs["name_identity"] = F.pad(inputs["name_identity"], (0, new), value=NOT_A_NAME)
         for name in BOX_INPUTS:
             inputs.pop(name, None)
         return inputs

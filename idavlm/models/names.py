@@ -48,22 +48,23 @@ def name_identities(tokenizer, input_ids: Sequence[int], labels: Sequence[int], 
 
 
 def carry_names(names: Sequence[int], input_ids: Sequence[int], labels: Sequence[int], stop: int) -> list[int]:
-    """Let each name of a prompt stand for the words behind it too: they are about the same person.
+    """Let each name of a prompt stand for the words behind it too, the answer's included: they are about one person.
 
-    "Where is Kate?" is about Kate up to its end, where the answer begins: a model need not find her name again.
+    "Where is Kate?" is about Kate, and so is what is said to it: a model need not find her name again for every word.
 
     Args:
         names: from :func:`name_identities`.
         input_ids: tokens.
-        labels: as long as ``input_ids``; what the model is to say is never marked.
+        labels: as long as ``input_ids``; the end of an answer ends it.
         stop: id of the placeholder of images, which end it.
     """
-    carried, current = [], NOT_A_NAME
+    carried, current, answering = [], NOT_A_NAME, False
     for name, token, label in zip(names, input_ids, labels, strict=True):
-        if token == stop or label != -100:
+        if token == stop or (answering and label == -100):
             current = NOT_A_NAME
-        elif name != NOT_A_NAME:
+        if name != NOT_A_NAME:
             current = name
+        answering = label != -100
         carried.append(current)
     return carried
 

@@ -113,8 +113,8 @@ class IDAVLMProcessor(ProcessorMixin):
             add_generation_prompt: end with the header of an assistant turn, for generation.
 
         Returns:
-            ``input_ids``, ``labels``, ``name_identity`` (whom the prompt is about, from a name on; -1 elsewhere)
-            ``[T]``;
+            ``input_ids``, ``labels``, ``name_identity`` ``[T]`` (whom a token is about, from a name of the prompt on;
+            -1 elsewhere);
             ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``
             ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity, then the images of the messages;
             ``boxes`` ``[N, 4]``, ``box_image``, ``box_identity`` ``[N]`` of the persons with references.
