@@ -70,7 +70,7 @@ def test_only_adaptors_are_trained_and_each_workflow_alone():
     grounding = logits(model, "grounding")
     train(model, "multimodal")
     assert torch.equal(logits(model, "grounding"), grounding)
-    model.inner_adaptor.train_workflow("grounding")
+    model.train_workflow("grounding")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all(name.startswith("inner_adaptor.grounding.") for name in trained)
@@ -128,7 +128,7 @@ def test_layers_are_fetched_before_they_are_used():
     cache.layer_class_to_replicate = Layer
     logits(model, "multimodal", past_key_values=cache)
     assert fetched == []
-    cache.offloading, cache.update = True, lambda k, v, index: cache.layers[index].update(k, v)
+    cache.offloading, cache.update = True, lambda k, v, index, *_: cache.layers[index].update(k, v)
     logits(model, "multimodal", past_key_values=cache)
     assert fetched == cache.layers[4:]
 

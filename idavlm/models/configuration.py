@@ -27,6 +27,8 @@ class IDAVLMConfig(PretrainedConfig):
             given. For models from scratch.
         image_token_scale: factor of image tokens where they are put among the embeddings of text. The embeddings of
             a new language model are small; image tokens many times as strong hide what its first layers add to them.
+        inner_adaptors: arguments of :func:`idavlm.add_inner_adaptors`, e.g. ``{"every": 4}``; the language model is
+            then frozen. ``owned`` may hold ``"connector"``, but not with an ID-Former, which all workflows share.
     """
 
     model_type = "idavlm"
@@ -55,6 +57,7 @@ class IDAVLMConfig(PretrainedConfig):
         identity_loss_weight: float = 1.0,
         contrast_loss_weight: float = 0.0,
         image_token_scale: float = 1.0,
+        inner_adaptors: dict | None = None,
         **kwargs,
     ):
         check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
@@ -71,6 +74,11 @@ class IDAVLMConfig(PretrainedConfig):
                 raise ValueError(f"{name}_loss_weight={weight} must be at least 0.")
         if not image_token_scale > 0:
             raise ValueError(f"image_token_scale={image_token_scale} must be above 0.")
+        if connector == "id_former" and "connector" in (inner_adaptors or {}).get("owned", ()):
+            raise ValueError(
+                "inner_adaptors: owned holds 'connector', but connector='id_former' is one for all workflows; leave it "
+                "out, or choose another connector."
+            )
         text_config = _sub_config("text_config", text_config)
         # The language model ties its own head; nothing is tied across parts.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
@@ -87,6 +95,7 @@ class IDAVLMConfig(PretrainedConfig):
         self.identity_loss_weight = identity_loss_weight
         self.contrast_loss_weight = contrast_loss_weight
         self.image_token_scale = image_token_scale
+        self.inner_adaptors = None if inner_adaptors is None else dict(inner_adaptors)
 
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)

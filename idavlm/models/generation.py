@@ -3,6 +3,8 @@
 import torch
 from transformers import GenerationMixin
 
+from idavlm.modules.inner_adaptor import takes_workflow
+
 # What describes the images of a batch: one row an image, and one row a box.
 IMAGE_INPUTS = ("pixel_values", "image_features", "image_roles", "identity_index", "image_sizes")
 BOX_INPUTS = ("boxes", "box_image", "box_identity")
@@ -10,6 +12,8 @@ BOX_INPUTS = ("boxes", "box_image", "box_identity")
 
 class ImageGenerationMixin(GenerationMixin):
     """transformers' generation for a batch whose images are rows of their own, told apart by ``sample_index``."""
+
+    generate = takes_workflow(GenerationMixin.generate)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)

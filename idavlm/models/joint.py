@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.vision import features_width
-from idavlm.modules import IDFormer, build_connector
+from idavlm.modules import IDFormer, add_inner_adaptors, build_connector
+from idavlm.modules.inner_adaptor import new_inner_adaptor
 from idavlm.modules.positions import square_grid
 from idavlm.ops import identity_patch_targets
 from idavlm.ops.identity_supervision import IGNORE, NOBODY
@@ -65,3 +66,43 @@ def connector_of(config: IDAVLMConfig) -> nn.Module:
     if config.connector == "id_former":
         return IDFormer(**options)
     return build_connector(config.connector, **options)
+
+
+def adapt_language_model(config: IDAVLMConfig, language_model: nn.Module, connector: nn.Module | None) -> None:
+    """Add the inner adaptors of the configuration, or note those there are."""
+    present = getattr(language_model, "inner_adaptor", None)
+    if present is not None and config.inner_adaptors is None:
+        if "connector" in present.options["owned"]:
+            raise ValueError(
+                "the language model's workflows own a connector, and this model would build another; give it without "
+                "adaptors, and inner_adaptors=... to from_parts or IDAVLMConfig."
+            )
+        config.inner_adaptors = dict(present.options)
+    elif config.inner_adaptors is not None:
+        owns = "connector" in config.inner_adaptors.get("owned", ())
+        add_inner_adaptors(language_model, **config.inner_adaptors, connector=connector if owns else None)
+
+
+@torch.no_grad()
+def initialise_lacking(config: IDAVLMConfig, joint: nn.Module, language_model: nn.Module) -> None:
+    """What a checkpoint lacks takes the values of a new connector or ID-Former, or of new inner adaptors."""
+
+    def new_adaptors() -> nn.Module:
+        language_model.tie_weights()  # a tied head has no values before
+        options = language_model.inner_adaptor.options
+        return new_inner_adaptor(language_model, options, joint if "connector" in options["owned"] else None)
+
+    parts = [(joint, lambda: connector_of(config))]
+    if config.inner_adaptors is not None:
+        parts.append((language_model.inner_adaptor, new_adaptors))
+        language_model.requires_grad_(False)  # loaded parameters are new ones
+        language_model.inner_adaptor.requires_grad_(True)
+    for part, build in parts:
+        lacking = {
+            name: tensor
+            for name, tensor in part.state_dict(keep_vars=True).items()
+            if not getattr(tensor, "_is_hf_initialized", False)
+        }
+        new = build().state_dict() if lacking else {}
+        for name, tensor in lacking.items():
+            tensor.copy_(new[name])

@@ -7,20 +7,22 @@ from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrai
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.joint import connector_of, identity_targets
+from idavlm.models.joint import adapt_language_model, connector_of, identity_targets, initialise_lacking
 from idavlm.models.outputs import IDAVLMOutput
 from idavlm.models.scatter import scatter_image_tokens
 from idavlm.models.vision import no_features, vision_features
 from idavlm.modules import Resampler
+from idavlm.modules.inner_adaptor import WorkflowMixin, takes_workflow
 from idavlm.utils import ImageRole
 
 
-class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
+class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, WorkflowMixin):
     """An identity-aware vision-language model for training and generation.
 
     Parts: ``vision_tower`` (any transformers vision model), ``id_former`` or ``connector``, ``language_model`` (any
-    transformers causal language model, with its head). Build one from a configuration, from parts
-    (:meth:`from_parts`) or from a checkpoint (``from_pretrained``).
+    transformers causal language model, with its head; with inner adaptors where the configuration has them, and then
+    ``forward`` and ``generate`` take ``workflow=``). Build one from a configuration, from parts (:meth:`from_parts`) or
+    from a checkpoint (``from_pretrained``).
 
     Args:
         config: the configuration.
@@ -59,6 +61,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
+        adapt_language_model(config, self.language_model, self.connector)
         # from_pretrained builds on the meta device, where initial values are lost.
         self._connector_was_built_empty = any(parameter.is_meta for parameter in self._joint.parameters())
         # transformers would initialise layers of given parts that were replaced or wrapped after they were built.
@@ -107,7 +110,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
                 "language_model.resize_token_embeddings(len(tokenizer)) first."
             )
         known = ("image_seq_length", "vision_feature_layer", "vision_feature_select")
-        known += ("identity_loss_weight", "contrast_loss_weight", "image_token_scale")
+        known += ("identity_loss_weight", "contrast_loss_weight", "image_token_scale", "inner_adaptors")
         config = IDAVLMConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
@@ -119,6 +122,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         )
         model = cls(config, vision_tower, language_model)
         model._joint.to(device=language_model.device, dtype=language_model.dtype)
+        if config.inner_adaptors is not None:  # their copies of the connector, too
+            language_model.inner_adaptor.to(device=language_model.device, dtype=language_model.dtype)
         model.generation_config = language_model.generation_config
         return model
 
@@ -149,18 +154,10 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As transformers'; of an ID-Former or connector, what a checkpoint lacks takes the values of a new one."""
+        """As transformers'; then :func:`initialise_lacking` where the model was built without values."""
         super().initialize_weights()
-        if not self._connector_was_built_empty:
-            return
-        lacking = {
-            name: tensor
-            for name, tensor in self._joint.state_dict(keep_vars=True).items()
-            if not getattr(tensor, "_is_hf_initialized", False)
-        }
-        new = connector_of(self.config).state_dict() if lacking else {}
-        for name, tensor in lacking.items():
-            tensor.copy_(new[name])
+        if self._connector_was_built_empty:
+            initialise_lacking(self.config, self._joint, self.language_model)
 
     def encode_images(
         self,
@@ -207,6 +204,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
                 select=self.config.vision_feature_select,
             )
 
+    @takes_workflow
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from idavlm.utils import check_choice
 
-MODULES = ("vision_tower", "connector", "id_former", "language_model")
+MODULES = ("vision_tower", "connector", "id_former", "inner_adaptor", "language_model")
 SOURCES = ("identity", "general")
 _DICTIONARIES = ("loss_weights", "module_learning_rates")
 
@@ -21,8 +21,11 @@ class IDTrainingArguments(TrainingArguments):
         loss_weights: factor of the whole loss of a source, ``{"identity": 1.0, "general": 1.0}`` where not given. It
             acts on the gradients, not on the logged numbers.
         module_learning_rates: learning rate of single modules, e.g. ``{"vision_tower": 1e-5}``; ``learning_rate``
-            for the others. Modules are ``vision_tower``, ``connector``, ``id_former``, ``language_model``.
+            for the others. Modules are ``vision_tower``, ``connector``, ``id_former``, ``inner_adaptor``,
+            ``language_model``; a parameter belongs to the innermost, those of inner adaptors not to ``language_model``.
         freeze: modules that are not trained.
+        workflow: the workflow of inner adaptors that is trained and evaluated; the adaptors of all others are frozen.
+            ``"text"`` trains what stands before the language model, as the base model reads it.
         identity_warmup_steps: for so many steps identity batches teach the identity attention alone, by their boxes;
             the language model is not run on them. For models from scratch: it could learn nothing from images yet.
         muon_modules: modules whose linear layers are trained by Muon (:class:`idavlm.training.MuonAdamW`), all else by
@@ -38,6 +41,7 @@ class IDTrainingArguments(TrainingArguments):
     module_learning_rates: dict | str | None = field(default=None, metadata={"help": 'JSON, {"vision_tower": 1e-5}.'})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Modules that are not trained."})
     identity_warmup_steps: int = field(default=0, metadata={"help": "Steps that teach the identity attention alone."})
+    workflow: str | None = field(default=None, metadata={"help": "Workflow of inner adaptors to train."})
     muon_modules: list[str] = field(default_factory=list, metadata={"help": "Modules trained by Muon."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are passed on whole."})
 

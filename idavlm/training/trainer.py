@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -56,8 +57,13 @@ class IDTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would cut a batch between a row and its images; start one process a "
                 "GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
             )
+        if args.workflow is not None:
+            model.train_workflow(args.workflow)
         for name in args.freeze:
-            _module(model, "freeze", name).requires_grad_(False)
+            _module(model, "freeze", name)
+        for name, parameter in model.named_parameters():
+            if _module_of(name) in args.freeze:
+                parameter.requires_grad_(False)
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer wants one wherever it is to evaluate
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
@@ -96,6 +102,8 @@ class IDTrainer(Trainer):
         sources = inputs.pop("source", None)
         sample_source = inputs.pop("sample_source", None)
         source = _one_source(sources)
+        if self.args.workflow is not None:
+            inputs["workflow"] = self.args.workflow
         if model.training and source == "identity" and self.state.global_step < self.args.identity_warmup_steps:
             return self._identity_loss(model, inputs, return_outputs)
         outputs = model(**inputs)
@@ -150,7 +158,9 @@ class IDTrainer(Trainer):
         if self.task_evaluation is not None and outermost:
             was_training = self.model.training
             self.model.eval()
-            scores = self.task_evaluation(self.accelerator.unwrap_model(self.model))
+            model = self.accelerator.unwrap_model(self.model)
+            with nullcontext() if self.args.workflow is None else model.workflow(self.args.workflow):
+                scores = self.task_evaluation(model)
             self.model.train(was_training)
             scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             self.log(dict(scores))
@@ -172,9 +182,9 @@ class IDTrainer(Trainer):
         groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
-                module = next((part for part in name.split(".") if part in MODULES), None)
-                rate = rates.get(module, self.args.learning_rate)
-                groups[rate, name in decayed, id(parameter) in matrices].append(parameter)
+                rate = rates.get(_module_of(name), self.args.learning_rate)
+                muon = id(parameter) in matrices and _module_of(name) in by_muon
+                groups[rate, name in decayed, muon].append(parameter)
         optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
         if not isinstance(optimizer_cls, type) or {"params", "model", "optimizer_dict"} & options.keys():
             raise ValueError(
@@ -240,6 +250,11 @@ def _one_source(sources: str | list[str] | None) -> str | None:
     if isinstance(sources, str):
         return None if sources == "joint" else sources
     return sources[0] if len(set(sources)) == 1 else None
+
+
+def _module_of(parameter: str) -> str | None:
+    """The innermost module of our names that a parameter lies in."""
+    return next((part for part in reversed(parameter.split(".")) if part in MODULES), None)
 
 
 def _module(model: nn.Module, argument: str, name: str) -> nn.Module:

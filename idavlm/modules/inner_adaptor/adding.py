@@ -1,6 +1,5 @@
 """Inner adaptors: decoder layers that give a frozen language model sight (IAA, arXiv 2408.12902)."""
 
-import contextlib
 import functools
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +8,7 @@ from torch import nn
 from idavlm.modules.inner_adaptor.cache import TEXT, cache_in, enter_cache
 from idavlm.modules.inner_adaptor.decoder import DecoderParts, find_decoder_parts
 from idavlm.modules.inner_adaptor.layers import adaptor_layer, own_copy
-from idavlm.modules.inner_adaptor.routing import inner_adaptor_of, route_layer, route_owned, takes_workflow
+from idavlm.modules.inner_adaptor.routing import WorkflowMixin, route_layer, route_owned, takes_workflow
 from idavlm.utils import check_choice, check_positive
 
 OWNED = ("embeddings", "norm", "lm_head", "connector")
@@ -53,13 +52,6 @@ class InnerAdaptor(nn.ModuleDict):
     def part(self, name: str) -> nn.Module | None:
         """``"layers"`` or an owned module of the active workflow; None in workflow ``"text"``."""
         return None if self.active == TEXT else self[self.active][name]
-
-    def train_workflow(self, workflow: str) -> None:
-        """Freeze the adaptors of all other workflows, which have no part in training this one."""
-        check_choice("workflow", workflow, (*self, TEXT))
-        for name, adaptor in self.items():
-            if name != workflow:
-                adaptor.requires_grad_(False)
 
 
 def add_inner_adaptors(
@@ -149,19 +141,8 @@ def new_inner_adaptor(language_model: nn.Module, options: dict, connector: nn.Mo
     return InnerAdaptor(find_decoder_parts(language_model), options, language_model.dtype, connector)
 
 
-class _AdaptedModel:
+class _AdaptedModel(WorkflowMixin):
     """Methods of a language model with inner adaptors."""
-
-    @contextlib.contextmanager
-    def workflow(self, workflow: str):
-        """``with model.workflow("grounding"):`` runs the model in this workflow."""
-        inner_adaptor = inner_adaptor_of(self, workflow)
-        previous = inner_adaptor.active
-        inner_adaptor.activate(workflow)
-        try:
-            yield self
-        finally:
-            inner_adaptor.active = previous
 
     def resize_token_embeddings(self, *args, **kwargs):
         owned = {"embeddings", "lm_head"} & set(self.inner_adaptor.options["owned"])

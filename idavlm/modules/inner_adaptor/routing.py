@@ -5,6 +5,7 @@ is ``__call__`` and not ``forward``, so that gradient checkpointing recomputes t
 is active by then, and hooks of FSDP, DeepSpeed and accelerate see every module as usual.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def takes_workflow(method: Callable) -> Callable:
     def run(self, *args, workflow: str | None = None, **kwargs):
         if workflow is None:
             return method(self, *args, **kwargs)
-        inner_adaptor = inner_adaptor_of(self, workflow)
+        inner_adaptor = _inner_adaptor_of(self, workflow)
         previous = inner_adaptor.active
         inner_adaptor.activate(workflow)
         try:
@@ -98,8 +99,36 @@ def takes_workflow(method: Callable) -> Callable:
     return run
 
 
-def inner_adaptor_of(model: nn.Module, workflow: str) -> nn.Module:
-    """The inner adaptor of a model, or of its language model, for ``workflow``."""
+class WorkflowMixin:
+    """For models with inner adaptors in themselves or in their ``language_model``."""
+
+    @contextlib.contextmanager
+    def workflow(self, workflow: str):
+        """``with model.workflow("grounding"):`` runs the model in this workflow.
+
+        Raises:
+            ValueError: an unknown workflow; a model without inner adaptors.
+        """
+        inner_adaptor = _inner_adaptor_of(self, workflow)
+        previous = inner_adaptor.active
+        inner_adaptor.activate(workflow)
+        try:
+            yield self
+        finally:
+            inner_adaptor.active = previous
+
+    def train_workflow(self, workflow: str) -> None:
+        """Train what this workflow owns and freeze what the others own, for which DDP would wait in vain.
+
+        Raises:
+            ValueError: as :meth:`workflow`.
+        """
+        with self.workflow(workflow):
+            for name, owned in _inner_adaptor_of(self, workflow).items():
+                owned.requires_grad_(name == workflow)
+
+
+def _inner_adaptor_of(model: nn.Module, workflow: str) -> nn.Module:
     for module in (model, getattr(model, "language_model", None)):
         found = getattr(module, "inner_adaptor", None)
         if found is not None:
