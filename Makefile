@@ -27,6 +27,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.id_former
 	$(BIN)/python -m benchmarks.cross_attention
 	$(BIN)/python -m benchmarks.resampler_designs
+	$(BIN)/python -m benchmarks.inner_adaptor
 
 # torch by itself first: with it in place no other package pulls in a CUDA build.
 $(VENV)/installed: pyproject.toml setup.py constraints-cpu.txt
