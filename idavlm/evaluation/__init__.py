@@ -4,6 +4,7 @@ from idavlm.evaluation.baselines import with_wrong_references, without_reference
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet
 from idavlm.evaluation.examples import identity_maps, make_example, pick_examples
 from idavlm.evaluation.metrics import box_iou, names_in, parse_picture, score_box, score_description, score_picture
+from idavlm.evaluation.perplexity import text_perplexity
 from idavlm.evaluation.plots import plot_bars, plot_curves
 from idavlm.evaluation.report import score_table, write_report
 from idavlm.evaluation.results import EvaluationResult, Prediction
@@ -29,6 +30,7 @@ __all__ = [
     "score_description",
     "score_picture",
     "score_table",
+    "text_perplexity",
     "with_wrong_references",
     "without_references",
     "write_report",

