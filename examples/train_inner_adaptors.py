@@ -118,7 +118,7 @@ def main() -> None:
             image_token_id=processor.image_token_id,
             num_queries=processor.image_seq_length,
             num_heads=4 if args.tiny else 9,
-            image_token_scale=float(language_model.get_input_embeddings().weight.std()),
+            image_token_scale=float(language_model.get_input_embeddings().weight.detach().std()),
             **ID_FORMER,
         )
         alone = {"learning_rate": 5e-3, "identity_warmup_steps": identity, "freeze": ["language_model"]}

@@ -1,5 +1,6 @@
 """Benchmarks and examples run, at sizes that take seconds; what they measure is not asserted."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import cross_attention, id_former, measure, resampler_designs
+from benchmarks import cross_attention, id_former, inner_adaptor, measure, resampler_designs
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +63,19 @@ def test_find_identities_writes_its_picture(monkeypatch, capsys, tmp_path):
     assert "right photos" in capsys.readouterr().out
     with Image.open(tmp_path / "found.png") as picture:
         assert picture.size == (1080, 864)
+
+
+def test_inner_adaptor_benchmark(monkeypatch, capsys):
+    """The program checks that the text workflow is the base before it measures it."""
+    sizes = ["--hidden-size", "64", "--layers", "2", "--batch", "1", "--length", "8", "--steps", "2"]
+    out = run(monkeypatch, capsys, inner_adaptor.main, *sizes, "--rounds", "1")
+    assert out.count("+0.0%") >= 3, "memory of the text workflow, twice; the base against itself"
+
+
+def test_inner_adaptors_are_trained_by_stages(monkeypatch, capsys, tmp_path):
+    arguments = ["program", "--tiny", "--steps", "1", "1", "1", "1", "--batch-size", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(ROOT / "examples" / "train_inner_adaptors.py"), run_name="__main__")
+    settings = dict(re.findall(r"\| `perplexity of (\w+)` \| \[(.*)\] \|", capsys.readouterr().out))
+    assert settings["base"] == settings["adaptors"] == settings["projector"], "to the last bit"
+    assert settings["base"] != settings["LoRA"]
