@@ -29,6 +29,7 @@ from idavlm.data.characters import build_characters
 from idavlm.evaluation import EvaluationResult, evaluate, text_perplexity, write_report
 from idavlm.models.small import load_smollm2, small_language_model, small_processor, small_vision_tower
 
+# As in examples/train_idformer.py: what makes short training learn.
 ID_FORMER = {"gate": "none", "detach_references": False, "contrast_loss_weight": 3.0, "num_identity_heads": 1}
 ID_FORMER |= {"identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4, "token_norm": True}
 TINY = {"num_train": 8, "num_test": 5, "num_train_scenes": 12, "num_test_scenes": 6, "num_general": 4}
@@ -48,8 +49,8 @@ def build_parts(folder: Path, args: argparse.Namespace):
         processor = small_processor(RecordDataset(folder / "train.jsonl"), image_size=size, num_queries=queries)
         return small_language_model(processor.tokenizer), processor
     language_model, tokenizer = load_smollm2()
-    square = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    images = CLIPImageProcessorPil(do_center_crop=False, **square)
+    square, grey = {"height": size, "width": size}, [0.5] * 3
+    images = CLIPImageProcessorPil(size=square, do_center_crop=False, image_mean=grey, image_std=grey)
     options = {"image_token": "<filename>", "image_seq_length": queries, "box_format": "bins"}
     return language_model, IDAVLMProcessor(images, tokenizer, image_cache_size=50_000, **options)
 
@@ -72,7 +73,6 @@ def train(model, data, processor, out: Path, steps: int, args: argparse.Namespac
 
 
 def within(model, workflow: str):
-    """The workflow, where there are workflows."""
     return model.workflow(workflow) if model.config.inner_adaptors else nullcontext()
 
 
@@ -80,7 +80,7 @@ def ask(model, processor, test) -> EvaluationResult:
     """Location in its workflow, all else in the other."""
     predictions = []
     for workflow in ("grounding", "multimodal"):
-        samples = [sample for sample in test if (sample.type == "location") is (workflow == "grounding")]
+        samples = [sample for sample in test if (sample.type == "location") == (workflow == "grounding")]
         with within(model, workflow):
             predictions += evaluate(model, processor, samples, batch_size=16, max_new_tokens=24).predictions
     return EvaluationResult(predictions)
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small language model from scratch, and few records")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=4, default=[700, 100, 150, 150], metavar="N")
+    parser.add_argument("--steps", type=int, nargs=4, default=[700, 60, 90, 90], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
     parser.add_argument("--composition", choices=["serial", "parallel"], default="parallel")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of adaptors and LoRA")
@@ -102,13 +102,11 @@ def main() -> None:
     folder = build_characters(args.out / ("tiny" if args.tiny else "data"), **(TINY if args.tiny else {}))
     language_model, processor = build_parts(folder, args)
     data = RecordDataset(folder / "train.jsonl", encode=processor.encode)
-    is_location = [sample.id.startswith("location") for sample in RecordDataset(folder / "train.jsonl")]
-    located = Subset(data, [index for index, located in enumerate(is_location) if located])
-    others = Subset(data, [index for index, located in enumerate(is_location) if not located])
-    test, text = list(RecordDataset(folder / "test.jsonl")), defaultdict(list)
+    located = [n for n, sample in enumerate(RecordDataset(folder / "train.jsonl")) if sample.id.startswith("location")]
+    others = Subset(data, sorted(set(range(len(data))) - set(located)))
+    test, text, results = list(RecordDataset(folder / "test.jsonl")), defaultdict(list), defaultdict(list)
     read = partial(text_perplexity, tokenizer=processor.tokenizer, num_windows=4 if args.tiny else 64)
     text["base"].append(read(language_model))
-    results = defaultdict(list)
     for seed in range(args.seeds):
         set_seed(seed)
         aligned, common = args.out / f"seed-{seed}" / "aligned", {"args": args, "seed": seed, "processor": processor}
@@ -134,10 +132,9 @@ def main() -> None:
                 trained = sum(p.numel() for p in model.language_model.inner_adaptor.parameters())
             elif variant == "LoRA":
                 add_lora(model, trained)
-            stages = {"multimodal": (others, instruct), "grounding": (located, ground)}
+            stages = {"multimodal": (others, instruct), "grounding": (Subset(data, located), ground)}
             for workflow, (records, steps) in stages.items():
-                rate = 1e-3 if variant == "projector" else args.learning_rate
-                options = {"learning_rate": rate, "freeze": freeze}
+                options = {"freeze": freeze, "learning_rate": 1e-3 if variant == "projector" else args.learning_rate}
                 options |= {"workflow": workflow} if variant == "adaptors" else {}
                 train(model, records, out=aligned.parent / variant, steps=steps, **common, **options)
             results[variant].append(ask(model, processor, test))
@@ -146,8 +143,7 @@ def main() -> None:
     settings = vars(args) | adaptors | {f"perplexity of {name}": numbers for name, numbers in text.items()}
     settings |= {"trained parameters of adaptors and LoRA": trained}
     facts = {"command": " ".join(["python", *sys.argv]), "seconds": time.time() - start, "settings": settings}
-    report = write_report(args.out, results, title="Sight for a frozen LLM, and what is left of its text", **facts)
-    print(report.read_text())
+    print(write_report(args.out, results, title="Sight for a frozen LLM, and its text", **facts).read_text())
 
 
 if __name__ == "__main__":
