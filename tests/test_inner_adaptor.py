@@ -231,6 +231,11 @@ def test_owned_modules_answer_in_their_workflow_only():
             outputs[workflow] = (model.get_input_embeddings()(prompt()), connector(features))
     for one, other in (("multimodal", "grounding"), ("grounding", "text")):
         assert not any(torch.equal(a, b) for a, b in zip(outputs[one], outputs[other], strict=True))
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    logits(model, "grounding")
+    hook.remove()
+    assert seen == [(2, 10, 32)], "hooks on the base's head see what the workflow's own reads"
     assert torch.equal(outputs["text"][1], nn.functional.linear(features, connector.weight, connector.bias))
     with pytest.raises(ValueError, match=r"own embeddings, lm_head, which resize_token_embeddings.*before add_inner"):
         model.resize_token_embeddings(80)

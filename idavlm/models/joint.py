@@ -46,6 +46,32 @@ def identity_targets(
     return targets.to(boxes[0].device)
 
 
+def identity_losses(
+    id_former: IDFormer,
+    config: IDAVLMConfig,
+    features: Tensor,
+    grid_size: tuple[int, int] | None,
+    roles: tuple[Tensor, Tensor, Tensor],
+    maps: tuple[Tensor, ...],
+    boxes: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> dict[str, Tensor]:
+    """What boxes teach the identity attention: ``identity_loss``, ``contrast_loss``, and their weighted sum.
+
+    Args:
+        id_former, config: of the model.
+        features: ``[I, P, Cv]``.
+        grid_size, roles, boxes: see :func:`identity_targets`.
+        maps: of the ID-Former for these features.
+    """
+    targets = identity_targets(boxes, roles, features.shape[1], grid_size)
+    losses = {"identity_loss": id_former.identity_loss(maps, targets)}
+    total = config.identity_loss_weight * losses["identity_loss"]
+    if config.contrast_loss_weight:
+        losses["contrast_loss"] = id_former.contrast_loss(features, *roles, targets, grid_size=grid_size)
+        total = total + config.contrast_loss_weight * losses["contrast_loss"]
+    return losses | {"auxiliary_loss": total}
+
+
 def connector_of(config: IDAVLMConfig) -> nn.Module:
     options = {
         "hidden_size": config.text_config.get_text_config().hidden_size,

@@ -1,5 +1,7 @@
 """The identity-aware VLM: vision tower -> ID-Former or connector -> language model."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,8 @@ from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrai
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.joint import adapt_language_model, connector_of, identity_targets, initialise_lacking
+from idavlm.models.joint import adapt_language_model, connector_of, identity_losses, initialise_lacking
+from idavlm.models.labelled_logits import IGNORE_INDEX, head_reads_only, next_tokens, targets_of
 from idavlm.models.outputs import IDAVLMOutput
 from idavlm.models.scatter import scatter_image_tokens
 from idavlm.models.vision import no_features, vision_features
@@ -234,7 +237,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             position_ids: ``[B, T]``.
             past_key_values: a transformers cache.
             inputs_embeds: ``[B, T, C]`` in place of ``input_ids``, image tokens included: none are put in.
-            labels: ``[B, T]``, -100 where nothing is to be predicted.
+            labels: ``[B, T]``, -100 where nothing is to be predicted. In training mode logits are then computed at
+                labels alone, which saves most of their memory, and not returned.
             name_identity: ``[B, T]`` the identity a token is about, from its name on; -1 elsewhere. An ID-Former with
                 ``num_identity_slots`` marks these tokens as it marks the identity's photos.
             pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
@@ -256,8 +260,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             image_tokens, maps = self._encode(features, grid_size, roles, output_identity_attentions or teaches)
             if teaches:
                 located = (boxes, box_image, box_identity, image_sizes)
-                targets = identity_targets(located, roles, features.shape[1], grid_size)
-                losses = self._teach(features, grid_size, roles, maps, targets)
+                losses = identity_losses(self.id_former, self.config, features, grid_size, roles, maps, located)
         if input_ids is not None:
             inputs_embeds = self._mark_names(self.get_input_embeddings()(input_ids), name_identity)
             is_image = input_ids == self.config.image_token_id
@@ -273,22 +276,27 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 raise ValueError("give input_ids or inputs_embeds, or images alone.")
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_attentions=maps)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        loss = None
+        targets = None if labels is None else next_tokens(labels)
+        # As where a head is fused with the loss: in training there are no logits beside it.
+        skip_logits = self.training and labels is not None
+        head = self.get_output_embeddings()
+        with head_reads_only(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        loss, logits = None, outputs.logits
         if labels is not None:
-            vocabulary = outputs.logits.shape[-1]
-            losses["language_loss"] = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocabulary)
+            options = {"shift_labels": targets_of(logits, targets), "vocab_size": logits.shape[-1]}
+            losses["language_loss"] = self.loss_function(logits=logits, labels=None, **options)
             loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
         return IDAVLMOutput(
             loss=loss,
             **losses,
-            logits=outputs.logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -327,14 +335,3 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         marks = F.normalize(slots.weight.to(inputs_embeds), dim=-1)[name_identity.clamp(min=0)]
         strength = inputs_embeds.detach().norm(dim=-1) * (name_identity >= 0)
         return inputs_embeds + marks * strength[..., None]
-
-    def _teach(self, features, grid_size, roles, maps, targets) -> dict[str, Tensor]:
-        """What boxes teach the identity attention."""
-        losses = {"identity_loss": self.id_former.identity_loss(maps, targets)}
-        losses["auxiliary_loss"] = self.config.identity_loss_weight * losses["identity_loss"]
-        if self.config.contrast_loss_weight:
-            losses["contrast_loss"] = self.id_former.contrast_loss(features, *roles, targets, grid_size=grid_size)
-            losses["auxiliary_loss"] = (
-                losses["auxiliary_loss"] + self.config.contrast_loss_weight * losses["contrast_loss"]
-            )
-        return losses

@@ -16,7 +16,7 @@ class IDAVLMOutput(ModelOutput):
         identity_loss: see :meth:`idavlm.IDFormer.identity_loss`, where boxes were given.
         contrast_loss: see :meth:`idavlm.IDFormer.contrast_loss`, where boxes were given and its weight is not 0.
         auxiliary_loss: the two last, by their weights; where boxes were given.
-        logits: ``[B, T, vocabulary]``.
+        logits: ``[B, T, vocabulary]``; none in training mode where labels were given.
         past_key_values: the language model's cache.
         hidden_states: of the language model, where asked for.
         attentions: of the language model, where asked for.

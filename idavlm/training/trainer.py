@@ -106,6 +106,7 @@ class IDTrainer(Trainer):
             inputs["workflow"] = self.args.workflow
         if model.training and source == "identity" and self.state.global_step < self.args.identity_warmup_steps:
             return self._identity_loss(model, inputs, return_outputs)
+        labels = None if source is not None else inputs.pop("labels")  # mixed: its losses are made here, from logits
         outputs = model(**inputs)
         if source is not None:
             losses = {source: outputs["language_loss"]}
@@ -113,7 +114,7 @@ class IDTrainer(Trainer):
             if sample_source is None:  # one data set with samples of both sources
                 sample_source = torch.tensor([SOURCES.index(name) for name in sources])
             sample_source = sample_source.to(outputs["logits"].device)
-            losses = language_loss_by_source(outputs["logits"], inputs["labels"], sample_source)
+            losses = language_loss_by_source(outputs["logits"], labels, sample_source)
         loss = sum(self.args.loss_weights[name] * value for name, value in losses.items())
         if outputs.get("auxiliary_loss") is not None:
             # Only identity samples have boxes of known persons.

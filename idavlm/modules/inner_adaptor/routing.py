@@ -1,8 +1,8 @@
 """Lead calls of a model's modules through the workflow that is active, without a change to their names or weights.
 
-A routed module keeps its place, parameters and hooks; only its class becomes a subclass with another ``__call__``. It
-is ``__call__`` and not ``forward``, so that gradient checkpointing recomputes the base layer alone, whatever workflow
-is active by then, and hooks of FSDP, DeepSpeed and accelerate see every module as usual.
+A routed module keeps its place, parameters and hooks; only its class becomes a subclass. Of layers it has another
+``__call__`` and not another ``forward``, so that gradient checkpointing recomputes the base layer alone, whatever
+workflow is active by then, and hooks of FSDP, DeepSpeed and accelerate see every module as usual.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ class _FollowedLayer:
 
 
 class _OwnedModule:
-    """A module in whose place the active workflow has its own."""
+    """A module in whose place the active workflow has its own; hooks of either run."""
 
-    def __call__(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         own = self._inner_adaptor.part(self._inner_adaptor_place)
-        return super().__call__(*args, **kwargs) if own is None else own(*args, **kwargs)
+        return super().forward(*args, **kwargs) if own is None else own(*args, **kwargs)
 
 
 @functools.cache
