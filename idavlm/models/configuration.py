@@ -27,6 +27,8 @@ class IDAVLMConfig(PretrainedConfig):
             given. For models from scratch.
         image_token_scale: factor of image tokens where they are put among the embeddings of text. The embeddings of
             a new language model are small; image tokens many times as strong hide what its first layers add to them.
+        num_picture_slots: so many pictures of a sample, references not counted, are told apart by marks on their
+            tokens (:class:`idavlm.modules.PictureSlots`); 0 for none. For models from scratch.
     """
 
     model_type = "idavlm"
@@ -55,6 +57,7 @@ class IDAVLMConfig(PretrainedConfig):
         identity_loss_weight: float = 1.0,
         contrast_loss_weight: float = 0.0,
         image_token_scale: float = 1.0,
+        num_picture_slots: int = 0,
         **kwargs,
     ):
         check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
@@ -71,6 +74,8 @@ class IDAVLMConfig(PretrainedConfig):
                 raise ValueError(f"{name}_loss_weight={weight} must be at least 0.")
         if not image_token_scale > 0:
             raise ValueError(f"image_token_scale={image_token_scale} must be above 0.")
+        if num_picture_slots != 0:
+            check_positive(num_picture_slots=num_picture_slots)
         text_config = _sub_config("text_config", text_config)
         # The language model ties its own head; nothing is tied across parts.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
@@ -87,6 +92,7 @@ class IDAVLMConfig(PretrainedConfig):
         self.identity_loss_weight = identity_loss_weight
         self.contrast_loss_weight = contrast_loss_weight
         self.image_token_scale = image_token_scale
+        self.num_picture_slots = num_picture_slots
 
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.vision import features_width
-from idavlm.modules import IDFormer, build_connector
+from idavlm.modules import IDFormer, PictureSlots, build_connector
 from idavlm.modules.positions import square_grid
 from idavlm.ops import identity_patch_targets
 from idavlm.ops.identity_supervision import IGNORE, NOBODY
@@ -91,3 +91,10 @@ def connector_of(config: IDAVLMConfig) -> nn.Module:
     if config.connector == "id_former":
         return IDFormer(**options)
     return build_connector(config.connector, **options)
+
+
+def picture_slots_of(config: IDAVLMConfig) -> PictureSlots | None:
+    """The model's :class:`PictureSlots`, if it has any."""
+    if not config.num_picture_slots:
+        return None
+    return PictureSlots(config.num_picture_slots, config.text_config.get_text_config().hidden_size)

@@ -9,7 +9,7 @@ from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrai
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.joint import connector_of, identity_losses
+from idavlm.models.joint import connector_of, identity_losses, picture_slots_of
 from idavlm.models.labelled_logits import IGNORE_INDEX, head_reads_only, next_tokens, targets_of
 from idavlm.models.outputs import IDAVLMOutput
 from idavlm.models.scatter import scatter_image_tokens
@@ -59,6 +59,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             self.id_former = connector_of(config)
         else:
             self.connector = connector_of(config)
+        self.picture_slots = picture_slots_of(config)
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
@@ -110,7 +111,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
                 "language_model.resize_token_embeddings(len(tokenizer)) first."
             )
         known = ("image_seq_length", "vision_feature_layer", "vision_feature_select")
-        known += ("identity_loss_weight", "contrast_loss_weight", "image_token_scale")
+        known += ("identity_loss_weight", "contrast_loss_weight", "image_token_scale", "num_picture_slots")
         config = IDAVLMConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
@@ -121,7 +122,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             **{name: value for name, value in options.items() if name in known},
         )
         model = cls(config, vision_tower, language_model)
-        model._joint.to(device=language_model.device, dtype=language_model.dtype)
+        for part in (model._joint, model.picture_slots):
+            if part is not None:
+                part.to(device=language_model.device, dtype=language_model.dtype)
         model.generation_config = language_model.generation_config
         return model
 
@@ -156,14 +159,12 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         super().initialize_weights()
         if not self._connector_was_built_empty:
             return
-        lacking = {
-            name: tensor
-            for name, tensor in self._joint.state_dict(keep_vars=True).items()
-            if not getattr(tensor, "_is_hf_initialized", False)
-        }
-        new = connector_of(self.config).state_dict() if lacking else {}
-        for name, tensor in lacking.items():
-            tensor.copy_(new[name])
+        for part, new in ((self._joint, connector_of), (self.picture_slots, picture_slots_of)):
+            state = {} if part is None else part.state_dict(keep_vars=True)
+            lacking = {name for name, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)}
+            values = new(self.config).state_dict() if lacking else {}
+            for name in lacking:
+                state[name].copy_(values[name])
 
     def encode_images(
         self,
@@ -314,19 +315,25 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         return features.to(dtype), grid_size
 
     def _encode(self, features, grid_size, roles, output_attentions) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        if isinstance(self.connector, Resampler):
-            return self.connector(features, grid_size=grid_size), None
-        if self.id_former is None:
-            return self.connector(features), None
         image_roles, sample_index, identity_index = roles
         if image_roles is None:
             image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
-            sample_index = torch.zeros(len(features), dtype=torch.long)
-        elif sample_index is None:
-            raise ValueError("image_roles without sample_index: say which row of the batch each image belongs to.")
-        options = {"grid_size": grid_size, "output_attentions": output_attentions}
-        result = self.id_former(features, image_roles, sample_index, identity_index, **options)
-        return result if output_attentions else (result, None)
+            if sample_index is None and self.picture_slots is None:
+                sample_index = torch.zeros(len(features), dtype=torch.long)
+        if sample_index is None and (self.id_former is not None or self.picture_slots is not None):
+            raise ValueError("images without sample_index: say which row of the batch each image belongs to.")
+        maps = None
+        if isinstance(self.connector, Resampler):
+            image_tokens = self.connector(features, grid_size=grid_size)
+        elif self.id_former is None:
+            image_tokens = self.connector(features)
+        else:
+            options = {"grid_size": grid_size, "output_attentions": output_attentions}
+            result = self.id_former(features, image_roles, sample_index, identity_index, **options)
+            image_tokens, maps = result if output_attentions else (result, None)
+        if self.picture_slots is not None:
+            image_tokens = image_tokens + self.picture_slots.of(image_roles, sample_index)[:, None]
+        return image_tokens, maps
 
     def _mark_names(self, inputs_embeds: Tensor, name_identity: Tensor | None) -> Tensor:
         """Add slots to names, each as strong as the embedding it is added to, so that both can be read."""
