@@ -6,6 +6,7 @@ from idavlm.data.error_log import ErrorLog
 from idavlm.data.errors import DataError
 from idavlm.data.images import ImageStore, open_image
 from idavlm.data.mixing import DualDataLoader
+from idavlm.data.ordering import batches_of_like_length
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
 from idavlm.data.rendering import IGNORE_INDEX, render_chat
@@ -25,6 +26,7 @@ __all__ = [
     "Part",
     "RecordDataset",
     "Sample",
+    "batches_of_like_length",
     "open_image",
     "parse_sample",
     "render_chat",

@@ -72,6 +72,11 @@ class EvaluationResult:
                 }
         return summary
 
+    @property
+    def main_scores(self) -> dict[str, float]:
+        """The main metric of every task there is, e.g. to watch in training."""
+        return {task: row["metrics"][MAIN_METRIC[task]] for task, row in self.summary.items()}
+
     def save(self, path: str | Path) -> Path:
         """Write summary and predictions as JSON; :meth:`load` reads it back."""
         path = Path(path)

@@ -5,6 +5,17 @@ from transformers import AutoConfig, PretrainedConfig
 from idavlm.utils import check_choice, check_positive
 
 VISION_FEATURES = ("patch", "cls", "all")
+OPTIONS = (
+    "image_seq_length",
+    "vision_feature_layer",
+    "vision_feature_select",
+    "identity_loss_weight",
+    "contrast_loss_weight",
+    "image_token_scale",
+    "num_picture_slots",
+    "inner_adaptors",
+)
+"""Arguments of :class:`IDAVLMConfig` beside the parts and the connector."""
 
 
 class IDAVLMConfig(PretrainedConfig):
@@ -29,6 +40,8 @@ class IDAVLMConfig(PretrainedConfig):
             a new language model are small; image tokens many times as strong hide what its first layers add to them.
         inner_adaptors: arguments of :func:`idavlm.add_inner_adaptors`, e.g. ``{"every": 4}``; the language model is
             then frozen. ``owned`` may hold ``"connector"``, but not with an ID-Former, which all workflows share.
+        num_picture_slots: so many pictures of a sample, references not counted, are told apart by marks on their
+            tokens (:class:`idavlm.modules.PictureSlots`); 0 for none. For models from scratch.
     """
 
     model_type = "idavlm"
@@ -58,6 +71,7 @@ class IDAVLMConfig(PretrainedConfig):
         contrast_loss_weight: float = 0.0,
         image_token_scale: float = 1.0,
         inner_adaptors: dict | None = None,
+        num_picture_slots: int = 0,
         **kwargs,
     ):
         check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
@@ -79,6 +93,8 @@ class IDAVLMConfig(PretrainedConfig):
                 "inner_adaptors: owned holds 'connector', but connector='id_former' is one for all workflows; leave it "
                 "out, or choose another connector."
             )
+        if num_picture_slots != 0:
+            check_positive(num_picture_slots=num_picture_slots)
         text_config = _sub_config("text_config", text_config)
         # The language model ties its own head; nothing is tied across parts.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
@@ -96,6 +112,7 @@ class IDAVLMConfig(PretrainedConfig):
         self.contrast_loss_weight = contrast_loss_weight
         self.image_token_scale = image_token_scale
         self.inner_adaptors = None if inner_adaptors is None else dict(inner_adaptors)
+        self.num_picture_slots = num_picture_slots
 
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)

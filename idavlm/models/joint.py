@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.vision import features_width
-from idavlm.modules import IDFormer, add_inner_adaptors, build_connector
+from idavlm.modules import IDFormer, PictureSlots, add_inner_adaptors, build_connector
 from idavlm.modules.inner_adaptor import new_inner_adaptor
 from idavlm.modules.positions import square_grid
 from idavlm.ops import identity_patch_targets
@@ -94,6 +94,13 @@ def connector_of(config: IDAVLMConfig) -> nn.Module:
     return build_connector(config.connector, **options)
 
 
+def picture_slots_of(config: IDAVLMConfig) -> PictureSlots | None:
+    """The model's :class:`PictureSlots`, if it has any."""
+    if not config.num_picture_slots:
+        return None
+    return PictureSlots(config.num_picture_slots, config.text_config.get_text_config().hidden_size)
+
+
 def adapt_language_model(config: IDAVLMConfig, language_model: nn.Module, connector: nn.Module | None) -> None:
     """Add the inner adaptors of the configuration, or note those there are."""
     present = getattr(language_model, "inner_adaptor", None)
@@ -110,8 +117,10 @@ def adapt_language_model(config: IDAVLMConfig, language_model: nn.Module, connec
 
 
 @torch.no_grad()
-def initialise_lacking(config: IDAVLMConfig, joint: nn.Module, language_model: nn.Module) -> None:
-    """What a checkpoint lacks takes the values of a new connector or ID-Former, or of new inner adaptors."""
+def initialise_lacking(
+    config: IDAVLMConfig, joint: nn.Module, picture_slots: PictureSlots | None, language_model: nn.Module
+) -> None:
+    """What a checkpoint lacks of ID-Former (or connector), picture slots or inner adaptors gets the values of new ones."""
 
     def new_adaptors() -> nn.Module:
         language_model.tie_weights()  # a tied head has no values before
@@ -119,6 +128,8 @@ def initialise_lacking(config: IDAVLMConfig, joint: nn.Module, language_model: n
         return new_inner_adaptor(language_model, options, joint if "connector" in options["owned"] else None)
 
     parts = [(joint, lambda: connector_of(config))]
+    if picture_slots is not None:
+        parts.append((picture_slots, lambda: picture_slots_of(config)))
     if config.inner_adaptors is not None:
         parts.append((language_model.inner_adaptor, new_adaptors))
         language_model.requires_grad_(False)  # loaded parameters are new ones

@@ -7,9 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.configuration import OPTIONS, IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.joint import adapt_language_model, connector_of, identity_losses, initialise_lacking
+from idavlm.models.joint import (
+    adapt_language_model,
+    connector_of,
+    identity_losses,
+    initialise_lacking,
+    picture_slots_of,
+)
 from idavlm.models.labelled_logits import IGNORE_INDEX, head_reads_only, next_tokens, targets_of
 from idavlm.models.outputs import IDAVLMOutput
 from idavlm.models.scatter import scatter_image_tokens
@@ -61,6 +67,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             self.id_former = connector_of(config)
         else:
             self.connector = connector_of(config)
+        self.picture_slots = picture_slots_of(config)
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
@@ -112,21 +119,20 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 f"image_token_id={image_token_id} lies outside the {vocabulary} embeddings of the language model; call "
                 "language_model.resize_token_embeddings(len(tokenizer)) first."
             )
-        known = ("image_seq_length", "vision_feature_layer", "vision_feature_select")
-        known += ("identity_loss_weight", "contrast_loss_weight", "image_token_scale", "inner_adaptors")
         config = IDAVLMConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
             connector=connector,
-            connector_config={name: value for name, value in options.items() if name not in known},
+            connector_config={name: value for name, value in options.items() if name not in OPTIONS},
             image_token_id=image_token_id,
             dtype=language_model.dtype,
-            **{name: value for name, value in options.items() if name in known},
+            **{name: value for name, value in options.items() if name in OPTIONS},
         )
         model = cls(config, vision_tower, language_model)
-        model._joint.to(device=language_model.device, dtype=language_model.dtype)
-        if config.inner_adaptors is not None:  # their copies of the connector, too
-            language_model.inner_adaptor.to(device=language_model.device, dtype=language_model.dtype)
+        # The copies of the connector that inner adaptors own, too.
+        for part in (model._joint, model.picture_slots, getattr(language_model, "inner_adaptor", None)):
+            if part is not None:
+                part.to(device=language_model.device, dtype=language_model.dtype)
         model.generation_config = language_model.generation_config
         return model
 
@@ -160,7 +166,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         """As transformers'; then :func:`initialise_lacking` where the model was built without values."""
         super().initialize_weights()
         if self._connector_was_built_empty:
-            initialise_lacking(self.config, self._joint, self.language_model)
+            initialise_lacking(self.config, self._joint, self.picture_slots, self.language_model)
 
     def encode_images(
         self,
@@ -312,19 +318,25 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         return features.to(dtype), grid_size
 
     def _encode(self, features, grid_size, roles, output_attentions) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        if isinstance(self.connector, Resampler):
-            return self.connector(features, grid_size=grid_size), None
-        if self.id_former is None:
-            return self.connector(features), None
         image_roles, sample_index, identity_index = roles
         if image_roles is None:
             image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
-            sample_index = torch.zeros(len(features), dtype=torch.long)
-        elif sample_index is None:
-            raise ValueError("image_roles without sample_index: say which row of the batch each image belongs to.")
-        options = {"grid_size": grid_size, "output_attentions": output_attentions}
-        result = self.id_former(features, image_roles, sample_index, identity_index, **options)
-        return result if output_attentions else (result, None)
+            if sample_index is None and self.picture_slots is None:
+                sample_index = torch.zeros(len(features), dtype=torch.long)
+        if sample_index is None and (self.id_former is not None or self.picture_slots is not None):
+            raise ValueError("images without sample_index: say which row of the batch each image belongs to.")
+        maps = None
+        if isinstance(self.connector, Resampler):
+            image_tokens = self.connector(features, grid_size=grid_size)
+        elif self.id_former is None:
+            image_tokens = self.connector(features)
+        else:
+            options = {"grid_size": grid_size, "output_attentions": output_attentions}
+            result = self.id_former(features, image_roles, sample_index, identity_index, **options)
+            image_tokens, maps = result if output_attentions else (result, None)
+        if self.picture_slots is not None:
+            image_tokens = image_tokens + self.picture_slots.of(image_roles, sample_index)[:, None]
+        return image_tokens, maps
 
     def _mark_names(self, inputs_embeds: Tensor, name_identity: Tensor | None) -> Tensor:
         """Add slots to names, each as strong as the embedding it is added to, so that both can be read."""

@@ -5,6 +5,7 @@ from idavlm.modules.cross_attention import CrossAttention
 from idavlm.modules.id_former import IdentityTokens, IDFormer
 from idavlm.modules.identity_layer import IdentityLayer
 from idavlm.modules.inner_adaptor import InnerAdaptor, add_inner_adaptors, load_adaptors, save_adaptors
+from idavlm.modules.picture_slots import PictureSlots
 from idavlm.modules.resampler import Resampler
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "IdentityLayer",
     "IdentityTokens",
     "InnerAdaptor",
+    "PictureSlots",
     "Resampler",
     "add_inner_adaptors",
     "build_connector",
