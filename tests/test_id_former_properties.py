@@ -296,9 +296,11 @@ def test_peft_adapters_reach_every_projection(small_id_former, lora_bias):
 
 @pytest.mark.parametrize("keys", ["tokens", "patches"])
 @pytest.mark.parametrize("nobody", [False, True])
-def test_contrast_loss_restated(small_id_former, keys, nobody):
+@pytest.mark.parametrize("heads", [1, 2])
+def test_contrast_loss_restated(small_id_former, keys, nobody, heads):
     """All samples as one: every labelled patch attends to all references, and slots play no part."""
-    id_former = small_id_former(identity_keys=keys, nobody_token=nobody, num_identity_slots=2, num_identity_heads=1)
+    options = {"identity_keys": keys, "nobody_token": nobody, "num_identity_heads": heads}
+    id_former = small_id_former(num_identity_slots=2, **options)
     features = torch.randn(6, 9, 12, dtype=torch.float64)
     roles = torch.tensor([0, 0, 1, 0, 0, 1])
     samples, identities = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 0, 0, 0])
@@ -307,7 +309,7 @@ def test_contrast_loss_restated(small_id_former, keys, nobody):
     targets[5, 3:5] = 0
     loss = id_former.contrast_loss(features, roles, samples, identities, targets)
 
-    plain = small_id_former(identity_keys=keys, nobody_token=nobody, num_identity_heads=1)
+    plain = small_id_former(**options)
     plain.load_state_dict({k: v for k, v in id_former.state_dict().items() if k != "identity_slots.weight"})
     order = torch.tensor([0, 1, 3, 4, 2, 5])
     _, maps = plain(

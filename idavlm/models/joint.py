@@ -120,7 +120,7 @@ def adapt_language_model(config: IDAVLMConfig, language_model: nn.Module, connec
 def initialise_lacking(
     config: IDAVLMConfig, joint: nn.Module, picture_slots: PictureSlots | None, language_model: nn.Module
 ) -> None:
-    """What a checkpoint lacks of ID-Former (or connector), picture slots or inner adaptors gets the values of new ones."""
+    """What a checkpoint lacks of connector or ID-Former, picture slots or adaptors takes the values of new ones."""
 
     def new_adaptors() -> nn.Module:
         language_model.tie_weights()  # a tied head has no values before

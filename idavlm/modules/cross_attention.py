@@ -84,8 +84,7 @@ class CrossAttention(nn.Module):
         Returns:
             ``[N, Lq, C]``, or the shape of ``query`` with ``cu_seqlens_q``; a pair with ``output_attentions``.
         """
-        q = self._heads(_add(self.q_proj(query), query_bias))
-        k = self._heads(_add(self.k_proj(key_value), key_bias))
+        q, k = self.queries(query, query_bias), self.keys(key_value, key_bias)
         v = self._heads(self.v_proj(key_value))
         if cu_seqlens_q is not None:
             q = q.flatten(0, -3)
@@ -107,6 +106,14 @@ class CrossAttention(nn.Module):
         if cu_seqlens_q is not None:
             output = output.view(query.shape)
         return (output, attentions) if output_attentions else output
+
+    def queries(self, query: Tensor, query_bias: Tensor | None = None) -> Tensor:
+        """``[..., C]`` projected to ``[..., H, C / H]``."""
+        return self._heads(_add(self.q_proj(query), query_bias))
+
+    def keys(self, key_value: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """``[..., Ckv]`` projected to ``[..., H, C / H]``."""
+        return self._heads(_add(self.k_proj(key_value), key_bias))
 
     def query_bias(self, position: Tensor) -> Tensor:
         """What ``position`` ``[..., C]`` adds to projected queries. Linear: it may be interpolated afterwards."""

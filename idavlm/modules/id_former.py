@@ -270,20 +270,19 @@ class IDFormer(nn.Module):
         keys = self._identity_keys(references, tokens).flatten(0, 1)
         attention = self.identity_layers[0].attention
         query_bias = self.resampler.on_patches(attention.query_bias(self.resampler.position), grid_size)
-        nobody = [] if self.nobody_token is None else [self.nobody_token]
-        _, weights = attention(
-            patches[image, patch][None],
-            torch.cat([*nobody, keys])[None],
-            query_bias=query_bias[patch],
-            output_attentions=True,
-        )
-        shares = weights[0].mean(0)[:, len(nobody) :].unflatten(-1, (len(references), -1)).sum(-1)
+        nobody = keys[:0] if self.nobody_token is None else self.nobody_token
         numbers = number_identities(
             torch.cat([sample_index[is_reference], sample_index[image]]),
             torch.cat([identity_index[is_reference], targets[image, patch]]),
         )
         owner, target = numbers.split([len(references), len(image)])
-        return identity_contrast(shares, owner, target)
+        return identity_contrast(
+            attention.queries(patches[image, patch], query_bias[patch]),
+            attention.keys(torch.cat([nobody, keys])),
+            owner,
+            target,
+            num_nobody=len(nobody),
+        )
 
     def identity_loss(self, identity_attentions: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """Supervise the identity attention maps: mean over layers of :func:`idavlm.identity_attention_loss`.

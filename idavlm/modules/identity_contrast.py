@@ -1,20 +1,29 @@
 """Which identity does a patch show, out of all identities of the batch? A harder question than out of its sample's."""
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def identity_contrast(shares: Tensor, owner: Tensor, target: Tensor) -> Tensor:
-    """Mean ``-log`` of the attention that patches pay to the identity they show.
+def identity_contrast(q: Tensor, k: Tensor, owner: Tensor, target: Tensor, *, num_nobody: int) -> Tensor:
+    """Mean ``-log`` of the attention, mean over heads, that patches pay to the identity they show; in float32.
 
     Args:
-        shares: ``[N, R]`` attention of each patch to each reference of the batch; sums to 1 with that to nobody.
+        q: ``[N, H, D]`` projected patches.
+        k: ``[num_nobody + R * L, H, D]`` projected keys: of nobody, then L of each of the R references of the batch.
         owner: ``[R]`` identity of each reference, numbered over the batch.
-        target: ``[N]`` identity each patch shows.
+        target: ``[N]`` identity each patch shows; it has a reference.
+        num_nobody: 0 or 1.
     """
-    of_identity = shares.new_zeros(len(shares), int(owner.max()) + 1).index_add(1, owner, shares)
-    attention = of_identity.gather(1, target[:, None]).squeeze(1)
-    return -attention.clamp(min=torch.finfo(torch.float32).tiny).log().mean()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("nhd,khd->hnk", q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype))
+        nobody, of_references = scores[..., :num_nobody], scores[..., num_nobody:]
+        of_references = of_references.unflatten(-1, (len(owner), -1)).logsumexp(-1)
+        own = of_references.masked_fill(owner != target[:, None], -torch.inf).logsumexp(-1)
+        log_shares = own - torch.cat([nobody, of_references], -1).logsumexp(-1)
+        return math.log(q.shape[1]) - log_shares.logsumexp(0).mean()
 
 
 def number_identities(sample_index: Tensor, identity_index: Tensor) -> Tensor:
