@@ -1,10 +1,11 @@
 """Which tokens of a prompt are the names of identities."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from idavlm.data import Identity, Message, Part, Sample
+from idavlm.data import DataError, Identity, Message, Part, Sample
 from idavlm.models.names import carry_names, name_identities
 from idavlm.models.small import small_tokenizer
 from tests.small_models import TEXTS, small_processor
@@ -160,3 +161,26 @@ def test_question_and_answer_are_about_its_name():
     assert 0 < first < labels.ne(-100).nonzero()[0]
     assert (marks[first:] == 0).all()
     assert (marks[:first] == -1).all()
+
+
+def test_marks_of_a_conversation_are_the_same_in_generation_as_in_training():
+    turns = [("user", "Is Kate here?"), ("assistant", "Tom is."), ("user", "Where is Tom?"), ("assistant", "A")]
+    messages = [Message(role, [Part("text", text)]) for role, text in turns]
+    processor, people = small_processor(), [Identity("Kate", []), Identity("Tom", [])]
+    whole = processor.encode(Sample("t", "identity", people, messages))
+    prompt = processor.encode(Sample("t", "identity", people, messages[:-1]), add_generation_prompt=True)
+    length = len(prompt["input_ids"])
+    assert torch.equal(prompt["input_ids"], whole["input_ids"][:length])
+    assert torch.equal(prompt["name_identity"], whole["name_identity"][:length])
+    answer = (whole["labels"] != -100)[:length]
+    assert prompt["name_identity"][answer].unique().tolist() == [0]  # about Kate, though it names Tom
+    assert set(prompt["name_identity"].tolist()) == {-1, 0, 1}
+
+
+def test_a_template_that_rewrites_earlier_turns_is_an_error():
+    processor = small_processor()
+    rewriting = "{% if add_generation_prompt %}again {% endif %}" + processor.chat_template
+    processor.chat_template = rewriting
+    messages = [Message(role, [Part("text", "Kate")]) for role in ("user", "assistant", "user")]
+    with pytest.raises(DataError, match="earlier turns otherwise"):
+        processor.encode(Sample("t", "identity", [Identity("Kate", [])], messages), add_generation_prompt=True)

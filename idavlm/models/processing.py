@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from idavlm.data import Box, Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.data import IGNORE_INDEX, Box, Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.names import carry_names, name_identities
 from idavlm.utils import ImageRole, check_positive
@@ -129,14 +129,15 @@ class IDAVLMProcessor(ProcessorMixin):
         scenes = dict(zip(sample.message_images, sizes[references:], strict=True))
         for box in sample.boxes:
             _check_box(sample, box, scenes[box.image])
+        messages = self._messages(sample, scenes)
         input_ids, labels = render_chat(
-            self.tokenizer,
-            self._messages(sample, scenes),
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self.chat_template,
+            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=self.chat_template
         )
-        names = name_identities(self.tokenizer, input_ids, labels, [identity.name for identity in sample.identities])
-        names = carry_names(names, input_ids, labels, self.image_token_id)
+        answers = labels
+        if add_generation_prompt and sample.identities:
+            answers = self._earlier_answers(sample, messages, input_ids)
+        names = name_identities(self.tokenizer, input_ids, answers, [identity.name for identity in sample.identities])
+        names = carry_names(names, input_ids, answers, self.image_token_id)
         input_ids, labels, names = self._expand(input_ids, labels, names)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
@@ -207,6 +208,18 @@ class IDAVLMProcessor(ProcessorMixin):
                     text += part.text
             messages.append({"role": message.role, "content": text})
         return messages
+
+    def _earlier_answers(self, sample: Sample, messages: list[dict[str, str]], input_ids: list[int]) -> list[int]:
+        """Labels of the answers in a prompt: names in them are not marked, in generation as in training."""
+        ids, labels = render_chat(self.tokenizer, messages, chat_template=self.chat_template)
+        end = max((place + 1 for place, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
+        if ids[:end] != input_ids[:end]:
+            raise DataError(
+                f"sample {sample.id!r}: with a generation prompt the chat template writes earlier turns otherwise than "
+                "in training; give one that adds the prompt and changes nothing else.",
+                kind="template",
+            )
+        return labels[:end] + [IGNORE_INDEX] * (len(input_ids) - end)
 
     def _check_text(self, sample: Sample, text: str) -> None:
         if self.image_token in text:
