@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset
 from transformers import set_seed
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from idavlm import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments
 from idavlm.data import RecordDataset
 from idavlm.data.characters import build_characters
 from idavlm.evaluation import EvaluationResult, evaluate, text_perplexity, write_report
-from idavlm.models.small import load_smollm2, small_language_model, small_processor, small_vision_tower
+from idavlm.models import small
 
 # As in examples/train_idformer.py: what makes short training learn.
 ID_FORMER = {"gate": "none", "detach_references": False, "contrast_loss_weight": 3.0, "num_identity_heads": 1}
@@ -46,11 +45,10 @@ def build_parts(folder: Path, args: argparse.Namespace):
     """The LLM and a processor. Pictures are 64 x 64 and 16 tokens; an unused token of SmolLM2 stands for one."""
     size, queries = 64, 16
     if args.tiny:
-        processor = small_processor(RecordDataset(folder / "train.jsonl"), image_size=size, num_queries=queries)
-        return small_language_model(processor.tokenizer), processor
-    language_model, tokenizer = load_smollm2()
-    square, grey = {"height": size, "width": size}, [0.5] * 3
-    images = CLIPImageProcessorPil(size=square, do_center_crop=False, image_mean=grey, image_std=grey)
+        processor = small.small_processor(RecordDataset(folder / "train.jsonl"), image_size=size, num_queries=queries)
+        return small.small_language_model(processor.tokenizer), processor
+    language_model, tokenizer = small.load_smollm2()
+    images = small.small_image_processor(size)
     options = {"image_token": "<filename>", "image_seq_length": queries, "box_format": "bins"}
     return language_model, IDAVLMProcessor(images, tokenizer, image_cache_size=50_000, **options)
 
@@ -111,7 +109,7 @@ def main() -> None:
         set_seed(seed)
         aligned, common = args.out / f"seed-{seed}" / "aligned", {"args": args, "seed": seed, "processor": processor}
         model = IDAVLMForConditionalGeneration.from_parts(
-            small_vision_tower(hidden_size=128),
+            small.small_vision_tower(hidden_size=128),
             language_model,
             image_token_id=processor.image_token_id,
             num_queries=processor.image_seq_length,

@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from idavlm.data import Sample, parse_sample
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
-from idavlm.models.small import small_language_model, small_tokenizer, small_vision_tower
+from idavlm.models.small import small_image_processor, small_language_model, small_tokenizer, small_vision_tower
 
 TEXTS = [
     "Kate is reading. Tom is waving.",
@@ -19,11 +18,8 @@ TEXTS = [
 
 
 def small_processor(**options) -> IDAVLMProcessor:
-    images = CLIPImageProcessorPil(
-        size={"height": 64, "width": 64}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
     options = {"image_seq_length": 4, "box_format": "bins", **options}
-    return IDAVLMProcessor(images, small_tokenizer(TEXTS, vocab_size=320), **options)
+    return IDAVLMProcessor(small_image_processor(64), small_tokenizer(TEXTS, vocab_size=320), **options)
 
 
 def small_model(

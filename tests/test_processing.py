@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from idavlm.data import IGNORE_INDEX, DataError, RecordDataset, parse_sample
 from idavlm.models import BoxFormat, IDAVLMProcessor
-from idavlm.models.small import small_tokenizer
+from idavlm.models.small import small_image_processor, small_tokenizer
 from idavlm.training import IDTrainer, IDTrainingArguments
 from tests.small_models import IMAGES, TEXTS, draw_images, record, sample, small_model, small_processor
 
@@ -215,7 +214,7 @@ def test_images_without_a_root(processor):
 
 
 def test_no_chat_template(root):
-    images, tokenizer = CLIPImageProcessorPil(size={"height": 32, "width": 32}), small_tokenizer(TEXTS, vocab_size=300)
+    images, tokenizer = small_image_processor(32), small_tokenizer(TEXTS, vocab_size=300)
     tokenizer.chat_template = None
     bare = IDAVLMProcessor(images, tokenizer, image_seq_length=QUERIES)
     with pytest.raises(ValueError, match="has no chat_template"):

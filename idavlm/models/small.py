@@ -115,13 +115,20 @@ def record_texts(samples: Iterable) -> Iterable[str]:
     yield from (f"{first} {second}" for first in steps for second in steps)
 
 
+def small_image_processor(image_size: int):
+    """CLIP's image processor on Pillow: whole pictures as squares of ``image_size`` pixels, values from -1 to 1."""
+    try:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as OnPillow
+    except ImportError:  # an older transformers, whose plain class is the one on Pillow
+        from transformers import CLIPImageProcessor as OnPillow
+    size = {"height": image_size, "width": image_size}
+    return OnPillow(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
 def small_processor(samples: Iterable, *, image_size: int, num_queries: int):
     """A processor with a tokenizer made for ``samples``, square pictures, and all of them kept in memory."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    size = {"height": image_size, "width": image_size}
     return IDAVLMProcessor(
-        CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        small_image_processor(image_size),
         small_tokenizer(record_texts(samples)),
         image_seq_length=num_queries,
         box_format="bins",
