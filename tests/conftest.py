@@ -7,6 +7,9 @@ from idavlm import IDFormer
 from idavlm.ops.cross_attention import sdpa
 from tests.small_models import IMAGES, draw_images, small_processor
 
+# Tensors of tests are small: threads would mostly wait for one another, for minutes where other work shares the cores.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
