@@ -73,7 +73,7 @@ def train(model, processor: IDAVLMProcessor, folder: Path, out: Path, args: argp
     general = RecordDataset(folder / "general.jsonl", encode=processor.encode)
     steps = args.steps or STEPS[args.data]
     common = {"per_device_train_batch_size": args.batch_size, "lr_scheduler_type": "cosine", "adam_beta2": 0.98}
-    common |= {"warmup_steps": 30, "logging_steps": 20, "report_to": [], "seed": seed, "dataloader_num_workers": 1}
+    common |= {"warmup_steps": 30, "logging_steps": 20, "report_to": [], "seed": seed}
     common |= {"save_strategy": "steps" if args.save_steps else "no", "save_steps": args.save_steps or 500}
     trainer = partial(IDTrainer, model, data_collator=processor.collate)
     if model.id_former is not None and not args.resume:

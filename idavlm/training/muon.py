@@ -1,6 +1,5 @@
 """Muon for weight matrices, AdamW for all other parameters, as one optimiser."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -42,30 +41,23 @@ class MuonAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike = defaultdict(list)  # matrices of one shape take their steps in one go
             for parameter in group["params"] if group["muon"] else ():
                 if parameter.grad is not None:
-                    alike[parameter.shape, parameter.device].append(parameter)
-            for parameters in alike.values():
-                self._orthogonal_steps(parameters, group)
+                    self._orthogonal_step(parameter, group)
+                    parameter.grad = None  # AdamW leaves parameters without a gradient alone
         super().step()
         return loss
 
-    def _orthogonal_steps(self, parameters: list[Tensor], group: dict) -> None:
-        steps = orthogonal(torch.stack([self._direction(parameter, group["momentum"]) for parameter in parameters]))
-        for parameter, step in zip(parameters, steps, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(step.to(parameter), alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
-            parameter.grad = None  # AdamW leaves parameters without a gradient alone
-
-    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _orthogonal_step(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)  # AdamW looks for it when a state is loaded
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        return torch.lerp(parameter.grad, buffer, momentum).float()
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+        step = orthogonal(torch.lerp(parameter.grad, buffer, group["momentum"]).float())
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(step.to(parameter), alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 
 
 def linear_weights(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
@@ -75,18 +67,12 @@ def linear_weights(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
     return {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear) and layer is not head}
 
 
-def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Near ``U V^T`` where ``U S V^T`` is the singular value decomposition: singular values come to lie about 1.
-
-    Args:
-        matrices: ``[..., M, N]``.
-        iterations: of Newton and Schulz.
-    """
+def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Near ``U V^T`` where ``U S V^T`` is the singular value decomposition: singular values come to lie about 1."""
     a, b, c = NEWTON_SCHULZ
-    is_wide = matrices.shape[-2] <= matrices.shape[-1]
-    wide = matrices if is_wide else matrices.mT
-    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)
     for _ in range(iterations):
-        gram = wide @ wide.mT
+        gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if is_wide else wide.mT
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
