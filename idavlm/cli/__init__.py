@@ -1,0 +1,1 @@
+"""The ``idavlm`` program: one file a command."""

@@ -1,0 +1,38 @@
+"""``idavlm COMMAND ...``: finds the command's file, lets it read its arguments, turns expected errors into one line."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, str] = {}
+"""Name -> one line for ``--help``. ``idavlm/cli/NAME.py`` has ``add_arguments(parser)`` and ``run(arguments)``, which
+returns an exit status or None."""
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The program's parser; only the chosen command's file is imported, so that ``--help`` needs no torch."""
+    parser = argparse.ArgumentParser(prog="idavlm", description="Identity-aware vision-language models.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, line in COMMANDS.items():
+        command = commands.add_parser(name, help=line, description=line)
+        if name == chosen:
+            module = importlib.import_module(f"idavlm.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit status: the command's, 0 if it names none, 2 for arguments or data that cannot be used."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser(argv[0] if argv else None).parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError) as error:
+        print(f"idavlm {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
