@@ -20,7 +20,7 @@ from idavlm.data.wesnoth.units import read_units
 from idavlm.utils.checks import check_positive
 
 NAME = "wesnoth"
-VERSION = 6
+VERSION = 7
 SCENE_SIZES = {"train": (2, 3, 4), "test": (3, 4), "validation": (3, 4)}
 """Numbers of people in the scenes of each split, in turn."""
 
@@ -53,8 +53,9 @@ def build_wesnoth(
     (an elvish archer and the ranger it becomes) are different characters and may fall into different splits.
 
     Training characters also come in other palettes, each an identity of its own. In training names are drawn anew for
-    every record; in test and validation everybody has their own. In the game's own palette everybody's team is red:
-    what tells test characters apart is what they look like.
+    every record, from the names of all units, so that no name of the test is a new word; in test and validation
+    everybody has their own. In the game's own palette everybody's team is red: what tells test characters apart is
+    what they look like.
 
     Args:
         root: folder of the data set; see :func:`build_once` for what it may hold.
@@ -92,6 +93,7 @@ def _build(folder: Path, package: str | Path | None, options: Mapping[str, int])
             raise ValueError(f"{data} has {len(characters)} characters for {split}, at least {MIN_CHARACTERS} needed.")
     grounds = read_grounds(data, Random(f"{seed} grounds"))
     counts: dict[str, int] = {}
+    all_names = drawn_names([one.name for characters in splits.values() for one in characters])
     for split, characters in splits.items():
         rng, training = Random(f"{seed} {split}"), split == "train"
         roles = cast_roles(characters, options["num_palettes"] if training else 1, rng)
@@ -99,8 +101,8 @@ def _build(folder: Path, package: str | Path | None, options: Mapping[str, int])
         sizes = [SCENE_SIZES[split][i % len(SCENE_SIZES[split])] for i in range(num_scenes)]
         plan = plan_photos(split, roles, options["num_photos"], rng) + plan_scenes(split, roles, sizes, rng)
         album = Album(_paint_all(plan, roles, grounds, folder / "images", size, rng), cast_of(roles))
-        names = {role.key: role.character.name for role in roles}
-        composer = RecordComposer(album, rng, drawn_names(list(names.values())) if training else own_names(names))
+        naming = all_names if training else own_names({role.key: role.character.name for role in roles})
+        composer = RecordComposer(album, rng, naming)
         records = (
             composer.training(options["num_train_records"])
             if training
