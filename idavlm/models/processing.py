@@ -33,8 +33,6 @@ class IDAVLMProcessor(ProcessorMixin):
     """
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from transformers import ProgressCallback
 
 
 class SourceProgress(ProgressCallback):
-    """The progress bar under the name of the run's folder, with the loss of each source instead of printed dictionaries."""
+    """The progress bar, named after the run's folder, with the losses of each source for printed dictionaries."""
 
     SHOWN = {"loss_identity": "identity", "loss_general": "general", "identity_attention_loss": "attention"}  # noqa: RUF012
 
