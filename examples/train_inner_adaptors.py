@@ -45,6 +45,7 @@ def build_parts(folder: Path, args: argparse.Namespace):
     """The LLM and a processor. Pictures are 64 x 64 and 16 tokens; an unused token of SmolLM2 stands for one."""
     size, queries = 64, 16
     if args.tiny:
+        set_seed(0)
         processor = small.small_processor(RecordDataset(folder / "train.jsonl"), image_size=size, num_queries=queries)
         return small.small_language_model(processor.tokenizer), processor
     language_model, tokenizer = small.load_smollm2()
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--composition", choices=["serial", "parallel"], default="parallel")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of adaptors and LoRA")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run has finished")
     parser.add_argument("--out", type=Path, default=Path("runs/train_inner_adaptors"))
     args = parser.parse_args()
     identity, align, instruct, ground = args.steps
@@ -105,39 +107,51 @@ def main() -> None:
     test, text, results = list(RecordDataset(folder / "test.jsonl")), defaultdict(list), defaultdict(list)
     read = partial(text_perplexity, tokenizer=processor.tokenizer, num_windows=4 if args.tiny else 64)
     text["base"].append(read(language_model))
+    layers = language_model.get_decoder().layers
+    # An adaptor is one more layer and a gate, for each of the two workflows.
+    positions = range(adaptors["every"] - 1, len(layers), adaptors["every"])
+    trained = 2 * sum(1 + sum(p.numel() for p in layers[n].parameters()) for n in positions)
     for seed in range(args.seeds):
-        set_seed(seed)
         aligned, common = args.out / f"seed-{seed}" / "aligned", {"args": args, "seed": seed, "processor": processor}
-        model = IDAVLMForConditionalGeneration.from_parts(
-            small.small_vision_tower(hidden_size=128),
-            language_model,
-            image_token_id=processor.image_token_id,
-            num_queries=processor.image_seq_length,
-            num_heads=4 if args.tiny else 9,
-            image_token_scale=float(language_model.get_input_embeddings().weight.detach().std()),
-            **ID_FORMER,
-        )
-        alone = {"learning_rate": 5e-3, "identity_warmup_steps": identity, "freeze": ["language_model"]}
-        train(model, data, out=aligned, steps=identity, **common, **alone)
-        model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
-        train(model, data, out=aligned, steps=align, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
-        model.save_pretrained(aligned)
-        for variant, freeze in FREEZE.items():
+        if not (args.resume and (aligned / "config.json").exists()):
             set_seed(seed)
-            config = IDAVLMConfig.from_pretrained(aligned, inner_adaptors=adaptors if variant == "adaptors" else None)
-            model = IDAVLMForConditionalGeneration.from_pretrained(aligned, config=config)
-            if variant == "adaptors":  # the first
-                trained = sum(p.numel() for p in model.language_model.inner_adaptor.parameters())
-            elif variant == "LoRA":
-                add_lora(model, trained)
-            stages = {"multimodal": (others, instruct), "grounding": (Subset(data, located), ground)}
-            for workflow, (records, steps) in stages.items():
-                options = {"freeze": freeze, "learning_rate": 1e-3 if variant == "projector" else args.learning_rate}
-                options |= {"workflow": workflow} if variant == "adaptors" else {}
-                train(model, records, out=aligned.parent / variant, steps=steps, **common, **options)
-            results[variant].append(ask(model, processor, test))
-            with within(model, "text"):
-                text[variant].append(read(model.language_model))
+            model = IDAVLMForConditionalGeneration.from_parts(
+                small.small_vision_tower(hidden_size=128),
+                language_model,
+                image_token_id=processor.image_token_id,
+                num_queries=processor.image_seq_length,
+                num_heads=4 if args.tiny else 9,
+                image_token_scale=float(language_model.get_input_embeddings().weight.detach().std()),
+                **ID_FORMER,
+            )
+            alone = {"learning_rate": 5e-3, "identity_warmup_steps": identity, "freeze": ["language_model"]}
+            train(model, data, out=aligned, steps=identity, **common, **alone)
+            model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
+            train(model, data, out=aligned, steps=align, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
+            model.save_pretrained(aligned)
+        for variant, freeze in FREEZE.items():
+            out = aligned.parent / variant
+            answers, perplexity = out / "answers.json", out / "perplexity.json"
+            if not (args.resume and perplexity.exists()):
+                set_seed(seed)
+                config = IDAVLMConfig.from_pretrained(aligned)
+                config.inner_adaptors = adaptors if variant == "adaptors" else None
+                model = IDAVLMForConditionalGeneration.from_pretrained(aligned, config=config)
+                if variant == "LoRA":
+                    add_lora(model, trained)
+                stages = {"multimodal": (others, instruct), "grounding": (Subset(data, located), ground)}
+                for workflow, (records, steps) in stages.items():
+                    options = {
+                        "freeze": freeze,
+                        "learning_rate": 1e-3 if variant == "projector" else args.learning_rate,
+                    }
+                    options |= {"workflow": workflow} if variant == "adaptors" else {}
+                    train(model, records, out=out, steps=steps, **common, **options)
+                ask(model, processor, test).save(answers)
+                with within(model, "text"):
+                    perplexity.write_text(repr(read(model.language_model)))
+            results[variant].append(EvaluationResult.load(answers))
+            text[variant].append(float(perplexity.read_text()))
     settings = vars(args) | adaptors | {f"perplexity of {name}": numbers for name, numbers in text.items()}
     settings |= {"trained parameters of adaptors and LoRA": trained}
     facts = {"command": " ".join(["python", *sys.argv]), "seconds": time.time() - start, "settings": settings}
