@@ -1,0 +1,94 @@
+"""Tiny checkpoints in the released formats, converted by the program and loaded from disk, give the released numbers."""
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm.cli.main import main
+from tests.released import expected, released
+
+CLOSE = {"atol": 2e-4, "rtol": 1e-3}
+SYSTEMS = ("llava-1.5", "yi-vl", "iaa", "ida-vlm")
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def converted(request, tmp_path_factory):
+    """System, source and converted folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = released(request.param, folder)
+    assert main(["convert", str(source), str(folder / "out"), "--quiet"]) == 0
+    return request.param, source, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    return IDAVLMForConditionalGeneration.from_pretrained(converted[2], dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def golden(converted):
+    return expected(converted[0])
+
+
+def with_images(input_ids: torch.Tensor, model) -> torch.Tensor:
+    """The release's -200 as so many placeholders."""
+    config = model.config
+    image = torch.full((config.image_seq_length,), config.image_token_id)
+    rows = [torch.cat([image if token == -200 else token[None] for token in row]) for row in input_ids]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("converted", ["llava-1.5", "yi-vl"], indirect=True)
+@torch.no_grad()
+def test_llava_and_yi_vl(model, golden):
+    images = {"pixel_values": golden["pixel_values"], "sample_index": torch.arange(2)}
+    tokens, _, _ = model.encode_images(**images)
+    torch.testing.assert_close(tokens, golden["image_features"], **CLOSE)
+    input_ids = with_images(golden["input_ids"], model)
+    logits = model(input_ids=input_ids, **images).logits
+    torch.testing.assert_close(logits[..., :320], golden["logits"], **CLOSE)
+    answer = model.generate(input_ids=input_ids, stop_strings=None, **images, **GREEDY)
+    assert torch.equal(answer[:, input_ids.shape[1] :], golden["greedy"])
+
+
+@pytest.mark.parametrize("converted", ["iaa"], indirect=True)
+@pytest.mark.parametrize(("workflow", "mark"), [("multimodal", "MM"), ("grounding", "G"), ("text", "Text")])
+@torch.no_grad()
+def test_iaa(model, golden, workflow, mark):
+    inputs = {"input_ids": golden["text_input_ids"]}
+    if workflow != "text":
+        images = {"pixel_values": golden["pixel_values"], "sample_index": torch.arange(2)}
+        inputs = {"input_ids": with_images(golden["input_ids"], model), **images}
+        with model.workflow(workflow):
+            torch.testing.assert_close(model.encode_images(**images)[0], golden[f"image_features.{mark}"], **CLOSE)
+    logits = model(**inputs, workflow=workflow).logits
+    torch.testing.assert_close(logits[..., :320], golden[f"{mark}.logits"], **CLOSE)
+    answer = model.generate(**inputs, workflow=workflow, **GREEDY)
+    assert torch.equal(answer[:, inputs["input_ids"].shape[1] :], golden[f"{mark}.greedy"])
+
+
+@pytest.mark.parametrize("converted", ["ida-vlm"], indirect=True)
+@pytest.mark.parametrize("case", ["identity", "general", "mixed"])
+@torch.no_grad()
+def test_ida_vlm(model, golden, case):
+    golden = {key.removeprefix(f"{case}."): value for key, value in golden.items() if key.startswith(f"{case}.")}
+    roles = {name: golden[name] for name in ("image_roles", "sample_index")}
+    pixels = golden["pixel_values"].float()
+    patches, grid_size = model.image_features(pixels)
+    torch.testing.assert_close(patches, golden["patch_features"], **CLOSE)
+    finish, before = model.id_former.resampler.finish, []
+    model.id_former.resampler.finish = lambda tokens: before.append(tokens) or finish(tokens)
+    try:
+        tokens = model.id_former(patches, **roles, grid_size=grid_size)
+    finally:
+        del model.id_former.resampler.finish
+    plain = golden["image_roles"] != 1
+    torch.testing.assert_close(before[0], golden["id_former_output"][plain], **CLOSE)
+    torch.testing.assert_close(before[1], golden["id_former_output"][~plain], **CLOSE)
+    torch.testing.assert_close(tokens, golden["vision_output"], **CLOSE)
+    text = {name: golden[name] for name in ("input_ids", "attention_mask")}
+    logits = model(pixel_values=pixels, **text, **roles).logits
+    kept = golden["attention_mask"] == 1
+    torch.testing.assert_close(logits[kept], golden["logits"][kept], **CLOSE)
