@@ -1,10 +1,9 @@
-"""Tiny checkpoints in the released formats, converted by the program and loaded from disk, give the released numbers."""
+"""Tiny checkpoints in the released formats, converted by the program and loaded again, give the released numbers."""
 
 import pytest
 import torch
-from transformers import AutoModel
 
-from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm import IDAVLMForConditionalGeneration
 from idavlm.cli.main import main
 from tests.released import expected, released
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 in its authors' format, which YAICON and others share: Llama, an MLP, CLIP from its own folder or inside."""
+"""LLaVA-1.5 in its authors' format, which YAICON and others share: Llama, an MLP, CLIP in its own folder or inside."""
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.conversion.errors import ConversionError

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+from itertools import pairwise
 from pathlib import Path
 
 from idavlm.models.conversion.errors import ConversionError
@@ -90,7 +91,7 @@ def _merged(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
     """``token`` as byte-pair encoding has it with ranks below ``below``."""
     parts = [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(left + right, below) for left, right in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(left + right, below) for left, right in pairwise(parts)]
         lowest = min(joined)
         if lowest == below:
             break

@@ -157,8 +157,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / whole]
     if (folder / "adapter_config.json").is_file():
         raise ConversionError(
-            f"{folder}: an adapter without the model it belongs to; give the model's folder, and this one with adapter= "
-            "(--adapter)."
+            f"{folder}: an adapter without its model; give the model's folder, and this one with adapter= (--adapter)."
         )
     raise ConversionError(f"{folder}: no weights; expected one of {', '.join(WHOLE + SHARDED)}.")
 

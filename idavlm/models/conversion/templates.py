@@ -19,10 +19,11 @@ YI_VL_STOP = "###"
 
 YI_VL = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
-    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. Read all the "
-    "images carefully, and respond to the human's questions with informative, helpful, detailed and polite answers. "
-    "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。仔细阅读所有的图像，并对人类的问题做出信息丰富、"
-    "有帮助、详细的和礼貌的回答。{% endif %}\n\n"
+    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
+    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed and polite answers. "
+    "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+    "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"  # noqa: RUF001
+    "{% endif %}\n\n"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% if loop.previtem is undefined or loop.previtem['role'] != 'assistant' %}###"
     "{% endif %} Human: {{ message['content'] }}\n"

@@ -42,8 +42,8 @@ def plan(source: Source, places: Places) -> Plan:
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
     if image_token is None:
         raise ConversionError(
-            f"{source.folder}: image_token_index={config.image_token_index} is no token of the tokenizer ({len(tokenizer)} "
-            "tokens); add it there."
+            f"{source.folder}: image_token_index={config.image_token_index} is no token of the tokenizer "
+            f"({len(tokenizer)} tokens); add it there."
         )
     tokens = tokens_of_image(config.vision_config, with_cls=with_cls)
     vocab_size = max(config.text_config.vocab_size, len(tokenizer))
