@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerFast
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = Path(__file__).parent.parent / "docs" / "training.md"
 
+_LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = {"llava-1.5": ["<unk>", "<s>", "</s>"], "yi-vl": ["<unk>", "<|startoftext|>", "</s>"], "iaa": _LLAMA_3}
+
 
 def released(system: str, folder: Path) -> Path:
     """A copy of ``<system>-tiny`` in ``folder``, tokenizer included."""
@@ -21,7 +24,7 @@ def released(system: str, folder: Path) -> Path:
     if system == "ida-vlm":
         write_tiktoken(copy / "qwen.tiktoken", 386)  # so that <img> is token 600
     else:
-        tiny_tokenizer(["<unk>", "<s>", "</s>"], 320).save_pretrained(copy)
+        tiny_tokenizer(SPECIALS[system], 320).save_pretrained(copy)
     return copy
 
 
@@ -32,7 +35,8 @@ def expected(system: str) -> dict[str, torch.Tensor]:
 def tiny_tokenizer(specials: list[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of exactly ``size`` tokens, ``specials`` first."""
     tokenizer = _trained(size, specials)
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), specials, strict=False))
+    roles = ("bos_token", "eos_token") if specials == _LLAMA_3 else ("unk_token", "bos_token", "eos_token")
+    names = dict(zip(roles, specials, strict=False))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 

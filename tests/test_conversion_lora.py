@@ -165,8 +165,8 @@ def test_loras_of_llavas_format_are_merged(llava_lora, tmp_path):
 
 
 def test_an_adapter_of_another_model_is_refused(llava_lora, folders, tmp_path):
-    base, lora, *_ = llava_lora
-    with pytest.raises(ConversionError, match="no weights|an adapter without its model"):
+    _, lora, *_ = llava_lora
+    with pytest.raises(ConversionError, match="an adapter without its model"):
         convert(lora, tmp_path / "out")
     tensors = load_file(folders / "adapter" / "adapter_model.safetensors")
     other = tmp_path / "other"

@@ -1,5 +1,5 @@
 """Chat templates of the systems, with the assistant's turns marked for training. One space or line break more or less
-is another prompt than the model was trained on."""
+is another prompt than the model was trained on; a line break right behind a ``{% %}`` would be left out."""
 
 VICUNA = (
     "{{ bos_token }}"
@@ -20,10 +20,11 @@ YI_VL_STOP = "###"
 YI_VL = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
     "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
-    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed and polite answers. "
+    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed and "
+    "polite answers. "
     "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
     "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"  # noqa: RUF001
-    "{% endif %}\n\n"
+    "{% endif %}{{ '\n\n' }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% if loop.previtem is undefined or loop.previtem['role'] != 'assistant' %}###"
     "{% endif %} Human: {{ message['content'] }}\n"
@@ -45,7 +46,7 @@ LLAMA_3 = (
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
