@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlamaConfig, PretrainedConfig
 
-from idavlm.models.conversion.errors import ConversionError
+from idavlm.models.conversion.errors import ConversionError, first_line
 from idavlm.models.conversion.mapping import Rule
 from idavlm.models.conversion.plan import Places
 from idavlm.models.conversion.source import Source, WeightFile, weight_files
@@ -108,7 +108,7 @@ def read_tokenizer(source: Source, places: Places, **options):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:
         raise ConversionError(
-            f"{folder}: no tokenizer that can be read ({str(error).splitlines()[0]}). Give its folder with tokenizer= "
+            f"{folder}: no tokenizer that can be read ({first_line(error)}). Give its folder with tokenizer= "
             "(--tokenizer); a tokenizer.model needs pip install sentencepiece protobuf."
         ) from error
     if tokenizer.pad_token is None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from idavlm.models.conversion.errors import ConversionError, listed
+from idavlm.models.conversion.errors import ConversionError, first_line, listed
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 SHARDED = tuple(f"{name}.index.json" for name in WHOLE)
@@ -84,12 +84,12 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, mmap=zipped, **options)
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path}: refused, for it holds more than tensors (weights_only=True: {str(error).splitlines()[0]}). A "
+            f"{path}: refused, for it holds more than tensors (weights_only=True: {first_line(error)}). A "
             "pickle can run code; get the weights as safetensors from somebody you trust."
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise ConversionError(
-            f"{path}: no whole file of torch.save ({str(error).splitlines()[0]}); it may be cut off. Fetch it again."
+            f"{path}: no whole file of torch.save ({first_line(error)}); it may be cut off. Fetch it again."
         ) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
