@@ -32,6 +32,15 @@ def expected(system: str) -> dict[str, torch.Tensor]:
     return load_file(FIXTURES / f"{system}-tiny" / "expected.safetensors")
 
 
+def released_weights(system: str) -> dict[str, torch.Tensor]:
+    """All tensors of ``<system>-tiny``, under the released names."""
+    folder = FIXTURES / f"{system}-tiny"
+    weights = {}
+    for path in sorted(folder.glob("model-*.safetensors")):
+        weights |= load_file(path)
+    return weights or torch.load(folder / "pytorch_model.bin", weights_only=True)
+
+
 def tiny_tokenizer(specials: list[str], size: int) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of exactly ``size`` tokens, ``specials`` first."""
     tokenizer = _trained(size, specials)

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-from itertools import pairwise
 from pathlib import Path
 
 from idavlm.models.conversion.errors import ConversionError
@@ -30,23 +29,17 @@ def qwen_tokenizer(path: str | Path):
     Raises:
         ConversionError: no such file, or a line that is no token; ranks that are not 0, 1, 2, ...
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, normalizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    ranks = read_ranks(Path(path))
-    letters = _letters()
-    names = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    vocabulary = {names[token]: rank for token, rank in ranks.items()}
-    merges = [(names[left], names[right]) for left, right in merges_of(ranks)]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    class Converter(TikTokenConverter):
+        """Which reads the file without tiktoken, and checks it."""
+
+        load_tiktoken_bpe = staticmethod(lambda file: read_ranks(Path(file)))
+
+    tokenizer = Converter(str(path), pattern=SPLIT).converted()
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
     for tokens, special in ((CONTROL, True), (MARKUP, False), (IMAGE, True)):
         added = [AddedToken(token, special=special, normalized=False) for token in tokens]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
@@ -72,36 +65,3 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if list(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise ConversionError(f"{path}: expected the ranks 0, 1, 2, ... in order and all 256 bytes among the tokens.")
     return ranks
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The one merge that makes each token: what is left of it, in two parts, once all earlier merges are done.
-
-    tiktoken joins any two neighbours that together are a token, lowest rank first. A token that is reached at all is
-    reached from these two parts, for up to then its bytes were merged by lower ranks alone.
-    """
-    return [
-        parts
-        for token, rank in ranks.items()
-        if len(token) > 1 and len(parts := tuple(_merged(token, ranks, rank))) == 2
-    ]
-
-
-def _merged(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """``token`` as byte-pair encoding has it with ranks below ``below``."""
-    parts = [token[place : place + 1] for place in range(len(token))]
-    while len(parts) > 2:
-        joined = [ranks.get(left + right, below) for left, right in pairwise(parts)]
-        lowest = min(joined)
-        if lowest == below:
-            break
-        place = joined.index(lowest)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts
-
-
-def _letters() -> dict[int, str]:
-    """GPT-2's printable letter for each byte, which byte-level tokenizers write their vocabularies in."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
