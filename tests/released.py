@@ -49,6 +49,19 @@ def tiny_tokenizer(specials: list[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
+def sentencepiece_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Like Llama's: ``▁`` for spaces, one more at the beginning of a text, none behind special tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(TEXT.read_text(encoding="utf-8").split(" "), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
 def write_tiktoken(path: Path, size: int) -> None:
     """A vocabulary of ``size`` tokens in the format of ``qwen.tiktoken``."""
     letters = _trained(size, []).get_vocab()

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from idavlm import IDAVLMForConditionalGeneration
 from idavlm.cli.main import main
+from idavlm.models import QwenVisionConfig, QwenVisionModel, convert
 from tests.released import expected, released
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
@@ -91,3 +94,69 @@ def test_ida_vlm(model, golden, case):
     logits = model(pixel_values=pixels, **text, **roles).logits
     kept = golden["attention_mask"] == 1
     torch.testing.assert_close(logits[kept], golden["logits"][kept], **CLOSE)
+
+
+@torch.no_grad()
+def test_plain_qwen_vl(tmp_path):
+    """Without the ID-Former's attention: a resampler, and the numbers of the samples without references."""
+    source = released("ida-vlm", tmp_path)
+    weights = torch.load(source / "pytorch_model.bin", weights_only=True)
+    kept = {name: tensor for name, tensor in weights.items() if ".attn1." not in name}
+    assert len(kept) < len(weights)
+    torch.save(kept, source / "pytorch_model.bin")
+    model = IDAVLMForConditionalGeneration.from_pretrained(
+        convert(source, tmp_path / "out", progress=False), dtype=torch.float32
+    ).eval()
+    assert (model.config.connector, model.id_former) == ("resampler", None)
+    golden = {key.removeprefix("general."): value for key, value in expected("ida-vlm").items() if "general." in key}
+    inputs = {name: golden[name] for name in ("input_ids", "attention_mask", "sample_index")}
+    out = model(pixel_values=golden["pixel_values"].float(), **inputs)
+    torch.testing.assert_close(out.image_hidden_states, golden["vision_output"], **CLOSE)
+    mask = golden["attention_mask"] == 1
+    torch.testing.assert_close(out.logits[mask], golden["logits"][mask], **CLOSE)
+
+
+def test_a_tower_in_the_folder_of_a_whole_clip(tmp_path):
+    """As ``openai/clip-vit-large-patch14-336`` is: text half and all."""
+    source = released("llava-1.5", tmp_path)
+    alone = source / "clip-vision-tiny"
+    convert(source, tmp_path / "alone", progress=False)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=text, vision_config=CLIPVisionConfig.from_pretrained(alone).to_dict())
+    whole = CLIPModel(config)
+    weights = {
+        f"vision_model.{name.removeprefix('vision_model.')}": v
+        for name, v in load_file(alone / "model.safetensors").items()
+    }
+    assert not whole.load_state_dict(weights, strict=False).unexpected_keys
+    whole.save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text((alone / "preprocessor_config.json").read_text())
+    convert(source, tmp_path / "whole", vision_tower=tmp_path / "clip", progress=False)
+    states = [
+        IDAVLMForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("alone", "whole")
+    ]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@torch.no_grad()
+def test_qwens_vision_tower_alone():
+    """Other grids resize the positions; attention may be explicit; hidden states are given; odd sizes are refused."""
+    config = QwenVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_positions=9, patch_size=4
+    )
+    tower = QwenVisionModel(config).eval()
+    pixels = torch.randn(2, 3, 8, 20)
+    out = tower(pixels, output_hidden_states=True)
+    assert out.last_hidden_state.shape == (2, 10, 16)
+    assert len(out.hidden_states) == 3
+    tower.set_attn_implementation("eager")
+    torch.testing.assert_close(tower(pixels).last_hidden_state, out.last_hidden_state)
+    assert torch.equal(tower(pixels, return_dict=False)[0], tower(pixels).last_hidden_state)
+    with pytest.raises(
+        ValueError, match=r"shape \(2, 3, 8, 20\); expected \[I, 3, H, W\] with multiples of patch_size=3"
+    ):
+        QwenVisionModel(QwenVisionConfig(**{**config.to_dict(), "patch_size": 3}))(pixels)
+    with pytest.raises(ValueError, match="num_positions=10 is no square"):
+        QwenVisionConfig(num_positions=10)

@@ -1,5 +1,7 @@
 """What comes with converted weights: prompts of each system, letter by letter, pictures, boxes, ends of answers."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +10,7 @@ from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
 from idavlm.data import parse_sample
 from idavlm.evaluation.runner import _generate
 from idavlm.models import convert
-from tests.released import released
+from tests.released import released, sentencepiece_tokenizer
 from tests.small_models import draw_images
 
 VICUNA = (
@@ -108,6 +110,32 @@ def test_a_sample_is_answered(system, folder, processor):
     assert out[0, inputs["input_ids"].shape[1] :].tolist() == [stop] * 3
     ((text, _),) = _generate(model, processor, [asked], 24)
     assert text == ""
+
+
+def test_pieces_between_images_are_cut_as_the_authors_cut_them(tmp_path):
+    """They tokenise each piece alone: with a SentencePiece tokenizer it begins with a mark for a space."""
+    llava, tokenizer = released("llava-1.5", tmp_path), sentencepiece_tokenizer(320)
+    tokenizer.save_pretrained(llava)
+    draw_images(tmp_path, ["scene.png"])
+    processor = IDAVLMProcessor.from_pretrained(convert(llava, tmp_path / "out", progress=False))
+    asked = processor.encode(
+        sample(tmp_path / "out", turns=1, type="qa_single", answer="x"), add_generation_prompt=True
+    )
+    pieces = [f"{VICUNA} USER: ", "\nWho? ASSISTANT:"]
+    before, after = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces)
+    image = [processor.image_token_id] * processor.image_seq_length
+    assert asked["input_ids"].tolist() == [tokenizer.bos_token_id, *before, *image, *after]
+    assert tokenizer.convert_ids_to_tokens([before[0], after[0]])[0].startswith("▁")
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_llava_pads_pictures_where_its_configuration_says_so(tmp_path, aspect):
+    llava = released("llava-1.5", tmp_path)
+    config = json.loads((llava / "config.json").read_text())
+    (llava / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": aspect}))
+    processor = IDAVLMProcessor.from_pretrained(convert(llava, tmp_path / "out", progress=False))
+    (pixels,) = processor._pixels([Image.new("RGB", (80, 40), "white")])
+    assert (pixels[:, :12].abs().max() < 0.02) == (aspect == "pad")
 
 
 @pytest.mark.parametrize("system", ["iaa"], indirect=True)

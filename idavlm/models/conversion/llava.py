@@ -8,6 +8,7 @@ from idavlm.models.conversion.parts import (
     add_image_token,
     add_tower_weights,
     embeddings_for,
+    gap_behind,
     llama_config,
     padding_to_square,
     read_image_processor,
@@ -58,6 +59,7 @@ def plan_llava(
     if config.get("image_aspect_ratio") == "pad":
         image_processor = padding_to_square(image_processor)
     tokens = tokens_of_image(vision, with_cls=with_cls)
+    gap = gap_behind(tokenizer, image_token)
     wrapped = "<im_start>{image}<im_end>" if config.get("mm_use_im_start_end") else "{image}"
     return Plan(
         config=IDAVLMConfig(
@@ -73,10 +75,10 @@ def plan_llava(
         processor=IDAVLMProcessor(
             image_processor,
             tokenizer,
-            chat_template=chat_template,
+            chat_template=chat_template.replace("{{ bos_token }}", "{{ bos_token }}" + gap),
             image_seq_length=tokens,
             image_token=image_token,
-            image_format=wrapped,
+            image_format=wrapped + gap,
             box_format=box_format,
         ),
         generation=token_ids(source, tokenizer),

@@ -145,6 +145,19 @@ def add_image_token(tokenizer, token: str) -> int:
     return tokenizer.convert_tokens_to_ids(token)
 
 
+def gap_behind(tokenizer, token: str) -> str:
+    """What to write behind a special token, so that text there is cut into tokens as at the beginning of a text.
+
+    The authors of LLaVA tokenise what lies between images piece by piece; a SentencePiece tokenizer begins every piece
+    with a mark for a space, but behind a special token only where it is asked to.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    return " " if ids(f"{token}a")[1:] != ids("a") == ids(f"{token} a")[1:] else ""
+
+
 def read_image_processor(*folders: Path):
     """The image processor of the first folder that has one."""
     for folder in folders:
