@@ -115,6 +115,18 @@ def test_unknown_formats_and_folders(llava, tmp_path):
     refused(tmp_path / "nowhere", "no such folder")
 
 
+def test_a_configuration_that_lacks_something(tmp_path):
+    iaa = released("iaa", tmp_path)
+    config = json.loads((iaa / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (iaa / "config.json").write_text(json.dumps(config))
+    refused(iaa, r"config\.json has no 'num_hidden_layers'")
+    (iaa / "config.json").write_text("{")
+    refused(iaa, r"config\.json: no JSON")
+    (iaa / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 40}))
+    refused(iaa, "14 adaptor layers, but 16 expected")
+
+
 def test_parts_that_are_elsewhere(llava, tmp_path, capsys):
     configure(llava, mm_vision_tower="openai/clip-vit-large-patch14-336")
     refused(llava, r"its vision tower 'openai/clip-vit-large-patch14-336' is not a folder.*--vision-tower")

@@ -9,9 +9,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -93,9 +95,31 @@ def test_transformers_llava_converts_with_and_without_an_adapter(folders, tmp_pa
         convert(folders / name, out, adapter=adapter and folders / adapter, progress=False)
         torch.testing.assert_close(logits_of(out), expected, atol=1e-5, rtol=1e-5)
     processor = IDAVLMProcessor.from_pretrained(out)
+    assert processor.chat_template == templates.CHATML
     assert (processor.image_token_id, processor.image_seq_length) == (IMAGE, TOKENS)
     state = IDAVLMForConditionalGeneration.from_pretrained(out).state_dict()
     assert {"vision_tower", "connector", "language_model"} == {name.partition(".")[0] for name in state}
+
+
+FOR_PARTS = "{% for m in messages %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
+FOR_PARTS += "{% endfor %}{% endfor %}"
+
+
+def test_what_transformers_processor_saves_is_read(folders, tmp_path):
+    """All in ``processor_config.json``, with a template for lists of parts, which would drop text."""
+    base = shutil.copytree(folders / "base", tmp_path / "base")
+    image_processor = AutoImageProcessor.from_pretrained(base)
+    (base / "preprocessor_config.json").unlink()
+    made = tokenizer()
+    made.chat_template = None
+    saved = LlavaProcessor(image_processor, made, patch_size=14, chat_template=FOR_PARTS)
+    saved.save_pretrained(base)
+    processor = IDAVLMProcessor.from_pretrained(convert(base, tmp_path / "out", progress=False))
+    assert processor.chat_template == templates.CHATML
+    assert processor.image_processor.crop_size == image_processor.crop_size
+    (base / "config.json").write_text((base / "config.json").read_text().replace('"qwen2"', '"mistral"'))
+    with pytest.raises(ConversionError, match="no chat_template that takes messages of text"):
+        convert(base, tmp_path / "other")
 
 
 def test_our_model_of_the_same_parts_trains_with_lora_on_both_sides_and_merges(tmp_path):

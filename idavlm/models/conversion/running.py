@@ -69,7 +69,10 @@ def convert(
     if adapter is not None:
         take_in(source, Path(adapter))
     places = Places(*(None if path is None else Path(path) for path in (vision_tower, tokenizer)))
-    plan = format_of(source).plan(source, places)
+    try:
+        plan = format_of(source).plan(source, places)
+    except KeyError as error:
+        raise ConversionError(f"{src}: its config.json has no {error}.") from error
     merged = Adapter({}) if adapter is None else read_adapter(Path(adapter), source, plan.key_map)
     dtype = _dtype_of(dtype)
     works, headers = planned_work(source, plan.key_map, dtype)

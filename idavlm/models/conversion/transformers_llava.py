@@ -14,10 +14,12 @@ from idavlm.models.conversion.parts import (
 )
 from idavlm.models.conversion.plan import Places, Plan
 from idavlm.models.conversion.source import Source
-from idavlm.models.conversion.templates import VICUNA
+from idavlm.models.conversion.templates import CHATML, VICUNA
 from idavlm.models.processing import IDAVLMProcessor
 
 NAME = "LLaVA of transformers"
+TEMPLATES = {"llama": VICUNA, "qwen2": CHATML}
+"""By language model, where the checkpoint has none for text."""
 LOOKS = "model_type 'llava' with text_config and vision_config"
 
 
@@ -72,12 +74,21 @@ def plan(source: Source, places: Places) -> Plan:
 
 
 def _chat_template(source: Source, tokenizer) -> str:
-    """The tokenizer's. The processor's, which some have instead, is written for lists of parts, not for text."""
-    if tokenizer.chat_template is not None:
+    """The tokenizer's, if it takes messages of text; many are written for lists of parts, and leave text out."""
+    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "An answer."}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:
+        text = ""
+    if all(message["content"] in text for message in messages):
         return tokenizer.chat_template
-    if source.config["text_config"].get("model_type") == "llama":
-        return VICUNA
-    raise ConversionError(f"{source.folder}: the tokenizer has no chat_template; give one with tokenizer= that has.")
+    known = TEMPLATES.get(source.config["text_config"].get("model_type"))
+    if known is None:
+        raise ConversionError(
+            f"{source.folder}: the tokenizer has no chat_template that takes messages of text; set one, save the "
+            "tokenizer and give its folder with tokenizer= (--tokenizer)."
+        )
+    return known
 
 
 def _rules(vocab_size: int) -> list[Rule]:
