@@ -1,19 +1,14 @@
 """IAA: Llama with inner adaptors, each workflow with its own embeddings, norm, head and projector."""
 
-from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.conversion.errors import ConversionError
-from idavlm.models.conversion.llava import connector_kind, language_rules, read_tower
-from idavlm.models.conversion.mapping import KeyMap, Rule, with_rows
+from idavlm.models.conversion.llava import plan_llava
+from idavlm.models.conversion.mapping import Rule, with_rows
 from idavlm.models.conversion.parts import (
     add_image_token,
     embeddings_for,
-    llama_config,
     padding_to_square,
-    read_image_processor,
     read_tokenizer,
     token_ids,
-    tokens_of_image,
-    tower_rules,
 )
 from idavlm.models.conversion.plan import Places, Plan
 from idavlm.models.conversion.source import Source
@@ -22,7 +17,6 @@ from idavlm.models.processing import IDAVLMProcessor
 
 NAME = "IAA"
 LOOKS = "keys model.condition_layers.*, lm_head_condtion.*"
-OWNED = ["embeddings", "norm", "lm_head", "connector"]
 
 
 def matches(source: Source) -> bool:
@@ -31,39 +25,30 @@ def matches(source: Source) -> bool:
 
 def plan(source: Source, places: Places) -> Plan:
     tokenizer = read_tokenizer(source, places)
-    config = source.config
-    vision, folder, inside = read_tower(source, places)
-    image_token_id = add_image_token(tokenizer, "<image>")
-    text = llama_config(config, embeddings_for(config, tokenizer))
-    tokens = tokens_of_image(vision)
-    cropped = read_image_processor(source.folder, folder)
-
-    def processor(image_processor) -> IDAVLMProcessor:
-        return IDAVLMProcessor(
-            image_processor, tokenizer, chat_template=LLAMA_3, image_seq_length=tokens, box_format="square"
-        )
-
-    return Plan(
-        config=IDAVLMConfig(
-            vision_config=vision,
-            text_config=text,
-            connector=connector_kind(config),
-            image_token_id=image_token_id,
-            image_seq_length=tokens,
-            vision_feature_layer=config.get("mm_vision_select_layer", -2),
-            inner_adaptors={
-                "layers": adaptor_layers(source),
-                "workflows": ["multimodal", "grounding"],
-                "owned": OWNED,
-            },
-        ),
-        key_map=KeyMap(
-            [*adaptor_rules(text.vocab_size), *language_rules(text.vocab_size), *tower_rules(vision, inside)]
-        ),
-        processor=processor(cropped),
-        more_processors={"grounding": processor(padding_to_square(cropped))},
-        generation=token_ids(source, tokenizer, ends=["<|eot_id|>"]),
+    add_image_token(tokenizer, "<image>")
+    made = plan_llava(
+        source,
+        places,
+        tokenizer,
+        image_token="<image>",
+        chat_template=LLAMA_3,
+        box_format="square",
+        inner_adaptors={
+            "layers": adaptor_layers(source),
+            "workflows": ["multimodal", "grounding"],
+            "owned": ["embeddings", "norm", "lm_head", "connector"],
+        },
+        first_rules=adaptor_rules(embeddings_for(source.config, tokenizer)),
     )
+    made.more_processors["grounding"] = IDAVLMProcessor(
+        padding_to_square(made.processor.image_processor),
+        tokenizer,
+        chat_template=LLAMA_3,
+        image_seq_length=made.processor.image_seq_length,
+        box_format="square",
+    )
+    made.generation = token_ids(source, tokenizer, ends=["<|eot_id|>"])
+    return made
 
 
 def adaptor_layers(source: Source) -> list[int]:

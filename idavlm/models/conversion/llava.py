@@ -1,5 +1,7 @@
 """LLaVA-1.5 in its authors' format, which YAICON and others share: Llama, an MLP, CLIP in its own folder or inside."""
 
+from collections.abc import Sequence
+
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.conversion.errors import ConversionError
 from idavlm.models.conversion.mapping import KeyMap, Rule, with_rows
@@ -47,9 +49,17 @@ def is_normed(source: Source) -> bool:
 
 
 def plan_llava(
-    source: Source, places: Places, tokenizer, *, image_token: str, chat_template: str, box_format: str
+    source: Source,
+    places: Places,
+    tokenizer,
+    *,
+    image_token: str,
+    chat_template: str,
+    box_format: str,
+    inner_adaptors: dict | None = None,
+    first_rules: Sequence[Rule] = (),
 ) -> Plan:
-    """LLaVA-1.5 and those built like it."""
+    """LLaVA-1.5 and those built like it; ``first_rules`` come before its own."""
     config = source.config
     vision, folder, inside = read_tower(source, places)
     with_cls = config.get("mm_vision_select_feature", "patch") == "cls_patch"
@@ -70,8 +80,9 @@ def plan_llava(
             image_seq_length=tokens,
             vision_feature_layer=config.get("mm_vision_select_layer", -2),
             vision_feature_select="all" if with_cls else "patch",
+            inner_adaptors=inner_adaptors,
         ),
-        key_map=KeyMap([*projector_rules(), *language_rules(text.vocab_size), *tower_rules(vision, inside)]),
+        key_map=KeyMap([*first_rules, *language_rules(text.vocab_size), *tower_rules(vision, inside)]),
         processor=IDAVLMProcessor(
             image_processor,
             tokenizer,
@@ -105,15 +116,11 @@ def connector_kind(config: dict) -> str:
     return kind
 
 
-def projector_rules() -> list[Rule]:
-    """One linear layer has no number, layers of an MLP have."""
-    return [Rule(r"model\.mm_projector\.(.*)", {r"connector.\1": None})]
-
-
 def language_rules(vocab_size: int) -> list[Rule]:
     rows = with_rows(vocab_size)
     return [
         Rule(r".*\.rotary_emb\.inv_freq", {}),
+        Rule(r"model\.mm_projector\.(.*)", {r"connector.\1": None}),
         Rule(r"model\.(embed_tokens\.weight)", {r"language_model.model.\1": rows}),
         Rule(r"(lm_head\.weight)", {r"language_model.\1": rows}),
         Rule(r"model\.((?:layers|norm)\..*)", {r"language_model.model.\1": None}),

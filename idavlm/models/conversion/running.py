@@ -1,5 +1,6 @@
 """``convert``: a released checkpoint to a folder that ``from_pretrained`` loads, streamed file by file."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-import idavlm
 from idavlm.models.conversion import iaa, llava, qwen_vl, transformers_llava, yi_vl
 from idavlm.models.conversion.adapters import Adapter, read_adapter, take_in
 from idavlm.models.conversion.checking import Work, check_complete, converted, planned_work
@@ -81,7 +81,7 @@ def convert(
     plan.config.dtype = _main_type(headers)
 
     partial = out.with_name(out.name + ".partial")
-    _enter(partial, _state(source, dtype, adapter))
+    _enter(partial, _state(source, jobs))
     try:
         todo = [job for job in jobs if not (partial / job.name).exists()]
         _check_room(out, sum(job.size for job in todo))
@@ -163,14 +163,15 @@ def _write_rest(folder: Path, plan: Plan, jobs: list[_Job]) -> None:
         processor.save_pretrained(folder / name)
 
 
-def _state(source: Source, dtype: torch.dtype | None, adapter: str | Path | None) -> dict:
-    """What must be the same for an unfinished conversion to be gone on with."""
+def _state(source: Source, jobs: list[_Job]) -> dict:
+    """What must be the same for an unfinished conversion to be gone on with: what is read, and what is written."""
     stats = [(file.path.resolve(), file.path.stat()) for file in source.files]
+    written = [
+        [job.name, name, list(tensor.shape), str(tensor.dtype)] for job in jobs for name, tensor in job.header.items()
+    ]
     return {
-        "idavlm": idavlm.__version__,
-        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        "dtype": str(dtype),
-        "adapter": None if adapter is None else str(Path(adapter).resolve()),
+        "read": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "written": hashlib.sha256(json.dumps(written).encode()).hexdigest(),
     }
 
 
