@@ -161,6 +161,9 @@ def test_it_overwrites_nothing_and_looks_for_room_first(llava, tmp_path, monkeyp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(running.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     refused(llava, r"needs 0\.07 GB, but 0\.00 GB are free")
+    monkeypatch.undo()
+    out.mkdir()
+    assert (convert(llava, out, progress=False) / "config.json").exists(), "an empty folder may be there"
 
 
 def test_an_error_while_writing_leaves_nothing(llava, monkeypatch):

@@ -81,18 +81,19 @@ def convert(
     plan.config.dtype = _main_type(headers)
 
     partial = out.with_name(out.name + ".partial")
+    todo = [job for job in jobs if not (partial / job.name).exists()]
+    total, left = (sum(job.size for job in some) for some in (jobs, todo))
+    _check_room(out, left)
     _enter(partial, _state(source, jobs))
     try:
-        todo = [job for job in jobs if not (partial / job.name).exists()]
-        _check_room(out, sum(job.size for job in todo))
-        total = sum(job.size for job in jobs)
-        left = sum(job.size for job in todo)
         with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, disable=not progress) as bar:
             for job in todo:
                 write_safetensors(partial / job.name, job.header, _stream(job, dtype, merged, bar))
         _write_rest(partial, plan, jobs)
-        (partial / STATE).unlink()
+        if out.exists():
+            out.rmdir()
         os.replace(partial, out)
+        (out / STATE).unlink()
     except Exception:
         shutil.rmtree(partial)
         raise
