@@ -72,7 +72,7 @@ def tower_folder(source: Source, places: Places, named: str | None) -> Path:
 
 def tower_config(folder: Path) -> PretrainedConfig:
     """Configuration of the vision model in ``folder``; of a model of images and text, of its vision part."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return getattr(config, "vision_config", config)
 
 
@@ -105,11 +105,11 @@ def read_tokenizer(source: Source, places: Places, **options):
     """
     folder = places.tokenizer or source.folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
         raise ConversionError(
             f"{folder}: no tokenizer that can be read ({first_line(error)}). Give its folder with tokenizer= "
-            "(--tokenizer); a tokenizer.model needs pip install sentencepiece protobuf."
+            "(--tokenizer); a tokenizer.model needs pip install 'idavlm[convert]'."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -162,7 +162,7 @@ def read_image_processor(*folders: Path):
     """The image processor of the first folder that has one."""
     for folder in folders:
         if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
-            return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     raise ConversionError(f"{folders[-1]}: no preprocessor_config.json; fetch it, it belongs to the vision tower.")
 
 
