@@ -60,6 +60,17 @@ def test_missing_extra_and_misshaped_tensors_are_all_named(llava):
     refused(llava, r"extra: 1 \(language_model\.model\.layers\.9\.mlp\.up_proj\.weight\)")
 
 
+def test_fused_tensors_of_another_shape_are_named(tmp_path):
+    ida_vlm = released("ida-vlm", tmp_path)
+    block, layer = "transformer.visual.transformer.resblocks.1.attn.in_proj.bias", "transformer.h.1.attn.c_attn.bias"
+    change(ida_vlm, lambda weights: weights.update({layer: torch.zeros(767)}))
+    refused(
+        ida_vlm, r"of another shape: 1 \(language_model\.model\.layers\.1\.self_attn\.v_proj\.bias \(255,\) instead"
+    )
+    change(ida_vlm, lambda weights: weights.update({layer: torch.zeros(768), block: torch.zeros(190)}))
+    refused(ida_vlm, rf"{block}: shape \(190,\) cannot become vision_tower\.layers\.1\.self_attn\.q_proj\.bias")
+
+
 def test_files_that_are_cut_off(llava, tmp_path):
     tower = llava / "clip-vision-tiny" / "model.safetensors"
     whole = tower.read_bytes()
