@@ -96,6 +96,14 @@ def test_ida_vlm(model, golden, case):
     torch.testing.assert_close(logits[kept], golden["logits"][kept], **CLOSE)
 
 
+def test_a_converted_model_saves_and_loads_as_any_other(converted, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = IDAVLMForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    state = model.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+
+
 @torch.no_grad()
 def test_plain_qwen_vl(tmp_path):
     """Without the ID-Former's attention: a resampler, and the numbers of the samples without references."""
@@ -154,6 +162,15 @@ def test_qwens_vision_tower_alone():
     tower.set_attn_implementation("eager")
     torch.testing.assert_close(tower(pixels).last_hidden_state, out.last_hidden_state)
     assert torch.equal(tower(pixels, return_dict=False)[0], tower(pixels).last_hidden_state)
+    gradients = []
+    weights = dict(tower.train().named_parameters())
+    for checkpointing in (False, True):
+        if checkpointing:
+            tower.gradient_checkpointing_enable()
+        with torch.enable_grad():
+            gradients.append(torch.autograd.grad(tower(pixels).last_hidden_state.square().sum(), weights.values()))
+    torch.testing.assert_close(*gradients)
+    assert weights["position_embedding"].std() > 0.01, "drawn, not left empty"
     with pytest.raises(
         ValueError, match=r"shape \(2, 3, 8, 20\); expected \[I, 3, H, W\] with multiples of patch_size=3"
     ):

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -142,7 +142,7 @@ class QwenVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            nn.init.normal_(self.position_embedding, std=self.config.initializer_range)
+            initialization.normal_(self.position_embedding, std=self.config.initializer_range)
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True, **kwargs
