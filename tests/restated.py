@@ -58,6 +58,11 @@ def restate(
             tokens = norm("resampler.token_norm", tokens)
         return tokens + position if id_former.resampler.token_positions else tokens
 
+    def finish(tokens: Tensor) -> Tensor:
+        if "resampler.output_proj.weight" not in weights:
+            return tokens
+        return norm("resampler.output_norm", tokens) @ weights["resampler.output_proj.weight"].T
+
     def mark(image: int, shares: Tensor) -> Tensor | float:
         """Slots: of a photo its identity's, of others by what the patches in the cell of each query look at."""
         if "identity_slots.weight" not in weights:
@@ -93,5 +98,5 @@ def restate(
             x = x + gate(f"{name}.attention_gate") * found
             x = x + gate(f"{name}.feed_forward_gate") * feed_forward(f"{name}.feed_forward", x)
             layer_maps.append(shares @ F.one_hot(torch.cat(owner), num_identities + 1).to(x))
-        tokens.append(read(x) + mark(number, maps[-1][-1]))
+        tokens.append(finish(read(x)) + mark(number, maps[-1][-1]))
     return torch.stack(tokens), [torch.stack(layer_maps) for layer_maps in maps]

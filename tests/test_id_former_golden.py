@@ -1,14 +1,12 @@
 """The defaults are the released computation: golden tensors of the release, and a restatement in float64."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.released import ReleasedIDFormer, to_idavlm
 from idavlm import IDFormer, Resampler
 from tests.conftest import randomise
+from tests.released import expected, released_weights
 
 SIZES = {"hidden_size": 256, "num_queries": 16, "num_heads": 2, "vision_hidden_size": 64}
 CASES = ("identity", "general", "mixed")
@@ -16,13 +14,14 @@ CASES = ("identity", "general", "mixed")
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(Path(__file__).parent / "fixtures" / "ida_vlm_tiny_attn_pool.safetensors")
+    return expected("ida-vlm")
 
 
 @pytest.fixture(scope="module")
-def weights(golden):
+def weights():
     """The release's ``attn_pool.*`` (stored in bfloat16, which holds them exactly)."""
-    return {k.removeprefix("attn_pool."): v.float() for k, v in golden.items() if k.startswith("attn_pool.")}
+    stored, prefix = released_weights("ida-vlm"), "transformer.visual.attn_pool."
+    return {key.removeprefix(prefix): value.float() for key, value in stored.items() if key.startswith(prefix)}
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])

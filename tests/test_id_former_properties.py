@@ -18,6 +18,7 @@ OPTIONS = {
     "slots": {"num_identity_slots": 4, "nobody_token": True, "identity_keys": "patches"},
     "normed": {"num_identity_slots": 4, "token_norm": True, "token_positions": True},
     "nobody": {"nobody_token": True},
+    "projected": {"num_identity_slots": 4, "output_proj": True},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 

@@ -1,14 +1,13 @@
 """Inner adaptors compute what the release of IAA computes: golden tensors of ``iaa-tiny``, all three workflows."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from idavlm import add_inner_adaptors, build_connector
+from tests.released import FIXTURES, expected, released_weights
 
 LAYERS = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
 WORKFLOWS = {"multimodal": "MM", "grounding": "G", "text": "Text"}
@@ -28,7 +27,16 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(Path(__file__).parent / "fixtures" / "iaa_tiny.safetensors")
+    stored = released_weights("iaa")
+    tower = "model.vision_tower.vision_tower.vision_model."
+    golden = {name: value for name, value in stored.items() if not name.startswith(tower)}
+    golden |= {f"expected.{name}": value for name, value in expected("iaa").items()}
+    clip = AutoModel.from_config(AutoConfig.from_pretrained(FIXTURES / "iaa-tiny" / "clip-vision-tiny")).eval()
+    weights = {name.removeprefix(tower): value for name, value in stored.items() if name.startswith(tower)}
+    clip.load_state_dict({name: weights[name.removeprefix("vision_model.")] for name in clip.state_dict()})
+    with torch.no_grad():
+        states = clip(golden["expected.pixel_values"], output_hidden_states=True).hidden_states
+    return golden | {"expected.patch_features": states[-2][:, 1:]}
 
 
 @pytest.fixture(scope="module")

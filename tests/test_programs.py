@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import cross_attention, id_former, inner_adaptor, measure, resampler_designs
+from benchmarks import convert_memory, cross_attention, id_former, inner_adaptor, measure, resampler_designs
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,3 +79,14 @@ def test_inner_adaptors_are_trained_by_stages(monkeypatch, capsys, tmp_path):
     settings = dict(re.findall(r"\| `perplexity of (\w+)` \| \[(.*)\] \|", capsys.readouterr().out))
     assert settings["base"] == settings["adaptors"] == settings["projector"], "to the last bit"
     assert settings["base"] != settings["LoRA"]
+
+
+def test_convert_memory_benchmark(monkeypatch, capsys, tmp_path):
+    """The program checks tensors of the converted checkpoint."""
+    sizes = {"hidden": 128, "inner": 64, "vocab": 1300, "width": 16, "mlp": 32, "heads": 2, "queries": 16}
+    monkeypatch.setattr(convert_memory, "SIZES", sizes)
+    monkeypatch.setattr(convert_memory, "RANKS", 1000)
+    sizes = ["--layers", "2", "--vision-layers", "1", "--shard-gb", "0.0006", "--folder", str(tmp_path)]
+    out = run(monkeypatch, capsys, convert_memory.main, *sizes, "--format", "safetensors")
+    assert "peak resident" in out
+    assert not list(tmp_path.iterdir())

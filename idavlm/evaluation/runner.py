@@ -117,12 +117,16 @@ def _generate(
     encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
     inputs = model_inputs(model, processor.collate(encoded, padding_side="left"))
     prompt = inputs["input_ids"]
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    stops = getattr(getattr(model, "generation_config", None), "stop_strings", None) or []
+    stopping = {"tokenizer": processor.tokenizer} if stops else {}
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **stopping)
     # Some models return the new tokens alone.
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     for text, sample in zip(texts, encoded, strict=True):
+        for stop in [stops] if isinstance(stops, str) else stops:
+            text = text.partition(stop)[0]
         sizes = sample["image_sizes"].tolist()
         yield text.strip(), tuple(sizes[-1]) if sizes else (0, 0)
 

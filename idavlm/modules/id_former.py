@@ -65,7 +65,7 @@ class IDFormer(nn.Module):
             token of a scene by the share of attention that the patches in its query's cell of the grid pay to the
             identity; :class:`idavlm.IDAVLMForConditionalGeneration` adds them to its name in the prompt as well. A
             sample may hold at most so many identities.
-        token_norm, token_positions: see :class:`Resampler`.
+        token_norm, token_positions, output_proj: see :class:`Resampler`.
         nobody_token: a learned key in every sample that patches may attend to instead of any reference. With it the
             identity map can say "nobody".
     """
@@ -89,6 +89,7 @@ class IDFormer(nn.Module):
         nobody_token: bool = False,
         token_norm: bool = False,
         token_positions: bool = False,
+        output_proj: bool = False,
     ):
         super().__init__()
         check_positive(num_identity_layers=num_identity_layers, num_identity_heads=num_identity_heads)
@@ -108,6 +109,7 @@ class IDFormer(nn.Module):
             intermediate_size=intermediate_size,
             token_norm=token_norm,
             token_positions=token_positions,
+            output_proj=output_proj,
             attn_implementation=attn_implementation,
         )
         self.identity_layers = nn.ModuleList(
@@ -168,12 +170,13 @@ class IDFormer(nn.Module):
         plain, scenes = patches.split([groups.num_plain, len(patches) - groups.num_plain])
         plain_tokens = self.resampler.read(plain, key_bias)
         keys = self._identity_keys(plain, plain_tokens).index_select(0, groups.references)
+        plain_tokens = self.resampler.finish(plain_tokens)
         if self.identity_slots is not None:
             marks = self.identity_slots.of(groups.identities)[:, None].expand(-1, plain_tokens.shape[1], -1)
             plain_tokens = plain_tokens.index_add(0, groups.references, marks.to(plain_tokens.dtype))
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
-        image_tokens = select_images(torch.cat([plain_tokens, self.resampler.read(scenes, key_bias)]), groups.inverse)
-        image_tokens = self._mark(image_tokens, maps, grid_size)
+        image_tokens = torch.cat([plain_tokens, self.resampler.finish(self.resampler.read(scenes, key_bias))])
+        image_tokens = self._mark(select_images(image_tokens, groups.inverse), maps, grid_size)
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
@@ -181,7 +184,7 @@ class IDFormer(nn.Module):
         grid_size = self.resampler.check_features(image_features, grid_size)
         patches = self.resampler.project(image_features)
         image_tokens = self.resampler.read(patches, self.resampler.key_bias(grid_size))
-        return IdentityTokens(image_tokens, self._identity_keys(patches, image_tokens))
+        return IdentityTokens(self.resampler.finish(image_tokens), self._identity_keys(patches, image_tokens))
 
     def forward_scenes(
         self,
@@ -220,9 +223,8 @@ class IDFormer(nn.Module):
         keys = torch.cat([identity.keys for identity in identities]) if identities else patches[:0]
         plain, scenes = patches.split([groups.num_plain, num_scenes])
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
-        patches = torch.cat([plain, scenes])
-        image_tokens = self.resampler.read(patches, self.resampler.key_bias(grid_size))
-        image_tokens = self._mark(image_tokens, maps, grid_size)
+        image_tokens = self.resampler.read(torch.cat([plain, scenes]), self.resampler.key_bias(grid_size))
+        image_tokens = self._mark(self.resampler.finish(image_tokens), maps, grid_size)
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def reference_tokens(self, identities: list[IdentityTokens]) -> Tensor:

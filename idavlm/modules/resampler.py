@@ -20,7 +20,7 @@ class Resampler(nn.Module):
     ``state_dict`` keys: ``query`` ``[Q, C]``; ``query_position`` ``[Q, C]`` (buffer); ``query_norm.*``;
     ``input_proj.weight`` ``[C, Cv]`` (only with ``vision_hidden_size``); ``input_norm.*``; ``attention.*`` (see
     :class:`CrossAttention`); ``feed_forward.*`` (only with ``feed_forward=True``); ``token_norm.*`` (only with
-    ``token_norm=True``).
+    ``token_norm=True``); ``output_norm.*`` and ``output_proj.weight`` ``[C, C]`` (only with ``output_proj=True``).
 
     Args:
         hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
@@ -34,6 +34,8 @@ class Resampler(nn.Module):
             gives them any strength, and a mark would drown. As released they are not.
         token_positions: add to every token the position of its query, so that a language model can tell where in the
             image it reads. As released they have none.
+        output_proj: what the release has behind the resampler: a norm and a linear layer of the tokens that go to the
+            language model. Scenes of an ID-Former look at references as they are before it.
         attn_implementation: see :func:`idavlm.ops.cross_attention`.
     """
 
@@ -48,6 +50,7 @@ class Resampler(nn.Module):
         intermediate_size: int | None = None,
         token_norm: bool = False,
         token_positions: bool = False,
+        output_proj: bool = False,
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
@@ -71,6 +74,8 @@ class Resampler(nn.Module):
         )
         self.feed_forward = FeedForward(hidden_size, intermediate_size) if feed_forward else None
         self.token_norm = nn.LayerNorm(hidden_size, eps=1e-6) if token_norm else None
+        self.output_norm = nn.LayerNorm(hidden_size, eps=1e-6) if output_proj else None
+        self.output_proj = nn.Linear(hidden_size, hidden_size, bias=False) if output_proj else None
         nn.init.trunc_normal_(self.query, std=0.02)
 
     def forward(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -84,7 +89,7 @@ class Resampler(nn.Module):
             ``[I, Q, C]`` image tokens.
         """
         grid_size = self.check_features(image_features, grid_size)
-        return self.read(self.project(image_features), self.key_bias(grid_size))
+        return self.finish(self.read(self.project(image_features), self.key_bias(grid_size)))
 
     def check_features(self, image_features: Tensor, grid_size: tuple[int, int] | None) -> tuple[int, int]:
         """Check ``image_features`` and give the rows and columns of its patches."""
@@ -134,3 +139,7 @@ class Resampler(nn.Module):
         if self.token_norm is not None:
             tokens = self.token_norm(tokens)
         return tokens + self.position if self.token_positions else tokens
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """What :meth:`read` gives, as the language model gets it."""
+        return tokens if self.output_proj is None else self.output_proj(self.output_norm(tokens))

@@ -1,0 +1,175 @@
+"""Qwen-VL's vision transformer (arXiv 2308.12966), which IDA-VLM has too, as a model of transformers."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, initialization
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from idavlm.modules.positions import resize_positions
+from idavlm.utils import check_positive
+
+
+class QwenVisionConfig(PretrainedConfig):
+    """Sizes of :class:`QwenVisionModel`; the defaults are those of the release.
+
+    Args:
+        hidden_size: width of a patch.
+        intermediate_size: inner width of the feed-forward blocks.
+        num_hidden_layers: blocks.
+        num_attention_heads: must divide ``hidden_size``.
+        image_size: side of an image in pixels; others work, positions are resized.
+        patch_size: side of a patch in pixels.
+        num_positions: learned positions, a square number, whatever the image size.
+        hidden_act: of the feed-forward blocks.
+        layer_norm_eps: of all norms.
+        initializer_range: deviation of new weights.
+    """
+
+    model_type = "qwen_vl_vision"
+
+    def __init__(
+        self,
+        hidden_size: int = 1664,
+        intermediate_size: int = 8192,
+        num_hidden_layers: int = 48,
+        num_attention_heads: int = 16,
+        image_size: int = 448,
+        patch_size: int = 14,
+        num_positions: int = 256,
+        num_channels: int = 3,
+        hidden_act: str = "gelu",
+        layer_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        check_positive(num_attention_heads=num_attention_heads, patch_size=patch_size)
+        if hidden_size % num_attention_heads:
+            raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}.")
+        if round(num_positions**0.5) ** 2 != num_positions:
+            raise ValueError(f"num_positions={num_positions} is no square; positions lie on a square grid.")
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_positions = num_positions
+        self.num_channels = num_channels
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+class QwenVisionAttention(nn.Module):
+    """Multi-head self-attention. The release fuses its projections head by head; here they are three layers."""
+
+    is_causal = False
+
+    def __init__(self, config: QwenVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, _eager)
+        output, _ = attend(self, q, k, v, None, scaling=self.scaling, dropout=0.0)
+        return self.out_proj(output.flatten(2))
+
+
+def _eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask, *, scaling: float, **kwargs):
+    weights = (q @ k.mT * scaling).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2), weights
+
+
+class QwenVisionLayer(GradientCheckpointingLayer):
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``."""
+
+    def __init__(self, config: QwenVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = QwenVisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        return hidden_states + self.fc2(self.act(self.fc1(self.layer_norm2(hidden_states))))
+
+
+class QwenVisionModel(PreTrainedModel):
+    """``[I, 3, H, W]`` pixels to ``[I, P, C]`` patches: no CLS token, no norm behind the last block.
+
+    The release's resampler, the norm behind it and the last projection belong to the connector
+    (:class:`idavlm.Resampler` with ``output_proj=True``).
+    """
+
+    config_class = QwenVisionConfig
+    base_model_prefix = "vision"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QwenVisionLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: QwenVisionConfig):
+        super().__init__(config)
+        size = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size, bias=False)
+        self.position_embedding = nn.Parameter(torch.empty(config.num_positions, config.hidden_size))
+        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(QwenVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embedding
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            initialization.normal_(self.position_embedding, std=self.config.initializer_range)
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True, **kwargs
+    ) -> BaseModelOutput | tuple:
+        """Read images of one size.
+
+        Args:
+            pixel_values: ``[I, 3, H, W]``, H and W multiples of ``patch_size``.
+            output_hidden_states: also give the hidden states before every block and behind the last.
+            return_dict: an object rather than a tuple.
+        """
+        size = self.config.patch_size
+        if pixel_values.dim() != 4 or pixel_values.shape[2] % size or pixel_values.shape[3] % size:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected [I, 3, H, W] with multiples of "
+                f"patch_size={size} for H and W."
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        grid = tuple(patches.shape[2:])
+        side = round(self.config.num_positions**0.5)
+        hidden_states = patches.flatten(2).mT + resize_positions(self.position_embedding, (side, side), grid)
+        hidden_states = self.pre_layernorm(hidden_states)
+        states = [hidden_states]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+            states.append(hidden_states)
+        output = BaseModelOutput(
+            last_hidden_state=hidden_states, hidden_states=tuple(states) if output_hidden_states else None
+        )
+        return output if return_dict else output.to_tuple()

@@ -1,0 +1,207 @@
+"""LLaVA of transformers with a Chinese-CLIP tower; LoRA of both halves, merged as peft merges it; LLaVA's own LoRA."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm.models import ConversionError, convert
+from idavlm.models.conversion import templates
+from tests.released import released, tiny_tokenizer
+
+IMAGE, TOKENS = 3, 4
+BATCH = {
+    "input_ids": torch.tensor([[5, *[IMAGE] * TOKENS, 7, 8, 9, 2], [6, *[IMAGE] * TOKENS, 11, 12, 13, 2]]),
+    "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1)),
+}
+LORA = {"r": 4, "lora_alpha": 8, "modules_to_save": ["multi_modal_projector"]}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2"]
+
+
+def tower():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = AutoConfig.for_model("chinese_clip_vision_model", image_size=28, patch_size=14, **sizes)
+    return AutoModel.from_config(config)
+
+
+def language_model():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_key_value_heads=2, **sizes))
+
+
+def tokenizer():
+    made = tiny_tokenizer(["<unk>", "<s>", "<|im_end|>", "<image>"], 300)
+    made.chat_template = templates.CHATML
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A LLaVA put together from three parts, a LoRA adapter trained on both halves, and the two merged by peft."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("chinese-clip")
+    parts = tower(), language_model()
+    config = LlavaConfig(vision_config=parts[0].config, text_config=parts[1].config, image_token_index=IMAGE)
+    llava = LlavaForConditionalGeneration(config)
+    llava.model.vision_tower.load_state_dict(parts[0].state_dict())
+    llava.model.language_model.load_state_dict(parts[1].model.state_dict())
+    llava.lm_head.load_state_dict(parts[1].lm_head.state_dict())
+    llava.save_pretrained(folder / "base")
+    trained = get_peft_model(llava, LoraConfig(target_modules=TARGETS, **LORA))
+    train(trained, BATCH)
+    trained.save_pretrained(folder / "adapter")
+    trained.merge_and_unload().save_pretrained(folder / "merged")
+    preprocessor = released("llava-1.5", folder) / "clip-vision-tiny" / "preprocessor_config.json"
+    for name in ("base", "merged"):
+        tokenizer().save_pretrained(folder / name)
+        shutil.copy(preprocessor, folder / name)
+    return folder
+
+
+def train(model, batch):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def logits_of(folder, model_class=IDAVLMForConditionalGeneration):
+    with torch.no_grad():
+        return model_class.from_pretrained(folder).eval()(**BATCH).logits
+
+
+def test_transformers_llava_converts_with_and_without_an_adapter(folders, tmp_path):
+    base = logits_of(folders / "base", LlavaForConditionalGeneration)
+    merged = logits_of(folders / "merged", LlavaForConditionalGeneration)
+    assert (base - merged).abs().max() > 0.1, "the adapter learned something"
+    for name, adapter, expected in (("base", None, base), ("merged", None, merged), ("base", "adapter", merged)):
+        out = tmp_path / f"{name}-{adapter}"
+        convert(folders / name, out, adapter=adapter and folders / adapter, progress=False)
+        torch.testing.assert_close(logits_of(out), expected, atol=1e-5, rtol=1e-5)
+    processor = IDAVLMProcessor.from_pretrained(out)
+    assert processor.chat_template == templates.CHATML
+    assert (processor.image_token_id, processor.image_seq_length) == (IMAGE, TOKENS)
+    state = IDAVLMForConditionalGeneration.from_pretrained(out).state_dict()
+    assert {"vision_tower", "connector", "language_model"} == {name.partition(".")[0] for name in state}
+
+
+FOR_PARTS = "{% for m in messages %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
+FOR_PARTS += "{% endfor %}{% endfor %}"
+
+
+def test_what_transformers_processor_saves_is_read(folders, tmp_path):
+    """All in ``processor_config.json``, with a template for lists of parts, which would drop text."""
+    base = shutil.copytree(folders / "base", tmp_path / "base")
+    image_processor = AutoImageProcessor.from_pretrained(base)
+    (base / "preprocessor_config.json").unlink()
+    made = tokenizer()
+    made.chat_template = None
+    saved = LlavaProcessor(image_processor, made, patch_size=14, chat_template=FOR_PARTS)
+    saved.save_pretrained(base)
+    processor = IDAVLMProcessor.from_pretrained(convert(base, tmp_path / "out", progress=False))
+    assert processor.chat_template == templates.CHATML
+    assert processor.image_processor.crop_size == image_processor.crop_size
+    (base / "config.json").write_text((base / "config.json").read_text().replace('"qwen2"', '"mistral"'))
+    with pytest.raises(ConversionError, match="no chat_template that takes messages of text"):
+        convert(base, tmp_path / "other")
+
+
+def test_our_model_of_the_same_parts_trains_with_lora_on_both_sides_and_merges(tmp_path):
+    model = IDAVLMForConditionalGeneration.from_parts(
+        tower(),
+        language_model(),
+        image_token_id=IMAGE,
+        connector="mlp2x_gelu",
+        image_seq_length=TOKENS,
+        vision_feature_layer=-2,
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = get_peft_model(
+        model, LoraConfig(target_modules=TARGETS, r=4, lora_alpha=8, modules_to_save=["connector"])
+    )
+    train(trained, BATCH)
+    merged = trained.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = merged(**BATCH).logits
+    assert torch.equal(logits_of(tmp_path), expected)
+    after = IDAVLMForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"connector.0.weight", "language_model.model.layers.1.mlp.up_proj.weight"} <= changed
+    assert any(name.startswith("vision_tower.encoder.layers.0") for name in changed)
+
+
+@pytest.fixture
+def llava_lora(tmp_path):
+    """LLaVA-1.5's LoRA: its own base without projector, the projector in ``non_lora_trainables.bin``."""
+    base = released("llava-1.5", tmp_path)
+    weights = torch.load(base / "pytorch_model.bin", weights_only=True)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    shutil.copy(base / "config.json", lora)
+    projector = {name: weights.pop(name) * 2 for name in list(weights) if "mm_projector" in name}
+    torch.save(weights, base / "pytorch_model.bin")
+    config = json.loads((base / "config.json").read_text())
+    base_config = {name: value for name, value in config.items() if not name.startswith("mm_")}
+    (base / "config.json").write_text(json.dumps({**base_config, "model_type": "llama"}))
+    torch.save(
+        {f"base_model.model.{name}": tensor for name, tensor in projector.items()}, lora / "non_lora_trainables.bin"
+    )
+    low_rank = {}
+    for name, tensor in weights.items():
+        if "_proj" in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            low_rank[f"{module}.lora_A.weight"] = torch.randn(2, tensor.shape[1]) / 8
+            low_rank[f"{module}.lora_B.weight"] = torch.randn(tensor.shape[0], 2) / 8
+    torch.save(low_rank, lora / "adapter_model.bin")
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    return base, lora, weights, projector, low_rank
+
+
+def test_loras_of_llavas_format_are_merged(llava_lora, tmp_path):
+    base, lora, weights, projector, low_rank = llava_lora
+    convert(base, tmp_path / "out", adapter=lora, vision_tower=base / "clip-vision-tiny", progress=False)
+    state = IDAVLMForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    for name, tensor in weights.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in low_rank:
+            delta = low_rank[f"{module}.lora_B.weight"] @ low_rank[f"{module}.lora_A.weight"]
+            tensor = (tensor.float() + 2 * delta).bfloat16()
+        assert torch.equal(state[f"language_model.{name}"][: len(tensor)], tensor), name
+    for name, tensor in projector.items():
+        assert torch.equal(state[name.replace("model.mm_projector", "connector")], tensor)
+
+
+def test_an_adapter_of_another_model_is_refused(llava_lora, folders, tmp_path):
+    _, lora, *_ = llava_lora
+    with pytest.raises(ConversionError, match="an adapter without its model"):
+        convert(lora, tmp_path / "out")
+    tensors = load_file(folders / "adapter" / "adapter_model.safetensors")
+    other = tmp_path / "other"
+    shutil.copytree(folders / "adapter", other)
+    tensors["base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 32)
+    save_file(tensors, other / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=r"layers\.7\.mlp\.up_proj has lora_A alone"):
+        convert(folders / "base", tmp_path / "out", adapter=other)
+    tensors["base_model.model.model.language_model.layers.7.mlp.up_proj.lora_B.weight"] = torch.zeros(48, 4)
+    save_file(tensors, other / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=r"layers\.7\.mlp\.up_proj is no layer of"):
+        convert(folders / "base", tmp_path / "out", adapter=other)
+    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
