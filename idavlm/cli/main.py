@@ -5,7 +5,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "eval": "evaluate a model, or its answers: MM-ID, grounding, VQA, recognition of people; compare two",
+}
 """Name -> one line for ``--help``. ``idavlm/cli/NAME.py`` has ``add_arguments(parser)`` and ``run(arguments)``, which
 returns an exit status or None."""
 

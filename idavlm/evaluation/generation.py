@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from idavlm.data.schema import TASK_TYPES, Message, Part, Sample
 from idavlm.evaluation.answers import Answer, AnswerFile, candidates, question_text
-from idavlm.evaluation.baselines import with_wrong_references, without_references
+from idavlm.evaluation.baselines import Person, with_wrong_references, without_references
 from idavlm.utils import check_choice, check_positive
 
 REFERENCES = ("right", "none", "wrong")
@@ -31,6 +31,7 @@ def generate_answers(
     max_new_tokens: int = 64,
     references: str = "right",
     write_choices: bool = False,
+    person: Person | None = None,
     settings: dict | None = None,
     progress: bool = False,
 ) -> list[Answer]:
@@ -49,6 +50,7 @@ def generate_answers(
         references: what the model is shown: the ``"right"`` photos, ``"none"``, or the ``"wrong"`` ones, of other
             persons.
         write_choices: let the model write its answer to questions with choices too, for a judge to read.
+        person: for wrong references, see :func:`with_wrong_references`.
         settings: what else the answers depend on (the model's name ...), kept beside ``path``.
         progress: show a progress bar.
 
@@ -65,7 +67,11 @@ def generate_answers(
     made_with = {"references": references, "max_new_tokens": max_new_tokens, "write_choices": write_choices}
     file = AnswerFile(path, made_with | (settings or {})) if path is not None else None
     answers: dict[str, Answer] = {} if file is None else file.answers
-    shown = _shown(samples, references)
+    shown = samples
+    if references == "none":
+        shown = [without_references(sample) for sample in samples]
+    elif references == "wrong":
+        shown = with_wrong_references(samples, person=person)
     waiting = [number for number in _by_length(samples) if samples[number].id not in answers]
     with evaluating(model), _bar(len(samples), len(samples) - len(waiting), progress) as bar:
         for chunk in _chunks(waiting, samples, batch_size):
@@ -158,12 +164,6 @@ def _answer(
         )
         for sample, (text, size) in zip(asked, written, strict=True)
     ]
-
-
-def _shown(samples: list[Sample], references: str) -> list[Sample]:
-    if references == "none":
-        return [without_references(sample) for sample in samples]
-    return with_wrong_references(samples) if references == "wrong" else samples
 
 
 def _by_length(samples: list[Sample]) -> list[int]:

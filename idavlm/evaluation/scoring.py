@@ -17,7 +17,7 @@ def score_answers(
     samples: Sequence[Sample],
     answers: Sequence[Answer],
     *,
-    parse_box: ParseBox,
+    parse_box: ParseBox | None,
     prose: bool = False,
     image_size: Callable[[Sample], tuple[int, int] | None] = lambda sample: None,
 ) -> EvaluationResult:
@@ -26,7 +26,8 @@ def score_answers(
     Args:
         samples: with their right answers.
         answers: of :func:`generate_answers` or :func:`load_answers`.
-        parse_box: the model's way to write boxes: ``processor.parse_box``, or ``BoxFormat(kind).parse``.
+        parse_box: the model's way to write boxes: ``processor.parse_box``, or ``BoxFormat(kind).parse``. None will do
+            where nothing asks for a box.
         prose: whether the right descriptions are free prose (MM-ID): then no ``clause_recall``, and people may be
             called by parts of their names.
         image_size: height and width of a sample's last picture, for answers without.
@@ -38,6 +39,8 @@ def score_answers(
         raise ValueError(
             f"answers: {len(answers)} answers are not those to the {len(samples)} samples, in their order."
         )
+    if parse_box is None and any(sample.type == "location" for sample in samples):
+        raise ValueError("parse_box=None, but some samples ask for a box; say how the model writes boxes.")
     names = sorted({identity.name for sample in samples for identity in sample.identities})
     predictions = []
     for sample, answer in zip(samples, answers, strict=True):
@@ -54,7 +57,7 @@ def score_answer(
     answer: Answer,
     *,
     image_size: tuple[int, int] | None,
-    parse_box: ParseBox,
+    parse_box: ParseBox | None,
     names: Sequence[str] | Mapping[str, str],
     clauses: bool = True,
 ) -> Prediction:

@@ -34,9 +34,9 @@ def find_box_numbers(text: str, *, spaced: bool = False) -> list[FoundNumbers]:
     """All boxes in ``text``, in their order.
 
     Read are ``<box>(1,2),(3,4)</box>``, ``[1, 2, 3, 4]``, ``(1, 2) to (3, 4)``, ``1, 2, 3, 4``, ``[1 2 3 4]``, and
-    named numbers (``x1=1, y1=2, ...``, ``left: 1, top: 2, ...``; ``x, y, width, height`` are turned into corners). Where the
-    text has box tags, only what stands in them counts; where it says "the answer is", what follows that, if it holds a
-    box; "not [1, 2, 3, 4]" does not count where another box is given.
+    named numbers (``x1=1, y1=2, ...``, ``left: 1, top: 2, ...``; ``x, y, width, height`` are turned into corners).
+    Where the text has box tags, only what stands in them counts; where it says "the answer is", what follows that, if
+    it holds a box; "not [1, 2, 3, 4]" does not count where another box is given.
 
     Args:
         text: what a model wrote.

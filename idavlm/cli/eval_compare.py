@@ -1,0 +1,5 @@
+"""``idavlm eval compare A B``."""
+
+
+def add_arguments(tasks) -> None:
+    pass
