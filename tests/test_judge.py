@@ -102,13 +102,13 @@ def test_answers_of_several_kinds_are_scored(client):
 
     with JudgeServer(reply, [429, 500, "cut"]) as server:
         items, result = judged(len(replies))
-        scored = judge_answers(client(server), items, result, ("caption_single",), workers=3)
+        scored = judge_answers(client(server), items, result, types=("caption_single",), workers=3)
     scores = [prediction.scores for prediction in scored.predictions]
     assert [one.get("judge") for one in scores] == [10, 7, None, None, None, 3]
     assert [one["judge_unscored"] for one in scores] == [0, 0, 1, 1, 1, 0]
     assert scored.summary["caption_single"]["metrics"]["judge"] == pytest.approx(20 / 3)
     assert all("Ground truth: Kate is" in content and "answer <" in content for content in server.answered)
-    untouched = judge_answers(client(server), items, result, ("qa_single",))
+    untouched = judge_answers(client(server), items, result, types=("qa_single",))
     assert untouched == result
 
 
@@ -167,7 +167,7 @@ def test_killed_half_way_and_resumed_nothing_is_asked_twice(client, tmp_path):
     with JudgeServer(reply) as server:
         program = os.fork()
         if program == 0:
-            judge_answers(client(server, timeout=9), items, result, ("caption_single",), workers=2)
+            judge_answers(client(server, timeout=9), items, result, types=("caption_single",), workers=2)
             os._exit(0)
         while not cache.exists() or cache.read_bytes().count(b"\n") < 4:
             time.sleep(0.005)
@@ -179,7 +179,7 @@ def test_killed_half_way_and_resumed_nothing_is_asked_twice(client, tmp_path):
         asked = len(server.asked)
         assert 4 <= kept < 12
         for _ in range(2):
-            scored = judge_answers(client(server, timeout=9), items, result, ("caption_single",), workers=2)
+            scored = judge_answers(client(server, timeout=9), items, result, types=("caption_single",), workers=2)
             assert scored.summary["caption_single"]["metrics"]["judge"] == 8
             # What was under way when it died is asked again; what was answered and kept is not.
             assert len(server.asked) - asked == 12 - kept

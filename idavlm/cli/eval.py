@@ -2,9 +2,12 @@
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 from idavlm.cli import eval_compare
+from idavlm.cli.eval_judge import add_judge_arguments, judge_client
+from idavlm.evaluation.judge import judge_answers
 from idavlm.evaluation.running import TaskRun, read_predictions
 from idavlm.evaluation.tasks import TASKS
 from idavlm.models import BoxFormat
@@ -39,6 +42,8 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
         parser.add_argument(
             "--boxes", choices=BoxFormat.KINDS, help="how the model writes boxes; by default as its processor does"
         )
+    if task.judged:
+        add_judge_arguments(parser)
 
 
 def _run_task(arguments: argparse.Namespace) -> None:
@@ -59,9 +64,14 @@ def _run_task(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--boxes: say how the model writes boxes ({', '.join(BoxFormat.KINDS)}); it is not guessed.")
     parse_box = BoxFormat(kind).parse if kind else None
     facts = {"answered by": source, "boxes": kind}
+    judge = None
+    if task.judged and (client := judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
+        options = {"workers": arguments.judge_workers, "progress": True}
+        judge = partial(judge_answers, client, types=task.judged, **options)
+        facts["judge"] = client.model
     start = time.perf_counter()
     results = {
-        references: run.score(items, answers, parse_box, references=references, **facts)
+        references: run.score(items, answers, parse_box, references=references, judge=judge, **facts)
         for references, answers in asked.items()
     }
     facts["scored"] = f"{len(items)} items in {time.perf_counter() - start:.1f} s"

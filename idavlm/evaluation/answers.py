@@ -17,14 +17,14 @@ class Answer:
 
     Attributes:
         id: the sample's.
-        prediction: what the model wrote; "" where it only chose.
+        prediction: what the model wrote; None where it only chose among candidates.
         question: what was asked, for readers.
         image_size: height and width of the last picture, where it is known.
         likelihoods: log-likelihood of every one of ``candidates(sample)``, where they were asked for.
     """
 
     id: str
-    prediction: str
+    prediction: str | None
     question: str = ""
     image_size: tuple[int, int] | None = None
     likelihoods: tuple[float, ...] | None = None
@@ -126,13 +126,18 @@ class AnswerFile:
                 file.truncate(whole)
 
 
+def _says(record: dict) -> bool:
+    return record.get("prediction") is not None or bool(record.get("likelihoods"))
+
+
 def _read(record: object, where: str) -> Answer:
-    if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("prediction"), str):
+    known = isinstance(record, dict) and "id" in record
+    if not known or not isinstance(record.get("prediction"), (str, type(None))) or not _says(record):
         raise DataError(f"{str(record)[:80]} is no answer; expected {{'id', 'prediction'}}.", where=where)
     size, likelihoods = record.get("image_size"), record.get("likelihoods")
     return Answer(
         id=str(record["id"]),
-        prediction=record["prediction"],
+        prediction=record.get("prediction"),
         question=record.get("question") or "",
         image_size=tuple(size) if size else None,
         likelihoods=tuple(likelihoods) if likelihoods else None,

@@ -145,7 +145,7 @@ def _answer(
 ) -> list[Answer]:
     """Answers to samples of one task."""
     choose = asked[0].type in CHOICE_TASKS
-    written: list = [("", None)] * len(asked)
+    written: list = [(None, None)] * len(asked)
     if not choose or write_choices:
         written = generate_texts(model, processor, asked, max_new_tokens)
     pairs = [(sample, text) for sample in asked for text in candidates(sample)] if choose else []

@@ -29,11 +29,11 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed:
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("values is empty; a mean needs at least one.")
-    counts = _counts(len(values), resamples, seed)
+    counts = resample_counts(len(values), resamples, seed)
     low, high = np.percentile(counts @ values / len(values), [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
-def _counts(n: int, resamples: int, seed: int) -> np.ndarray:
+def resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:
     """How often each of ``n`` items is drawn in each resample, ``[resamples, n]``."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from idavlm.evaluation.answers import Answer, load_answers
@@ -18,6 +18,7 @@ VARIANT_FOLDERS = {"right": "", "none": "no-references", "wrong": "wrong-referen
 VARIANT_NAMES = {"right": "right references", "none": "no references", "wrong": "wrong references"}
 
 Judge = Callable[[Sequence[Item], EvaluationResult], EvaluationResult]
+"""Adds scores; :func:`idavlm.evaluation.judge.judge_answers` with a client and types."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,3 @@ def load_scores(path: str | Path) -> tuple[EvaluationResult, dict]:
     content = json.loads(path.read_text(encoding="utf-8"))
     facts = {key: value for key, value in content.items() if key not in ("predictions", "summary", "seconds")}
     return EvaluationResult.load(path), facts
-
-
-def without(result: EvaluationResult, metric: str) -> EvaluationResult:
-    """``result`` without the scores of one metric."""
-    kept = [
-        replace(one, scores={name: score for name, score in one.scores.items() if name != metric})
-        for one in result.predictions
-    ]
-    return EvaluationResult(kept, result.seconds)

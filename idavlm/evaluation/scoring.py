@@ -74,14 +74,14 @@ def score_answer(
         clauses: whether descriptions get ``clause_recall``.
     """
     if sample.type == "location":
-        return _score_location(sample, answer.prediction, image_size, parse_box)
-    text, scores, chance = answer.prediction, None, {}
+        return _score_location(sample, answer.prediction or "", image_size, parse_box)
+    text, scores, chance = answer.prediction or "", None, {}
     if sample.type == "matching":
         count = len(sample.false_answers) + 1 if sample.false_answers else None
         scores = score_picture(text, sample.answer, count=count, name=sample.target or "")
     elif sample.type in CHOICE_TASKS:
         scores = _score_choice(sample, answer)
-        if not text and answer.likelihoods:
+        if answer.prediction is None:
             text = _likeliest(sample, answer)
     else:
         scores = score_description(text, sample.answer, names, clauses=clauses)
@@ -97,10 +97,8 @@ def _score_choice(sample: Sample, answer: Answer) -> dict[str, float]:
     scores: dict[str, float] = {}
     if answer.likelihoods and sample.false_answers:
         scores["accuracy"] = float(_likeliest(sample, answer) == sample.answer)
-    if answer.prediction and sample.false_answers:
+    if answer.prediction is not None and sample.false_answers:
         scores["closest_accuracy"] = float(closest(answer.prediction, candidates(sample)) == sample.answer)
-    if sample.false_answers and not scores:
-        scores["closest_accuracy"] = 0.0  # an empty answer
     return scores
 
 

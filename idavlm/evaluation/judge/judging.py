@@ -27,8 +27,8 @@ def judge_answers(
     client: JudgeClient,
     items: Sequence[Item],
     result: EvaluationResult,
-    types: Sequence[str],
     *,
+    types: Sequence[str],
     workers: int = 4,
     progress: bool = False,
 ) -> EvaluationResult:
