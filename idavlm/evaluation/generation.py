@@ -111,7 +111,7 @@ def generate_texts(
 ) -> list[tuple[str, tuple[int, int] | None]]:
     """What the model writes to each sample, in one batch, and height and width of its last picture."""
     encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
-    inputs = model_inputs(model, processor.collate(encoded, padding_side="left"))
+    inputs = _look_once(model, model_inputs(model, processor.collate(encoded, padding_side="left")), samples)
     prompt = inputs["input_ids"]
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     # Some models return the new tokens alone.
@@ -132,12 +132,28 @@ def answer_likelihoods(model: nn.Module, processor, samples: Sequence[Sample], t
         for sample, text in zip(samples, texts, strict=True)
     ]
     batch = processor.collate([processor.encode(sample) for sample in answered], padding_side="right")
-    logits = model(**model_inputs(model, batch)).logits[:, :-1]
+    logits = model(**_look_once(model, model_inputs(model, batch), answered)).logits[:, :-1]
     labels = batch["labels"].to(logits.device)[:, 1:]
     labelled = labels != -100
     losses = torch.zeros(labels.shape, device=logits.device)
     losses[labelled] = nn.functional.cross_entropy(logits[labelled].float(), labels[labelled], reduction="none")
     return (-losses.sum(1)).tolist()
+
+
+def _look_once(model: nn.Module, inputs: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Let the vision tower see a picture once a batch, as the candidates of a question show the same ones."""
+    paths = [(sample.image_root, path) for sample in samples for path in sample.images]
+    first = {path: number for number, path in reversed(list(enumerate(paths)))}
+    if len(first) == len(paths) or not hasattr(model, "image_features"):
+        return inputs
+    different = sorted(first.values())
+    features, grid_size = model.image_features(inputs["pixel_values"][different])
+    if grid_size is not None and grid_size[0] != grid_size[1]:
+        return inputs  # the model could not tell how its patches stand
+    place = {number: row for row, number in enumerate(different)}
+    rows = torch.tensor([place[first[path]] for path in paths], device=features.device)
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return rest | {"image_features": features[rows]}
 
 
 def _answer(
