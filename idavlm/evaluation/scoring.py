@@ -19,6 +19,7 @@ def score_answers(
     *,
     parse_box: ParseBox | None,
     prose: bool = False,
+    names: Sequence[str] | None = None,
     image_size: Callable[[Sample], tuple[int, int] | None] = lambda sample: None,
 ) -> EvaluationResult:
     """Score answers, one a sample, in the same order.
@@ -30,6 +31,7 @@ def score_answers(
             where nothing asks for a box.
         prose: whether the right descriptions are free prose (MM-ID): then no ``clause_recall``, and people may be
             called by parts of their names.
+        names: everybody who may be named wrongly; by default all people of ``samples``.
         image_size: height and width of a sample's last picture, for answers without.
 
     Raises:
@@ -41,7 +43,8 @@ def score_answers(
         )
     if parse_box is None and any(sample.type == "location" for sample in samples):
         raise ValueError("parse_box=None, but some samples ask for a box; say how the model writes boxes.")
-    names = sorted({identity.name for sample in samples for identity in sample.identities})
+    if names is None:
+        names = sorted({identity.name for sample in samples for identity in sample.identities})
     predictions = []
     for sample, answer in zip(samples, answers, strict=True):
         size = answer.image_size or (image_size(sample) if sample.type == "location" else None)
