@@ -14,6 +14,7 @@ from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.images import missing_images, with_images
 from idavlm.models import BoxFormat
 from tests.fake_mmid import build_mmid
+from tests.judge_server import JudgeServer
 from tests.small_models import small_model, small_processor
 
 MMID = TASKS["mmid"]
@@ -235,6 +236,39 @@ def test_comparison(benchmark, tmp_path, capsys):
     assert "data:image/jpeg;base64," in text
     assert "Identify" in text
     assert run("compare", tmp_path / "wrong", tmp_path / "nowhere") == 2
+
+
+def test_a_judge_scores_questions_and_captions_and_compares(benchmark, tmp_path, capsys, monkeypatch):
+    """Killed half-way by an endpoint that breaks down; what was paid for is not asked again."""
+    right = truth(benchmark, tmp_path / "right.json")
+    wrong = truth(benchmark, tmp_path / "wrong.json", shuffled=True)
+
+    def reply(content):
+        if "Answer A" not in content:
+            gold, said = content.split("Ground truth: ")[1].split("\n\nAnswer to judge: ")
+            return "Fits.\nScore: 10" if said.startswith(gold) else "Score: 2/10"
+        gold, first = content.split("Ground truth: ")[1].split("\n\nAnswer A: ")
+        return "[[A]]" if first.startswith(gold) else "[[B]]"
+
+    with JudgeServer(reply) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        options = ["--boxes", "pixels", "--judge", "stub", "--judge-timeout", "5"]
+        server.faults += [None] * 6 + [400] * 4
+        assert run("mmid", benchmark, "--predictions", right, *options, "--out", tmp_path / "right") == 2
+        assert "refuses 'stub': HTTP 400" in capsys.readouterr().err
+        server.faults.clear()
+        assert run("mmid", benchmark, "--predictions", right, *options, "--out", tmp_path / "right") == 0
+        judged = [one for one in load_scores(tmp_path / "right")[0].predictions if "judge" in one.scores]
+        assert {one.type for one in judged} == {"qa_single", "qa_multi", "caption_single", "caption_multi"}
+        assert {one.scores["judge"] for one in judged} == {10}
+        assert len(judged) == 24
+        assert sorted(server.answered) == sorted(set(server.answered)), "nothing twice"
+        assert "| QA_multiimage | closest_accuracy |" in capsys.readouterr().out
+        run("mmid", benchmark, "--predictions", wrong, *options, "--out", tmp_path / "wrong")
+        assert run("compare", tmp_path / "wrong", tmp_path / "right", "--judge", "stub") == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("Judge stub, both orders, 24 items: wrong better 0, right better 2")
+    assert line.endswith("no verdict 0.")
 
 
 def test_photos_of_one_character_are_no_wrong_reference(benchmark):

@@ -50,6 +50,8 @@ def question_text(sample: Sample) -> str:
 def load_answers(path: str | Path, samples: Sequence[Sample] | None = None) -> list[Answer]:
     """Answers of a file: JSON lines or a JSON list of ``{"id", "prediction"}``, with whatever else they have.
 
+    LLaVA's answers files, ``{"question_id", "text"}``, are read too.
+
     Args:
         path: ``predictions.jsonl``, or the released ``[{"id", "question", "prediction"}]``.
         samples: what was asked. Then the answers come in the order of these, one each.
@@ -126,19 +128,17 @@ class AnswerFile:
                 file.truncate(whole)
 
 
-def _says(record: dict) -> bool:
-    return record.get("prediction") is not None or bool(record.get("likelihoods"))
-
-
 def _read(record: object, where: str) -> Answer:
-    known = isinstance(record, dict) and "id" in record
-    if not known or not isinstance(record.get("prediction"), (str, type(None))) or not _says(record):
+    record = record if isinstance(record, dict) else {"record": record}
+    name = record.get("id", record.get("question_id"))
+    text = record.get("prediction", record.get("text"))
+    if name is None or not (isinstance(text, str) or (text is None and record.get("likelihoods"))):
         raise DataError(f"{str(record)[:80]} is no answer; expected {{'id', 'prediction'}}.", where=where)
     size, likelihoods = record.get("image_size"), record.get("likelihoods")
     return Answer(
-        id=str(record["id"]),
-        prediction=record.get("prediction"),
-        question=record.get("question") or "",
+        id=str(name),
+        prediction=text,
+        question=record.get("question", record.get("prompt")) or "",
         image_size=tuple(size) if size else None,
         likelihoods=tuple(likelihoods) if likelihoods else None,
     )

@@ -80,20 +80,28 @@ def closest(text: str, texts: Sequence[str]) -> str:
 
     One that is ``text``, but for case and punctuation, is the closest whatever else there is.
     """
-    said = _grams(text)
+    said = words(text)
 
     def share(other: str) -> float:
-        grams = _grams(other)
-        common = sum((said & grams).values())
-        exact = _TOKEN.findall(other.lower()) == _TOKEN.findall(text.lower())
-        return 2.0 if exact else 2 * common / max(1, sum(said.values()) + sum(grams.values()))
+        given = words(other)
+        return 2.0 if given == said else _f1([*said, *pairwise(said)], [*given, *pairwise(given)])
 
     return max(texts, key=share)
 
 
-def _grams(text: str) -> Counter:
-    words = _TOKEN.findall(text.lower())
-    return Counter(words) + Counter(pairwise(words))
+def word_f1(text: str, answer: str) -> float:
+    """F1 of the words of ``text`` and ``answer``."""
+    return _f1(words(text), words(answer))
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case; every Chinese or Japanese sign is one."""
+    return _TOKEN.findall(text.lower())
+
+
+def _f1(first: Sequence, second: Sequence) -> float:
+    common = sum((Counter(first) & Counter(second)).values())
+    return 2 * common / max(1, len(first) + len(second))
 
 
 def score_picture(text: str, answer: str, *, count: int | None = None, name: str = "") -> dict[str, float] | None:

@@ -61,7 +61,7 @@ class TaskRun:
         max_new_tokens: int | None = None,
     ) -> list[Answer]:
         """Answers of a model, going on where an earlier run was stopped."""
-        return generate_answers(
+        answers = generate_answers(
             model,
             processor,
             [item.sample for item in items],
@@ -74,6 +74,9 @@ class TaskRun:
             settings={"task": self.task.name, "data": str(self.data), "model": name},
             progress=True,
         )
+        if self.task.write is not None:
+            self.task.write(self.folder(references) / "answers.jsonl", items, answers, name)
+        return answers
 
     def folder(self, references: str = "right") -> Path:
         return self.out / VARIANT_FOLDERS[references]
@@ -113,6 +116,10 @@ class TaskRun:
         if len(self._tables(items)) > 1:
             parts += ["## By " + " and ".join(self._tables(items))]
             parts += [interval_table(columns, self._cross(items), first=" / ".join(self._tables(items)))]
+        if self.task.summary is not None:
+            for references, result in results.items():
+                text = self.task.summary(items, result)
+                parts += [text if len(results) == 1 else f"{text}\n\n({VARIANT_NAMES[references]})"] if text else []
         parts.append(
             "Means with 95 % bootstrap intervals over the items (2000 resamples). An answer that cannot be read scores "
             "0 and is counted. Guessing: one of the answers; for boxes, where persons are marked, one of them."

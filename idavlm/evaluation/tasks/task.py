@@ -46,6 +46,8 @@ class EvaluationTask:
         boxes: whether answers hold boxes, so that the convention must be stated.
         write_choices: whether questions with false answers are written freely too.
         judged: types whose answers a judge may score.
+        summary: numbers of the task's own, as Markdown for the report.
+        write: ``write(path, items, answers, model)``: the answers in the form of the task's own tools.
         person: see :func:`idavlm.evaluation.with_wrong_references`.
         max_new_tokens: longest answer, if nothing else is asked for.
     """
@@ -57,5 +59,7 @@ class EvaluationTask:
     boxes: bool = False
     write_choices: bool = False
     judged: tuple[str, ...] = ()
+    summary: Callable[[Sequence[Item], EvaluationResult], str] | None = None
+    write: Callable[[Path, Sequence[Item], Sequence[Answer], str], None] | None = None
     person: Person | None = None
     max_new_tokens: int = 64
