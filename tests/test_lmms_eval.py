@@ -1,8 +1,7 @@
 """The plug-in of lmms-eval, run by its own runner. Skipped where lmms-eval is not installed: see docs/evaluation.md."""
 
 import json
-import subprocess
-import sys
+import runpy
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -34,13 +33,12 @@ def test_messages_become_a_sample(tmp_path):
         sample_of([{"role": "user", "content": [{"type": "video", "url": "x"}]}], tmp_path, "8")
 
 
-def test_the_folder_of_the_task_and_the_entry_point():
-    folder = subprocess.run([sys.executable, "-m", "idavlm.evaluation.lmms_eval"], capture_output=True, text=True)
-    assert (Path(folder.stdout.strip()) / "idavlm_mmid.yaml").is_file()
+def test_the_folder_of_the_task(capsys):
+    runpy.run_module("idavlm.evaluation.lmms_eval", run_name="__main__")
+    assert (Path(capsys.readouterr().out.strip()) / "idavlm_mmid.yaml").is_file()
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_task_in_its_own_runner(tmp_path, monkeypatch, batch_size):
+def test_the_task_in_its_own_runner(tmp_path, monkeypatch):
     evaluator = pytest.importorskip("lmms_eval.evaluator", reason=REASON)
     from lmms_eval.models import get_model
     from lmms_eval.tasks import TaskManager
@@ -60,15 +58,14 @@ def test_the_task_in_its_own_runner(tmp_path, monkeypatch, batch_size):
     monkeypatch.setenv("MMID_BOXES", "pixels")
     model = get_model("idavlm")
     gold = {str(item["id"]): item["answer"] for item in json.loads(benchmark.read_text())}
-    texts = {doc: answer for doc, answer in gold.items()}
 
-    def run(**options) -> dict:
+    def run() -> dict:
         found = evaluator.simple_evaluate(
             model="idavlm",
             model_args=f"pretrained={tmp_path / 'model'}",
             tasks=["idavlm_mmid"],
-            task_manager=TaskManager(include_path=str(Path(mmid_task.__file__).parent)),
-            batch_size=batch_size,
+            task_manager=TaskManager(include_path=str(Path(mmid_task.__file__).parent), include_defaults=False),
+            batch_size=4,
             device="cpu",
             gen_kwargs="max_new_tokens=3",
             bootstrap_iters=10,
@@ -79,7 +76,7 @@ def test_the_task_in_its_own_runner(tmp_path, monkeypatch, batch_size):
     assert untrained["location_acc_at_0.5"] == 0
     # The right answers instead of the model's: every metric is full.
     monkeypatch.setattr(
-        model, "_answer", lambda self, chunk: [texts[self.task_dict[one[4]][one[5]][one[3]]["id"]] for one in chunk]
+        model, "_answer", lambda self, chunk: [gold[self.task_dict[one[4]][one[5]][one[3]]["id"]] for one in chunk]
     )
     full = run()
     metrics = {name: value for name, value in full.items() if "stderr" not in name}

@@ -263,7 +263,7 @@ def test_a_judge_scores_questions_and_captions_and_compares(benchmark, tmp_path,
         assert {one.scores["judge"] for one in judged} == {10}
         assert len(judged) == 24
         assert sorted(server.answered) == sorted(set(server.answered)), "nothing twice"
-        assert "| QA_multiimage | closest_accuracy |" in capsys.readouterr().out
+        assert "| judge | 6 | 10.000 [10.000, 10.000] | - |" in capsys.readouterr().out
         run("mmid", benchmark, "--predictions", wrong, *options, "--out", tmp_path / "wrong")
         assert run("compare", tmp_path / "wrong", tmp_path / "right", "--judge", "stub") == 0
         line = capsys.readouterr().out.splitlines()[-1]

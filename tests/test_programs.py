@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import cross_attention, id_former, inner_adaptor, measure, resampler_designs
+from benchmarks import cross_attention, generation, id_former, inner_adaptor, measure, resampler_designs
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +63,15 @@ def test_find_identities_writes_its_picture(monkeypatch, capsys, tmp_path):
     assert "right photos" in capsys.readouterr().out
     with Image.open(tmp_path / "found.png") as picture:
         assert picture.size == (1080, 864)
+
+
+def test_generation_benchmark(monkeypatch, capsys):
+    """Batches change the time, not the answers."""
+    sizes = ["--records", "2", "--batch-sizes", "1", "2", "--max-new-tokens", "2", "--rounds", "1"]
+    out = run(monkeypatch, capsys, generation.main, *sizes)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows].count("all") == 2
+    assert {row[4] for row in rows} == {"1.00", ""}
 
 
 def test_inner_adaptor_benchmark(monkeypatch, capsys):

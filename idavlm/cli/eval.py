@@ -68,7 +68,7 @@ def _run_task(arguments: argparse.Namespace) -> None:
     if task.judged and (client := judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
         options = {"workers": arguments.judge_workers, "progress": True}
         judge = partial(judge_answers, client, types=task.judged, **options)
-        facts["judge"] = client.model
+        facts["judged by"] = client.model
     start = time.perf_counter()
     results = {
         references: run.score(items, answers, parse_box, references=references, judge=judge, **facts)
