@@ -1,5 +1,6 @@
 """Benchmarks and examples run, at sizes that take seconds; what they measure is not asserted."""
 
+import json
 import re
 import runpy
 import sys
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import cross_attention, generation, id_former, inner_adaptor, measure, resampler_designs
+from tests import small_models
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,9 +67,16 @@ def test_find_identities_writes_its_picture(monkeypatch, capsys, tmp_path):
         assert picture.size == (1080, 864)
 
 
-def test_generation_benchmark(monkeypatch, capsys):
+def test_generation_benchmark(monkeypatch, capsys, tmp_path):
     """Batches change the time, not the answers."""
-    sizes = ["--records", "2", "--batch-sizes", "1", "2", "--max-new-tokens", "2", "--rounds", "1"]
+    processor = small_models.small_processor()
+    small_models.small_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    small_models.draw_images(tmp_path / "images", small_models.IMAGES)
+    records = [small_models.record(number, answer=False) for number in range(3)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sizes = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "test.jsonl")]
+    sizes += ["--records", "2", "--batch-sizes", "1", "2", "--max-new-tokens", "2", "--rounds", "1"]
     out = run(monkeypatch, capsys, generation.main, *sizes)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
     assert [row[0] for row in rows].count("all") == 2

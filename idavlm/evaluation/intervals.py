@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,6 +35,7 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed:
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
+@lru_cache(maxsize=8)
 def resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:
     """How often each of ``n`` items is drawn in each resample, ``[resamples, n]``."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)

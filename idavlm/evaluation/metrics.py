@@ -51,7 +51,7 @@ def names_in(text: str, names: Iterable[str] | Mapping[str, str]) -> set[str]:
     looked for, and what they stand for is returned.
     """
     spelling = names if isinstance(names, Mapping) else {name: name for name in names}
-    longest_first = sorted(spelling, key=len, reverse=True)
+    longest_first = sorted((name for name in spelling if name in text), key=len, reverse=True)
     if not longest_first:
         return set()
     found = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", text)
