@@ -6,6 +6,22 @@ from idavlm.evaluation import parse_letter, parse_picture, parse_yes_no
 from idavlm.models import BoxFormat
 
 CHOICES = [
+    ("In the picture a woman wears a hat.", None),
+    ("In the picture I see Kate.", None),
+    ("In the picture a woman, in image B Kate.", 2),
+    ("image II", 2),
+    ("Option I.", 1),
+    ("I believe it is Image 2 because the hair matches, while Image 1, 3, and 4 show different people.", 2),
+    ("Image 1: different person. Image 2: different. Image 3: same person. Image 4: different.\nSo Image 3.", 3),
+    ("Image 1: no. Image 2: no. Image 3: yes. Image 4: no.", 3),
+    ("The person in image 3 matches the reference image.", 3),
+    ("Definitely image 4; images 1-3 are other people", 4),
+    ("The correct answer is B) Image 2", 2),
+    ("The answer is not image 2 but image 1", 1),
+    ("Kate isn't in any image.", None),
+    ("应该是第2张图片, 不是第1张", 2),
+    ("3\ufe0f\u20e3", 3),
+    ("\u2462", 3),
     ("Picture 3", 3),
     ("It is picture three.", 3),
     ("Image 4, not Image 1", 4),

@@ -6,6 +6,7 @@ import unicodedata
 _THINKING = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _PLAIN = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2212": "-"}
+    | {"\ufe0f": None, "\u20e3": None}  # what makes a digit an emoji
 )
 _MARKER = re.compile(
     r"\b(?:(?:final|my|the|correct|right)\s+)*answer\s*(?:is\b\s*:?|:)|(?:最终)?答案\s*(?:是|为|[::])", re.IGNORECASE

@@ -14,31 +14,28 @@ _VALUE = {
     "两": 2,
     **{letter: number for number, letter in enumerate("abcdefgh", 1)},
 }
-# "i" is the pronoun far more often than a number, so that roman numbers and letters count behind a noun only.
-_VALUE["i"] = 1
-
+# Small letters are words more often than choices ("in the picture a woman ..."), and "I" is the pronoun.
+_LETTER = r"(?:(?-i:[A-H])|(?-i:II|III|IV|V|VI|VII|VIII)|(?-i:I)(?=\s*(?:[.,;:)!]|\Z)))(?![\w'])"
 _CARDINAL = rf"(?:\d{{1,2}}(?![\d.]*\d|\s*%)|{'|'.join(_ONES)})"
 _NOUN = (
     r"(?:pictures?|images?|photo(?:graph)?s?|pics?|imgs?|options?|choices?|candidates?|figures?|panels?|numbers?|no\.?)"
 )
 _MENTION = re.compile(
     rf"\b{_NOUN}[\s_]*(?:is\s+)?(?:#|no\.?|number|:|\()?\s*[\"'(\[*]*"
-    rf"(?P<noun>{_CARDINAL}(?!\w)|(?:viii|vii|vi|iv|v|iii|ii|i|[a-h])(?![\w']))"
+    rf"(?P<noun>{_CARDINAL}(?!\w)|{_LETTER})"
     rf"|\b(?P<ordinal>{'|'.join(_ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))\b(?!\s+(?:reference|person|woman|man|character))"
-    rf"|(?:图片?|图像|照片|选项|第)\s*[#::(]?\s*(?P<chinese>\d{{1,2}}|[{_CHINESE}两])(?!\d)"
+    rf"|(?:图片?|图像|照片|选项|第)\s*[#:(]?\s*(?P<chinese>\d{{1,2}}|[{_CHINESE}两])(?!\d)"
     rf"|(?P<hash>#\s*\d{{1,2}})(?!\w)"
     r"|[(\[](?P<bracketed>\d{1,2}|[a-h])[)\]]",
     re.IGNORECASE,
 )
 _MORE = re.compile(
     rf"\s*(?:,|/|&|、|\band\b|\bor\b|\bnor\b|和|或|,\s*(?:and|or))\s*(?:and\s+|or\s+)?"
-    rf"({_CARDINAL}(?!\w)|[a-h](?![\w'])|[{_CHINESE}](?=[、和或,\s不]))",
+    rf"({_CARDINAL}(?!\w)|(?-i:[A-H])(?![\w'])|[{_CHINESE}](?=[、和或,\s不]))",
     re.IGNORECASE,
 )
-_ALONE = re.compile(
-    rf"[\s\"'*(\[#<]*(?P<value>{_CARDINAL}|[a-h]|[{_CHINESE}])(?!\w)[\s\"'*.)\]::>!。,,]*", re.IGNORECASE
-)
-_LEADING = re.compile(r"[\s\"'*(\[]*(?P<value>\d{1,2}|[A-Ha-h])(?:[.)::]\s+|\s*-\s+)(?=\S)")
+_ALONE = re.compile(rf"[\s\"'*(\[#<]*(?P<value>{_CARDINAL}|[a-h]|[{_CHINESE}])(?!\w)[\s\"'*.)\]:>!。,]*", re.IGNORECASE)
+_LEADING = re.compile(r"[\s\"'*(\[]*(?P<value>\d{1,2}|[A-Ha-h])(?:[.):]\s+|\s*-\s+)(?=\S)")
 _SAID = re.compile(
     rf"\b(?:is|it's|be|choose|pick|select|say|guess)\s+(?:number\s+)?(?P<value>{_CARDINAL}|[a-h])\s*[.!]?\s*\Z",
     re.IGNORECASE,
@@ -54,13 +51,14 @@ _NO_AFTER = re.compile(
     r"^[^.;!?\n]{0,30}?\b(?:not(?!\s*(?:in\s*)?\Z)|isn't|aren't|doesn't|don't|cannot|can't|"
     r"(?:is|are) wrong|is someone else|is another|"
     r"(?:shows?|is of|are of) (?:another|someone else|somebody else|a different|different|others?))\b"
+    r"|^[\s\"'*)]*[:\-][\s*]*(?:no|not|different|another|someone else|somebody else|other)\b"
     r"|^[^。;]{0,6}(?:不是|并非|没有|不对)",
     re.IGNORECASE,
 )
 # What stands behind a mention and is about another: "image 4, not image 1", "image 3 (not 1 or 2)".
 _NEXT = re.compile(
     r"[.;!?。\n(]|\bbut\b|\b(?:image|picture|photo|option)s?\b|图|,\s*(?:and\s+)?not\b|\band not\b"
-    r"|\b(?:rather than|instead of|unlike)\b|而不是|[,,]\s*不是",
+    r"|\b(?:rather than|instead of|unlike)\b|而不是|,\s*不是",
     re.IGNORECASE,
 )
 
