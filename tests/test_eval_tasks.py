@@ -212,6 +212,18 @@ def test_a_model_answers_all_of_them(tmp_path, mme, capsys):
         assert main(["eval", task, str(path), *asked]) == 0, capsys.readouterr().err
         assert len(load_answers(out / "predictions.jsonl")) == len(TASKS[task].load(path, None))
         assert (out / "report.md").read_text().startswith(f"# {task}")
+    asked = [
+        "eval",
+        "mme",
+        str(mme),
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "none"),
+        "--baselines",
+    ]
+    assert main(asked) == 2
+    assert "--baselines: nobody is introduced" in capsys.readouterr().err
     llava = [json.loads(line) for line in (tmp_path / "out" / "vqa" / "answers.jsonl").read_text().splitlines()]
     assert [line["question_id"] for line in llava] == ["1", "2", "c", "4"]
     assert set(llava[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}

@@ -13,7 +13,6 @@ from idavlm.evaluation import (
     box_iou,
     evaluate,
     names_in,
-    parse_picture,
     score_box,
     score_description,
     score_picture,
@@ -21,26 +20,6 @@ from idavlm.evaluation import (
     without_references,
 )
 from tests.evaluation_fakes import FakeModel, FakeProcessor, samples
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("Picture 3", 3),
-        ("It is picture three.", 3),
-        ("Image 4, not Image 1", 4),
-        ("image4", 4),
-        ("The photo #2 shows Kate", 2),
-        (" 2. ", 2),
-        ("Picture 12", 12),
-        ("The 3rd of them", 3),
-        ("She wears 2 hats", None),
-        ("pictures", None),
-        ("", None),
-    ],
-)
-def test_the_picture_named_first(text, number):
-    assert parse_picture(text) == number
 
 
 def test_score_of_a_matching_answer():

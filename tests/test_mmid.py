@@ -153,6 +153,22 @@ def test_the_convention_is_stated_never_guessed(benchmark, tmp_path, capsys):
     assert "--boxes: say how the model writes boxes" in capsys.readouterr().err
 
 
+def test_parts_of_a_picture_need_its_size(tmp_path, capsys):
+    benchmark = build_mmid(tmp_path, rounds=1)
+    scene = tmp_path / MMID.load(benchmark, None)[0].sample.message_images[0]
+    scored = ["mmid", benchmark, "--predictions", truth(benchmark, tmp_path / "truth.json"), "--boxes", "qwen"]
+    scored += ["--out", tmp_path / "out"]
+    assert run(*scored) == 0
+    assert len(load_scores(tmp_path / "out")[0].predictions) == 19
+    scene.unlink()
+    assert run(*scored) == 2
+    error = capsys.readouterr().err
+    assert "the size of 1 pictures is not known" in error
+    assert scene.name in error
+    assert run(*scored, "--missing", "skip") == 0
+    assert len(load_scores(tmp_path / "out")[0].predictions) == 18
+
+
 def test_predictions_must_fit(benchmark, tmp_path, capsys):
     predictions = truth(benchmark, tmp_path / "truth.json")
     released = json.loads(predictions.read_text())

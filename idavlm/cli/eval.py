@@ -10,6 +10,7 @@ from idavlm.cli.eval_judge import add_judge_arguments, judge_client
 from idavlm.evaluation.judge import judge_answers
 from idavlm.evaluation.running import TaskRun, read_predictions
 from idavlm.evaluation.tasks import TASKS
+from idavlm.evaluation.tasks.images import with_sizes
 from idavlm.models import BoxFormat
 
 
@@ -37,6 +38,7 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
     parser.add_argument("--missing", choices=("fail", "skip"), default="fail", help="pictures (or answers) not there")
     parser.add_argument("--baselines", action="store_true", help="ask again without references, and with wrong ones")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--max-new-tokens", type=int, default=task.max_new_tokens)
     if task.boxes:
         parser.add_argument(
@@ -49,21 +51,15 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
 def _run_task(arguments: argparse.Namespace) -> None:
     task = TASKS[arguments.task]
     run = TaskRun(task, arguments.data, arguments.out, arguments.images, arguments.missing)
+    kind = getattr(arguments, "boxes", None)
     if arguments.predictions is not None:
-        if arguments.baselines:
-            raise ValueError("--baselines asks a model; it does not go with --predictions.")
-        items, answers = read_predictions(arguments.predictions, run.items(pictures=False), arguments.missing)
-        asked, kind = {"right": answers}, getattr(arguments, "boxes", None)
-        source = f"`{arguments.predictions}`"
+        items, answers, kind = _read(arguments, run, kind)
+        asked = {"right": answers}
     else:
         items = run.items()
-        asked, kind = _ask(arguments, run, items)
-        source = f"`{arguments.model}`"
-    needs_box = any(item.sample.type == "location" for item in items)
-    if needs_box and kind is None:
-        raise ValueError(f"--boxes: say how the model writes boxes ({', '.join(BoxFormat.KINDS)}); it is not guessed.")
+        asked, kind = _ask(arguments, run, items, kind)
     parse_box = BoxFormat(kind).parse if kind else None
-    facts = {"answered by": source, "boxes": kind}
+    facts = {"answered by": f"`{arguments.predictions or arguments.model}`", "boxes": kind}
     judge = None
     if task.judged and (client := judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
         options = {"workers": arguments.judge_workers, "progress": True}
@@ -79,14 +75,38 @@ def _run_task(arguments: argparse.Namespace) -> None:
     print(report.read_text(encoding="utf-8"), report, sep="\n")
 
 
-def _ask(arguments: argparse.Namespace, run: TaskRun, items: list) -> tuple[dict, str]:
+def _read(arguments: argparse.Namespace, run: TaskRun, kind: str | None) -> tuple[list, list, str | None]:
+    """Items, any model's answers to them, and how these write boxes."""
+    if arguments.baselines:
+        raise ValueError("--baselines asks a model; it does not go with --predictions.")
+    items, answers = read_predictions(arguments.predictions, run.items(pictures=False), arguments.missing)
+    if not any(item.sample.type == "location" for item in items):
+        return items, answers, kind
+    if kind is None:
+        raise ValueError(f"--boxes: say how the model writes boxes ({', '.join(BoxFormat.KINDS)}); it is not guessed.")
+    if kind != "pixels":
+        items, answers, unknown = with_sizes(items, answers, arguments.missing)
+        if unknown:
+            print(
+                f"The size of {len(unknown)} pictures is not known, {len(items)} items are left:", *unknown, sep="\n  "
+            )
+    return items, answers, kind
+
+
+def _ask(arguments: argparse.Namespace, run: TaskRun, items: list, kind: str | None) -> tuple[dict, str]:
+    """A checkpoint's answers, by the references it was shown, and how it writes boxes."""
+    import torch
+
     from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
 
-    model = IDAVLMForConditionalGeneration.from_pretrained(arguments.model)
+    if arguments.baselines and not any(item.sample.identities for item in items):
+        raise ValueError("--baselines: nobody is introduced by reference photos here, so there are none to take away.")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = IDAVLMForConditionalGeneration.from_pretrained(arguments.model).to(device)
     processor = IDAVLMProcessor.from_pretrained(arguments.model)
     options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "name": arguments.model}
     shown = ("right", "none", "wrong") if arguments.baselines else ("right",)
     answers = {
         references: run.generate(items, model, processor, references=references, **options) for references in shown
     }
-    return answers, getattr(arguments, "boxes", None) or processor.box_format
+    return answers, kind or processor.box_format

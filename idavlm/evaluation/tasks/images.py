@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 from idavlm.data.errors import DataError
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
+from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.tasks.task import Item
 from idavlm.utils import check_choice
 
@@ -62,3 +63,40 @@ def with_images(items: Sequence[Item], missing: str) -> tuple[list[Item], dict[s
             kind="image",
         )
     return kept, absent
+
+
+def with_sizes(
+    items: Sequence[Item], answers: Sequence[Answer], missing: str
+) -> tuple[list[Item], list[Answer], dict[str, list[str]]]:
+    """Items whose boxes can be read where boxes count in parts of a picture: its size must be known.
+
+    It is, where the answer has it, the data have it, or the picture is there.
+
+    Args:
+        items: of a benchmark.
+        answers: one an item.
+        missing: as in :func:`with_images`.
+
+    Returns:
+        Items and answers that are left, and the pictures whose size is not known.
+
+    Raises:
+        DataError: sizes are missing and ``missing="fail"``.
+    """
+    check_choice("missing", missing, MISSING)
+    unknown: dict[str, list[str]] = {}
+    for item, answer in zip(items, answers, strict=True):
+        known = item.sample.type != "location" or answer.image_size or item.extra.get("size")
+        if not known and image_size(item.sample) is None:
+            unknown.setdefault(item.sample.message_images[-1], []).append(item.sample.id)
+    if unknown and missing == "fail":
+        listed = "\n  ".join(unknown)
+        raise DataError(
+            f"the size of {len(unknown)} pictures is not known, and the boxes count in parts of them. Give --images "
+            f"with the right folder (now {items[0].sample.image_root}), or leave these items out: --missing skip."
+            f"\n  {listed}",
+            kind="image",
+        )
+    gone = {number for numbers in unknown.values() for number in numbers}
+    kept = [pair for pair in zip(items, answers, strict=True) if pair[0].sample.id not in gone]
+    return [item for item, _ in kept], [answer for _, answer in kept], unknown
