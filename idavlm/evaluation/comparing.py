@@ -77,25 +77,21 @@ def main_scores(pair: Pair) -> tuple[float, float] | None:
     return None if metric is None else (a.scores[metric], b.scores[metric])
 
 
-def comparison_table(rows: Sequence[Comparison], a: str, b: str) -> str:
-    """Markdown: means, difference with its interval, p, wins and losses of B."""
+def comparison_cells(rows: Sequence[Comparison], a: str, b: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a table: means, difference with its interval, p, items that B wins and loses."""
     header = ["task", "metric", "n", a, b, "difference", "p", f"{b} wins", "loses", "ties"]
-    cells = [
-        [
-            row.task,
-            row.metric,
-            row.difference.n,
-            f"{row.a:.3f}",
-            f"{row.b:.3f}",
-            f"{row.difference.mean:+.3f} [{row.difference.low:+.3f}, {row.difference.high:+.3f}]",
-            f"{row.p_value:.3f}" if row.p_value >= 0.001 else "< 0.001",
-            row.wins,
-            row.losses,
-            row.ties,
-        ]
-        for row in rows
-    ]
-    return markdown_table(header, cells)
+    cells = []
+    for row in rows:
+        difference = f"{row.difference.mean:+.3f} [{row.difference.low:+.3f}, {row.difference.high:+.3f}]"
+        p_value = f"{row.p_value:.3f}" if row.p_value >= 0.001 else "< 0.001"
+        cells.append([row.task, row.metric, str(row.difference.n), f"{row.a:.3f}", f"{row.b:.3f}", difference, p_value])
+        cells[-1] += [str(row.wins), str(row.losses), str(row.ties)]
+    return header, cells
+
+
+def comparison_table(rows: Sequence[Comparison], a: str, b: str) -> str:
+    """:func:`comparison_cells` in Markdown."""
+    return markdown_table(*comparison_cells(rows, a, b))
 
 
 def _both(a: Prediction, b: Prediction, metric: str) -> bool:

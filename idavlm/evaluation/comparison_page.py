@@ -12,7 +12,7 @@ from idavlm.data.errors import DataError
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
-from idavlm.evaluation.comparing import Comparison, Pair, main_scores
+from idavlm.evaluation.comparing import Comparison, Pair, comparison_cells, main_scores
 
 GOLD, A, B = "#1a9850", "#c0392b", "#2c6fbb"
 _SIDE = 240  # longest side of a picture on the page
@@ -62,7 +62,7 @@ def write_comparison_page(
     articles = "\n".join(_article(pair, scores, (a, b), samples.get(pair[0].id)) for pair, scores in shown)
     page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{a} / {b}</title><style>{_STYLE}</style>\n'
-        f"<h1><span class=a>{a}</span> against <span class=b>{b}</span></h1>\n{_table(comparisons, a, b)}\n"
+        f"<h1><span class=a>{a}</span> against <span class=b>{b}</span></h1>\n{_table(comparisons, names)}\n"
         f"<p>{len(differ)} of {len(pairs)} items differ: {b} is better on {len(wins)}, worse on {len(losses)}. "
         f"{len(shown)} of them follow. Boxes: <span class=gold>right</span>, <span class=a>{a}</span>, "
         f"<span class=b>{b}</span>.</p>\n{articles}\n</html>\n"
@@ -92,7 +92,8 @@ def _pictures(pair: Pair, sample: Sample | None) -> str:
         return ""
     store, figures = ImageStore(sample.image_root), []
     shown = [(person.name, image) for person in sample.identities for image in person.images]
-    shown += [("", image) for image in sample.message_images]
+    several = len(sample.message_images) > 1
+    shown += [(str(place) if several else "", image) for place, image in enumerate(sample.message_images, 1)]
     for number, (caption, path) in enumerate(shown, 1):
         try:
             picture = store.open(path)
@@ -119,15 +120,12 @@ def _image(picture: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -
     return f'<img alt="" width={small.width} height={small.height} src="data:image/jpeg;base64,{data}">'
 
 
-def _table(rows: Sequence[Comparison], a: str, b: str) -> str:
-    head = "".join(f"<th>{name}" for name in ("task", "metric", "n", a, b, "difference", "p", "wins", "losses", "ties"))
-    body = "".join(
-        f"<tr><td>{html.escape(row.task)}<td>{html.escape(row.metric)}<td>{row.difference.n}<td>{row.a:.3f}<td>{row.b:.3f}"
-        f"<td>{row.difference.mean:+.3f} [{row.difference.low:+.3f}, {row.difference.high:+.3f}]<td>{row.p_value:.3f}"
-        f"<td>{row.wins}<td>{row.losses}<td>{row.ties}"
-        for row in rows
-    )
-    return f"<table><tr>{head}{body}</table>"
+def _table(rows: Sequence[Comparison], names: tuple[str, str]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+
+    header, cells = comparison_cells(rows, *names)
+    return f"<table>{line('th', header)}{''.join(line('td', row) for row in cells)}</table>"
 
 
 def _in_turn(first: list, second: list) -> list:
