@@ -11,25 +11,22 @@ Box = Sequence[float]
 """Pixels ``[x1, y1, x2, y2]``."""
 
 _TOKEN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")
-_TITLES = frozenset(
-    {
-        "Agent",
-        "Captain",
-        "Doctor",
-        "Dr",
-        "General",
-        "King",
-        "Lady",
-        "Lord",
-        "Major",
-        "Master",
-        "Miss",
-        "Mr",
-        "Mrs",
-        "Ms",
-    }
-    | {"Prince", "Princess", "Professor", "Queen", "Sergeant", "Sir", "The", "Young", "Old", "Big", "Little"}
-)
+_TITLES = {
+    "Agent",
+    "Captain",
+    "Doctor",
+    "Dr",
+    "General",
+    "King",
+    "Lady",
+    "Lord",
+    "Major",
+    "Master",
+    "Miss",
+    "Mr",
+    "Mrs",
+}
+_TITLES |= {"Ms", "Prince", "Princess", "Professor", "Queen", "Sergeant", "Sir", "The", "Young", "Old", "Big", "Little"}
 _PICTURE = re.compile(r"\s*(?:picture|image|photo)\s*#?\s*\w+\s*", re.IGNORECASE)
 _END_OF_CLAUSE = re.compile(r"[.;,!?\n]|\band\b")
 
