@@ -103,7 +103,7 @@ class FakeProcessor:
             batch[name] = torch.stack(rows)
         return batch
 
-    def parse_box(self, text, image_size):
+    def parse_box(self, text, image_size, *, name=""):
         assert image_size == (128, 128)
         numbers = re.findall(r"\d+", text)
         return [float(number) for number in numbers] if len(numbers) == 4 else None

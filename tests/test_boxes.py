@@ -16,6 +16,8 @@ def resolution(kind: str, size: tuple[int, int]) -> tuple[float, float]:
     height, width = size
     steps = {"unit": 1000, "square": 1000, "bins": BoxFormat.BINS - 1}.get(kind, 999)
     sides = (max(size),) * 2 if kind == "square" else (width, height)
+    if kind == "pixels":
+        return (0.5 + 1e-6 * width, 0.5 + 1e-6 * height)
     return tuple(side / steps / 2 + 1e-6 * side for side in sides)
 
 
@@ -40,6 +42,7 @@ EXAMPLES = {
     "thousand": "[120, 40, 630, 980]",
     "unit": "[0.120, 0.040, 0.630, 0.980]",
     "square": "[0.120, 0.270, 0.630, 0.740]",
+    "pixels": "[120, 40, 630, 490]",
     "bins": "4 1 20 30",
 }
 
@@ -50,6 +53,8 @@ def test_the_forms_of_the_documentation(kind, text):
     steps = {"bins": 31, "unit": 1, "square": 1}.get(kind, 999)
     if kind == "square":  # padded by 250 above and below
         box = [120, 20, 630, 490]
+    elif kind == "pixels":
+        box = [120, 40, 630, 490]
     else:
         numbers = {"bins": (4, 1, 20, 30), "unit": (0.12, 0.04, 0.63, 0.98)}.get(kind, (120, 40, 630, 980))
         box = [n * side / steps for n, side in zip(numbers, (width, height) * 2, strict=True)]
@@ -87,6 +92,7 @@ def test_whatever_is_read_lies_in_the_image(kind, text):
         ("qwen", "<box>(-20,500),(2000,1500)</box>"),
         ("thousand", "[500, 500, 5000, 99999]"),
         ("unit", "[0.5, 0.5, 3.0, 7]"),
+        ("pixels", "[50, 100, 101, 4000]"),
         ("bins", "15 15 99 99"),
     ],
 )

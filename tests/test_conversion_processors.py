@@ -8,7 +8,7 @@ from PIL import Image
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
 from idavlm.data import parse_sample
-from idavlm.evaluation.runner import _generate
+from idavlm.evaluation.generation import generate_texts
 from idavlm.models import convert
 from tests.released import released, sentencepiece_tokenizer
 from tests.small_models import draw_images
@@ -93,7 +93,7 @@ def test_identities_boxes_and_ends(system, folder, processor):
 def test_a_sample_is_answered(system, folder, processor):
     model = IDAVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     asked = sample(folder, turns=1, type="qa_single", answer="x")
-    ((text, size),) = _generate(model, processor, [asked], 24)
+    ((text, size),) = generate_texts(model, processor, [asked], 24)
     assert size == (40, 80)
     if system != "yi-vl":
         return
@@ -108,7 +108,7 @@ def test_a_sample_is_answered(system, folder, processor):
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values", "sample_index")}
     out = model.generate(**inputs, max_new_tokens=24, tokenizer=processor.tokenizer)
     assert out[0, inputs["input_ids"].shape[1] :].tolist() == [stop] * 3
-    ((text, _),) = _generate(model, processor, [asked], 24)
+    ((text, _),) = generate_texts(model, processor, [asked], 24)
     assert text == ""
 
 

@@ -61,7 +61,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", CASES)
 def test_one_conversation_in_every_format(reader):
     sample = read(reader, CASES[reader])
     assert [message.role for message in sample.messages] == ["user", "assistant", "user", "assistant"]
@@ -69,7 +69,7 @@ def test_one_conversation_in_every_format(reader):
     assert (sample.id, sample.source, sample.identities) == ("5", "general", [])
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", CASES)
 def test_from_a_json_list_and_from_lines(tmp_path, reader):
     (tmp_path / "list.json").write_text(json.dumps([CASES[reader]] * 3))
     (tmp_path / "lines.jsonl").write_text((json.dumps(CASES[reader]) + "\n") * 3)

@@ -1,5 +1,6 @@
 """Benchmarks and examples run, at sizes that take seconds; what they measure is not asserted."""
 
+import json
 import re
 import runpy
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import convert_memory, cross_attention, id_former, inner_adaptor, measure, resampler_designs
+from benchmarks import convert_memory, cross_attention, generation, id_former, inner_adaptor, measure, resampler_designs
+from tests import small_models
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +65,22 @@ def test_find_identities_writes_its_picture(monkeypatch, capsys, tmp_path):
     assert "right photos" in capsys.readouterr().out
     with Image.open(tmp_path / "found.png") as picture:
         assert picture.size == (1080, 864)
+
+
+def test_generation_benchmark(monkeypatch, capsys, tmp_path):
+    """Batches change the time, not the answers."""
+    processor = small_models.small_processor()
+    small_models.small_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    small_models.draw_images(tmp_path / "images", small_models.IMAGES)
+    records = [small_models.record(number, answer=False) for number in range(3)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sizes = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "test.jsonl")]
+    sizes += ["--records", "2", "--batch-sizes", "1", "2", "--max-new-tokens", "2", "--rounds", "1"]
+    out = run(monkeypatch, capsys, generation.main, *sizes)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows].count("all") == 2
+    assert {row[4] for row in rows} == {"1.00", ""}
 
 
 def test_inner_adaptor_benchmark(monkeypatch, capsys):

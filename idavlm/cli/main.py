@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "convert": "make a released checkpoint one of idavlm",
+    "eval": "evaluate a model, or its answers: MM-ID, grounding, VQA, recognition of people; compare two",
 }
 """Name -> one line for ``--help``. ``idavlm/cli/NAME.py`` has ``add_arguments(parser)`` and ``run(arguments)``, which
 returns an exit status or None."""

@@ -8,10 +8,11 @@ from torch import nn
 
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
+from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.contact_sheet import Example
-from idavlm.evaluation.metrics import parse_picture
+from idavlm.evaluation.generation import evaluating, model_inputs
+from idavlm.evaluation.parsing import parse_picture
 from idavlm.evaluation.results import EvaluationResult, Prediction
-from idavlm.evaluation.runner import evaluating, model_inputs
 from idavlm.utils import ImageRole
 
 _COUNT = {"location": 5, "matching": 3, "qa_single": 1, "caption_single": 1, "qa_multi": 1, "caption_multi": 1}
@@ -76,7 +77,7 @@ def make_example(
     return Example(
         references=[(person.name, store.open(image)) for person in sample.identities for image in person.images],
         pictures=[store.open(image) for image in sample.message_images],
-        question=_question(sample),
+        question=question_text(sample),
         answer=f"{prediction.text} (IoU {prediction.scores['mean_iou']:.2f})" if location else prediction.text,
         gold=prediction.answer,
         right=prediction.main_score == 1,
@@ -87,10 +88,3 @@ def make_example(
         attention=attention,
         grid_size=grid_size,
     )
-
-
-def _question(sample: Sample) -> str:
-    """The text behind the last picture; all text where there is none."""
-    parts = sample.messages[-1].content
-    last = max((number for number, part in enumerate(parts) if part.type == "image"), default=-1)
-    return "".join(part.text for part in parts[last + 1 :] or parts).strip()

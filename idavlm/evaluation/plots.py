@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from idavlm.data.schema import TASK_TYPES
-from idavlm.evaluation.results import MAIN_METRIC, EvaluationResult
+from idavlm.evaluation.results import EvaluationResult, main_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +96,13 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
         results: variant -> one result a seed.
     """
     summaries = {variant: [result.summary for result in seeds] for variant, seeds in results.items()}
-    tasks = [task for task in TASK_TYPES if any(task in summary for seeds in summaries.values() for summary in seeds)]
+    found = [summary for seeds in summaries.values() for summary in seeds]
+    main = {
+        task: metric
+        for task in TASK_TYPES
+        if (metric := next((main_metric(task, one[task]["metrics"]) for one in found if task in one), None))
+    }
+    tasks = list(main)
     if not tasks:
         return None
     figure = new_figure(max(6.0, 0.8 + len(tasks) * (0.34 * len(summaries) + 0.3)), 3.9)
@@ -105,7 +111,7 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
     width = 0.8 / len(summaries)
     for number, (variant, seeds) in enumerate(summaries.items()):
         for place, task in enumerate(tasks):
-            values = [summary[task]["metrics"][MAIN_METRIC[task]] for summary in seeds if task in summary]
+            values = [summary[task]["metrics"][main[task]] for summary in seeds if task in summary]
             if not values:
                 continue
             x, mean = place - 0.4 + (number + 0.5) * width, fmean(values)
@@ -119,10 +125,11 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
                 f"{mean:.2f}", (x, max(values)), (0, 4), textcoords="offset points",
                 ha="center", fontsize=8, color=INK, zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )  # fmt: skip
-    chances = {place: chance for place, task in enumerate(tasks) if (chance := _chance(summaries, task)) is not None}
+    chances = [next((one[task]["chance"].get(main[task]) for one in found if task in one), None) for task in tasks]
+    chances = {place: chance for place, chance in enumerate(chances) if chance is not None}
     for place, chance in chances.items():
         ax.plot([place - 0.45, place + 0.45], [chance] * 2, color=INK, lw=1.2, ls=(0, (4, 2)), zorder=3)
-    ax.set_xticks(range(len(tasks)), [f"{task}\n{MAIN_METRIC[task]}" for task in tasks], fontsize=9.5, color=INK)
+    ax.set_xticks(range(len(tasks)), [f"{task}\n{main[task]}" for task in tasks], fontsize=9.5, color=INK)
     ax.set_xlim(-0.6, len(tasks) - 0.4)
     ax.set_ylim(0, 1.08)
     ax.tick_params(axis="x", length=0)
@@ -138,14 +145,6 @@ def save(figure: "Figure", path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
-
-
-def _chance(summaries: Mapping[str, Sequence[Mapping]], task: str) -> float | None:
-    for seeds in summaries.values():
-        for summary in seeds:
-            if task in summary:
-                return summary[task]["chance"].get(MAIN_METRIC[task])
-    return None
 
 
 def _curve(history: LogHistory, key: str) -> tuple[list[float], list[float]]:

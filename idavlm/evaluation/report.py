@@ -70,7 +70,7 @@ def write_report(
     if settings:
         parts += [
             "## Settings",
-            _table(["setting", "value"], [[f"`{name}`", value] for name, value in settings.items()]),
+            markdown_table(["setting", "value"], [[f"`{name}`", value] for name, value in settings.items()]),
         ]
     path = folder / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -94,7 +94,7 @@ def score_table(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
         if any(summary["unparsed"] for summary in found):
             cells = [[s[task]["unparsed"] / s[task]["n"] for s in seeds if task in s] for seeds in summaries.values()]
             rows.append(["", "not readable", "", *map(_range, cells), "-"])
-    return _table(["task", "metric", "records", *summaries, "guessing"], rows)
+    return markdown_table(["task", "metric", "records", *summaries, "guessing"], rows)
 
 
 def describe_machine() -> str:
@@ -133,7 +133,9 @@ def _range(values: Sequence[float] | float | None) -> str:
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown; bars and line ends in cells are made harmless."""
+
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 

@@ -1,22 +1,29 @@
 """What an evaluation leaves behind: one prediction a record, one summary a task."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 from idavlm.data.schema import TASK_TYPES
 
-MAIN_METRIC = {
-    "matching": "accuracy",
-    "location": "acc@0.5",
-    "qa_single": "accuracy",
-    "caption_single": "clause_recall",
-    "qa_multi": "accuracy",
-    "caption_multi": "clause_recall",
+MAIN_METRICS = {
+    "matching": ("accuracy",),
+    "location": ("acc@0.5",),
+    "qa_single": ("accuracy", "closest_accuracy"),
+    "caption_single": ("clause_recall", "name_f1"),
+    "qa_multi": ("accuracy", "closest_accuracy"),
+    "caption_multi": ("clause_recall", "name_f1"),
 }
-"""The one number that stands for a task where there is room for one."""
+"""The one number that stands for a task where there is room for one: the first of these that there is."""
+
+
+def main_metric(task: str, metrics: Iterable[str]) -> str | None:
+    """The main one of ``metrics``; of tasks beyond the six the first, and None where there is none."""
+    metrics = list(metrics)
+    found = [metric for metric in MAIN_METRICS.get(task, metrics) if metric in metrics]
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,9 @@ class Prediction:
     parsed: bool = True
 
     @property
-    def main_score(self) -> float:
-        return self.scores[MAIN_METRIC[self.type]]
+    def main_score(self) -> float | None:
+        metric = main_metric(self.type, self.scores)
+        return None if metric is None else self.scores[metric]
 
 
 @dataclass(frozen=True)
@@ -61,27 +69,34 @@ class EvaluationResult:
     def summary(self) -> dict[str, dict]:
         """``{task: {"n", "unparsed", "metrics": {metric: mean}, "chance": {metric: mean}}}`` of the tasks there are."""
         summary = {}
-        for task in TASK_TYPES:
-            found = [prediction for prediction in self.predictions if prediction.type == task]
-            if found:
-                summary[task] = {
-                    "n": len(found),
-                    "unparsed": sum(not prediction.parsed for prediction in found),
-                    "metrics": _means(prediction.scores for prediction in found),
-                    "chance": _means(prediction.chance for prediction in found),
-                }
+        for task, found in self.by_task.items():
+            summary[task] = {
+                "n": len(found),
+                "unparsed": sum(not prediction.parsed for prediction in found),
+                "metrics": _means(prediction.scores for prediction in found),
+                "chance": _means(prediction.chance for prediction in found),
+            }
         return summary
 
     @property
-    def main_scores(self) -> dict[str, float]:
-        """The main metric of every task there is, e.g. to watch in training."""
-        return {task: row["metrics"][MAIN_METRIC[task]] for task, row in self.summary.items()}
+    def by_task(self) -> dict[str, list[Prediction]]:
+        """Predictions of every task there is: the six in their order, then others as they come."""
+        tasks = dict.fromkeys(prediction.type for prediction in self.predictions)
+        order = [task for task in TASK_TYPES if task in tasks] + [task for task in tasks if task not in TASK_TYPES]
+        return {task: [one for one in self.predictions if one.type == task] for task in order}
 
-    def save(self, path: str | Path) -> Path:
-        """Write summary and predictions as JSON; :meth:`load` reads it back."""
+    @property
+    def main_scores(self) -> dict[str, float]:
+        """The main metric of every task that has one, e.g. to watch in training."""
+        main = {task: main_metric(task, row["metrics"]) for task, row in self.summary.items()}
+        return {task: self.summary[task]["metrics"][metric] for task, metric in main.items() if metric}
+
+    def save(self, path: str | Path, **facts: object) -> Path:
+        """Write summary and predictions as JSON, with ``facts`` beside them; :meth:`load` reads it back."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"summary": self.summary, "seconds": self.seconds, "predictions": list(map(asdict, self.predictions))}
+        content = {**facts, "summary": self.summary, "seconds": self.seconds}
+        content["predictions"] = [asdict(prediction) for prediction in self.predictions]
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
@@ -92,8 +107,11 @@ class EvaluationResult:
 
 
 def _means(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each metric that all records have: every record of a task has the same ones."""
-    scores = list(scores)
-    return {
-        metric: fmean(row[metric] for row in scores) for metric in scores[0] if all(metric in row for row in scores)
-    }
+    """Mean of each metric over the records that have it."""
+    rows = list(scores)
+    return {metric: fmean(row[metric] for row in rows if metric in row) for metric in metrics_of(rows)}
+
+
+def metrics_of(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """All metrics of some records, in the order they come."""
+    return list(dict.fromkeys(metric for row in rows for metric in row))

@@ -161,9 +161,9 @@ class IDAVLMProcessor(ProcessorMixin):
         """Batch of encoded samples; ``padding_side="left"`` for generation."""
         return Collator(self.tokenizer.pad_token_id, padding_side=padding_side)(encoded)
 
-    def parse_box(self, text: str, image_size: tuple[int, int]) -> list[float] | None:
-        """First box in generated ``text``, in pixels of an image of (height, width); None if there is none."""
-        return self._boxes.parse(text, image_size)
+    def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
+        """Box in generated ``text``, in pixels of an image of (height, width); see :meth:`BoxFormat.parse`."""
+        return self._boxes.parse(text, image_size, name=name)
 
     def _load(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
         """Prepared pixels ``[3, H, W]`` and original (height, width) of an image file."""

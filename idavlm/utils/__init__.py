@@ -1,7 +1,8 @@
 """Floor 0: small things every floor may use."""
 
+from idavlm.utils.answer_text import last_answer, plain_answer
 from idavlm.utils.checks import check_choice, check_positive
 from idavlm.utils.compiling import outside_compile
 from idavlm.utils.image_roles import ImageRole
 
-__all__ = ["ImageRole", "check_choice", "check_positive", "outside_compile"]
+__all__ = ["ImageRole", "check_choice", "check_positive", "last_answer", "outside_compile", "plain_answer"]

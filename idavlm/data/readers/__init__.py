@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from idavlm.data.readers.conversations import read_llava, read_sharegpt, read_yi_vl
+from idavlm.data.readers.mmid import MMID_TYPES, read_mmid
 from idavlm.data.readers.openai_parts import read_openai
 from idavlm.data.readers.qwen_inline import read_qwen_vl
 
@@ -16,6 +17,7 @@ def read_idavlm(record: Any, where: str) -> Any:
 READERS: dict[str, Callable[[Any, str], Any]] = {
     "idavlm": read_idavlm,
     "llava": read_llava,
+    "mmid": read_mmid,
     "openai": read_openai,
     "qwen_vl": read_qwen_vl,
     "sharegpt": read_sharegpt,
@@ -23,4 +25,14 @@ READERS: dict[str, Callable[[Any, str], Any]] = {
 }
 """Readers by name, for ``RecordDataset(reader=...)``; a new format is one more function and one more line."""
 
-__all__ = ["READERS", "read_idavlm", "read_llava", "read_openai", "read_qwen_vl", "read_sharegpt", "read_yi_vl"]
+__all__ = [
+    "MMID_TYPES",
+    "READERS",
+    "read_idavlm",
+    "read_llava",
+    "read_mmid",
+    "read_openai",
+    "read_qwen_vl",
+    "read_sharegpt",
+    "read_yi_vl",
+]

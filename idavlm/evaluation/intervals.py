@@ -1,0 +1,41 @@
+"""Bootstrap confidence intervals: how far a mean would move with other items."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval, over ``n`` items."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Mean of ``values`` and the 2.5th and 97.5th percentile of the means of ``resamples`` draws with replacement.
+
+    The same values always get the same interval.
+
+    Raises:
+        ValueError: no values.
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("values is empty; a mean needs at least one.")
+    counts = resample_counts(len(values), resamples, seed)
+    low, high = np.percentile(counts @ values / len(values), [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high), len(values))
+
+
+@lru_cache(maxsize=8)
+def resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of ``n`` items is drawn in each resample, ``[resamples, n]``."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)

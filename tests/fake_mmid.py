@@ -1,0 +1,120 @@
+"""A miniature in MM-ID's own format, pictures included; names, texts and drawings are made up here."""
+
+import json
+from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageDraw
+
+FILMS = ("movie/The Long Table (1971)", "movie/Rain, Again (2003)", "animation/Paper Boats")
+PEOPLE = ("Ada Lund", "Bo Reyes", "Cora", "Captain Dain")
+DOES = ("pouring tea", "reading a map", "waving", "asleep on a bench")
+
+
+def build_mmid(folder: Path, rounds: int = 2) -> Path:
+    """``folder/benchmark.json`` and its pictures; ``rounds`` times every type and film."""
+    items: list[dict] = []
+    rng = Random(0)
+    for _ in range(rounds):
+        for number, film in enumerate(FILMS):
+            _add_film(folder, items, film, number, rng)
+        for place in range(4):
+            _add_matching(folder, items, place, rng)
+    for number, item in enumerate(items, 1):
+        item["id"] = number
+    path = folder / "benchmark.json"
+    path.write_text(json.dumps(items, indent=1))
+    return path
+
+
+def _add_film(folder: Path, items: list[dict], film: str, number: int, rng: Random) -> None:
+    one, two = PEOPLE[number], PEOPLE[number + 1]
+    shot = len(items)
+    photos = {name: f"./images/{film}/{name}_shot_{shot:04d}_img_0_special.jpg" for name in (one, two)}
+    scenes = [f"./images/{film}/shot_{shot:04d}_img_{index}.jpg" for index in range(3)]
+    boxes = {one: [30, 20, 130, 200], two: [180, 35, 300, 230]}
+    for name, path in photos.items():
+        _draw(folder / path, {name: [10, 10, 110, 110]}, (120, 120))
+    for path in scenes:
+        _draw(folder / path, boxes, (320, 240))
+    intro = f"{one} is <img>image_1</img>\n {two} is <img>image_2</img>\n"
+    base = {"image_1": photos[one], "image_2": photos[two], "image_3": scenes[0]}
+    target = rng.choice([one, two])
+    items.append(
+        base
+        | {
+            "question": f"{intro} In the image: <img>image_3</img>\n Identify {target} with grounding.",
+            "type": "location",
+            "answer": str(boxes[target]),
+            "ground_target": target,
+        }
+    )
+    does = dict(zip((one, two), rng.sample(DOES, 2), strict=True))
+    slash = (" / ", "/ ", "/")[number]
+    items.append(
+        base
+        | {
+            "question": f"{intro} In the image: <img>image_3</img>\n What is {one} doing?",
+            "type": "QA_singleimage",
+            "answer": f"{one} is {does[one]}.",
+            "false answers": slash.join([f"{one} is {does[two]}.", f"{two} is {does[one]}."]),
+        }
+    )
+    first = [name.split()[-1] if number else name for name in (one, two)]
+    items.append(
+        base
+        | {
+            "question": f"{intro} Please describe the image: <img>image_3</img>\n",
+            "answer": f"{first[0]} is {does[one]} while {first[1]} is {does[two]}.",
+            "type": "caption_singleimage",
+        }
+    )
+    several = {"image_4": scenes[1], "image_5": scenes[2]}
+    shown = "<img>image_3</img>\n<img>image_4</img>\n<img>image_5</img>\n"
+    items.append(
+        base
+        | several
+        | {
+            "question": f"{intro} In these pictures {shown}. What does {two} do?",
+            "answer": f"{two} stands up and walks to {one}.",
+            "type": "QA_multiimage",
+            "false answers": f"{two} sits down." if number else "",
+        }
+    )
+    items.append(
+        base
+        | several
+        | {
+            "question": f"{intro} What is displayed in these images {shown}?",
+            "answer": f"{one} comes in, then {two} leaves.",
+            "type": "caption_multiimage",
+        }
+    )
+
+
+def _add_matching(folder: Path, items: list[dict], place: int, rng: Random) -> None:
+    shot = len(items)
+    paths = [f"./images/match/person/film{shot}/shot{index}.jpg" for index in range(5)]
+    name = PEOPLE[rng.randrange(4)]
+    for index, path in enumerate(paths):
+        _draw(folder / path, {name if index in (0, place + 1) else "somebody": [20, 10, 90, 90]}, (100, 100))
+    shown = " ".join(f"Image {index}: <img>image_{index}</img>\n" for index in range(1, 5))
+    items.append(
+        {f"image_{index}": path for index, path in enumerate(paths)}
+        | {
+            "question": f"{name} is <img>image_0</img>\n In the following four images, Which is {name}? {shown}",
+            "answer": f"Image {place + 1}",
+            "type": "matching",
+            "reference_target": f"{name} ",
+        }
+    )
+
+
+def _draw(path: Path, people: dict[str, list[int]], size: tuple[int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", size, "#e8e4da")
+    draw = ImageDraw.Draw(picture)
+    for name, box in people.items():
+        colour = "#%06x" % (sum(ord(letter) * 7919**place for place, letter in enumerate(name)) % 0xC0C0C0)
+        draw.ellipse(box, fill=colour)
+    picture.save(path)

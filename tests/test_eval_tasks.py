@@ -1,0 +1,231 @@
+"""Grounding, MME, LLaVA's VQA and personalisation: files read, scores by hand-computed figures, commands."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from idavlm.cli.main import main
+from idavlm.data import DataError
+from idavlm.evaluation import Answer, load_answers
+from idavlm.evaluation.running import load_scores
+from idavlm.evaluation.tasks import TASKS
+from idavlm.evaluation.tasks.mme import mme_scores
+from idavlm.evaluation.tasks.personal import recognition_scores
+from idavlm.evaluation.tasks.vqa import says
+from idavlm.models import BoxFormat
+from tests.small_models import draw_images, small_model, small_processor
+
+
+def lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def answered(items, texts):
+    return [Answer(item.sample.id, text) for item, text in zip(items, texts, strict=True)]
+
+
+def test_grounding_in_every_convention(tmp_path):
+    draw_images(tmp_path, ["wide.png"], (400, 200))
+    records = [
+        {"image": "wide.png", "sent": "the left man", "bbox": [100, 50, 200, 150]},
+        {"id": "b", "image": "gone.png", "expression": "a dog", "bbox": [10, 20, 90, 80], "bbox_format": "xywh",
+         "height": 200, "width": 400, "split": "testA", "text": "Box of a dog?"},
+    ]  # fmt: skip
+    items = TASKS["grounding"].load(lines(tmp_path / "refcoco_val.jsonl", records), None)
+    assert [item.groups["split"] for item in items] == ["refcoco_val", "testA"]
+    assert [item.sample.target_box.box for item in items] == [[100, 50, 200, 150], [10, 20, 100, 100]]
+    assert items[0].sample.messages[0].content[-1].text == "\nWhere is the left man?"
+    for kind in BoxFormat.KINDS:
+        texts = [BoxFormat(kind).write("x", item.sample.target_box.box, (200, 400)) for item in items]
+        metrics = TASKS["grounding"].score(items, answered(items, texts), BoxFormat(kind).parse).summary["location"]
+        assert metrics["metrics"]["acc@0.5"] == 1, kind
+        assert metrics["chance"] == {}
+    half = TASKS["grounding"].score(items, answered(items, ["[100, 50, 200, 99]", "no"]), BoxFormat("pixels").parse)
+    assert half.summary["location"]["metrics"] == {"mean_iou": pytest.approx(0.245), "acc@0.5": 0}
+    assert half.summary["location"]["unparsed"] == 1
+    # The square counts in the picture padded to 400 x 400: 100 rows above.
+    square = TASKS["grounding"].score(
+        items[:1], answered(items[:1], ["[0.25, 0.375, 0.5, 0.625]"]), BoxFormat("square").parse
+    )
+    assert square.predictions[0].box == [100, 50, 200, 150]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": [1, 2, 3]}, r"g.jsonl:1: bbox=\[1, 2, 3\] must be four numbers"),
+        ({"bbox": [50, 50, 10, 10]}, "is it of 'bbox_format': 'xywh'"),
+        ({"bbox_format": "yxyx"}, "bbox_format='yxyx' is not known"),
+        ({"sent": None}, "the record has no 'sent' or 'expression' or 'phrase'"),
+    ],
+)
+def test_broken_grounding_records_are_named(tmp_path, change, message):
+    record = {"image": "a.png", "sent": "a man", "bbox": [1, 2, 30, 40]} | change
+    with pytest.raises(DataError, match=message):
+        TASKS["grounding"].load(lines(tmp_path / "g.jsonl", [record]), None)
+
+
+@pytest.fixture
+def mme(tmp_path):
+    """Two categories in the two layouts of the release, two pictures and one."""
+    root = tmp_path / "MME"
+    for folder, texts in (("color", "color"), ("artwork/images", "artwork/questions_answers_YN")):
+        (root / folder).mkdir(parents=True)
+        (root / texts).mkdir(parents=True, exist_ok=True)
+        for name in ("1", "2") if folder == "color" else ("9",):
+            Image.new("RGB", (20, 10)).save(root / folder / f"{name}.png")
+            (root / texts / f"{name}.txt").write_text(f"Is {name} red?\tYes\nIs {name} blue?\tNo\n")
+    (root / "code_reasoning").mkdir()
+    (root / "code_reasoning" / "0.txt").write_text("Is it 3?\tNo\nIs it 4?\tYes\n")
+    Image.new("RGB", (20, 10)).save(root / "code_reasoning" / "0.jpg")
+    (root / "readme.txt").write_text("notes")
+    return root
+
+
+def test_mme_by_question_and_by_picture(mme):
+    items = TASKS["mme"].load(mme, None)
+    by_name = {item.sample.id: item for item in items}
+    assert len(items) == 8
+    assert by_name["artwork/9#1"].sample.message_images == ["artwork/images/9.png"]
+    assert by_name["code_reasoning/0#2"].groups == {"ability": "cognition", "category": "code_reasoning"}
+    said = {"color/1#1": "Yes", "color/1#2": "No, it is red.", "color/2#1": "yes", "color/2#2": "Yes."}
+    said |= {"artwork/9#1": "maybe", "artwork/9#2": "no", "code_reasoning/0#1": "No", "code_reasoning/0#2": "Yes"}
+    result = TASKS["mme"].score(items, answered(items, [said[item.sample.id] for item in items]), None)
+    assert mme_scores(items, result) == {
+        "artwork": 50, "code_reasoning": 200, "color": 125, "perception (sum)": 175, "cognition (sum)": 200,
+    }  # fmt: skip
+    assert result.summary["mme"]["unparsed"] == 1
+    assert result.summary["mme"]["chance"] == {"accuracy": 0.5, "accuracy_plus": 0.25}
+    (mme / "color" / "1.txt").write_text("Is 1 red? Yes\n")
+    with pytest.raises(DataError, match=r"color/1.txt:1: 'Is 1 red\? Yes' is no question, a tab, and Yes or No"):
+        TASKS["mme"].load(mme, None)
+
+
+FACTS = [["born in Busan", "from Busan"], ["a vet"], ["two cats", "2 cats"]]
+
+
+def vqa_records():
+    return [
+        {"question_id": 1, "image": "kate.png", "text": "Who is she?", "category": "person", "facts": FACTS},
+        {
+            "question_id": 2,
+            "image": "other.png",
+            "text": "<image>\nWhat colour?",
+            "category": "general",
+            "answer": "red",
+        },
+        {"question_id": "c", "text": "How many legs has a cat?", "category": "general", "answers": ["four", "4"]},
+        {"question_id": 4, "image": ["kate.png", "tom.png"], "text": "Describe.", "category": "open"},
+    ]
+
+
+def test_vqa_of_facts_and_words(tmp_path):
+    items = TASKS["vqa"].load(lines(tmp_path / "q.jsonl", vqa_records()), None)
+    texts = ["Kate, who is from Busan, keeps 2 cats.", "It is a bright red.", "The 4.", "Two people."]
+    result = TASKS["vqa"].score(items, answered(items, texts), None)
+    scores = [one.scores for one in result.predictions]
+    assert scores[0] == {"fact_recall": pytest.approx(2 / 3)}
+    assert scores[1] == {"contains": 1, "word_f1": pytest.approx(2 / 6)}
+    assert scores[2] == {"contains": 1, "word_f1": pytest.approx(2 / 3)}
+    assert scores[3] == {}
+    assert [len(item.sample.images) for item in items] == [1, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "wording", "there"),
+    [
+        ("She is a Vet!", "a vet", True),
+        ("veterans", "vet", False),
+        ("a vet", "the vet", True),
+        ("born Busan", "born in Busan", False),
+    ],
+)
+def test_wordings_stand_as_words(text, wording, there):
+    assert says(text, wording) is there
+
+
+def test_before_and_after_are_compared_by_category(tmp_path, capsys):
+    data = lines(tmp_path / "q.jsonl", vqa_records()[:3])
+    for name, texts in (
+        ("before", ["I do not know her.", "red", "four"]),
+        ("after", ["Born in Busan, a vet, two cats", "red", "five"]),
+    ):
+        told = [{"question_id": q, "text": t} for q, t in zip((1, 2, "c"), texts, strict=True)]
+        out = ["--predictions", str(lines(tmp_path / f"{name}.jsonl", told)), "--out", str(tmp_path / name)]
+        assert main(["eval", "vqa", str(data), *out]) == 0
+    capsys.readouterr()
+    table = load_scores(tmp_path / "after")[1]["tables"]["category"]
+    assert table["person"]["metrics"]["fact_recall"]["mean"] == 1
+    assert table["general"]["metrics"]["contains"]["mean"] == 0.5
+    assert main(["eval", "compare", str(tmp_path / "before"), str(tmp_path / "after")]) == 0
+    rows = capsys.readouterr().out
+    assert "| vqa | fact_recall | 1 | 0.000 | 1.000 | +1.000 [+1.000, +1.000] |" in rows
+    assert "| vqa | contains | 2 | 1.000 | 0.500 |" in rows
+
+
+def personal_records():
+    base = {"concept": "Kate", "image": "kate.png"}
+    ask = base | {"kind": "recognition", "text": "Is Kate in this photo?"}
+    return [
+        *({**ask, "id": f"p{n}", "answer": "yes"} for n in range(2)),
+        *({**ask, "id": f"n{n}", "answer": "No"} for n in range(4)),
+        base | {"id": "v", "kind": "choice_v", "text": "What does Kate wear? A. a hat B. a scarf", "answer": "B"},
+        {"concept": "Kate", "id": "t", "kind": "choice_t", "text": "Kate is A. a vet B. a cook", "answer": "A"},
+        base
+        | {"id": "c", "kind": "caption", "text": "Describe.", "identities": [{"name": "Kate", "images": ["tom.png"]}]},
+    ]
+
+
+def test_personalisation(tmp_path):
+    items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
+    texts = ["Yes", "No", "No.", "no", "no", "Yes, she is.", "B. a scarf", "The answer is (B)", "A photo of kate."]
+    result = TASKS["personal"].score(items, answered(items, texts), None)
+    assert recognition_scores(result) == {"positive": 0.5, "negative": 0.75, "weighted": 0.625}
+    assert result.summary["choice_v"]["metrics"] == {"accuracy": 1}
+    assert result.summary["choice_t"]["metrics"] == {"accuracy": 0}
+    assert result.summary["caption"]["metrics"] == {"recall": 1}
+    assert items[-1].sample.reference_images == ["tom.png"]
+    for change, message in (({"kind": "x"}, "kind='x' is not known"), ({"answer": "perhaps"}, "cannot be read")):
+        with pytest.raises(DataError, match=message):
+            TASKS["personal"].load(lines(tmp_path / "x.jsonl", [personal_records()[0] | change]), None)
+
+
+def test_a_model_answers_all_of_them(tmp_path, mme, capsys):
+    """Every task from its file to its report, with a model that has learnt nothing."""
+    processor = small_processor()
+    small_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    draw_images(tmp_path / "images", ["kate.png", "tom.png", "other.png"])
+    grounding = [{"image": "kate.png", "sent": "a man", "bbox": [1, 2, 30, 40]}]
+    data = {
+        "vqa": lines(tmp_path / "q.jsonl", vqa_records()),
+        "personal": lines(tmp_path / "p.jsonl", personal_records()),
+        "grounding": lines(tmp_path / "g.jsonl", grounding),
+        "mme": mme,
+    }
+    for task, path in data.items():
+        images = [] if task == "mme" else ["--images", str(tmp_path / "images")]
+        out = tmp_path / "out" / task
+        asked = [*images, "--model", str(tmp_path / "model"), "--max-new-tokens", "3", "--out", str(out)]
+        assert main(["eval", task, str(path), *asked]) == 0, capsys.readouterr().err
+        assert len(load_answers(out / "predictions.jsonl")) == len(TASKS[task].load(path, None))
+        assert (out / "report.md").read_text().startswith(f"# {task}")
+    asked = [
+        "eval",
+        "mme",
+        str(mme),
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path / "none"),
+        "--baselines",
+    ]
+    assert main(asked) == 2
+    assert "--baselines: nobody is introduced" in capsys.readouterr().err
+    llava = [json.loads(line) for line in (tmp_path / "out" / "vqa" / "answers.jsonl").read_text().splitlines()]
+    assert [line["question_id"] for line in llava] == ["1", "2", "c", "4"]
+    assert set(llava[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    assert "## MME score" in (tmp_path / "out" / "mme" / "report.md").read_text()
+    assert "| weighted |" in (tmp_path / "out" / "personal" / "report.md").read_text()

@@ -1,0 +1,185 @@
+"""The judge, driven end to end against a local endpoint that fails in every way endpoints do."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from idavlm.evaluation.judge import JudgeClient, JudgeError, judge_answers, judge_pairs, parse_score, parse_winner
+from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.evaluation.tasks import Item
+from tests.evaluation_fakes import samples
+from tests.judge_server import JudgeServer
+
+SCORES = [
+    ("10/10", 10), ("Score: 7", 7), ("7", 7), ("7.", 7), ("**Score: 8**", 8), ("Rating: 9/10", 9), ('{"score": 6}', 6),
+    ('{"reason": "2 of 3 names", "score": 10}', 10), ("The answer is good.\nScore: 10", 10), ("Score: 10\n", 10),
+    ("On a scale of 1 to 10, I give 4/10.", 4), ("Score: 8 out of 10", 8), ("8 out of ten", 8), ("8.5/10", 8.5),
+    ("Score (1-10): 6", 6), ("评分:8", 8), ("Score: [[9]]", 9), ("The score is 5.", 5), ("5\nBecause he stands.", 5),
+    ("Two names are right.\n6", 6), ("First I thought of Score: 3, but no.\nScore: 5", 5), ("Score: 7/10", 7),
+    ("<think>maybe 3/10</think>Score: 9", 9), ("Names 2/3, actions 1/3.\nScore: 4", 4), ("Grade: 1", 1), ("(3)", 3),
+    ("7 points", 7), ("Score = 2", 2), ("score of 6", 6), ("Score: ** 10 **", 10),
+    ("I'm sorry, I cannot judge this.", None), ("", None), ("11/10", None), ("0", None), ("0/10", None), ("3/5", None),
+    ("Score: 3/5", None), ("There are 2 people in it.", None), ("Score: 100", None), ("Score: 1-10", None),
+    ("On a scale of 1 to 10 it is fine.", None), ("Score: high", None),
+]  # fmt: skip
+
+
+@pytest.fixture
+def client(tmp_path):
+    def make(server, **options):
+        options = {"cache": tmp_path / "judge.jsonl", "timeout": 0.3, "backoff": 0.002, "retries": 6, **options}
+        return JudgeClient("stub", base_url=server.url, api_key="secret", **options)
+
+    return make
+
+
+def judged(number: int = 6) -> tuple[list[Item], EvaluationResult]:
+    """Descriptions of ``number`` people; the answer names its own number."""
+    found = [sample for sample in samples(max(number, 4)) if sample.type == "caption_single"][:number]
+    items = [Item(sample, {"type": sample.type}) for sample in found]
+    predictions = [
+        Prediction(sample.id, sample.type, f"answer <{place}>", sample.answer, {"name_f1": 1.0})
+        for place, sample in enumerate(found)
+    ]
+    return items, EvaluationResult(predictions)
+
+
+@pytest.mark.parametrize(("reply", "score"), SCORES)
+def test_scores_are_read_as_a_person_would(reply, score):
+    assert parse_score(reply) == score
+
+
+@pytest.mark.parametrize(
+    ("reply", "winner"),
+    [
+        ("[[A]]", "A"), ("A is close, yet\n[[B]]", "B"), ("[[tie]]", "tie"), ("[[C]]", "tie"), ("B", "B"), ("b.", "B"),
+        ("Verdict: A", "A"), ("Winner: tie", "tie"), ("[[A]] ... no: [[B]]", "B"), ("neither", None), ("", None),
+        ("A dog runs.", None),
+    ],
+)  # fmt: skip
+def test_winners(reply, winner):
+    assert parse_winner(reply) == winner
+
+
+def test_every_fault_is_survived_and_every_answer_paid_for_once(client):
+    faults = [429, 500, "hang", "cut", "short", "shape", "drop", 503, 429]
+    with JudgeServer(lambda content: "10/10", faults) as server:
+        assert client(server, retries=9).ask([{"role": "user", "content": "one"}]) == "10/10"
+        assert len(server.asked) == len(faults) + 1
+        again = client(server)
+        assert again.ask([{"role": "user", "content": "one"}]) == "10/10"
+        assert len(server.asked) == len(faults) + 1, "from the disk"
+        assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_what_will_not_mend_is_not_asked_again(client):
+    with JudgeServer(lambda content: "x", [401]) as server:
+        with pytest.raises(JudgeError, match="HTTP 401"):
+            client(server).ask([{"role": "user", "content": "one"}])
+        assert len(server.asked) == 1
+    with JudgeServer(lambda content: "x", [500] * 9) as server:
+        with pytest.raises(JudgeError, match=r"no reply in 3 tries; the last: HTTP 500"):
+            client(server, retries=2).ask([{"role": "user", "content": "one"}])
+        assert len(server.asked) == 3
+
+
+def test_answers_of_several_kinds_are_scored(client):
+    replies = [
+        "10/10",
+        "Reason.\nScore: 7",
+        {"content": None, "refusal": "I can't."},
+        "I cannot judge.",
+        "Score: 0",
+        "3",
+    ]
+    by_number = {f"<{number}>": reply for number, reply in enumerate(replies)}
+
+    def reply(content):
+        return next(text for number, text in by_number.items() if number in content)
+
+    with JudgeServer(reply, [429, 500, "cut"]) as server:
+        items, result = judged(len(replies))
+        scored = judge_answers(client(server), items, result, types=("caption_single",), workers=3)
+    scores = [prediction.scores for prediction in scored.predictions]
+    assert [one.get("judge") for one in scores] == [10, 7, None, None, None, 3]
+    assert [one["judge_unscored"] for one in scores] == [0, 0, 1, 1, 1, 0]
+    assert scored.summary["caption_single"]["metrics"]["judge"] == pytest.approx(20 / 3)
+    assert all("Ground truth: Kate is" in content and "answer <" in content for content in server.answered)
+    untouched = judge_answers(client(server), items, result, types=("qa_single",))
+    assert untouched == result
+
+
+def test_pairs_are_asked_in_both_orders(client):
+    questions = [("q", "truth", f"good {number}", f"bad {number}") for number in range(3)]
+    questions += [("q", "truth", "bad", "good"), ("q", "truth", "same", "same"), ("q", "truth", "mum", "x")]
+
+    def reply(content):
+        first = content.split("Answer A: ")[1].split("\n")[0]
+        if "mum" in content:
+            return "I'd rather not."
+        return "[[A]]" if "good" in first else "[[B]]"
+
+    with JudgeServer(reply) as server:
+        verdicts = judge_pairs(client(server), questions)
+        assert len(server.asked) == 2 * len(questions) - 2, "equal answers are not asked about"
+    assert verdicts == ["A", "A", "A", "B", "tie", None]
+
+
+def test_requests_keep_the_rate(client):
+    with JudgeServer(lambda content: "5") as server:
+        limited = client(server, requests_per_minute=1200)
+        for number in range(5):
+            limited.ask([{"role": "user", "content": str(number)}])
+    assert server.times[-1] - server.times[0] >= 4 * 0.05 - 0.02, "never faster than asked for"
+
+
+def test_endpoint_from_the_environment(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ValueError, match="export OPENAI_BASE_URL"):
+        JudgeClient("m")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1/")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    found = JudgeClient("m")
+    assert (found.base_url, found.api_key) == ("http://localhost:1/v1", "k")
+    assert "'k'" not in repr(found)
+    with pytest.raises(ValueError, match="must begin with http"):
+        JudgeClient("m", base_url="file:///etc/passwd")
+
+
+def test_the_same_question_at_the_same_time_is_asked_once(client):
+    with JudgeServer(lambda content: time.sleep(0.05) or "5") as server:
+        one = client(server)
+        with ThreadPoolExecutor(6) as pool:
+            assert set(pool.map(lambda _: one.ask([{"role": "user", "content": "one"}]), range(6))) == {"5"}
+        assert len(server.asked) == 1
+
+
+def test_killed_half_way_and_resumed_nothing_is_asked_twice(client, tmp_path):
+    def reply(content):
+        time.sleep(0.1)
+        return "Score: 8"
+
+    cache = tmp_path / "judge.jsonl"
+    items, result = judged(12)
+    with JudgeServer(reply) as server:
+        program = os.fork()
+        if program == 0:
+            judge_answers(client(server, timeout=9), items, result, types=("caption_single",), workers=2)
+            os._exit(0)
+        while not cache.exists() or cache.read_bytes().count(b"\n") < 4:
+            time.sleep(0.005)
+        os.kill(program, signal.SIGKILL)
+        os.waitpid(program, 0)
+        kept = cache.read_bytes().count(b"\n")
+        cache.write_bytes(cache.read_bytes() + b'{"key": "torn')
+        time.sleep(0.3)
+        asked = len(server.asked)
+        assert 4 <= kept < 12
+        for _ in range(2):
+            scored = judge_answers(client(server, timeout=9), items, result, types=("caption_single",), workers=2)
+            assert scored.summary["caption_single"]["metrics"]["judge"] == 8
+            # What was under way when it died is asked again; what was answered and kept is not.
+            assert len(server.asked) - asked == 12 - kept
