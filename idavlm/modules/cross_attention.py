@@ -137,4 +137,3 @@ class CrossAttention(nn.Module):
 def _linear_part(projection: nn.Module, x: Tensor) -> Tensor:
     """``projection(x)`` less its bias, whatever adapters the projection carries."""
     return projection(x) - projection(torch.zeros_like(x[:1]))
-

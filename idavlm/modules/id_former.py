@@ -343,9 +343,7 @@ class IDFormer(nn.Module):
         maps = []
         for layer in self.identity_layers:
             query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.position), grid_size)
-            scenes, sums = layer(
-                scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments
-            )
+            scenes, sums = layer(scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments)
             if output_attentions:
                 maps.append(identity_map(sums, groups, num_patches))
         return scenes, tuple(maps)

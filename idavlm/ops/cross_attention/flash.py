@@ -1,4 +1,4 @@
-"""``attn_implementation="flash_attention_2"``: the package flash-attn, which packs its segments as this library does."""
+"""``attn_implementation="flash_attention_2"``: the package flash-attn, which packs segments as this library does."""
 
 import torch
 from torch import Tensor
@@ -64,6 +64,6 @@ def _check(q: Tensor) -> None:
         )
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"q has dtype {q.dtype}; attn_implementation='flash_attention_2' takes float16 and bfloat16. Cast it or use "
-            "autocast, or use attn_implementation='sdpa'."
+            f"q has dtype {q.dtype}; attn_implementation='flash_attention_2' takes float16 and bfloat16. Cast it or "
+            "use autocast, or use attn_implementation='sdpa'."
         )

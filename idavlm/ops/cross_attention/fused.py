@@ -101,6 +101,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> None:
             )
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(
-            f"q has head_dim {q.shape[-1]}; attn_implementation='triton' takes up to {MAX_HEAD_DIM}. Use more heads, or "
-            "attn_implementation='sdpa'."
+            f"q has head_dim {q.shape[-1]}; attn_implementation='triton' takes up to {MAX_HEAD_DIM}. Use more heads, "
+            "or attn_implementation='sdpa'."
         )

@@ -3,8 +3,8 @@
 Weights are computed again from ``lse``. Two ways to the gradient of the queries, both measured by the tuner:
 
 - *joined*: :func:`attend_backward_keys` adds it up with atomic additions, five products in all;
-- *separate*: :func:`attend_backward_queries` sums it in registers in a fixed order, seven products in all. Shared queries
-  stay in place while the program walks from segment to segment.
+- *separate*: :func:`attend_backward_queries` sums it in registers in a fixed order, seven products in all. Shared
+  queries stay in place while the program walks from segment to segment.
 """
 
 import triton
@@ -124,9 +124,7 @@ def attend_backward_keys(
     lse += first_q + head.to(tl.int64) * num_rows
     delta += first_q + head.to(tl.int64) * num_rows
 
-    keys = load_keys(
-        k, key_bias, columns, rows_k, k_stride, bias_length, row_size, HAS_BIAS, HEAD_DIM, BLOCK_D
-    )
+    keys = load_keys(k, key_bias, columns, rows_k, k_stride, bias_length, row_size, HAS_BIAS, HEAD_DIM, BLOCK_D)
     values = load_rows(v, columns, rows_k, v_stride, HEAD_DIM, BLOCK_D)
     if GROUPS:
         members = membership(key_groups + first_k, columns, rows_k, GROUPS, tl.float32)

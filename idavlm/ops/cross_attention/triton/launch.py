@@ -12,7 +12,8 @@ from idavlm.ops.cross_attention.triton.backward import (
 )
 from idavlm.ops.cross_attention.triton.forward import attend_forward
 from idavlm.ops.cross_attention.triton.tiles import INTERPRETED
-from idavlm.ops.cross_attention.triton.tiling import Tile, tiling_for
+from idavlm.ops.cross_attention.triton.tiling import tiling_for
+from idavlm.ops.cross_attention.triton.tuning import Tile
 
 DELTA_ROWS = 64
 
@@ -37,7 +38,7 @@ def launch_forward(
     if out.numel() == 0:
         return out, sums, lse
     common = _common(q, k, v, key_bias, key_groups, segments, num_rows, num_groups, shared_q, scale)
-    tile = tiling_for(q, shared_q).forward
+    tile = tiling_for(q).forward
     blocks = triton.cdiv(segments.max_seqlen_q, tile.block_q)
     with _device_of(q):
         attend_forward[segments.num * blocks, heads](
@@ -67,9 +68,9 @@ def launch_backward(
     grad_sums = sums if grad_sums is None else grad_sums
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    grad_k, grad_v, delta = k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    grad_k, grad_v, delta = k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(lse.shape)
     common = _common(q, k, v, key_bias, key_groups, segments, num_rows, num_groups, shared_q, scale)
-    tiling = tiling_for(q, shared_q)
+    tiling = tiling_for(q)
     joined = tiling.joined and not torch.are_deterministic_algorithms_enabled()
     grad_q = q.new_zeros(q.shape, dtype=torch.float32) if joined else None
     with _device_of(q):
@@ -86,11 +87,12 @@ def launch_backward(
         )  # fmt: skip
         if joined:
             return grad_q.to(q.dtype), grad_k, grad_v
-        blocks = triton.cdiv(segments.max_seqlen_q, tiling.queries.block_q)
+        tile = tiling.shared if shared_q else tiling.queries
+        blocks = triton.cdiv(segments.max_seqlen_q, tile.block_q)
         parts = _parts(q, segments.num, blocks * heads) if shared_q else segments.num
         grad_q = q.new_empty((parts, *q.shape), dtype=torch.float32) if shared_q else q.new_empty(q.shape)
         attend_backward_queries[parts * blocks, heads](
-            **common, grad_q=grad_q, num_blocks=blocks, num_segments=segments.num, **_options(tiling.queries)
+            **common, grad_q=grad_q, num_blocks=blocks, num_segments=segments.num, **_options(tile)
         )
     return grad_q.sum(0).to(q.dtype) if shared_q else grad_q, grad_k, grad_v
 

@@ -101,7 +101,9 @@ def _backward(ctx, grad_out: Tensor | None, grad_sums: Tensor | None, grad_lse: 
     )  # fmt: skip
     grad_bias = None
     if key_bias is not None and ctx.needs_input_grad[3]:
-        grad_bias = _sum_over_positions(grad_k, len(key_bias), Segments(ctx.sizes[0], None, cu_seqlens_k, *ctx.sizes[1:]))
+        grad_bias = _sum_over_positions(
+            grad_k, len(key_bias), Segments(ctx.sizes[0], None, cu_seqlens_k, *ctx.sizes[1:])
+        )
     return grad_q, grad_k, grad_v, grad_bias, *(None,) * 9
 
 

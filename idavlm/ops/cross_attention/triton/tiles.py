@@ -1,7 +1,7 @@
 """What the kernels share: where a segment lies, how its rows are read and written, and products of tiles.
 
-Tiles are ``[rows, BLOCK_D]`` with ``BLOCK_D`` the next power of two of the head's width; columns behind it and rows behind
-the segment's end are read as zeros and not written.
+Tiles are ``[rows, BLOCK_D]`` with ``BLOCK_D`` the next power of two of the head's width; columns behind it and rows
+behind the segment's end are read as zeros and not written.
 """
 
 import os
@@ -92,10 +92,9 @@ def product(a, b, PRECISION: tl.constexpr):
 @inlined
 def narrow(x, dtype: tl.constexpr):
     """``x.to(dtype)``, rounded to the nearest. The interpreter cuts bfloat16 off, so the rounding comes before."""
-    if INTERPRETED:
-        if dtype == tl.bfloat16:
-            x = x.to(tl.float32)
-            bits = x.to(tl.uint32, bitcast=True)
-            bits = bits + 0x7FFF + ((bits >> 16) & 1)
-            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    if INTERPRETED and dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
