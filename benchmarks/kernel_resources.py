@@ -67,10 +67,12 @@ class Resources:
     instruction: str
 
 
-def cases(every_option: bool) -> list[Case]:
+def cases(every_option: bool, quick: bool) -> list[Case]:
     lighter = [(False, 0, False), (True, 0, False), (True, 16, False), (True, GROUPS_A_PASS, True)]
     found = []
     for (capability, itemsize, head_dim), tiling in SHIPPED.items():
+        if quick and itemsize == 4 and head_dim < 128:
+            continue  # the same tile as of 128, and less of everything
         for dtype in ["fp32"] if itemsize == 4 else ["bf16", "fp16"] if every_option else ["bf16"]:
             for kernel in KERNELS:
                 # Queries that segments share are a model's own, and read pictures: nobody sums their weights by group.
@@ -137,53 +139,42 @@ def _usage(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def table(results: dict[Case, Resources], every_option: bool) -> str:
+    """One row a GPU, type and width (and combination of options), one column a kernel."""
+    rows: dict[str, dict[str, str]] = {}
+    for case, result in results.items():
+        label = f"sm_{case.capability} {case.dtype} {case.head_dim}"
+        if every_option:
+            options = [name for name in ("ragged", "bias") if getattr(case, name)]
+            label = " ".join([label, *options, *([f"{case.groups} groups"] if case.groups else [])])
+        tile, memory = case.tile, result.shared_memory / 1024
+        rows.setdefault(label, {})[case.kernel] = (
+            f"{tile.block_q} x {tile.block_k}, {tile.num_warps}, {tile.num_stages}: "
+            f"{result.registers}, {result.stack}, {memory:.0f}, {result.instruction}"
+        )
+    return markdown_table(
+        ["", *KERNELS], [[label, *(cells.get(kernel, "") for kernel in KERNELS)] for label, cells in rows.items()]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every-option", action="store_true")
+    parser.add_argument("--every-option", action="store_true", help="other combinations and float16 as well")
+    parser.add_argument("--quick", action="store_true", help="leave out float32 in heads narrower than 128")
     parser.add_argument("--only", default="", help="cases whose description contains this, e.g. 'capability=90'")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 interprets kernels, and this program compiles them; unset it.")
-    todo = [case for case in cases(args.every_option) if args.only in str(case)]
+    todo = [case for case in cases(args.every_option, args.quick) if args.only in str(case)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(compile_case, todo))
-    rows = [
-        [
-            f"sm_{case.capability} {case.dtype} {case.head_dim} {case.kernel}",
-            *_options_of(case),
-            f"{case.tile.block_q} x {case.tile.block_k}",
-            case.tile.num_warps,
-            case.tile.num_stages,
-            result.registers,
-            result.stack,
-            f"{result.shared_memory / 1024:.0f}",
-            result.instruction,
-        ]
-        for case, result in zip(todo, results, strict=True)
-    ]
-    header = [
-        "kernel",
-        "options",
-        "queries x keys",
-        "warps",
-        "stages",
-        "registers",
-        "spilled bytes",
-        "shared KB",
-        "instruction",
-    ]
-    print(f"triton {triton.__version__}; {len(todo)} kernels\n\n{markdown_table(header, rows)}")
+        results = dict(zip(todo, pool.map(compile_case, todo), strict=True))
+    print(f"triton {triton.__version__}; {len(todo)} kernels. Cells: queries x keys of a tile, warps, stages:")
+    print("registers a thread, bytes spilled, KB of shared memory, matrix instruction\n")
+    print(table(results, args.every_option))
     if args.json:
-        args.json.write_text(
-            json.dumps([asdict(case) | asdict(result) for case, result in zip(todo, results, strict=True)])
-        )
-
-
-def _options_of(case: Case) -> list[str]:
-    names = [name for name in ("shared", "ragged", "bias") if getattr(case, name)]
-    return [", ".join([*names, *([f"{case.groups} groups"] if case.groups else [])]) or "dense"]
+        args.json.write_text(json.dumps([asdict(case) | asdict(result) for case, result in results.items()]))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def triton_cross_attention(
         outputs.append(out)
         sums.append(part)
     shape = (segments.num, segments.max_seqlen_q)
-    output, total = outputs[0], torch.cat(sums, dim=-1)
+    output, total = outputs[0], sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)
     if dense:
         output, total = output.unflatten(0, shape), total.unflatten(0, shape)
     if not output_attentions:

@@ -27,13 +27,13 @@ _SIXTEEN_BITS = {
         32: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         64: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        256: Tiling(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: Tiling(Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
     },
     100: {
         32: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         64: Tiling(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
         128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        256: Tiling(Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: Tiling(Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
     },
 }
 """Chosen as the largest that spill nothing (``python -m benchmarks.kernel_resources``), not by measurement."""
