@@ -1,5 +1,6 @@
 """What can be said of the kernels without a GPU: compiled ahead of time; tiles that are kept; what flash-attn gets."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ from idavlm.ops.cross_attention import flash
 pytest.importorskip("triton")
 
 from benchmarks import tune_attention
+from benchmarks.attention_ways import library
+from benchmarks.cross_attention import make_problem
 from idavlm.ops.cross_attention.triton import tuning
 from idavlm.ops.cross_attention.triton.tiling import SHIPPED, shipped_tiling
 from idavlm.ops.cross_attention.triton.tuning import Tile
@@ -112,6 +115,19 @@ def test_the_tuner_finds_the_fastest_of_what_runs():
     best = tune_attention.tune(SHIPPED[90, 2, 128], time_of)
     assert best == (wanted, wanted, wanted, wanted, False)
     assert tune_attention.tune(best, lambda kernel, tiling: None) == best
+
+
+def test_the_tuner_checks_and_times_a_tiling(monkeypatch):
+    """With the kernels interpreted: what is measured is not asserted, only that wrong results do not count."""
+    monkeypatch.setattr(tune_attention, "attend", library("triton"))
+    sizes = argparse.Namespace(samples=1, queries=4, patches=9, num_heads=1, head_dim=16)
+    sizes.device, sizes.dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
+    tiling = SHIPPED[90, 4, 32]
+    time_of = tune_attention.timer({"pool": make_problem("pool", sizes)}, rounds=1)
+    assert time_of("forward", tiling) > 0
+    assert time_of("shared", tiling) > 0
+    monkeypatch.setattr(tune_attention, "attend", lambda problem: 2 * library("triton")(problem))
+    assert time_of("keys", tiling) is None
 
 
 def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, deterministic):
