@@ -1,135 +1,139 @@
-"""Ways to compute ragged cross-attention, forward and forward + backward.
+"""Ways to compute the attention of identity batches, forward and forward + backward.
 
     python -m benchmarks.cross_attention
     python -m benchmarks.cross_attention --device cuda --dtype bfloat16
 
-``sdpa`` is what ``attn_implementation="sdpa"`` takes on this device. The others compute the same: one SDPA call a
-segment, one padded call with a mask, one call a bucket of equal lengths, nested tensors, and the float32 reference.
-"speed" is against one call a segment.
+Without a GPU at sizes that take a minute. "speed" is against the best of the others (``triton`` and ``sdpa`` are this
+library's; the others are in ``benchmarks/attention_ways.py``). "of matmul" is the share of the rate at which one large
+matrix product runs here. The floor is the longer of two times: the multiplications at that rate, and every input read
+and output written once at the rate of a large copy.
 """
 
 import argparse
 import random
-from collections import defaultdict
+import textwrap
 from collections.abc import Callable
-from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.attention_ways import WAYS, Problem
 from benchmarks.measure import (
     argument_parser,
+    copy_rate,
     describe_machine,
     markdown_table,
+    matmul_rate,
     peak_megabytes,
     time_side_by_side,
     tolerance,
 )
 from idavlm import cross_attention
-from idavlm.ops.cross_attention import sdpa
+
+OURS = ("triton", "sdpa")
+CASES = ("pool", "recognise", "long", "small")
 
 
-def by_segment(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]) -> Tensor:
-    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-    return torch.cat([_attend(*(x[None] for x in part))[0] for part in parts])
+def lengths_of(case: str, samples: int, queries: int, patches: int) -> tuple[list[int], list[int], bool]:
+    """Queries and keys of each segment, and whether queries are shared.
+
+    pool: learned queries read an image each. recognise: 1 to 4 scenes of patches look at 1 to 6 references. long: a
+    scene looks at 64 references. small: many short segments, some of them empty.
+    """
+    draw = random.Random(0)
+    if case == "pool":
+        return [queries] * 4 * samples, [patches] * 4 * samples, True
+    if case == "recognise":
+        pairs = [(patches * draw.randint(1, 4), queries * draw.randint(1, 6)) for _ in range(samples)]
+        return [q for q, _ in pairs], [k for _, k in pairs], False
+    if case == "long":
+        return [patches], [64 * queries], False
+    return [16] * 8 * samples, [8 * draw.randint(0, 3) for _ in range(8 * samples)], False
 
 
-def padded(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]) -> Tensor:
-    cu = [torch.tensor([0, *accumulate(lengths)], device=q.device) for lengths in (lengths_q, lengths_k)]
-    return sdpa._padded(q, k, v, *cu, max(lengths_q), max(lengths_k), q.shape[-1] ** -0.5)
+def make_problem(case: str, args: argparse.Namespace) -> Problem:
+    lengths_q, lengths_k, shared = lengths_of(case, args.samples, args.queries, args.patches)
 
-
-def bucketed(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]) -> Tensor:
-    buckets = defaultdict(list)
-    for segment, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        buckets[lengths].append(segment)
-    q_parts, k_parts, v_parts = q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)
-    outputs: list[Tensor] = [q] * len(lengths_q)
-    for segments in buckets.values():
-        stacked = (torch.stack([parts[segment] for segment in segments]) for parts in (q_parts, k_parts, v_parts))
-        for segment, output in zip(segments, _attend(*stacked), strict=True):
-            outputs[segment] = output
-    return torch.cat(outputs)
-
-
-def nested(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]) -> Tensor:
-    offsets_q, offsets_k = (
-        torch.tensor([0, *accumulate(lengths)], device=q.device) for lengths in (lengths_q, lengths_k)
-    )
-    jagged = (
-        torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2)
-        for x, offsets in ((q, offsets_q), (k, offsets_k), (v, offsets_k))
-    )
-    return F.scaled_dot_product_attention(*jagged).transpose(1, 2).values()
-
-
-def library(implementation: str) -> Callable:
-    def run(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]) -> Tensor:
-        cu = [torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=q.device) for x in (lengths_q, lengths_k)]
-        return cross_attention(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu[0],
-            cu_seqlens_k=cu[1],
-            max_seqlen_q=max(lengths_q),
-            max_seqlen_k=max(lengths_k),
-            attn_implementation=implementation,
-        )
-
-    return run
-
-
-WAYS = {
-    "sdpa": library("sdpa"),
-    "one call a segment": by_segment,
-    "padded": padded,
-    "bucketed": bucketed,
-    "nested": nested,
-    "eager": library("eager"),
-}
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-def measure_case(
-    name: str, heads: int, dim: int, lengths: tuple[list[int], list[int]], args: argparse.Namespace
-) -> list[list[object]]:
     def tensor(tokens: int) -> Tensor:
-        return torch.randn(tokens, heads, dim, device=args.device, dtype=args.dtype, requires_grad=True)
+        shape = (tokens, args.num_heads, args.head_dim)
+        return torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True)
 
-    inputs = (tensor(sum(lengths[0])), tensor(sum(lengths[1])), tensor(sum(lengths[1])))
-    grad = torch.randn_like(inputs[0])
-    expected = WAYS["eager"](*inputs, *lengths)
-    ways = {}
+    tokens_q = lengths_q[0] if shared else sum(lengths_q)
+    return Problem(tensor(tokens_q), tensor(sum(lengths_k)), tensor(sum(lengths_k)), lengths_q, lengths_k, shared)
+
+
+def work_of(problem: Problem, backward: bool) -> tuple[float, float]:
+    """Floating-point operations (2 products forward, 5 backward), and bytes that must be moved."""
+    heads, dim = problem.q.shape[1:]
+    pairs = sum(q * k for q, k in zip(problem.lengths_q, problem.lengths_k, strict=True))
+    outputs = sum(problem.lengths_q) * heads * dim
+    inputs = sum(x.numel() for x in (problem.q, problem.k, problem.v))
+    moved = inputs + outputs
+    if backward:
+        moved += inputs + 2 * outputs + inputs  # inputs, output and its gradient read; gradients written
+    return (14 if backward else 4) * pairs * heads * dim, moved * problem.q.element_size()
+
+
+def reference(problem: Problem) -> Tensor:
+    shared = {} if problem.shared else {"cu_seqlens_q": problem.starts_q}
+    out = cross_attention(
+        problem.q, problem.k, problem.v, cu_seqlens_k=problem.starts_k, attn_implementation="eager", **shared
+    )
+    return out.flatten(0, 1) if problem.shared else out
+
+
+def ways_that_run(problem: Problem, case: str) -> dict[str, Callable[[Problem], Tensor]]:
+    """Those that give the reference's result and a gradient; the others are named with their reason."""
+    with torch.no_grad():
+        expected = reference(problem)
+    found = {}
     for way, function in WAYS.items():
         try:
-            torch.testing.assert_close(function(*inputs, *lengths), expected, **tolerance(args.dtype))
-            ways[way] = function
-        except RuntimeError as error:
-            print(f"{name}: {way} does not run here: {str(error).splitlines()[0]}")
-    rows = []
-    for direction in ("forward", "forward + backward"):
+            out = function(problem)
+            torch.autograd.grad(out.sum(), (problem.q, problem.k, problem.v))
+        except (RuntimeError, ValueError, ImportError, AttributeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            print(f"{case}: {way} does not run here: {textwrap.shorten(reason, 120)}")
+            continue
+        try:
+            torch.testing.assert_close(out.detach(), expected, **tolerance(problem.q.dtype))
+        except AssertionError as error:
+            print(f"{case}: {way} gives another result: {str(error).splitlines()[2]}")
+            continue
+        found[way] = function
+    return found
 
-        def run(function: Callable, direction: str = direction) -> None:
-            with torch.set_grad_enabled(direction != "forward"):
-                out = function(*inputs, *lengths)
-            if direction != "forward":
+
+def measure_case(case: str, args: argparse.Namespace, rates: tuple[float, float]) -> list[list[object]]:
+    problem = make_problem(case, args)
+    inputs = (problem.q, problem.k, problem.v)
+    ways = ways_that_run(problem, case)
+    grad = torch.randn_like(next(iter(ways.values()))(problem))
+    rows = []
+    for backward in (False, True):
+
+        def run(function: Callable[[Problem], Tensor], backward: bool = backward) -> None:
+            with torch.set_grad_enabled(backward):
+                out = function(problem)
+            if backward:
                 torch.autograd.grad(out, inputs, grad)
 
         functions = {way: (lambda function=function: run(function)) for way, function in ways.items()}
         times = time_side_by_side(functions, args.device, args.rounds)
+        best = min(time for way, time in times.items() if way not in OURS)
+        operations, moved = work_of(problem, backward)
+        floor = 1000 * max(operations / rates[0], moved / rates[1])
         for way, function in functions.items():
-            ratio = f"{times['one call a segment'] / times[way]:.2f}x"
+            rate = operations / times[way] * 1000
             rows.append(
                 [
-                    f"{name}, {direction}",
+                    f"{case}, {'forward + backward' if backward else 'forward'}",
                     way,
                     f"{times[way]:.2f}",
-                    ratio,
+                    f"{best / times[way]:.2f}x",
+                    f"{rate / 1e12:.3g}",
+                    f"{rate / rates[0]:.0%}",
+                    f"{floor:.2f}",
                     f"{peak_megabytes(function, args.device):.0f}",
                 ]
             )
@@ -137,19 +141,29 @@ def measure_case(
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, rounds=9)
-    parser.add_argument("--samples", type=int, default=8)
+    parser = argument_parser(__doc__, rounds=5)
+    parser.add_argument("--samples", type=int, help="default 8; on a CPU 4")
+    parser.add_argument("--queries", type=int, help="tokens an image is read into; default 256; on a CPU 64")
+    parser.add_argument("--patches", type=int, help="patches an image; default 1024; on a CPU 256")
+    parser.add_argument("--num-heads", type=int, help="default 32; on a CPU 4")
+    parser.add_argument("--head-dim", type=int, help="default 128; on a CPU 64")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     args = parser.parse_args()
+    small = args.device.type == "cpu"
+    for name, sizes in {
+        "samples": (8, 4), "queries": (256, 64), "patches": (1024, 256), "num_heads": (32, 4), "head_dim": (128, 64)
+    }.items():  # fmt: skip
+        if getattr(args, name) is None:
+            setattr(args, name, sizes[small])
     torch.manual_seed(0)
-    draw = random.Random(0)
-    ragged = [(256 * draw.randint(1, 4), 64 * draw.randint(1, 6)) for _ in range(args.samples)]
-    rows = measure_case("equal: 256 x 192", 8, 128, ([256] * args.samples, [192] * args.samples), args)
-    rows += measure_case("256 x 1..4 over 64 x 1..6", 8, 128, tuple(map(list, zip(*ragged, strict=True))), args)
-    rows += measure_case(
-        "many small: 16 over 8 x 0..3", 4, 32, ([16] * 64, [8 * draw.randint(0, 3) for _ in range(64)]), args
+    rates = matmul_rate(args.device, args.dtype), copy_rate(args.device)
+    rows = [row for case in args.cases for row in measure_case(case, args, rates)]
+    print(
+        f"\n{describe_machine(args.device)}; {args.dtype}; {args.samples} samples, {args.queries} queries, "
+        f"{args.patches} patches, {args.num_heads} heads of {args.head_dim}; matrix product {rates[0] / 1e12:.3g} "
+        f"TFLOP/s, copy {rates[1] / 1e9:.3g} GB/s; median of {args.rounds} rounds\n"
     )
-    print(f"{describe_machine(args.device)}; {args.dtype}; {args.samples} samples; median of {args.rounds} rounds\n")
-    print(markdown_table(["case (queries over keys)", "way", "ms", "speed", "MB"], rows))
+    print(markdown_table(["case", "way", "ms", "speed", "TFLOP/s", "of matmul", "floor ms", "MB"], rows))
 
 
 if __name__ == "__main__":

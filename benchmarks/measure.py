@@ -52,6 +52,22 @@ def time_side_by_side(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one large matrix product on random numbers."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    milliseconds = time_side_by_side({"matmul": lambda: a @ b}, device, rounds=9)["matmul"]
+    return 2 * size**3 / milliseconds * 1000
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of one large copy, read and written counted."""
+    source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    milliseconds = time_side_by_side({"copy": lambda: target.copy_(source)}, device, rounds=9)["copy"]
+    return 2 * source.nbytes / milliseconds * 1000
+
+
 def peak_megabytes(function: Callable[[], object], device: torch.device) -> float:
     """Most memory that tensors made inside ``function`` held at one time."""
     if device.type == "cuda":

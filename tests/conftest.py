@@ -1,7 +1,13 @@
 """Shared helpers of the tests."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU kernels are interpreted; Triton asks when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from idavlm import IDFormer
 from idavlm.ops.cross_attention import sdpa

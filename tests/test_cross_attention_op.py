@@ -166,7 +166,12 @@ CU = torch.tensor([0, 2, 6])
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((X, X, X), {"attn_implementation": "triton"}, r"attn_implementation='triton'.*'eager', 'sdpa'"),
+        ((X, X, X), {"attn_implementation": "flash"}, r"attn_implementation='flash' is .* 'sdpa', 'triton', 'flash_at"),
+        ((X, X, X), {"key_bias": X}, r"key_bias has shape \(2, 3, 2, 8\); expected \[L, H, D\]"),
+        ((X, X, X), {"key_groups": CU}, r"key_groups is given but num_key_groups=None; give both"),
+        ((X, X, X), {"num_key_groups": 2}, r"key_groups is not given but num_key_groups=2; give both"),
+        ((X, X, X), {"key_groups": CU, "num_key_groups": 2}, r"key_groups has shape \(3,\) .* \[2, 3\], one for each"),
+        ((X, X, X), {"key_groups": X[..., 0, 0].int(), "num_key_groups": 0}, r"num_key_groups=0 must be"),
         ((X[0, 0], X, X), {}, r"q has shape \(2, 8\)"),
         ((X, X, X), {"cu_seqlens_q": CU}, r"q has shape \(2, 3, 2, 8\); expected \[Tq, H, D\]"),
         ((X, X[0], X[0]), {}, r"k has shape \(3, 2, 8\)"),

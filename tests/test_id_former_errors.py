@@ -20,7 +20,7 @@ INDEX = torch.zeros(3, dtype=torch.long)
         ({"num_queries": 5}, "num_queries=5 is no square.*choose 4 or 9"),
         ({"num_queries": 2.0}, "num_queries=2.0 must be an integer"),
         ({"num_identity_layers": 0}, "num_identity_layers=0 must be"),
-        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2'.*'eager', 'sdpa'"),
+        ({"attn_implementation": "flash"}, "attn_implementation='flash'.*'eager', 'sdpa'"),
         ({"gate": "sigmoid"}, "gate='sigmoid'.*'zero_init', 'tanh', 'none'"),
         ({"feed_forward": "both"}, "feed_forward='both'.*'none', 'identity', 'all'"),
         ({"identity_keys": "values"}, "identity_keys='values'.*'tokens', 'patches'"),

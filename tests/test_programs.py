@@ -10,7 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import convert_memory, cross_attention, generation, id_former, inner_adaptor, measure, resampler_designs
+from benchmarks import (
+    attention_ways,
+    convert_memory,
+    cross_attention,
+    generation,
+    id_former,
+    inner_adaptor,
+    measure,
+    resampler_designs,
+)
 from tests import small_models
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +43,15 @@ def test_id_former_benchmark(monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_cross_attention_benchmark(monkeypatch, capsys):
-    out = run(monkeypatch, capsys, cross_attention.main, "--samples", "2", "--rounds", "1")
-    for way in cross_attention.WAYS:
-        assert [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("|")].count(way) == 6
+    """Every way is measured in every case, or its lack is told."""
+    sizes = ["--samples", "2", "--queries", "4", "--patches", "9", "--num-heads", "2", "--head-dim", "16"]
+    out = run(monkeypatch, capsys, cross_attention.main, *sizes, "--rounds", "1")
+    rows = [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("|")]
+    for way in attention_ways.WAYS:
+        told = out.count(f": {way} does not run here: ")
+        assert rows.count(way) == 2 * (len(cross_attention.CASES) - told), way
+    assert {"sdpa", "released", "one call a segment"} <= set(rows)
+    assert "triton does not run here: the kernels need a GPU" in out
 
 
 def test_resampler_designs_benchmark(monkeypatch, capsys):

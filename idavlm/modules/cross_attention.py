@@ -24,7 +24,7 @@ class CrossAttention(nn.Module):
         hidden_size: C, width of queries and output.
         num_heads: must divide ``hidden_size``.
         key_value_hidden_size: Ckv, width of the other sequence; ``hidden_size`` if not given.
-        attn_implementation: ``"sdpa"`` or ``"eager"``, see :func:`idavlm.ops.cross_attention`.
+        attn_implementation: see :func:`idavlm.ops.cross_attention`.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class CrossAttention(nn.Module):
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
         output_attentions: bool = False,
+        key_groups: Tensor | None = None,
+        num_key_groups: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend.
 
@@ -77,14 +79,15 @@ class CrossAttention(nn.Module):
                 leading dimensions are one packed sequence (images of a sample, one after the other).
             key_value: ``[N, Lk, Ckv]``; with ``cu_seqlens_k`` any ``[..., Ckv]``.
             query_bias: added to the projected queries, broadcastable to ``[..., C]``.
-            key_bias: added to the projected keys.
+            key_bias: ``[L, C]``, added to the projected keys by their position in their segment, modulo L.
             cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in :func:`idavlm.ops.cross_attention`.
             output_attentions: also return the weights ``[N, H, max_seqlen_q, max_seqlen_k]``.
+            key_groups, num_key_groups: return them summed over groups of keys, as in that function.
 
         Returns:
             ``[N, Lq, C]``, or the shape of ``query`` with ``cu_seqlens_q``; a pair with ``output_attentions``.
         """
-        q, k = self.queries(query, query_bias), self.keys(key_value, key_bias)
+        q, k = self.queries(query, query_bias), self.keys(key_value)
         v = self._heads(self.v_proj(key_value))
         if cu_seqlens_q is not None:
             q = q.flatten(0, -3)
@@ -94,12 +97,15 @@ class CrossAttention(nn.Module):
             q,
             k,
             v,
+            key_bias=None if key_bias is None else self._heads(key_bias),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             attn_implementation=self.attn_implementation,
             output_attentions=output_attentions,
+            key_groups=key_groups,
+            num_key_groups=num_key_groups,
         )
         output, attentions = result if output_attentions else (result, None)
         output = self.out_proj(output.flatten(-2))
@@ -109,11 +115,12 @@ class CrossAttention(nn.Module):
 
     def queries(self, query: Tensor, query_bias: Tensor | None = None) -> Tensor:
         """``[..., C]`` projected to ``[..., H, C / H]``."""
-        return self._heads(_add(self.q_proj(query), query_bias))
+        projected = self.q_proj(query)
+        return self._heads(projected if query_bias is None else projected + query_bias)
 
-    def keys(self, key_value: Tensor, key_bias: Tensor | None = None) -> Tensor:
+    def keys(self, key_value: Tensor) -> Tensor:
         """``[..., Ckv]`` projected to ``[..., H, C / H]``."""
-        return self._heads(_add(self.k_proj(key_value), key_bias))
+        return self._heads(self.k_proj(key_value))
 
     def query_bias(self, position: Tensor) -> Tensor:
         """What ``position`` ``[..., C]`` adds to projected queries. Linear: it may be interpolated afterwards."""
@@ -130,7 +137,3 @@ class CrossAttention(nn.Module):
 def _linear_part(projection: nn.Module, x: Tensor) -> Tensor:
     """``projection(x)`` less its bias, whatever adapters the projection carries."""
     return projection(x) - projection(torch.zeros_like(x[:1]))
-
-
-def _add(projected: Tensor, bias: Tensor | None) -> Tensor:
-    return projected if bias is None else projected + bias

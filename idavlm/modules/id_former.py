@@ -50,7 +50,7 @@ class IDFormer(nn.Module):
         num_heads: attention heads. The release has ``hidden_size / 128``.
         vision_hidden_size: Cv, width of the patches. Where it is not given or equals ``hidden_size``, patches go in
             unprojected.
-        attn_implementation: ``"sdpa"`` or ``"eager"``.
+        attn_implementation: see :func:`idavlm.ops.cross_attention`.
         detach_references: keep gradients of scenes out of the reference tokens they look at.
         num_identity_layers: depth of the identity cross-attention.
         num_identity_heads: heads of the identity cross-attention; ``num_heads`` if not given. With one, all of an
@@ -332,19 +332,14 @@ class IDFormer(nn.Module):
         output_attentions: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Patches of scenes ``[S, P, C]`` look at keys ``[R, K, C]``, each at those of its own sample."""
-        num_patches, key_length = scenes.shape[1], keys.shape[1]
-        nobody = self.nobody_token is not None
         packed = pack_keys(keys, groups, nobody_token=self.nobody_token)
-        segments = attention_segments(
-            groups, num_patches=num_patches, key_length=key_length, extra_keys=int(nobody), device=scenes.device
-        )
+        lengths, nobody = {"num_patches": scenes.shape[1], "key_length": keys.shape[1]}, self.nobody_token is not None
+        segments = attention_segments(groups, **lengths, nobody_token=nobody, device=scenes.device)
         output_attentions = output_attentions or self.identity_slots is not None
         maps = []
         for layer in self.identity_layers:
             query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.position), grid_size)
-            scenes, weights = layer(
-                scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments
-            )
+            scenes, sums = layer(scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments)
             if output_attentions:
-                maps.append(identity_map(weights, groups, num_patches, key_length, nobody_token=nobody))
+                maps.append(identity_map(sums, groups, scenes.shape[1]))
         return scenes, tuple(maps)

@@ -60,8 +60,8 @@ class IdentityLayer(nn.Module):
             patches: ``[S, P, C]`` patches of scenes, grouped into N samples by ``cu_seqlens_q``.
             keys: ``[T, C]`` packed reference tokens, grouped by ``cu_seqlens_k``.
             query_bias: ``[P, C]`` projected positions of the patches.
-            output_attentions: also return the weights ``[N, H, max_seqlen_q, max_seqlen_k]``.
-            segments: ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``.
+            output_attentions: also return the weights, summed over groups of keys: ``[S * P, H, G]``.
+            segments: what :func:`idavlm.modules.image_groups.attention_segments` gives.
 
         Returns:
             ``[S, P, C]`` patches, and the weights or None.

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def pack_keys(keys: Tensor, groups: ImageGroups, *, nobody_token: Tensor | None)
 
 @outside_compile
 def attention_segments(
-    groups: ImageGroups, *, num_patches: int, key_length: int, extra_keys: int, device: torch.device
+    groups: ImageGroups, *, num_patches: int, key_length: int, nobody_token: bool, device: torch.device
 ) -> dict[str, Tensor | int]:
     """Segment arguments of the identity cross-attention: each sample's scenes look at each sample's references.
 
@@ -124,12 +124,14 @@ def attention_segments(
         groups: the images of the batch.
         num_patches: queries a scene.
         key_length: keys a reference.
-        extra_keys: further keys of every sample.
-        device: where ``cu_seqlens`` go.
+        nobody_token: whether each sample's keys begin with the key of nobody.
+        device: where the tensors go.
 
     Returns:
-        ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k`` of :func:`idavlm.ops.cross_attention`.
+        ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k`` of :func:`idavlm.ops.cross_attention`,
+        and its ``key_groups``: the identities of a sample, and behind the most that any has, nobody.
     """
+    extra_keys = int(nobody_token)
     segments: dict[str, Tensor | int] = {}
     for name, lengths in (
         ("q", [count * num_patches for count in groups.scenes_per_sample]),
@@ -138,6 +140,14 @@ def attention_segments(
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         segments[f"cu_seqlens_{name}"] = cu_seqlens.to(device, non_blocking=True)
         segments[f"max_seqlen_{name}"] = max(lengths, default=extra_keys)
+    num_identities = max(groups.identities, default=-1) + 1
+    owners, lengths, identities = [], [], iter(groups.identities)
+    for count in groups.references_per_sample:
+        owners += [num_identities, *islice(identities, count)]
+        lengths += [extra_keys, *[key_length] * count]
+    key_groups = torch.tensor(owners, dtype=torch.int32).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+    segments["key_groups"] = key_groups.to(device, non_blocking=True)
+    segments["num_key_groups"] = num_identities + 1
     return segments
 
 

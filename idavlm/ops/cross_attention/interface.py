@@ -5,11 +5,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from idavlm.ops.cross_attention.flash import flash_cross_attention
+from idavlm.ops.cross_attention.fused import triton_cross_attention
 from idavlm.ops.cross_attention.naive import naive_cross_attention
 from idavlm.ops.cross_attention.sdpa import sdpa_cross_attention
-from idavlm.utils import check_choice, outside_compile
+from idavlm.ops.cross_attention.segments import Segments
+from idavlm.utils import check_choice, check_positive, outside_compile
 
-_IMPLEMENTATIONS = {"eager": naive_cross_attention, "sdpa": sdpa_cross_attention}
+_IMPLEMENTATIONS = {
+    "eager": naive_cross_attention,
+    "sdpa": sdpa_cross_attention,
+    "triton": triton_cross_attention,
+    "flash_attention_2": flash_cross_attention,
+}
 
 ATTN_IMPLEMENTATIONS = tuple(_IMPLEMENTATIONS)
 """Values of ``attn_implementation``. A kernel enters by a line in the table above."""
@@ -20,6 +28,7 @@ def cross_attention(
     k: Tensor,
     v: Tensor,
     *,
+    key_bias: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -27,6 +36,8 @@ def cross_attention(
     scale: float | None = None,
     attn_implementation: str = "sdpa",
     output_attentions: bool = False,
+    key_groups: Tensor | None = None,
+    num_key_groups: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head cross-attention ``softmax(scale * q k^T) v`` over N independent segments, dense or ragged.
 
@@ -37,6 +48,8 @@ def cross_attention(
         q: ``[N, Lq, H, D]`` dense; ``[Tq, H, D]`` packed (``cu_seqlens_q`` given); ``[Lq, H, D]`` shared.
         k: ``[N, Lk, H, D]`` dense, or ``[Tk, H, D]`` packed (``cu_seqlens_k`` given).
         v: as ``k``.
+        key_bias: ``[L, H, D]`` added to the keys by their position in their segment, such as projected positions of
+            patches; a segment longer than L goes through it again (photos, one after the other).
         cu_seqlens_q: ``[N + 1]`` integers from 0 to Tq: segment n holds tokens ``cu_seqlens_q[n]`` up to
             ``cu_seqlens_q[n + 1]``, as in flash-attn. Segments may be empty.
         cu_seqlens_k: the same for keys. A query of a segment without keys gives zeros.
@@ -44,55 +57,77 @@ def cross_attention(
             On CUDA a given value is trusted: one that is too small gives wrong results.
         max_seqlen_k: the same for keys.
         scale: factor on the scores; ``D ** -0.5`` if not given.
-        attn_implementation: ``"sdpa"``, or ``"eager"``, the float32 reference.
+        attn_implementation: ``"sdpa"``; ``"eager"``, the float32 reference; ``"triton"``, this library's kernels
+            (``docs/kernels.md``); ``"flash_attention_2"``, the package flash-attn. The last two need a CUDA GPU.
         output_attentions: also return the attention weights.
+        key_groups: integers, one a key (``k.shape[:-2]``): the weights are then returned summed over the keys of each
+            group, such as the photos of one identity. Keys of group -1 count in no sum. ``"triton"`` sums in the same
+            pass, without the matrix of weights.
+        num_key_groups: G, the number of groups; with ``key_groups``.
 
     Returns:
         ``[N, Lq, H, D]`` for dense and shared queries, ``[Tq, H, D]`` for packed ones. With ``output_attentions`` a
-        pair of it and the weights ``[N, H, max_seqlen_q, max_seqlen_k]``, float32, zero where nothing stands.
+        pair of it and the weights in float32: ``[N, H, max_seqlen_q, max_seqlen_k]``, zero where nothing stands; with
+        ``key_groups`` ``[N, Lq, H, G]`` or ``[Tq, H, G]``. Gradients flow through either.
 
     Raises:
         ValueError: shapes, segments or implementation that do not fit, with the argument and the remedy.
+        ImportError: the implementation's package is not installed.
     """
     check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
     _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    _check_keys(k, key_bias, key_groups, num_key_groups)
     num_segments = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.numel() - 1
-    if q.dim() == 3 and cu_seqlens_q is None:
-        q = q.expand(num_segments, -1, -1, -1)
-    num_query_segments = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    shared = q.dim() == 3 and cu_seqlens_q is None
+    num_query_segments = num_segments if shared else len(q) if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     if num_query_segments != num_segments:
         raise ValueError(
             f"q has {num_query_segments} segments but k and v have {num_segments}; give one group of queries to each "
             "group of keys, or [Lq, H, D] queries without cu_seqlens_q to share them."
         )
-    max_seqlen_q, equal_q = _measure_segments("q", q, cu_seqlens_q, max_seqlen_q)
+    max_seqlen_q, equal_q = (len(q), False) if shared else _measure_segments("q", q, cu_seqlens_q, max_seqlen_q)
     max_seqlen_k, equal_k = _measure_segments("k", k, cu_seqlens_k, max_seqlen_k)
-    # Implementations see packed tokens only where their segments differ in length.
+    # Implementations see cu_seqlens only where segments differ in length.
     if equal_q:
         q, cu_seqlens_q = q.unflatten(0, (num_segments, max_seqlen_q)), None
     if equal_k:
         k, v = (x.unflatten(0, (num_segments, max_seqlen_k)) for x in (k, v))
         cu_seqlens_k = None
+        if key_groups is not None:
+            key_groups = key_groups.unflatten(0, (num_segments, max_seqlen_k))
+    num_key_groups = num_key_groups or 0
     if num_segments == 0:
-        output = q + k.sum() + v.sum()  # empty, and still hangs on all three
-        attentions = q.new_zeros(
-            0, q.shape[-2], max_seqlen_q, max_seqlen_k, dtype=torch.promote_types(q.dtype, torch.float32)
-        )
+        output, attentions = _nothing(q, k, v, max_seqlen_q, max_seqlen_k, num_key_groups)
     else:
         output, attentions = _IMPLEMENTATIONS[attn_implementation](
             q,
             k,
             v,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
+            segments=Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            key_bias=key_bias,
+            key_groups=key_groups,
+            num_key_groups=num_key_groups,
             output_attentions=output_attentions,
         )
     if equal_q:
         output = output.flatten(0, 1)
+        if key_groups is not None and output_attentions:
+            attentions = attentions.flatten(0, 1)
     return (output, attentions) if output_attentions else output
+
+
+def _nothing(
+    q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, num_groups: int
+) -> tuple[Tensor, Tensor]:
+    """Results of no segments: empty, and still hanging on all three."""
+    if q.dim() == 3 and len(q):  # shared by nobody
+        q = q.expand(0, -1, -1, -1)
+    output = q + k.sum() + v.sum()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if num_groups:
+        return output, q.new_zeros(*q.shape[:-1], num_groups, dtype=dtype)
+    return output, q.new_zeros(0, q.shape[-2], max_seqlen_q, max_seqlen_k, dtype=dtype)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
@@ -113,6 +148,24 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
             )
     if q.shape[-2:] != k.shape[-2:]:
         raise ValueError(f"q has [H, D] = {list(q.shape[-2:])} but k has {list(k.shape[-2:])}; they must be the same.")
+
+
+def _check_keys(k: Tensor, key_bias: Tensor | None, key_groups: Tensor | None, num_groups: int | None) -> None:
+    if key_bias is not None and (key_bias.dim() != 3 or key_bias.shape[1:] != k.shape[-2:] or not len(key_bias)):
+        raise ValueError(
+            f"key_bias has shape {tuple(key_bias.shape)}; expected [L, H, D], L at least 1 and [H, D] = "
+            f"{list(k.shape[-2:])} as of k."
+        )
+    if (key_groups is None) != (num_groups is None):
+        raise ValueError(
+            f"key_groups is {'not ' if key_groups is None else ''}given but num_key_groups={num_groups}; give both."
+        )
+    check_positive(num_key_groups=num_groups)
+    if key_groups is not None and (key_groups.shape != k.shape[:-2] or key_groups.is_floating_point()):
+        raise ValueError(
+            f"key_groups has shape {tuple(key_groups.shape)} and dtype {key_groups.dtype}; expected integers "
+            f"{list(k.shape[:-2])}, one for each key."
+        )
 
 
 @outside_compile

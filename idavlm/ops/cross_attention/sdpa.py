@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idavlm.ops.cross_attention.segments import length_mask, pad_segments, split_segments, unpad_segments
+from idavlm.ops.cross_attention.segments import (
+    Segments,
+    add_key_bias,
+    group_sums,
+    length_mask,
+    pad_segments,
+    repeat_shared,
+    split_segments,
+    unpad_segments,
+)
 from idavlm.utils import outside_compile
 
 
@@ -20,49 +29,54 @@ def sdpa_cross_attention(
     k: Tensor,
     v: Tensor,
     *,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    segments: Segments,
     scale: float,
+    key_bias: Tensor | None,
+    key_groups: Tensor | None,
+    num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments as in :func:`idavlm.ops.cross_attention`, all given."""
+    q, k = repeat_shared(q, segments), add_key_bias(k, key_bias, segments)
+    cu_seqlens_q, cu_seqlens_k = segments.cu_seqlens_q, segments.cu_seqlens_k
     if cu_seqlens_q is None and cu_seqlens_k is None:
         output = _dense(q, k, v, scale=scale)
     elif q.device.type == "cpu":
         output = _bucketed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
     else:
-        output = _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+        output = _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k, scale)
     if not output_attentions:
         return output, None
-    return output, attention_weights(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+    return output, attention_weights(q, k, segments, scale, key_groups, num_key_groups)
 
 
 def attention_weights(
     q: Tensor,
     k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    segments: Segments,
     scale: float,
+    key_groups: Tensor | None = None,
+    num_key_groups: int = 0,
 ) -> Tensor:
-    """The matrix SDPA does not return: ``[N, H, max_seqlen_q, max_seqlen_k]`` in float32, zero where nothing stands."""
+    """The matrix that fused kernels do not return, or its sums over groups of keys; in float32, written out."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    num_queries = len(q)
+    cu_seqlens_q, cu_seqlens_k = segments.cu_seqlens_q, segments.cu_seqlens_k
     with torch.autocast(q.device.type, enabled=False):
-        q = pad_segments(q, cu_seqlens_q, max_seqlen_q).to(dtype)
-        k = pad_segments(k, cu_seqlens_k, max_seqlen_k).to(dtype)
+        q = pad_segments(q, cu_seqlens_q, segments.max_seqlen_q).to(dtype)
+        k = pad_segments(k, cu_seqlens_k, segments.max_seqlen_k).to(dtype)
         scores = torch.einsum("nqhd,nkhd->nhqk", q * scale, k)
         if cu_seqlens_k is None:
             weights = scores.softmax(dim=-1)
         else:
-            absent = ~length_mask(cu_seqlens_k, max_seqlen_k)[:, None, None]
+            absent = ~length_mask(cu_seqlens_k, segments.max_seqlen_k)[:, None, None]
             lowest = torch.finfo(dtype).min
             weights = scores.masked_fill(absent, lowest).softmax(dim=-1).masked_fill(absent, 0)
         if cu_seqlens_q is not None:
-            weights = weights * length_mask(cu_seqlens_q, max_seqlen_q)[:, None, :, None]
-    return weights
+            weights = weights * length_mask(cu_seqlens_q, segments.max_seqlen_q)[:, None, :, None]
+    if key_groups is None:
+        return weights
+    return group_sums(weights, key_groups, num_key_groups, num_queries, segments)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -1,7 +1,49 @@
 """Two forms of the same tokens: dense ``[N, L, H, D]``, and packed ``[T, H, D]`` with ``cu_seqlens`` ``[N + 1]``."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """N segments of queries and keys. ``cu_seqlens`` stand only where segments differ in length."""
+
+    num: int
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def repeat_shared(q: Tensor, segments: Segments) -> Tensor:
+    """Queries ``[Lq, H, D]`` that all segments share, as a dense view of N copies; others as they are."""
+    shared = q.dim() == 3 and segments.cu_seqlens_q is None
+    return q.expand(segments.num, -1, -1, -1) if shared else q
+
+
+def add_key_bias(k: Tensor, key_bias: Tensor | None, segments: Segments) -> Tensor:
+    """``k`` plus the bias ``[L, H, D]`` of each key's position in its segment, modulo L."""
+    if key_bias is None:
+        return k
+    length = segments.max_seqlen_k
+    if segments.cu_seqlens_k is None and len(key_bias) == length:
+        return k + key_bias
+    if segments.cu_seqlens_k is None:
+        positions = torch.arange(length, device=k.device)
+    else:
+        positions = token_positions(segments.cu_seqlens_k, k.shape[0], length) % max(length, 1)
+    return k + key_bias[positions % len(key_bias)]
+
+
+def group_sums(weights: Tensor, key_groups: Tensor, num_groups: int, num_queries: int, segments: Segments) -> Tensor:
+    """Weights ``[N, H, Lq, Lk]`` summed over each group's keys: ``[N, Lq, H, G]``, or packed ``[Tq, H, G]``."""
+    members = (key_groups[..., None] == torch.arange(num_groups, device=key_groups.device)).to(weights.dtype)
+    members = pad_segments(members, segments.cu_seqlens_k, segments.max_seqlen_k)
+    with torch.autocast(weights.device.type, enabled=False):
+        sums = torch.einsum("nhqk,nkg->nqhg", weights, members)
+    return unpad_segments(sums, segments.cu_seqlens_q, num_queries)
 
 
 def split_segments(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
@@ -22,7 +64,7 @@ def token_positions(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int) -> Ten
 
 
 def pad_segments(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    """``[N, max_seqlen, H, D]``, zeros behind each segment's end."""
+    """``[N, max_seqlen, ...]`` of packed ``[T, ...]``, zeros behind each segment's end."""
     if cu_seqlens is None:
         return x
     shape = (cu_seqlens.numel() - 1, max_seqlen, *x.shape[1:])

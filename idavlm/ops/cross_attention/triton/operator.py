@@ -1,0 +1,119 @@
+"""The kernels as operators of torch: ``torch.compile``, autocast and checkpointing see one call and its shapes."""
+
+import torch
+from torch import Tensor
+
+from idavlm.ops.cross_attention.segments import Segments, pad_segments
+from idavlm.ops.cross_attention.triton.launch import launch_backward, launch_forward
+
+
+@torch.library.custom_op("idavlm::cross_attention", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    key_groups: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    num_segments: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_groups: int,
+    shared_q: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[Tq, H, D]``, sums of weights over groups of keys ``[Tq, H, G]``, and norms ``[H, Tq]``.
+
+    Everything is packed, ``q`` being ``[Lq, H, D]`` where ``shared_q``. ``cu_seqlens`` that are not given stand for
+    segments that all have the ``max_seqlen``. Keys of a group outside ``0..num_groups - 1`` count in no sum.
+    """
+    segments = Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return launch_forward(q, k, v, key_bias, key_groups, segments, num_groups, shared_q, scale)
+
+
+@attend.register_fake
+def _(
+    q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, num_segments, max_seqlen_q, max_seqlen_k, num_groups,
+    shared_q, scale,
+):  # fmt: skip
+    rows = num_segments * max_seqlen_q if shared_q else q.shape[0]
+    heads = q.shape[1]
+    return (
+        q.new_empty((rows, heads, q.shape[2])),
+        q.new_empty((rows, heads, num_groups), dtype=torch.float32),
+        q.new_empty((heads, rows), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("idavlm::cross_attention_backward", mutates_args=())
+def attend_backward(
+    grad_out: Tensor | None,
+    grad_sums: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    key_groups: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    lse: Tensor,
+    num_segments: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    shared_q: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``. A gradient that is not given is zero."""
+    segments = Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+    if grad_sums is not None:
+        grad_sums = grad_sums.contiguous()
+    return launch_backward(
+        grad_out, grad_sums, q, k, v, key_bias, key_groups, out, sums, lse, segments, shared_q, scale
+    )
+
+
+@attend_backward.register_fake
+def _(
+    grad_out, grad_sums, q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, out, sums, lse, num_segments,
+    max_seqlen_q, max_seqlen_k, shared_q, scale,
+):  # fmt: skip
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, *sizes, num_groups, shared_q, scale = inputs
+    ctx.save_for_backward(q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, *output)
+    ctx.sizes, ctx.num_groups, ctx.shared_q, ctx.scale = sizes, num_groups, shared_q, scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out: Tensor | None, grad_sums: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
+    q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, out, sums, lse = ctx.saved_tensors
+    if grad_out is None and grad_sums is None:
+        return (None,) * 13
+    grad_q, grad_k, grad_v = attend_backward(
+        grad_out, grad_sums if ctx.num_groups else None, q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k,
+        out, sums, lse, *ctx.sizes, ctx.shared_q, ctx.scale,
+    )  # fmt: skip
+    grad_bias = None
+    if key_bias is not None and ctx.needs_input_grad[3]:
+        grad_bias = _sum_over_positions(
+            grad_k, len(key_bias), Segments(ctx.sizes[0], None, cu_seqlens_k, *ctx.sizes[1:])
+        )
+    return grad_q, grad_k, grad_v, grad_bias, *(None,) * 9
+
+
+def _sum_over_positions(grad_k: Tensor, length: int, segments: Segments) -> Tensor:
+    """Gradient of a bias that keys get by their position, modulo ``length``: a sum in a fixed order."""
+    shape = (segments.num, segments.max_seqlen_k, *grad_k.shape[1:])
+    grads = pad_segments(grad_k, segments.cu_seqlens_k, segments.max_seqlen_k).reshape(shape)
+    behind = -segments.max_seqlen_k % length
+    grads = torch.nn.functional.pad(grads, (0, 0, 0, 0, 0, behind))
+    return grads.unflatten(1, (-1, length)).sum((0, 1), dtype=torch.float32).to(grad_k.dtype)
+
+
+attend.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,168 @@
+"""What can be said of the kernels without a GPU: compiled ahead of time; tiles that are kept; what flash-attn gets."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from idavlm import cross_attention
+from idavlm.ops.cross_attention import flash
+
+pytest.importorskip("triton")
+
+from benchmarks import tune_attention
+from benchmarks.attention_ways import library
+from benchmarks.cross_attention import make_problem
+from idavlm.ops.cross_attention.triton import tuning
+from idavlm.ops.cross_attention.triton.tiling import SHIPPED, shipped_tiling
+from idavlm.ops.cross_attention.triton.tuning import Tile
+
+ROOT = Path(__file__).parent.parent
+
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+"""Bytes a program may use, by capability (CUDA programming guide, compute capabilities)."""
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory):
+    """From a process of its own: this one interprets the kernels."""
+    file = tmp_path_factory.mktemp("resources") / "resources.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
+def test_every_shipped_configuration_compiles_for_every_gpu(resources):
+    compiled = {(case["kernel"], case["capability"], case["head_dim"], case["dtype"]) for case in resources}
+    assert {case["capability"] for case in resources} == {80, 90, 100}
+    for capability, itemsize, width in SHIPPED:
+        if itemsize == 4 and width < 128:
+            assert SHIPPED[capability, 4, width] == SHIPPED[capability, 4, 128], "then it needs to be compiled too"
+            continue
+        for kernel in ("forward", "keys", "queries", "shared"):
+            assert (kernel, capability, width, "fp32" if itemsize == 4 else "bf16") in compiled
+
+
+def test_kernels_fit_and_spill_nothing(resources):
+    """But for float32 in heads of 128 and more: exact products have no matrix instruction, and are for checks."""
+    for case in resources:
+        assert case["shared_memory"] <= SHARED_MEMORY[case["capability"]], case
+        exact = case["dtype"] == "fp32" and case["head_dim"] > 64
+        assert case["stack"] <= (256 if exact else 0), case
+
+
+def test_matrix_instructions_of_each_gpu(resources):
+    """Hopper's needs 64 rows, and the backward of heads 256 wide has no registers for them."""
+    for case in resources:
+        if case["dtype"] == "bf16" and case["capability"] == 90:
+            narrow = case["head_dim"] == 256 and case["kernel"] in ("keys", "shared")
+            assert case["instruction"] == ("mma.sync" if narrow else "wgmma"), case
+
+
+def test_a_gpu_between_two_takes_the_lower_ones_tiles():
+    assert shipped_tiling((8, 9), 2, 64) == SHIPPED[80, 2, 64]
+    assert shipped_tiling((12, 0), 4, 128) == SHIPPED[100, 4, 128]
+    with pytest.raises(ValueError, match=r"no GPU of capability 7\.5; it takes 8\.0"):
+        shipped_tiling((7, 5), 2, 64)
+
+
+@pytest.fixture
+def tuning_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("IDAVLM_TUNING_CACHE", str(tmp_path / "folder" / "tiles.json"))
+    tuning.measured_tilings.cache_clear()
+    yield tmp_path / "folder" / "tiles.json"
+    tuning.measured_tilings.cache_clear()
+
+
+def test_measured_tiles_outlive_the_process(tuning_file):
+    assert tuning.measured_tilings("GPU") == {}
+    tiling = SHIPPED[90, 2, 128]._replace(forward=Tile(32, 64, 4, 2), joined=False)
+    tuning.save_tiling("GPU", 2, 128, SHIPPED[90, 2, 128])
+    tuning.save_tiling("GPU", 2, 128, tiling)
+    tuning.save_tiling("another", 2, 64, SHIPPED[90, 2, 64])
+    assert tuning.measured_tilings("GPU") == {(2, 128): tiling}
+    assert [path.name for path in tuning_file.parent.iterdir()] == ["tiles.json"]
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", '{"GPU, triton VERSION": {"2 64": {"forward": [1]}}}'])
+def test_a_broken_file_of_tiles_is_named(tuning_file, content):
+    import triton
+
+    tuning_file.parent.mkdir()
+    tuning_file.write_text(content.replace("VERSION", triton.__version__))
+    with pytest.raises(ValueError, match=r"tiles\.json holds no tiles that can be read .*; delete it"):
+        tuning.measured_tilings("GPU")
+
+
+def test_the_tuner_finds_the_fastest_of_what_runs():
+    wanted = Tile(64, 32, 8, 3)
+
+    def time_of(kernel, tiling):
+        if kernel == "joined":
+            return 1.0 + tiling.joined
+        tile = getattr(tiling, kernel)
+        return None if tile.num_warps == 4 else 1.0 + sum(a != b for a, b in zip(tile, wanted, strict=True))
+
+    best = tune_attention.tune(SHIPPED[90, 2, 128], time_of)
+    assert best == (wanted, wanted, wanted, wanted, False)
+    assert tune_attention.tune(best, lambda kernel, tiling: None) == best
+
+
+def test_the_tuner_checks_and_times_a_tiling(monkeypatch):
+    """With the kernels interpreted: what is measured is not asserted, only that wrong results do not count."""
+    monkeypatch.setattr(tune_attention, "attend", library("triton"))
+    sizes = argparse.Namespace(samples=1, queries=4, patches=9, num_heads=1, head_dim=16)
+    sizes.device, sizes.dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
+    tiling = SHIPPED[90, 4, 32]
+    time_of = tune_attention.timer({"pool": make_problem("pool", sizes)}, rounds=1)
+    assert time_of("forward", tiling) > 0
+    assert time_of("shared", tiling) > 0
+    monkeypatch.setattr(tune_attention, "attend", lambda problem: 2 * library("triton")(problem))
+    assert time_of("keys", tiling) is None
+
+
+def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, deterministic):
+    """What flash_attn_varlen_func is documented to compute, with its checks."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert all(x.dim() == 3 for x in (q, k, v))
+    assert max_q == max(cu_q.diff()) and max_k == max(cu_k.diff())  # noqa: PT018
+    out = torch.zeros_like(q)
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        weights = torch.einsum("qhd,khd->hqk", q[q0:q1] * softmax_scale, k[k0:k1]).softmax(-1)
+        out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, v[k0:k1])
+    return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_flash_attention_gets_packed_segments(monkeypatch, shared):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=fake_varlen))
+    monkeypatch.setattr(flash, "_check", lambda q: None)
+    q = torch.randn(4, 2, 8) if shared else torch.randn(3, 4, 2, 8)
+    k, v = torch.randn(2, 9, 2, 8)
+    options = {"cu_seqlens_k": torch.tensor([0, 2, 2, 9]), "key_bias": torch.randn(3, 2, 8), "scale": 0.3}
+    options |= {"output_attentions": True, "key_groups": torch.arange(9) % 2, "num_key_groups": 2}
+    for found, expected in zip(
+        cross_attention(q, k, v, **options, attn_implementation="flash_attention_2"),
+        cross_attention(q, k, v, **options, attn_implementation="eager"),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_lack_of_flash_attention_names_the_extra(monkeypatch):
+    x = torch.zeros(1, 2, 1, 32)
+    with pytest.raises(ValueError, match=r"runs on CUDA GPUs but q is on cpu; use attn_implementation='sdpa'"):
+        cross_attention(x, x, x, attn_implementation="flash_attention_2")
+    monkeypatch.setattr(flash, "_check", lambda q: None)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ImportError, match=r"pip install 'idavlm\[flash-attn\]'"):
+        cross_attention(x, x, x, attn_implementation="flash_attention_2")
