@@ -52,6 +52,8 @@ CHOICES = [
     ("图片4", 4),
     ("答案是第四张。", 4),
     ("不是图一,而是图二", 2),
+    ("图4不是图1", 4),
+    ("图4不是凯特, 图1是", 1),
     ("Kate is in Image 2. Image 1 shows someone else.", 2),
     ("Image 1 shows another woman, Image 3 shows Kate.", 3),
     ("<think>Maybe image 1? No.</think>Image 2", 2),

@@ -58,7 +58,7 @@ _NO_AFTER = re.compile(
 # What stands behind a mention and is about another: "image 4, not image 1", "image 3 (not 1 or 2)".
 _NEXT = re.compile(
     r"[.;!?。\n(]|\bbut\b|\b(?:image|picture|photo|option)s?\b|图|,\s*(?:and\s+)?not\b|\band not\b"
-    r"|\b(?:rather than|instead of|unlike)\b|而不是|,\s*不是",
+    r"|\b(?:rather than|instead of|unlike)\b|而不是|,\s*不是|不是(?=图|第|照片|选项)",
     re.IGNORECASE,
 )
 
