@@ -86,7 +86,7 @@ def learn_to_read(name: str, seed: int, order: list[int], folder: Path, out: Pat
     looking, out = out / f"seed-{seed}" / "looking", out / f"seed-{seed}" / name.replace(" ", "-")
     processor = IDAVLMProcessor.from_pretrained(looking)
     model = IDAVLMForConditionalGeneration.from_pretrained(looking)
-    options = {"freeze": ["vision_tower", "id_former"]}
+    options = {"freeze": ["vision_tower", "id_former"], "teacher_forcing_steps": args.steps[1] // 3}
     if name == WITHOUT:
         model = build_model(processor, model.vision_tower, connector="resampler")
         options = {"freeze": ["vision_tower"], "module_learning_rates": {"connector": 2e-3}}

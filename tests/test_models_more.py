@@ -30,6 +30,7 @@ from transformers import (
 
 from idavlm.data import RecordDataset, parse_sample
 from idavlm.models import IDAVLMForConditionalGeneration, scatter_image_tokens
+from idavlm.models.joint import identity_targets, mark_names
 from idavlm.models.small import small_language_model, small_vision_tower
 from idavlm.models.vision import output_width, vision_features
 from idavlm.training import IDTrainer, IDTrainingArguments
@@ -258,7 +259,7 @@ def test_slots_mark_the_names_of_the_prompt(processor, root):
     batch = batch_of(processor, sample(root))
     assert set(batch["name_identity"].unique().tolist()) == {-1, 0, 1}
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    marked = model._mark_names(embeds, batch["name_identity"])
+    marked = mark_names(embeds, batch["name_identity"], model.id_former.identity_slots)
     for identity in (0, 1):
         here = batch["name_identity"] == identity
         slot = model.id_former.identity_slots.weight[identity]
@@ -269,6 +270,32 @@ def test_slots_mark_the_names_of_the_prompt(processor, root):
     assert not torch.allclose(model(**batch).logits, model(**unmarked).logits)
     without = small_model(processor)  # no slots: nothing to mark
     assert torch.equal(without(**batch).logits, without(**unmarked).logits)
+
+
+def test_teacher_forcing_marks_by_the_boxes(processor, root):
+    """Tokens differ from plain ones by slots alone, those of the cells that boxes fill; losses of maps stay."""
+    model = small_model(processor, num_identity_slots=2, nobody_token=True).eval()
+    batch = {k: v for k, v in batch_of(processor, sample(root)).items() if k != "source"}
+    forced, plain = model(**batch, teacher_forcing=True), model(**batch)
+    assert torch.equal(forced.identity_loss, plain.identity_loss)
+    assert not torch.equal(forced.language_loss, plain.language_loss)
+    without = {k: v for k, v in batch.items() if not k.startswith("box")}
+    assert torch.equal(model(**without, teacher_forcing=True).logits, model(**without).logits)
+
+    located = tuple(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes"))
+    roles = tuple(batch[name] for name in ("image_roles", "sample_index", "identity_index"))
+    targets = identity_targets(located, roles, 64, (8, 8))
+    assert {-1, 0, 1} <= set(targets.unique().tolist())
+    features, grid_size = model.image_features(batch["pixel_values"])
+    tokens, maps = model.id_former(features, *roles, known_identities=targets, output_attentions=True)
+    undecided = torch.full_like(targets, -100)
+    assert torch.equal(model.id_former(features, *roles, known_identities=undecided), model.id_former(features, *roles))
+    slots, cells = model.id_former.identity_slots, model.id_former.resampler.query_grid
+    unmarked = model.id_former(features, *roles) - slots.of_cells(maps[-1], grid_size, cells)
+    shares = torch.stack([(targets == number).float() for number in (0, 1)], dim=-1)
+    open_shares = torch.where((targets == -100)[..., None], maps[-1][..., :2], shares)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(open_shares.mT.unflatten(2, grid_size), cells).flatten(2).mT
+    torch.testing.assert_close(tokens, unmarked + pooled @ slots.weight)
 
 
 def test_more_identities_than_slots(processor, root):

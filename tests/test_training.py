@@ -132,9 +132,24 @@ def test_freezing_and_rates_of_modules(data, tmp_path):
         assert changed == name.startswith("language_model"), name
 
 
+def test_teacher_forcing_ends_after_its_steps(data, tmp_path):
+    processor = small_processor()
+    model, seen = small_model(processor, num_identity_slots=2), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("teacher_forcing", False)), with_kwargs=True
+    )
+    records = RecordDataset(data / "train.jsonl", encode=processor.encode)
+    options = arguments(tmp_path, max_steps=3, teacher_forcing_steps=2)
+    IDTrainer(model, options, train_dataset=records, data_collator=processor.collate).train()
+    assert seen == [True, True, False]
+    with pytest.raises(ValueError, match="teacher_forcing_steps=2 needs an ID-Former with num_identity_slots"):
+        IDTrainer(small_model(processor), options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"teacher_forcing_steps": -1}, "teacher_forcing_steps=-1 must be"),
         ({"loss_weights": {"scene": 1.0}}, "loss_weights='scene'"),
         ({"loss_weights": {"general": -1.0}}, r"loss_weights\['general'\]=-1.0"),
         ({"freeze": ["tower"]}, "freeze='tower'"),

@@ -1,11 +1,13 @@
 """What joins vision tower and language model: built from a configuration, taught by boxes."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.vision import features_width
 from idavlm.modules import IDFormer, PictureSlots, add_inner_adaptors, build_connector
+from idavlm.modules.identity_slots import IdentitySlots
 from idavlm.modules.inner_adaptor import new_inner_adaptor
 from idavlm.modules.positions import square_grid
 from idavlm.ops import identity_patch_targets
@@ -53,23 +55,33 @@ def identity_losses(
     grid_size: tuple[int, int] | None,
     roles: tuple[Tensor, Tensor, Tensor],
     maps: tuple[Tensor, ...],
-    boxes: tuple[Tensor, Tensor, Tensor, Tensor],
+    targets: Tensor,
 ) -> dict[str, Tensor]:
     """What boxes teach the identity attention: ``identity_loss``, ``contrast_loss``, and their weighted sum.
 
     Args:
         id_former, config: of the model.
         features: ``[I, P, Cv]``.
-        grid_size, roles, boxes: see :func:`identity_targets`.
+        grid_size, roles: see :func:`identity_targets`.
         maps: of the ID-Former for these features.
+        targets: from :func:`identity_targets`.
     """
-    targets = identity_targets(boxes, roles, features.shape[1], grid_size)
     losses = {"identity_loss": id_former.identity_loss(maps, targets)}
     total = config.identity_loss_weight * losses["identity_loss"]
     if config.contrast_loss_weight:
         losses["contrast_loss"] = id_former.contrast_loss(features, *roles, targets, grid_size=grid_size)
         total = total + config.contrast_loss_weight * losses["contrast_loss"]
     return losses | {"auxiliary_loss": total}
+
+
+def mark_names(inputs_embeds: Tensor, name_identity: Tensor | None, slots: IdentitySlots | None) -> Tensor:
+    """Add slots to names, each as strong as the embedding it is added to, so that both can be read."""
+    if slots is None or name_identity is None:
+        return inputs_embeds
+    name_identity = name_identity.to(inputs_embeds.device)
+    marks = F.normalize(slots.weight.to(inputs_embeds), dim=-1)[name_identity.clamp(min=0)]
+    strength = inputs_embeds.detach().norm(dim=-1) * (name_identity >= 0)
+    return inputs_embeds + marks * strength[..., None]
 
 
 def connector_of(config: IDAVLMConfig) -> nn.Module:

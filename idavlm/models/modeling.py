@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -13,7 +12,9 @@ from idavlm.models.joint import (
     adapt_language_model,
     connector_of,
     identity_losses,
+    identity_targets,
     initialise_lacking,
+    mark_names,
     picture_slots_of,
 )
 from idavlm.models.labelled_logits import IGNORE_INDEX, head_reads_only, next_tokens, targets_of
@@ -232,6 +233,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         boxes: Tensor | None = None,
         box_image: Tensor | None = None,
         box_identity: Tensor | None = None,
+        teacher_forcing: bool = False,
         output_identity_attentions: bool = False,
         **kwargs,
     ) -> IDAVLMOutput:
@@ -252,6 +254,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             boxes: ``[N, 4]`` pixels of persons who have references: teach the identity attention.
             box_image: ``[N]`` image of each box, counted over the batch.
             box_identity: ``[N]`` identity of each box within its sample.
+            teacher_forcing: where there are boxes, mark image tokens by these, not by the identity attention.
             output_identity_attentions: also give the identity maps.
             kwargs: for the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
         """
@@ -263,12 +266,15 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             teaches = self.id_former is not None and boxes is not None
             features, grid_size = self._features(pixel_values, image_features)
             roles = (image_roles, sample_index, identity_index)
-            image_tokens, maps = self._encode(features, grid_size, roles, output_identity_attentions or teaches)
+            located = (boxes, box_image, box_identity, image_sizes)
+            targets = identity_targets(located, roles, features.shape[1], grid_size) if teaches else None
+            wants_maps, known = output_identity_attentions or teaches, targets if teacher_forcing else None
+            image_tokens, maps = self._encode(features, grid_size, roles, wants_maps, known)
             if teaches:
-                located = (boxes, box_image, box_identity, image_sizes)
-                losses = identity_losses(self.id_former, self.config, features, grid_size, roles, maps, located)
+                losses = identity_losses(self.id_former, self.config, features, grid_size, roles, maps, targets)
         if input_ids is not None:
-            inputs_embeds = self._mark_names(self.get_input_embeddings()(input_ids), name_identity)
+            slots = None if self.id_former is None else self.id_former.identity_slots
+            inputs_embeds = mark_names(self.get_input_embeddings()(input_ids), name_identity, slots)
             is_image = input_ids == self.config.image_token_id
             if image_tokens is not None:
                 image_embeds = image_tokens * self.config.image_token_scale
@@ -282,11 +288,11 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 raise ValueError("give input_ids or inputs_embeds, or images alone.")
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_attentions=maps)
-        targets = None if labels is None else next_tokens(labels)
+        next_labels = None if labels is None else next_tokens(labels)
         # As where a head is fused with the loss: in training there are no logits beside it.
         skip_logits = self.training and labels is not None
         head = self.get_output_embeddings()
-        with head_reads_only(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
+        with head_reads_only(head, next_labels != IGNORE_INDEX) if skip_logits else nullcontext():
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -296,7 +302,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             )
         loss, logits = None, outputs.logits
         if labels is not None:
-            options = {"shift_labels": targets_of(logits, targets), "vocab_size": logits.shape[-1]}
+            options = {"shift_labels": targets_of(logits, next_labels), "vocab_size": logits.shape[-1]}
             losses["language_loss"] = self.loss_function(logits=logits, labels=None, **options)
             loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
         return IDAVLMOutput(
@@ -317,7 +323,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
         return features.to(dtype), grid_size
 
-    def _encode(self, features, grid_size, roles, output_attentions) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def _encode(
+        self, features, grid_size, roles, output_attentions, known_identities=None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         image_roles, sample_index, identity_index = roles
         if image_roles is None:
             image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
@@ -332,18 +340,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             image_tokens = self.connector(features)
         else:
             options = {"grid_size": grid_size, "output_attentions": output_attentions}
+            options["known_identities"] = known_identities
             result = self.id_former(features, image_roles, sample_index, identity_index, **options)
             image_tokens, maps = result if output_attentions else (result, None)
         if self.picture_slots is not None:
             image_tokens = image_tokens + self.picture_slots.of(image_roles, sample_index)[:, None]
         return image_tokens, maps
-
-    def _mark_names(self, inputs_embeds: Tensor, name_identity: Tensor | None) -> Tensor:
-        """Add slots to names, each as strong as the embedding it is added to, so that both can be read."""
-        slots = None if self.id_former is None else self.id_former.identity_slots
-        if slots is None or name_identity is None:
-            return inputs_embeds
-        name_identity = name_identity.to(inputs_embeds.device)
-        marks = F.normalize(slots.weight.to(inputs_embeds), dim=-1)[name_identity.clamp(min=0)]
-        strength = inputs_embeds.detach().norm(dim=-1) * (name_identity >= 0)
-        return inputs_embeds + marks * strength[..., None]

@@ -26,13 +26,15 @@ def vision_features(
         ValueError: a tower without such a layer, or whose tokens are no grid of patches.
     """
     dtype = next((p.dtype for p in vision_tower.parameters() if p.is_floating_point()), pixel_values.dtype)
+    # Channels last in memory: convolutions keep it so, and are faster, on a CPU up to twice as fast.
+    pixel_values = pixel_values.to(dtype, memory_format=torch.channels_last)
     if layer == -1:
-        hidden = vision_tower(pixel_values.to(dtype)).last_hidden_state
+        hidden = vision_tower(pixel_values).last_hidden_state
         # timm's Swin and its like end with channels last.
         if hidden.dim() == 4 and getattr(getattr(vision_tower, "timm_model", None), "output_fmt", "") == "NHWC":
             hidden = hidden.permute(0, 3, 1, 2)
     else:
-        states = vision_tower(pixel_values.to(dtype), output_hidden_states=True).hidden_states
+        states = vision_tower(pixel_values, output_hidden_states=True).hidden_states
         if states is None or len(states) < -layer:
             raise ValueError(
                 f"vision_feature_layer={layer}: {type(vision_tower).__name__} gives "

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from idavlm.modules.identity_contrast import identity_contrast, number_identities
 from idavlm.modules.identity_layer import IdentityLayer
-from idavlm.modules.identity_map import identity_map
+from idavlm.modules.identity_map import identity_map, with_known
 from idavlm.modules.identity_slots import IdentitySlots
 from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys, select_images
 from idavlm.modules.resampler import Resampler
@@ -136,6 +136,7 @@ class IDFormer(nn.Module):
         identity_index: Tensor | None = None,
         *,
         grid_size: tuple[int, int] | None = None,
+        known_identities: Tensor | None = None,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Encode the images of a batch, whatever their roles.
@@ -149,6 +150,8 @@ class IDFormer(nn.Module):
             identity_index: ``[I]`` for references, the identity within its sample, 0, 1, ...: several photos of one
                 person share it. Where it is not given every reference is an identity of its own.
             grid_size: rows and columns of patches; the square of ``P`` if not given.
+            known_identities: ``[I, P]`` whom each patch shows, as ``targets`` of :meth:`identity_loss`: slots mark by
+                these where they know, not by the attention (teacher forcing).
             output_attentions: also return the identity attention maps.
 
         Returns:
@@ -176,7 +179,7 @@ class IDFormer(nn.Module):
             plain_tokens = plain_tokens.index_add(0, groups.references, marks.to(plain_tokens.dtype))
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
         image_tokens = torch.cat([plain_tokens, self.resampler.finish(self.resampler.read(scenes, key_bias))])
-        image_tokens = self._mark(select_images(image_tokens, groups.inverse), maps, grid_size)
+        image_tokens = self._mark(select_images(image_tokens, groups.inverse), maps, grid_size, known_identities)
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
@@ -304,11 +307,12 @@ class IDFormer(nn.Module):
     def _reads_tokens(self) -> bool:
         return self.identity_keys == "tokens"
 
-    def _mark(self, image_tokens: Tensor, maps: tuple[Tensor, ...], grid_size: tuple[int, int]) -> Tensor:
-        """Add the slots of the identities that the cell of each token looks at."""
+    def _mark(self, image_tokens: Tensor, maps: tuple[Tensor, ...], grid_size: tuple[int, int], known=None) -> Tensor:
+        """Add the slots of the identities that the cell of each token looks at, or is known to show."""
         if self.identity_slots is None:
             return image_tokens
-        return image_tokens + self.identity_slots.of_cells(maps[-1], grid_size, self.resampler.query_grid)
+        seen = maps[-1] if known is None else with_known(maps[-1], known)
+        return image_tokens + self.identity_slots.of_cells(seen, grid_size, self.resampler.query_grid)
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
         keys = image_tokens if self._reads_tokens else patches

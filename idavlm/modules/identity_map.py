@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idavlm.modules.image_groups import ImageGroups, select_images
+from idavlm.ops.identity_supervision import IGNORE, NOBODY
 
 
 def identity_map(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
@@ -22,3 +23,10 @@ def identity_map(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
     num_columns = sums.shape[-1]
     plain = F.one_hot(torch.full((groups.num_plain, num_patches), num_columns - 1), num_columns)
     return select_images(torch.cat([plain.to(scenes), scenes]), groups.inverse)
+
+
+def with_known(identity_map: Tensor, known: Tensor) -> Tensor:
+    """``identity_map`` ``[I, P, G + 1]``, all on the identity in ``known`` ``[I, P]`` where that is not ``IGNORE``."""
+    columns = identity_map.shape[-1]
+    certain = F.one_hot(known.masked_fill(known == NOBODY, columns - 1).clamp(min=0), columns).to(identity_map)
+    return torch.where((known == IGNORE)[..., None], identity_map, certain)

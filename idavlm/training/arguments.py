@@ -28,6 +28,8 @@ class IDTrainingArguments(TrainingArguments):
             ``"text"`` trains what stands before the language model, as the base model reads it.
         identity_warmup_steps: for so many steps identity batches teach the identity attention alone, by their boxes;
             the language model is not run on them. For models from scratch: it could learn nothing from images yet.
+        teacher_forcing_steps: for so many steps image tokens are marked by the boxes, not by what the identity
+            attention finds (``num_identity_slots``): the language model learns to read marks that are right first.
         muon_modules: modules whose linear layers are trained by Muon (:class:`idavlm.training.MuonAdamW`), all else by
             AdamW at the same rate. For models from scratch: small ones learn to read images in far fewer steps.
     """
@@ -41,6 +43,7 @@ class IDTrainingArguments(TrainingArguments):
     module_learning_rates: dict | str | None = field(default=None, metadata={"help": 'JSON, {"vision_tower": 1e-5}.'})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Modules that are not trained."})
     identity_warmup_steps: int = field(default=0, metadata={"help": "Steps that teach the identity attention alone."})
+    teacher_forcing_steps: int = field(default=0, metadata={"help": "Steps that mark image tokens by the boxes."})
     workflow: str | None = field(default=None, metadata={"help": "Workflow of inner adaptors to train."})
     muon_modules: list[str] = field(default_factory=list, metadata={"help": "Modules trained by Muon."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are passed on whole."})
@@ -49,8 +52,9 @@ class IDTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop roles and boxes from the batches; leave it False.")
-        if self.identity_warmup_steps < 0:
-            raise ValueError(f"identity_warmup_steps={self.identity_warmup_steps} must be at least 0.")
+        for name in ("identity_warmup_steps", "teacher_forcing_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
         if self.identity_warmup_steps and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # the language model's have no gradient then
         for source in self.loss_weights or {}:

@@ -57,6 +57,11 @@ class IDTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would cut a batch between a row and its images; start one process a "
                 "GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
             )
+        if args.teacher_forcing_steps and getattr(getattr(model, "id_former", None), "identity_slots", None) is None:
+            raise ValueError(
+                f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with num_identity_slots, which "
+                "mark image tokens; leave it 0."
+            )
         if args.workflow is not None:
             model.train_workflow(args.workflow)
         for name in args.freeze:
@@ -106,6 +111,8 @@ class IDTrainer(Trainer):
             inputs["workflow"] = self.args.workflow
         if model.training and source == "identity" and self.state.global_step < self.args.identity_warmup_steps:
             return self._identity_loss(model, inputs, return_outputs)
+        if model.training and self.state.global_step < self.args.teacher_forcing_steps:
+            inputs["teacher_forcing"] = True
         labels = None if source is not None else inputs.pop("labels")  # mixed: its losses are made here, from logits
         outputs = model(**inputs)
         if source is not None:
