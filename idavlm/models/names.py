@@ -19,15 +19,16 @@ def name_identities(tokenizer, input_ids: Sequence[int], labels: Sequence[int], 
         names: of identity 0, 1, ...
     """
     spellings = []
-    line = tokenizer.encode("\n", add_special_tokens=False)
-    for identity, name in enumerate(names):
-        # Behind a new line it may look unlike at the start of a text, which some tokenizers put a space before.
-        for before in ("", " ", "\n"):
-            tokens = tokenizer.encode(before + name, add_special_tokens=False)
-            if before == "\n":
-                tokens = tokens[len(line) :] if tokens[: len(line)] == line else []
-            if tokens and (tokens, identity) not in spellings:
-                spellings.append((tokens, identity))
+    # Behind a new line it may look unlike at the start of a text, which some tokenizers put a space before.
+    places = ("", " ", "\n")
+    texts = [before + name for name in names for before in places]
+    line, *encoded = tokenizer(["\n", *texts], add_special_tokens=False).input_ids  # in one go: it is called often
+    for number, tokens in enumerate(encoded):
+        identity, place = divmod(number, len(places))
+        if places[place] == "\n":
+            tokens = tokens[len(line) :] if tokens[: len(line)] == line else []
+        if tokens and (tokens, identity) not in spellings:
+            spellings.append((tokens, identity))
     spellings.sort(key=lambda spelling: -len(spelling[0]))
     first = {tokens[0] for tokens, _ in spellings}
     found = [NOT_A_NAME] * len(input_ids)
