@@ -19,7 +19,7 @@ from benchmarks.measure import describe_machine
 from idavlm.data import RecordDataset, Sample
 from idavlm.data.characters import build_characters
 from idavlm.evaluation import Answer, generate_answers
-from idavlm.evaluation.answers import candidates
+from idavlm.evaluation.answers import likeliest
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
 from idavlm.models.small import small_language_model, small_processor, small_vision_tower
 
@@ -106,9 +106,7 @@ def measure(samples: list, model, processor, args: argparse.Namespace) -> dict[i
 
 def _text(answer: Answer, sample: Sample) -> str:
     """What was written, or the candidate found likeliest."""
-    if answer.likelihoods is None:
-        return answer.prediction
-    return candidates(sample)[answer.likelihoods.index(max(answer.likelihoods))]
+    return answer.prediction if answer.likelihoods is None else likeliest(sample, answer)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.measure import markdown_table
 from idavlm.models.conversion.qwen_tokenizer import SPECIAL_TOKENS, SPLIT, qwen_tokenizer, read_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -80,10 +81,8 @@ def main() -> None:
     start = time.perf_counter()
     ours = qwen_tokenizer(args.path)
     print(f"converted in {time.perf_counter() - start:.0f} s\n")
-    print("| strings        | number | other ids | not decoded back |")
-    print("| -------------- | -----: | --------: | ---------------: |")
-    for kind, count, other, lost in wrong(data, lambda texts: ours(texts).input_ids, ours.decode, reference):
-        print(f"| {kind:<14} | {count:6} | {other:9} | {lost:16} |")
+    rows = wrong(data, lambda texts: ours(texts).input_ids, ours.decode, reference)
+    print(markdown_table(["strings", "number", "other ids", "not decoded back"], rows))
 
 
 if __name__ == "__main__":

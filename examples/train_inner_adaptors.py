@@ -107,10 +107,6 @@ def main() -> None:
     test, text, results = list(RecordDataset(folder / "test.jsonl")), defaultdict(list), defaultdict(list)
     read = partial(text_perplexity, tokenizer=processor.tokenizer, num_windows=4 if args.tiny else 64)
     text["base"].append(read(language_model))
-    layers = language_model.get_decoder().layers
-    # An adaptor is one more layer and a gate, for each of the two workflows.
-    positions = range(adaptors["every"] - 1, len(layers), adaptors["every"])
-    trained = 2 * sum(1 + sum(p.numel() for p in layers[n].parameters()) for n in positions)
     for seed in range(args.seeds):
         aligned, common = args.out / f"seed-{seed}" / "aligned", {"args": args, "seed": seed, "processor": processor}
         if not (args.resume and (aligned / "config.json").exists()):
@@ -129,6 +125,10 @@ def main() -> None:
             model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
             train(model, data, out=aligned, steps=align, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
             model.save_pretrained(aligned)
+        config = IDAVLMConfig.from_pretrained(aligned, inner_adaptors=adaptors)
+        with torch.device("meta"):
+            adapted = IDAVLMForConditionalGeneration(config).language_model.inner_adaptor
+        trained = sum(parameter.numel() for parameter in adapted.parameters())
         for variant, freeze in FREEZE.items():
             out = aligned.parent / variant
             answers, perplexity = out / "answers.json", out / "perplexity.json"

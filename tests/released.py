@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from idavlm.models.small import byte_level_bpe
+
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = Path(__file__).parent.parent / "docs" / "training.md"
 
@@ -75,16 +77,7 @@ def write_tiktoken(path: Path, size: int) -> None:
 
 
 def _trained(size: int, specials: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT.read_text(encoding="utf-8")], trainer)
+    tokenizer = byte_level_bpe([TEXT.read_text(encoding="utf-8")], size, specials)
     assert tokenizer.get_vocab_size() == size
     return tokenizer
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from idavlm.data.errors import DataError
 from idavlm.data.json_records import JsonRecords
 from idavlm.data.schema import Sample
+from idavlm.utils import drop_torn_line
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Answer:
 def candidates(sample: Sample) -> list[str]:
     """Answers to choose among. The right one comes last: the first of equals is chosen, so that a tie is wrong."""
     return [*sample.false_answers, sample.answer]
+
+
+def likeliest(sample: Sample, answer: Answer) -> str:
+    """The candidate of highest likelihood; the first of equals."""
+    texts = candidates(sample)
+    if len(texts) != len(answer.likelihoods):
+        raise ValueError(
+            f"likelihoods of {answer.id!r} are {len(answer.likelihoods)} for {len(texts)} candidates; of other data?"
+        )
+    return texts[answer.likelihoods.index(max(answer.likelihoods))]
 
 
 def question_text(sample: Sample) -> str:
@@ -104,7 +115,7 @@ class AnswerFile:
             if other:
                 changes = ", ".join(f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now" for key in other)
                 raise ValueError(f"{self.path} holds answers of other settings ({changes}); give another folder.")
-        self._cut_torn_line()
+        drop_torn_line(self.path)
         beside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         answers = load_answers(self.path) if self.path.exists() and self.path.stat().st_size else []
         self.answers = {answer.id: answer for answer in answers}
@@ -117,15 +128,6 @@ class AnswerFile:
                 file.write(answer.to_json() + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
 
 
 def _read(record: object, where: str) -> Answer:

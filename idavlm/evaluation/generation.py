@@ -120,10 +120,16 @@ def generate_texts(
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    for stop in [stops] if isinstance(stops, str) else stops:
-        texts = [text.partition(stop)[0] for text in texts]
+    texts = [cut_at(text, stops) for text in texts]
     sizes = [sample["image_sizes"].tolist() for sample in encoded]
     return [(text.strip(), tuple(size[-1]) if size else None) for text, size in zip(texts, sizes, strict=True)]
+
+
+def cut_at(text: str, stops: str | Sequence[str]) -> str:
+    """``text`` up to the first of ``stops`` (a text, or several) that is in it."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.partition(stop)[0]
+    return text
 
 
 def answer_likelihoods(model: nn.Module, processor, samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:

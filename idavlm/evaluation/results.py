@@ -88,8 +88,9 @@ class EvaluationResult:
     @property
     def main_scores(self) -> dict[str, float]:
         """The main metric of every task that has one, e.g. to watch in training."""
-        main = {task: main_metric(task, row["metrics"]) for task, row in self.summary.items()}
-        return {task: self.summary[task]["metrics"][metric] for task, metric in main.items() if metric}
+        metrics = {task: row["metrics"] for task, row in self.summary.items()}
+        main = {task: main_metric(task, found) for task, found in metrics.items()}
+        return {task: metrics[task][metric] for task, metric in main.items() if metric}
 
     def save(self, path: str | Path, **facts: object) -> Path:
         """Write summary and predictions as JSON, with ``facts`` beside them; :meth:`load` reads it back."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from idavlm.data.schema import Sample
-from idavlm.evaluation.answers import Answer, candidates
+from idavlm.evaluation.answers import Answer, candidates, likeliest
 from idavlm.evaluation.generation import CHOICE_TASKS
 from idavlm.evaluation.metrics import closest, name_spellings, score_box, score_description, score_picture
 from idavlm.evaluation.results import EvaluationResult, Prediction
@@ -85,7 +85,7 @@ def score_answer(
     elif sample.type in CHOICE_TASKS:
         scores = _score_choice(sample, answer)
         if answer.prediction is None:
-            text = _likeliest(sample, answer)
+            text = likeliest(sample, answer)
     else:
         scores = score_description(text, sample.answer, names, clauses=clauses)
     parsed = scores is not None
@@ -99,19 +99,10 @@ def _score_choice(sample: Sample, answer: Answer) -> dict[str, float]:
     """By likelihood, by what the text comes closest to, or both; nothing where there is nothing to choose among."""
     scores: dict[str, float] = {}
     if answer.likelihoods and sample.false_answers:
-        scores["accuracy"] = float(_likeliest(sample, answer) == sample.answer)
+        scores["accuracy"] = float(likeliest(sample, answer) == sample.answer)
     if answer.prediction is not None and sample.false_answers:
         scores["closest_accuracy"] = float(closest(answer.prediction, candidates(sample)) == sample.answer)
     return scores
-
-
-def _likeliest(sample: Sample, answer: Answer) -> str:
-    texts = candidates(sample)
-    if len(texts) != len(answer.likelihoods):
-        raise ValueError(
-            f"likelihoods of {answer.id!r} are {len(answer.likelihoods)} for {len(texts)} candidates; of other data?"
-        )
-    return texts[answer.likelihoods.index(max(answer.likelihoods))]
 
 
 def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | None, parse_box: ParseBox) -> Prediction:

@@ -26,26 +26,31 @@ CHAT_TEMPLATE = (
 """Roles as special tokens; the end of a turn is learned with the answer."""
 
 
-def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token: str = "<image>"):
-    """A byte-level BPE tokenizer trained on ``texts``, with a chat template that marks the assistant's turns.
-
-    Any text can be encoded and decoded exactly; words that are frequent in ``texts`` are single tokens.
-    """
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
+    """A ``tokenizers.Tokenizer`` trained on ``texts``: special tokens first, then all bytes, then what is frequent."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", image_token]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=specials,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token: str = "<image>"):
+    """A byte-level BPE tokenizer trained on ``texts``, with a chat template that marks the assistant's turns.
+
+    Any text can be encoded and decoded exactly; words that are frequent in ``texts`` are single tokens.
+    """
+    specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", image_token]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_level_bpe(texts, vocab_size, specials),
         pad_token="<|pad|>",
         eos_token="<|end|>",
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", image_token],

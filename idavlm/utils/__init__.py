@@ -4,5 +4,14 @@ from idavlm.utils.answer_text import last_answer, plain_answer
 from idavlm.utils.checks import check_choice, check_positive
 from idavlm.utils.compiling import outside_compile
 from idavlm.utils.image_roles import ImageRole
+from idavlm.utils.torn_lines import drop_torn_line
 
-__all__ = ["ImageRole", "check_choice", "check_positive", "last_answer", "outside_compile", "plain_answer"]
+__all__ = [
+    "ImageRole",
+    "check_choice",
+    "check_positive",
+    "drop_torn_line",
+    "last_answer",
+    "outside_compile",
+    "plain_answer",
+]

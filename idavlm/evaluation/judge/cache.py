@@ -4,6 +4,8 @@ import json
 import threading
 from pathlib import Path
 
+from idavlm.utils import drop_torn_line
+
 
 class ReplyCache:
     """Replies by key. A line that a killed run left half written is dropped.
@@ -36,12 +38,8 @@ class ReplyCache:
                 file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
-        for number, line in enumerate(content[:whole].splitlines(), 1):
+        drop_torn_line(self.path)
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
                 entry = json.loads(line)
                 self._replies[entry["key"]] = entry["reply"]

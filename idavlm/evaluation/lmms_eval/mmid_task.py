@@ -41,6 +41,7 @@ class MMIDTask(ConfigurableMessagesTask):
         BoxFormat(_setting("MMID_BOXES", f"how the model writes boxes, one of {', '.join(BoxFormat.KINDS)}"))
         _ITEMS.clear()
         _ITEMS.update({item.sample.id: item for item in items})
+        _PEOPLE[:] = sorted({identity.name for item in items for identity in item.sample.identities})
         rows = [
             {"id": item.sample.id, "type": item.groups["type"], "domain": item.groups["domain"]}
             | {"question": _text(item.sample), "answer": item.sample.answer or ""}
@@ -51,6 +52,7 @@ class MMIDTask(ConfigurableMessagesTask):
 
 
 _ITEMS: dict[str, Item] = {}
+_PEOPLE: list[str] = []
 
 
 def doc_to_messages(doc: dict) -> list[dict]:
@@ -68,13 +70,12 @@ def doc_to_messages(doc: dict) -> list[dict]:
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     """Scores of an answer, under the names of its type."""
     item = _ITEMS[doc["id"]]
-    people = sorted({identity.name for one in _ITEMS.values() for identity in one.sample.identities})
     scored = score_answers(
         [item.sample],
         [Answer(item.sample.id, results[0])],
         parse_box=BoxFormat(os.environ["MMID_BOXES"]).parse,
         prose=True,
-        names=people,
+        names=_PEOPLE,
         image_size=image_size,
     )
     called = _METRICS[item.sample.type.split("_")[0]]

@@ -7,7 +7,7 @@ from lmms_eval import utils
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from idavlm.evaluation.generation import evaluating, generate_texts
+from idavlm.evaluation.generation import cut_at, evaluating, generate_texts
 from idavlm.evaluation.lmms_eval.messages import sample_of
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
 
@@ -68,12 +68,8 @@ class IDAVLM(lmms):
             with evaluating(self.model):
                 written = generate_texts(self.model, self.processor, samples, int(options.get("max_new_tokens", 256)))
         until = options.get("until") or []
-        until = [until] if isinstance(until, str) else until
-        texts = []
-        for text, _ in written:
-            for stop in filter(None, until):
-                text = text.split(stop)[0]
-            texts.append(text.strip())
+        until = [until] if isinstance(until, str) else list(filter(None, until))
+        texts = [cut_at(text, until).strip() for text, _ in written]
         for (context, _, given, *_), text in zip(chunk, texts, strict=True):
             self.cache_hook.add_partial("generate_until", (context, given), text)
         return texts
