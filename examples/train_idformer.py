@@ -7,15 +7,13 @@
 
 A vision tower and its identity attention learn from boxes alone. Then two models learn to read, side by side, from the
 same records: one with that ID-Former, one with a plain resampler behind the same tower. Both are asked about identities
-never trained on: which picture shows Kate, where is she, what is she doing? The first is asked again without reference
-photos, and with photos of others. See runs/train_idformer/<data>/report.md.
+never trained on, the first also without reference photos and with photos of others: runs/train_idformer/<data>/report.md.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -30,8 +28,8 @@ from idavlm.data import RecordDataset, Sample, batches_of_like_length
 from idavlm.data.characters import build_characters
 from idavlm.data.faces import build_faces
 from idavlm.data.wesnoth import build_wesnoth
-from idavlm.evaluation import evaluate, pick_examples, write_report
-from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm.evaluation import EvaluationResult, evaluate, pick_examples, write_report
+from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor, ImageFeatures
 from idavlm.models.small import small_language_model, small_processor, small_vision_tower
 from idavlm.training import IDTrainer, IDTrainingArguments
 
@@ -41,13 +39,17 @@ STEPS = {"characters": (700, 850), "wesnoth": (2000, 1700), "faces": (1500, 1700
 BATCH = 16
 COMMON = {"per_device_train_batch_size": BATCH, "adam_beta2": 0.98, "warmup_steps": 30, "logging_steps": 20}
 COMMON |= {"save_steps": 250, "save_total_limit": 1, "report_to": []}
+WATCH = {"eval_strategy": "steps", "eval_steps": 300}
 FIRST, EXTRA = 150, 0.3  # steps of location alone, and its extra share later: boxes take longest to learn
 
 # From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
 ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrast_loss_weight": 3.0}
 # One head compares patches with patches, or finds nobody; marks tell a sample's identities apart.
 ID_FORMER |= {"num_identity_heads": 1, "identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4}
-WITH, WITHOUT = "with ID-Former", "without ID-Former"
+LOOKING, WITH, WITHOUT = "looking", "with-ID-Former", "without-ID-Former"
+# Columns of the report: which model, and whose photos it is shown.
+ASKED = {"with ID-Former": (WITH, "right"), "no references": (WITH, "none"), "wrong references": (WITH, "wrong")}
+ASKED |= {"without ID-Former": (WITHOUT, "right")}
 
 
 def build_model(processor: IDAVLMProcessor, vision_tower, **connector) -> IDAVLMForConditionalGeneration:
@@ -58,8 +60,8 @@ def build_model(processor: IDAVLMProcessor, vision_tower, **connector) -> IDAVLM
     return IDAVLMForConditionalGeneration.from_parts(vision_tower, language_model, **options, **connector)
 
 
-def learn_to_look(identity: RecordDataset, processor: IDAVLMProcessor, out: Path, args, seed: int) -> None:
-    """Vision tower and identity attention, by boxes; the language model is not run."""
+def learn_to_look(identity: RecordDataset, samples: list[Sample], processor: IDAVLMProcessor, out: Path, args, seed):
+    """Vision tower and identity attention, by boxes; the language model is not run. Then the tower rests."""
     set_seed(seed)
     model = build_model(processor, small_vision_tower(hidden_size=128), **ID_FORMER)
     options = {"max_steps": args.steps[0], "identity_warmup_steps": args.steps[0], "learning_rate": 5e-3}
@@ -67,8 +69,17 @@ def learn_to_look(identity: RecordDataset, processor: IDAVLMProcessor, out: Path
     arguments = IDTrainingArguments(str(out), **options)
     IDTrainer(model, arguments, train_dataset=identity, data_collator=processor.collate).train()
     model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
-    model.save_pretrained(out)
+    ImageFeatures.write(out / "features", model, processor, samples)
     processor.save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def load(out: Path, name: str) -> tuple[IDAVLMForConditionalGeneration, IDAVLMProcessor]:
+    """A model, and a processor that knows what the tower saw in every picture."""
+    model = IDAVLMForConditionalGeneration.from_pretrained(out / name)
+    processor = IDAVLMProcessor.from_pretrained(out / name)
+    processor.image_features = ImageFeatures(out / LOOKING / "features", model, processor)
+    return model, processor
 
 
 def curriculum(samples: list[Sample], steps: int, rng: Random) -> list[int]:
@@ -80,39 +91,32 @@ def curriculum(samples: list[Sample], steps: int, rng: Random) -> list[int]:
     return batches_of_like_length(order, [len(sample.images) for sample in samples], BATCH, rng)
 
 
-def learn_to_read(name: str, seed: int, order: list[int], folder: Path, out: Path, args) -> tuple[list, dict, list]:
-    """A language model learns, by Muon, to read what the finished tower sees, and answers. In a process of its own."""
+def learn_to_read(
+    folder: Path, watched: list[Sample], args, name: str, out: Path, seed: int, order: list[int]
+) -> list[dict]:
+    """A language model learns, by Muon, to read what the finished tower sees. In a process of its own."""
     set_seed(seed)
-    looking, out = out / f"seed-{seed}" / "looking", out / f"seed-{seed}" / name.replace(" ", "-")
-    processor = IDAVLMProcessor.from_pretrained(looking)
-    model = IDAVLMForConditionalGeneration.from_pretrained(looking)
+    model, processor = load(out, LOOKING)
     options = {"freeze": ["vision_tower", "id_former"], "teacher_forcing_steps": args.steps[1] // 3}
     if name == WITHOUT:
         model = build_model(processor, model.vision_tower, connector="resampler")
         options = {"freeze": ["vision_tower"], "module_learning_rates": {"connector": 2e-3}}
-    decay = {"num_decay_steps": round(0.4 * args.steps[1])}
-    options |= {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay, "mixing_ratio": 0.05}
-    options |= {"muon_modules": ["language_model"], "learning_rate": 6e-3, "max_steps": args.steps[1]}
-    options |= {"eval_strategy": "steps", "eval_steps": 300, "train_sampling_strategy": "sequential"}
-    identity = RecordDataset(folder / "train.jsonl", encode=processor.encode)
-    general = RecordDataset(folder / "general.jsonl", encode=processor.encode)
-    test = list(RecordDataset(folder / "test.jsonl"))
-    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.type == task][:50]]
-    trainer = IDTrainer(
-        model,
-        IDTrainingArguments(str(out), seed=seed, **COMMON, **options),
-        train_dataset=Subset(identity, order),
-        general_dataset=general,
-        data_collator=processor.collate,
-        task_evaluation=lambda model: evaluate(model, processor, watched, max_new_tokens=16).main_scores,
-    )
+    options |= {"muon_modules": ["language_model"], "learning_rate": 6e-3, "max_steps": args.steps[1], "seed": seed}
+    options |= {"lr_scheduler_type": "warmup_stable_decay", "train_sampling_strategy": "sequential"}
+    options |= {"lr_scheduler_kwargs": {"num_decay_steps": round(0.4 * args.steps[1])}, "mixing_ratio": 0.05}
+    read = partial(RecordDataset, encode=processor.encode)
+    data = {"train_dataset": Subset(read(folder / "train.jsonl"), order), "data_collator": processor.collate}
+    data |= {"general_dataset": read(folder / "general.jsonl")}
+    data |= {"task_evaluation": lambda model: evaluate(model, processor, watched, max_new_tokens=16).main_scores}
+    trainer = IDTrainer(model, IDTrainingArguments(str(out / name), **COMMON, **WATCH, **options), **data)
     trainer.train(resume_from_checkpoint=args.resume or None)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    shown = {name: "right"} | ({"no references": "none", "wrong references": "wrong"} if name == WITH else {})
-    ask = partial(evaluate, model, processor, test, batch_size=32)
-    answers = {asked: ask(references=references) for asked, references in shown.items()}
-    return trainer.state.log_history, answers, pick_examples(model, processor, test, answers[name])
+    model.save_pretrained(out / name)
+    processor.save_pretrained(out / name)
+    return trainer.state.log_history
+
+
+def ask(test: list[Sample], name: str, references: str, out: Path) -> EvaluationResult:
+    return evaluate(*load(out, name), test, references=references, batch_size=32)
 
 
 def main() -> None:
@@ -125,24 +129,25 @@ def main() -> None:
     args = parser.parse_args()
     start, out, args.steps = time.time(), args.out / args.data, args.steps or STEPS[args.data]
     folder = BUILD[args.data](args.out / "data" / args.data)
-    identity = RecordDataset(folder / "train.jsonl")
-    samples = list(identity)
-    processor = small_processor([*samples, *RecordDataset(folder / "general.jsonl")], image_size=64, num_queries=16)
-    identity.encode = processor.encode
-    names, seeds = [WITH, WITHOUT] * args.seeds, [seed for seed in range(args.seeds) for _ in (WITH, WITHOUT)]
-    for seed in range(args.seeds):
-        if not args.resume or not (out / f"seed-{seed}" / "looking" / "config.json").exists():
-            learn_to_look(identity, processor, out / f"seed-{seed}" / "looking", args, seed)
-    orders = [curriculum(samples, args.steps[1], Random(seed)) for seed in seeds]
+    data = [RecordDataset(folder / f"{part}.jsonl") for part in ("train", "general", "test")]
+    samples, general, test = map(list, data)
+    processor = small_processor([*samples, *general], image_size=64, num_queries=16)
+    data[0].encode = processor.encode
+    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.type == task][:50]]
+    seeds = [out / f"seed-{seed}" for seed in range(args.seeds)]
+    for seed, place in enumerate(seeds):
+        if not args.resume or not (place / LOOKING / "config.json").exists():
+            learn_to_look(data[0], [*samples, *general, *test], processor, place / LOOKING, args, seed)
+    orders = [curriculum(samples, args.steps[1], Random(seed)) for seed in range(args.seeds)]
+    learn, lessons = partial(learn_to_read, folder, watched, args), (seeds, range(args.seeds), orders)
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, [max(1, os.cpu_count() // 2)]) as pool:
-        runs = list(pool.map(partial(learn_to_read, folder=folder, out=out, args=args), names, seeds, orders))
-    results, logs = defaultdict(list), defaultdict(list)
-    for name, (log, answers, _) in zip(names, runs, strict=True):
-        logs[name].append(log)
-        for asked, result in answers.items():
-            results[asked].append(result)
-    facts = {"settings": vars(args), "command": " ".join(["python", *sys.argv]), "seconds": time.time() - start}
-    facts |= {"title": f"Identities never trained on: {args.data}", "logs": logs, "examples": runs[0][2]}
+        learning = {name: pool.map(partial(learn, name), *lessons) for name in (WITH, WITHOUT)}
+        logs = {name: list(runs) for name, runs in learning.items()}
+        asking = {shown: pool.map(partial(ask, test, *asked), seeds) for shown, asked in ASKED.items()}
+        results = {shown: list(answers) for shown, answers in asking.items()}
+    facts = {"title": f"Identities never trained on: {args.data}", "logs": logs, "settings": vars(args)}
+    facts |= {"examples": pick_examples(*load(seeds[0], WITH), test, results["with ID-Former"][0])}
+    facts |= {"command": " ".join(["python", *sys.argv]), "seconds": time.time() - start}
     print(write_report(out, results, **facts).read_text().split("\n## ")[1])
 
 

@@ -10,8 +10,13 @@ from idavlm.data.rendering import IGNORE_INDEX
 from idavlm.utils import check_choice
 
 _TEXT = dict.fromkeys(("input_ids", "labels", "name_identity"), (torch.int64, ("T",)))
-_IMAGES = {
+_TEXT["is_name"] = (torch.bool, ("T",))
+_SEEN = {
     "pixel_values": (torch.float32, ("I", 3, "H", "W")),
+    "image_features": (torch.float32, ("I", "P", "Cv")),
+}
+_UNIT = {"pixel_values": "pixels (height x width)", "image_features": "(patches x channels)"}
+_IMAGES = {
     "image_roles": (torch.int64, ("I",)),
     "identity_index": (torch.int64, ("I",)),
     "image_sizes": (torch.int64, ("I", 2)),
@@ -21,8 +26,8 @@ _BOXES = {
     "box_image": (torch.int64, ("N",)),
     "box_identity": (torch.int64, ("N",)),
 }
-FIELDS = {**_TEXT, **_IMAGES, **_BOXES}
-"""Fields of an encoded sample with their dtype and shape; ``source`` may come with them."""
+FIELDS = {**_TEXT, **_SEEN, **_IMAGES, **_BOXES}
+"""Fields of an encoded sample with their dtype and shape; of the first two one. ``source`` may come with them."""
 
 
 class Collator:
@@ -44,22 +49,24 @@ class Collator:
         """Batch encoded samples.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels``, ``name_identity`` ``[B, T]``; of all samples together
-            ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``, ``sample_index`` ``[I]``,
-            ``image_sizes`` ``[I, 2]``; ``boxes`` ``[N, 4]``, ``box_image`` ``[N]`` (image in the batch),
-            ``box_identity`` ``[N]`` (identity in its sample); ``source``, a list of B strings, where the samples have
-            one.
+            ``input_ids``, ``attention_mask``, ``labels``, ``name_identity``, ``is_name`` ``[B, T]``; of all samples
+            together
+            ``pixel_values`` ``[I, 3, H, W]`` or ``image_features`` ``[I, P, Cv]``, as in the samples; ``image_roles``,
+            ``identity_index``, ``sample_index`` ``[I]``, ``image_sizes`` ``[I, 2]``; ``boxes`` ``[N, 4]``,
+            ``box_image`` ``[N]`` (image in the batch), ``box_identity`` ``[N]`` (identity in its sample); ``source``, a
+            list of B strings, where the samples have one.
 
         Raises:
             ValueError: missing or unknown fields, shapes or indices that do not fit, images of different size.
         """
         if not samples:
             raise ValueError("samples is empty; a batch needs at least one.")
+        seen = _seen_as(samples[0])
         for number, sample in enumerate(samples):
-            _check_sample(number, sample)
+            _check_sample(number, sample, seen)
         batch = self._text(samples)
-        batch |= _images(samples)
-        counts = [len(sample["pixel_values"]) for sample in samples]
+        batch |= _images(samples, seen)
+        counts = [len(sample[seen]) for sample in samples]
         first_image = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
         batch["boxes"] = torch.cat([sample["boxes"] for sample in samples])
         batch["box_image"] = torch.cat(
@@ -80,47 +87,56 @@ class Collator:
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
         name_identity = torch.full(shape, -1)
+        is_name = torch.zeros(shape, dtype=torch.bool)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
             place = slice(0, length) if self.padding_side == "right" else slice(longest - length, longest)
             input_ids[row, place] = sample["input_ids"]
             labels[row, place] = sample["labels"]
             name_identity[row, place] = sample["name_identity"]
+            is_name[row, place] = sample["is_name"]
             attention_mask[row, place] = 1
         texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return texts | {"name_identity": name_identity}
+        return texts | {"name_identity": name_identity, "is_name": is_name}
 
 
-def _images(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    pixels = [sample["pixel_values"] for sample in samples]
-    shown = [(number, image) for number, image in enumerate(pixels) if len(image)]
+def _seen_as(sample: dict[str, Any]) -> str:
+    return next((name for name in _SEEN if name in sample), "pixel_values")
+
+
+def _images(samples: Sequence[dict[str, Any]], seen: str) -> dict[str, Tensor]:
+    images = [sample[seen] for sample in samples]
+    shown = [(number, image) for number, image in enumerate(images) if len(image)]
     for number, image in shown:
         first, reference = shown[0]
-        if image.shape[2:] != reference.shape[2:]:
+        if image.shape[1:] != reference.shape[1:]:
             raise ValueError(
-                f"images of samples[{first}] are {_size(reference)}, those of samples[{number}] {_size(image)} pixels "
-                "(height x width); a batch needs one size, let the image processor resize to it."
+                f"images of samples[{first}] are {_size(reference)}, those of samples[{number}] {_size(image)} "
+                f"{_UNIT[seen]}; a batch needs one size, let the image processor resize to it."
             )
-    batch = {"pixel_values": torch.cat([image for _, image in shown] or pixels[:1])}
+    batch = {seen: torch.cat([image for _, image in shown] or images[:1])}
     for name in ("image_roles", "identity_index", "image_sizes"):
         batch[name] = torch.cat([sample[name] for sample in samples])
     batch["sample_index"] = torch.repeat_interleave(
-        torch.arange(len(samples)), torch.tensor([len(image) for image in pixels])
+        torch.arange(len(samples)), torch.tensor([len(image) for image in images])
     )
     return batch
 
 
 def _size(image: Tensor) -> str:
-    return f"{image.shape[2]} x {image.shape[3]}"
+    return f"{image.shape[-2]} x {image.shape[-1]}"
 
 
-def _check_sample(number: int, sample: dict[str, Any]) -> None:
-    missing, unknown = FIELDS.keys() - sample.keys(), sample.keys() - FIELDS.keys() - {"source"}
+def _check_sample(number: int, sample: dict[str, Any], seen: str) -> None:
+    fields = {name: field for name, field in FIELDS.items() if name not in _SEEN or name == seen}
+    missing, unknown = fields.keys() - sample.keys(), sample.keys() - fields.keys() - {"source"}
     if missing or unknown:
         what = f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown fields {', '.join(sorted(unknown))}"
-        raise ValueError(f"samples[{number}] {what}; an encoded sample has {', '.join(FIELDS)} and perhaps source.")
+        raise ValueError(
+            f"samples[{number}] {what}; an encoded sample of this batch has {', '.join(fields)} and perhaps source."
+        )
     sizes: dict[str, tuple[int, str]] = {}
-    for name, (dtype, shape) in FIELDS.items():
+    for name, (dtype, shape) in fields.items():
         value = sample[name]
         if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != len(shape):
             got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -134,7 +150,7 @@ def _check_sample(number: int, sample: dict[str, Any]) -> None:
                 )
     if len(sample["input_ids"]) == 0:
         raise ValueError(f"samples[{number}] has no tokens; leave it out.")
-    images, box_image = len(sample["pixel_values"]), sample["box_image"]
+    images, box_image = len(sample[seen]), sample["box_image"]
     if len(box_image) and not 0 <= int(box_image.min()) <= int(box_image.max()) < images:
         raise ValueError(
             f"samples[{number}]['box_image']={box_image.tolist()} names no image; it has {images}, from 0."

@@ -13,6 +13,7 @@ from idavlm.evaluation.contact_sheet import Example
 from idavlm.evaluation.generation import evaluating, model_inputs
 from idavlm.evaluation.parsing import parse_picture
 from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.modules.positions import square_grid
 from idavlm.utils import ImageRole
 
 _COUNT = {"location": 5, "matching": 3, "qa_single": 1, "caption_single": 1, "qa_multi": 1, "caption_multi": 1}
@@ -55,12 +56,13 @@ def identity_maps(
         return None, None
     batch = processor.collate([processor.encode(sample, add_generation_prompt=True)], padding_side="left")
     inputs = model_inputs(model, batch)
-    names = ("pixel_values", "image_roles", "sample_index", "identity_index")
+    names = ("pixel_values", "image_features", "image_roles", "sample_index", "identity_index")
     with evaluating(model):
         _, maps, grid_size = model.encode_images(
-            **{name: inputs[name] for name in names}, output_identity_attentions=True
+            **{name: inputs[name] for name in names if name in inputs}, output_identity_attentions=True
         )
     scenes = inputs["image_roles"] == ImageRole.SCENE
+    grid_size = grid_size or square_grid("P, the number of patches,", maps[0].shape[1])
     return list(torch.stack(maps).float().mean(0)[scenes].cpu().numpy()), grid_size
 
 

@@ -154,7 +154,7 @@ def _look_once(model: nn.Module, inputs: dict[str, Tensor], samples: Sequence[Sa
     """Let the vision tower see a picture once a batch, as the candidates of a question show the same ones."""
     paths = [(sample.image_root, path) for sample in samples for path in sample.images]
     first = {path: number for number, path in reversed(list(enumerate(paths)))}
-    if len(first) == len(paths) or not hasattr(model, "image_features"):
+    if len(first) == len(paths) or "pixel_values" not in inputs or not hasattr(model, "image_features"):
         return inputs
     different = sorted(first.values())
     features, grid_size = model.image_features(inputs["pixel_values"][different])

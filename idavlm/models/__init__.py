@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.image_features import ImageFeatures
 from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
 from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig, QwenVisionModel
@@ -27,6 +28,7 @@ __all__ = [
     "IDAVLMForConditionalGeneration",
     "IDAVLMOutput",
     "IDAVLMProcessor",
+    "ImageFeatures",
     "QwenVisionConfig",
     "QwenVisionModel",
     "convert",

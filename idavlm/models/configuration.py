@@ -12,6 +12,7 @@ OPTIONS = (
     "identity_loss_weight",
     "contrast_loss_weight",
     "image_token_scale",
+    "names_as_marks",
     "num_picture_slots",
     "inner_adaptors",
 )
@@ -38,6 +39,9 @@ class IDAVLMConfig(PretrainedConfig):
             given. For models from scratch.
         image_token_scale: factor of image tokens where they are put among the embeddings of text. The embeddings of
             a new language model are small; image tokens many times as strong hide what its first layers add to them.
+        names_as_marks: mark image tokens by the embeddings of the names in the prompt, as ``num_identity_slots`` of an
+            ID-Former marks them by learned ones: a language model that can read is then told in its own words who is
+            where (:func:`idavlm.models.name_marks.name_marks`).
         inner_adaptors: arguments of :func:`idavlm.add_inner_adaptors`, e.g. ``{"every": 4}``; the language model is
             then frozen. ``owned`` may hold ``"connector"``, but not with an ID-Former, which all workflows share.
         num_picture_slots: so many pictures of a sample, references not counted, are told apart by marks on their
@@ -70,6 +74,7 @@ class IDAVLMConfig(PretrainedConfig):
         identity_loss_weight: float = 1.0,
         contrast_loss_weight: float = 0.0,
         image_token_scale: float = 1.0,
+        names_as_marks: bool = False,
         inner_adaptors: dict | None = None,
         num_picture_slots: int = 0,
         **kwargs,
@@ -93,6 +98,11 @@ class IDAVLMConfig(PretrainedConfig):
                 "inner_adaptors: owned holds 'connector', but connector='id_former' is one for all workflows; leave it "
                 "out, or choose another connector."
             )
+        if names_as_marks and (connector != "id_former" or (connector_config or {}).get("num_identity_slots")):
+            raise ValueError(
+                "names_as_marks=True needs connector='id_former', which finds the persons, and takes the place of its "
+                f"num_identity_slots; connector={connector!r}, connector_config={connector_config}."
+            )
         if num_picture_slots != 0:
             check_positive(num_picture_slots=num_picture_slots)
         text_config = _sub_config("text_config", text_config)
@@ -111,6 +121,7 @@ class IDAVLMConfig(PretrainedConfig):
         self.identity_loss_weight = identity_loss_weight
         self.contrast_loss_weight = contrast_loss_weight
         self.image_token_scale = image_token_scale
+        self.names_as_marks = names_as_marks
         self.inner_adaptors = None if inner_adaptors is None else dict(inner_adaptors)
         self.num_picture_slots = num_picture_slots
 

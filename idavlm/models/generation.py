@@ -1,6 +1,7 @@
 """Generation with images: read once, and repeated with their sample."""
 
 import torch
+from torch import nn
 from transformers import GenerationMixin
 
 from idavlm.modules.inner_adaptor import takes_workflow
@@ -22,8 +23,10 @@ class ImageGenerationMixin(GenerationMixin):
             # The answer is about whom the end of the prompt is about; what is cached is not read again.
             answered = max(input_ids.shape[1] - names.shape[1], 0)
             inputs["name_identity"] = torch.cat([names, names[:, -1:].expand(-1, answered)], 1)[:, -read.shape[1] :]
+            if inputs.get("is_name") is not None:
+                inputs["is_name"] = nn.functional.pad(inputs["is_name"], (0, answered))  # no name of the prompt
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            for name in (*IMAGE_INPUTS, "sample_index"):
+            for name in (*IMAGE_INPUTS, "sample_index", "is_name"):
                 inputs.pop(name, None)
         for name in BOX_INPUTS:
             inputs.pop(name, None)

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.vision import features_width
@@ -82,6 +83,27 @@ def mark_names(inputs_embeds: Tensor, name_identity: Tensor | None, slots: Ident
     marks = F.normalize(slots.weight.to(inputs_embeds), dim=-1)[name_identity.clamp(min=0)]
     strength = inputs_embeds.detach().norm(dim=-1) * (name_identity >= 0)
     return inputs_embeds + marks * strength[..., None]
+
+
+def ready_parts(
+    vision_tower: PreTrainedModel | str, language_model: PreTrainedModel | str, image_token_id: int
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """What :meth:`idavlm.IDAVLMForConditionalGeneration.from_parts` is given, loaded and checked."""
+    if isinstance(vision_tower, str):
+        vision_tower = AutoModel.from_pretrained(vision_tower)
+    # Of a model of images and text the vision part, if that is what its configuration builds when it is loaded.
+    part = getattr(vision_tower, "vision_model", None)
+    if part is not None and MODEL_MAPPING.get(type(getattr(part, "config", None)), None) is type(part):
+        vision_tower = part
+    if isinstance(language_model, str):
+        language_model = AutoModelForCausalLM.from_pretrained(language_model)
+    vocabulary = language_model.get_input_embeddings().num_embeddings
+    if not 0 <= image_token_id < vocabulary:
+        raise ValueError(
+            f"image_token_id={image_token_id} lies outside the {vocabulary} embeddings of the language model; call "
+            "language_model.resize_token_embeddings(len(tokenizer)) first."
+        )
+    return vision_tower, language_model
 
 
 def connector_of(config: IDAVLMConfig) -> nn.Module:

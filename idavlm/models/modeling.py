@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from idavlm.models.configuration import OPTIONS, IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
@@ -16,12 +16,15 @@ from idavlm.models.joint import (
     initialise_lacking,
     mark_names,
     picture_slots_of,
+    ready_parts,
 )
 from idavlm.models.labelled_logits import IGNORE_INDEX, head_reads_only, next_tokens, targets_of
+from idavlm.models.name_marks import name_marks
 from idavlm.models.outputs import IDAVLMOutput
 from idavlm.models.scatter import scatter_image_tokens
 from idavlm.models.vision import no_features, vision_features
 from idavlm.modules import Resampler
+from idavlm.modules.identity_map import with_known
 from idavlm.modules.inner_adaptor import WorkflowMixin, takes_workflow
 from idavlm.utils import ImageRole
 
@@ -106,20 +109,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             options: further arguments of :class:`IDAVLMConfig`; every other name goes to ``connector_config``, e.g.
                 ``num_queries=64, num_heads=8``.
         """
-        if isinstance(vision_tower, str):
-            vision_tower = AutoModel.from_pretrained(vision_tower)
-        # Of a model of images and text the vision part, if that is what its configuration builds when it is loaded.
-        part = getattr(vision_tower, "vision_model", None)
-        if part is not None and MODEL_MAPPING.get(type(getattr(part, "config", None)), None) is type(part):
-            vision_tower = part
-        if isinstance(language_model, str):
-            language_model = AutoModelForCausalLM.from_pretrained(language_model)
-        vocabulary = language_model.get_input_embeddings().num_embeddings
-        if not 0 <= image_token_id < vocabulary:
-            raise ValueError(
-                f"image_token_id={image_token_id} lies outside the {vocabulary} embeddings of the language model; call "
-                "language_model.resize_token_embeddings(len(tokenizer)) first."
-            )
+        vision_tower, language_model = ready_parts(vision_tower, language_model, image_token_id)
         config = IDAVLMConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
@@ -224,6 +214,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         name_identity: Tensor | None = None,
+        is_name: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         image_roles: Tensor | None = None,
@@ -249,6 +240,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 labels alone, which saves most of their memory, and not returned.
             name_identity: ``[B, T]`` the identity a token is about, from its name on; -1 elsewhere. An ID-Former with
                 ``num_identity_slots`` marks these tokens as it marks the identity's photos.
+            is_name: ``[B, T]`` the names themselves; needed with images where ``names_as_marks``.
             pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
             image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
             boxes: ``[N, 4]`` pixels of persons who have references: teach the identity attention.
@@ -268,7 +260,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             roles = (image_roles, sample_index, identity_index)
             located = (boxes, box_image, box_identity, image_sizes)
             targets = identity_targets(located, roles, features.shape[1], grid_size) if teaches else None
-            wants_maps, known = output_identity_attentions or teaches, targets if teacher_forcing else None
+            known = targets if teacher_forcing else None
+            wants_maps = output_identity_attentions or teaches or self.config.names_as_marks
             image_tokens, maps = self._encode(features, grid_size, roles, wants_maps, known)
             if teaches:
                 losses = identity_losses(self.id_former, self.config, features, grid_size, roles, maps, targets)
@@ -278,6 +271,11 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             is_image = input_ids == self.config.image_token_id
             if image_tokens is not None:
                 image_embeds = image_tokens * self.config.image_token_scale
+                if self.config.names_as_marks:
+                    seen = maps[-1] if known is None else with_known(maps[-1], known)
+                    cells = self.id_former.resampler.query_grid
+                    names = (name_identity, is_name)
+                    image_embeds = image_embeds + name_marks(inputs_embeds, names, roles, seen, grid_size, cells)
                 inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_embeds)
             elif past_key_values is None and is_image.any():
                 raise ValueError(

@@ -9,7 +9,8 @@ from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import IGNORE_INDEX, Box, Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.models.boxes import BoxFormat
-from idavlm.models.names import carry_names, name_identities
+from idavlm.models.image_features import ImageFeatures
+from idavlm.models.names import NOT_A_NAME, carry_names, name_identities
 from idavlm.utils import ImageRole, check_positive
 
 
@@ -30,6 +31,8 @@ class IDAVLMProcessor(ProcessorMixin):
         box_format: see :class:`BoxFormat`.
         max_length: longest encoded sample in tokens; a longer one is an error, never cut. None for no limit.
         image_cache_size: so many prepared images are kept in memory (small data sets on slow disks and CPUs).
+
+    ``image_features``, None at first, may be set to :class:`ImageFeatures`; pictures are then not opened any more.
     """
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
@@ -62,6 +65,7 @@ class IDAVLMProcessor(ProcessorMixin):
         self.image_cache_size = image_cache_size
         self._boxes = BoxFormat(box_format)
         self._cache: dict[tuple[str, str], tuple[Tensor, tuple[int, int]]] = {}
+        self.image_features: ImageFeatures | None = None
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
@@ -75,7 +79,7 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def to_dict(self, *args, **kwargs) -> dict[str, Any]:
         output = super().to_dict(*args, **kwargs)
-        for name in ("_boxes", "_cache", "image_token_id"):
+        for name in ("_boxes", "_cache", "image_features", "image_token_id"):
             output.pop(name, None)
         return output
 
@@ -112,16 +116,18 @@ class IDAVLMProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids``, ``labels``, ``name_identity`` ``[T]`` (whom a token is about, from a name of the prompt on;
-            -1 elsewhere);
-            ``pixel_values`` ``[I, 3, H, W]``, ``image_roles``, ``identity_index``
-            ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity, then the images of the messages;
+            -1 elsewhere), ``is_name`` ``[T]`` (the names themselves);
+            ``pixel_values`` ``[I, 3, H, W]`` (``image_features`` ``[I, P, Cv]`` where the processor has them),
+            ``image_roles``, ``identity_index`` ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity,
+            then the images of the messages;
             ``boxes`` ``[N, 4]``, ``box_image``, ``box_identity`` ``[N]`` of the persons with references.
 
         Raises:
             DataError: images that cannot be read, text that holds the placeholder, boxes without an image, a sample
                 longer than ``max_length``.
         """
-        images = [self._load(sample.image_root, path) for path in sample.images]
+        look = self.image_features or self.load_image
+        images = [look(sample.image_root, path) for path in sample.images]
         sizes = [size for _, size in images]
         references = len(sample.reference_images)
         scenes = dict(zip(sample.message_images, sizes[references:], strict=True))
@@ -135,8 +141,9 @@ class IDAVLMProcessor(ProcessorMixin):
         if add_generation_prompt and sample.identities:
             answers = self._earlier_answers(sample, messages, input_ids)
         names = name_identities(self.tokenizer, input_ids, answers, [identity.name for identity in sample.identities])
-        names = carry_names(names, input_ids, answers, self.image_token_id)
-        input_ids, labels, names = self._expand(input_ids, labels, names)
+        about = carry_names(names, input_ids, answers, self.image_token_id)
+        is_name = [name != NOT_A_NAME for name in names]
+        input_ids, labels, about, is_name = self._expand(input_ids, labels, about, is_name)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
                 f"sample {sample.id!r} has {len(input_ids)} tokens, more than max_length={self.max_length}; give fewer "
@@ -149,8 +156,9 @@ class IDAVLMProcessor(ProcessorMixin):
         return {
             "input_ids": torch.tensor(input_ids),
             "labels": torch.tensor(labels),
-            "name_identity": torch.tensor(names),
-            "pixel_values": torch.stack([pixels for pixels, _ in images]) if images else torch.zeros(0, 3, 0, 0),
+            "name_identity": torch.tensor(about),
+            "is_name": torch.tensor(is_name),
+            **self._seen([seen for seen, _ in images]),
             "image_roles": torch.tensor(roles, dtype=torch.long),
             "identity_index": torch.tensor(identities + [0] * len(sample.message_images), dtype=torch.long),
             "image_sizes": torch.tensor(sizes, dtype=torch.long).view(-1, 2),
@@ -165,7 +173,7 @@ class IDAVLMProcessor(ProcessorMixin):
         """Box in generated ``text``, in pixels of an image of (height, width); see :meth:`BoxFormat.parse`."""
         return self._boxes.parse(text, image_size, name=name)
 
-    def _load(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
+    def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
         """Prepared pixels ``[3, H, W]`` and original (height, width) of an image file."""
         key = (str(root), path)
         if key not in self._cache:
@@ -180,6 +188,13 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def _pixels(self, images: list) -> Tensor:
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def _seen(self, images: list[Tensor]) -> dict[str, Tensor]:
+        """What the model gets of the images of a sample."""
+        if self.image_features is not None:
+            none = torch.zeros(0, *self.image_features.shape[1:])
+            return {"image_features": torch.stack(images).float() if images else none}
+        return {"pixel_values": torch.stack(images) if images else torch.zeros(0, 3, 0, 0)}
 
     def _messages(self, sample: Sample, sizes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
         """The conversation as text, one placeholder an image, with the identities before the first user turn."""
@@ -227,12 +242,12 @@ class IDAVLMProcessor(ProcessorMixin):
                 kind="placeholders",
             )
 
-    def _expand(self, input_ids: list[int], labels: list[int], names: list[int]) -> tuple[list[int], ...]:
-        """Every placeholder ``image_seq_length`` times."""
+    def _expand(self, input_ids: list[int], *others: list) -> tuple[list, ...]:
+        """Every placeholder ``image_seq_length`` times, and what stands beside it in ``others``."""
         times = [self.image_seq_length if token == self.image_token_id else 1 for token in input_ids]
         return tuple(
             [value for value, count in zip(values, times, strict=True) for _ in range(count)]
-            for values in (input_ids, labels, names)
+            for values in (input_ids, *others)
         )
 
     @staticmethod

@@ -30,3 +30,15 @@ def with_known(identity_map: Tensor, known: Tensor) -> Tensor:
     columns = identity_map.shape[-1]
     certain = F.one_hot(known.masked_fill(known == NOBODY, columns - 1).clamp(min=0), columns).to(identity_map)
     return torch.where((known == IGNORE)[..., None], identity_map, certain)
+
+
+def cell_shares(identity_map: Tensor, grid_size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """``[I, cells, G]``: the mean share of each identity in each cell of a coarser grid over the image.
+
+    Args:
+        identity_map: ``[I, P, G + 1]``.
+        grid_size: rows and columns of the patches.
+        cells: rows and columns of the coarser grid.
+    """
+    shares = identity_map[..., :-1].transpose(1, 2).unflatten(2, grid_size)
+    return F.adaptive_avg_pool2d(shares, cells).flatten(2).transpose(1, 2)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from idavlm.modules.identity_map import cell_shares
 
 
 class IdentitySlots(nn.Embedding):
@@ -46,9 +47,8 @@ class IdentitySlots(nn.Embedding):
             ValueError: there are not so many slots.
         """
         self._check(identity_map.shape[-1] - 2)
-        shares = F.pad(identity_map[..., :-1], (0, self.num_embeddings - identity_map.shape[-1] + 1))
-        shares = F.adaptive_avg_pool2d(shares.transpose(1, 2).unflatten(2, grid_size), cells)
-        return shares.flatten(2).transpose(1, 2).to(self.weight.dtype) @ self.weight
+        shares = cell_shares(identity_map, grid_size, cells)
+        return shares.to(self.weight.dtype) @ self.weight[: shares.shape[-1]]
 
     def _check(self, highest: int) -> None:
         if highest >= self.num_embeddings:

@@ -18,7 +18,7 @@ from idavlm.training.arguments import MODULES, SOURCES, IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
 from idavlm.training.muon import MuonAdamW, linear_weights
 
-TEXT = ("input_ids", "attention_mask", "labels", "name_identity")
+TEXT = ("input_ids", "attention_mask", "labels", "name_identity", "is_name")
 
 
 class IDTrainer(Trainer):
