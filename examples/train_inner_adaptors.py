@@ -4,18 +4,22 @@
     python examples/train_inner_adaptors.py --seeds 3
     python examples/train_inner_adaptors.py --tiny --steps 2 2 2 2    # another LLM, half a minute: does it run?
 
-The same LLM is taught the same records of drawn characters by adaptors, by LoRA of as many trained parameters, and by
-tuning the projector (the ID-Former) alone: align (projector) -> instruct (all tasks but location) -> ground (location;
-a workflow of its own, where there are workflows). All are asked about characters never trained on, and read a fixed
-text, the language reference that Python ships with, for their perplexity: runs/train_inner_adaptors/report.md.
+An ID-Former learns from boxes who is where, and says so to the LLM by the embeddings of the names. The same LLM is then
+taught the same records of drawn characters by adaptors, by LoRA of as many trained parameters, and by tuning the
+projector (the ID-Former) alone: align (projector) -> instruct (all tasks but location) -> ground (location; a workflow
+of its own, where there are workflows). All are asked about characters never trained on, and read a fixed text, the
+language reference that Python ships with, for their perplexity: runs/train_inner_adaptors/report.md.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -30,9 +34,11 @@ from idavlm.models import small
 
 # As in examples/train_idformer.py: what makes short training learn.
 ID_FORMER = {"gate": "none", "detach_references": False, "contrast_loss_weight": 3.0, "num_identity_heads": 1}
-ID_FORMER |= {"identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4, "token_norm": True}
+ID_FORMER |= {"identity_keys": "patches", "nobody_token": True, "token_norm": True, "token_positions": True}
 TINY = {"num_train": 8, "num_test": 5, "num_train_scenes": 12, "num_test_scenes": 6, "num_general": 4}
 TINY |= {"num_train_records": 60, "num_test_records": 4, "num_general_records": 8}
+PICTURES = 8  # of a sample, at most
+CONTENT = 0.3  # what a token shows, beside a name at full strength
 # What is trained after the projector is aligned; an ID-Former that moved would move under both workflows.
 FREEZE = {
     "adaptors": ["vision_tower", "id_former", "language_model"],
@@ -42,16 +48,32 @@ FREEZE = {
 
 
 def build_parts(folder: Path, args: argparse.Namespace):
-    """The LLM and a processor. Pictures are 64 x 64 and 16 tokens; an unused token of SmolLM2 stands for one."""
-    size, queries = 64, 16
+    """The LLM and a processor. Pictures are 64 x 64 and few tokens; an unused token of SmolLM2 stands for one."""
+    size, queries = 64, args.queries
     if args.tiny:
         set_seed(0)
         processor = small.small_processor(RecordDataset(folder / "train.jsonl"), image_size=size, num_queries=queries)
         return small.small_language_model(processor.tokenizer), processor
     language_model, tokenizer = small.load_smollm2()
-    images = small.small_image_processor(size)
     options = {"image_token": "<filename>", "image_seq_length": queries, "box_format": "bins"}
-    return language_model, IDAVLMProcessor(images, tokenizer, image_cache_size=50_000, **options)
+    options |= {"image_cache_size": 50_000, "chat_template": small.CHATML}
+    return language_model, IDAVLMProcessor(small.small_image_processor(size), tokenizer, **options)
+
+
+def build_model(language_model, processor: IDAVLMProcessor, args) -> IDAVLMForConditionalGeneration:
+    """Pictures are numbered, too, by the embeddings of their numbers."""
+    embeddings = language_model.get_input_embeddings().weight.detach()
+    scale = CONTENT * float(embeddings.std())
+    options = {"image_token_id": processor.image_token_id, "num_queries": processor.image_seq_length}
+    options |= {"num_heads": 4 if args.tiny else 9, "num_picture_slots": PICTURES, "names_as_marks": True}
+    tower = small.small_vision_tower(hidden_size=128)
+    model = IDAVLMForConditionalGeneration.from_parts(
+        tower, language_model, image_token_scale=scale, **options, **ID_FORMER
+    )
+    numbers = processor.tokenizer([str(number + 1) for number in range(PICTURES)], add_special_tokens=False)
+    with torch.no_grad():
+        model.picture_slots.weight.copy_(embeddings[[ids[-1] for ids in numbers.input_ids]] / scale)
+    return model
 
 
 def add_lora(model, parameters: int) -> None:
@@ -65,95 +87,97 @@ def add_lora(model, parameters: int) -> None:
 
 
 def train(model, data, processor, out: Path, steps: int, args: argparse.Namespace, seed: int, **options) -> None:
-    common = {"per_device_train_batch_size": args.batch_size, "logging_steps": 20, "report_to": [], "seed": seed}
+    common = {"per_device_train_batch_size": args.batch_size, "logging_steps": 10, "report_to": [], "seed": seed}
     common |= {"save_strategy": "no", "lr_scheduler_type": "cosine", "warmup_steps": min(20, steps // 5)}
+    common |= {"teacher_forcing_steps": steps // 2}
     arguments = IDTrainingArguments(str(out), max_steps=steps, **common, **options)
     IDTrainer(model, arguments, train_dataset=data, data_collator=processor.collate).train()
+
+
+def align(args: argparse.Namespace, folder: Path, seed: int) -> None:
+    """Identity attention by boxes, then the projector, as the LLM reads it."""
+    out = args.out / f"seed-{seed}" / "aligned"
+    if args.resume and (out / "config.json").exists():
+        return
+    set_seed(seed)
+    language_model, processor = build_parts(folder, args)
+    data, common = RecordDataset(folder / "train.jsonl", encode=processor.encode), {"args": args, "seed": seed}
+    model = build_model(language_model, processor, args)
+    identity, steps, *_ = args.steps
+    alone = {"learning_rate": 5e-3, "identity_warmup_steps": identity, "freeze": ["language_model"]}
+    train(model, data, processor, out, identity, **common, **alone)
+    model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
+    train(model, data, processor, out, steps, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
+    model.save_pretrained(out)
 
 
 def within(model, workflow: str):
     return model.workflow(workflow) if model.config.inner_adaptors else nullcontext()
 
 
-def ask(model, processor, test) -> EvaluationResult:
-    """Location in its workflow, all else in the other."""
-    predictions = []
-    for workflow in ("grounding", "multimodal"):
+def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> None:
+    """One way to the same records; its answers and its perplexity go into files."""
+    out, (_, _, instruct, ground) = args.out / f"seed-{seed}" / variant, args.steps
+    if args.resume and (out / "perplexity.json").exists():
+        return
+    set_seed(seed)
+    _, processor = build_parts(folder, args)
+    config = IDAVLMConfig.from_pretrained(out.with_name("aligned"), inner_adaptors=args.adaptors)
+    with torch.device("meta"):
+        adaptors = IDAVLMForConditionalGeneration(config).language_model.inner_adaptor
+    trained = sum(parameter.numel() for parameter in adaptors.parameters())
+    config.inner_adaptors = args.adaptors if variant == "adaptors" else None
+    model = IDAVLMForConditionalGeneration.from_pretrained(out.with_name("aligned"), config=config)
+    if variant == "LoRA":
+        add_lora(model, trained)
+    data, rates = RecordDataset(folder / "train.jsonl", encode=processor.encode), {"projector": 1e-3}
+    located = [n for n, sample in enumerate(RecordDataset(folder / "train.jsonl")) if sample.id.startswith("location")]
+    others = sorted(set(range(len(data))) - set(located))
+    for workflow, records, steps in (("multimodal", others, instruct), ("grounding", located, ground)):
+        options = {"freeze": FREEZE[variant], "learning_rate": rates.get(variant, args.learning_rate)}
+        options |= {"workflow": workflow} if variant == "adaptors" else {}
+        train(model, Subset(data, records), processor, out, steps, args, seed, **options)
+    test, predictions = [s for s in RecordDataset(folder / "test.jsonl") if s.type in args.tasks], []
+    for workflow in ("multimodal", "grounding"):
         samples = [sample for sample in test if (sample.type == "location") == (workflow == "grounding")]
         with within(model, workflow):
-            predictions += evaluate(model, processor, samples, batch_size=16, max_new_tokens=24).predictions
-    return EvaluationResult(predictions)
+            predictions += evaluate(model, processor, samples, batch_size=8, max_new_tokens=16).predictions
+    EvaluationResult(predictions).save(out / "answers.json")
+    with within(model, "text"):
+        perplexity = text_perplexity(model.language_model, processor.tokenizer, num_windows=args.windows)
+    (out / "perplexity.json").write_text(repr(perplexity))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small language model from scratch, and few records")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=4, default=[700, 60, 90, 90], metavar="N")
+    parser.add_argument("--steps", type=int, nargs=4, default=[500, 30, 100, 120], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
     parser.add_argument("--composition", choices=["serial", "parallel"], default="parallel")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of adaptors and LoRA")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--queries", type=int, default=9, help="tokens a picture")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run has finished")
     parser.add_argument("--out", type=Path, default=Path("runs/train_inner_adaptors"))
     args = parser.parse_args()
-    identity, align, instruct, ground = args.steps
-    start, adaptors = time.time(), {"every": 2 if args.tiny else args.every, "composition": args.composition}
-    folder = build_characters(args.out / ("tiny" if args.tiny else "data"), **(TINY if args.tiny else {}))
+    args.adaptors = {"every": 2 if args.tiny else args.every, "composition": args.composition}
+    args.tasks, args.windows = ["matching", "location", "qa_multi"], 4 if args.tiny else 16
+    start = time.time()
+    sizes = TINY if args.tiny else {"num_test_records": 100}
+    folder = build_characters(args.out / ("tiny" if args.tiny else "data"), **sizes)
+    seeds, runs = range(args.seeds), [(seed, variant) for seed in range(args.seeds) for variant in FREEZE]
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, [max(1, os.cpu_count() // 2)]) as pool:
+        list(pool.map(partial(align, args, folder), seeds))
+        list(pool.map(partial(teach, args, folder), *zip(*runs, strict=True)))
     language_model, processor = build_parts(folder, args)
-    data = RecordDataset(folder / "train.jsonl", encode=processor.encode)
-    located = [n for n, sample in enumerate(RecordDataset(folder / "train.jsonl")) if sample.id.startswith("location")]
-    others = Subset(data, sorted(set(range(len(data))) - set(located)))
-    test, text, results = list(RecordDataset(folder / "test.jsonl")), defaultdict(list), defaultdict(list)
-    read = partial(text_perplexity, tokenizer=processor.tokenizer, num_windows=4 if args.tiny else 64)
-    text["base"].append(read(language_model))
-    for seed in range(args.seeds):
-        aligned, common = args.out / f"seed-{seed}" / "aligned", {"args": args, "seed": seed, "processor": processor}
-        if not (args.resume and (aligned / "config.json").exists()):
-            set_seed(seed)
-            model = IDAVLMForConditionalGeneration.from_parts(
-                small.small_vision_tower(hidden_size=128),
-                language_model,
-                image_token_id=processor.image_token_id,
-                num_queries=processor.image_seq_length,
-                num_heads=4 if args.tiny else 9,
-                image_token_scale=float(language_model.get_input_embeddings().weight.detach().std()),
-                **ID_FORMER,
-            )
-            alone = {"learning_rate": 5e-3, "identity_warmup_steps": identity, "freeze": ["language_model"]}
-            train(model, data, out=aligned, steps=identity, **common, **alone)
-            model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
-            train(model, data, out=aligned, steps=align, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
-            model.save_pretrained(aligned)
-        config = IDAVLMConfig.from_pretrained(aligned, inner_adaptors=adaptors)
-        with torch.device("meta"):
-            adapted = IDAVLMForConditionalGeneration(config).language_model.inner_adaptor
-        trained = sum(parameter.numel() for parameter in adapted.parameters())
-        for variant, freeze in FREEZE.items():
-            out = aligned.parent / variant
-            answers, perplexity = out / "answers.json", out / "perplexity.json"
-            if not (args.resume and perplexity.exists()):
-                set_seed(seed)
-                config = IDAVLMConfig.from_pretrained(aligned)
-                config.inner_adaptors = adaptors if variant == "adaptors" else None
-                model = IDAVLMForConditionalGeneration.from_pretrained(aligned, config=config)
-                if variant == "LoRA":
-                    add_lora(model, trained)
-                stages = {"multimodal": (others, instruct), "grounding": (Subset(data, located), ground)}
-                for workflow, (records, steps) in stages.items():
-                    options = {
-                        "freeze": freeze,
-                        "learning_rate": 1e-3 if variant == "projector" else args.learning_rate,
-                    }
-                    options |= {"workflow": workflow} if variant == "adaptors" else {}
-                    train(model, records, out=out, steps=steps, **common, **options)
-                ask(model, processor, test).save(answers)
-                with within(model, "text"):
-                    perplexity.write_text(repr(read(model.language_model)))
-            results[variant].append(EvaluationResult.load(answers))
-            text[variant].append(float(perplexity.read_text()))
-    settings = vars(args) | adaptors | {f"perplexity of {name}": numbers for name, numbers in text.items()}
-    settings |= {"trained parameters of adaptors and LoRA": trained}
+    text, results = defaultdict(list), defaultdict(list)
+    text["base"].append(text_perplexity(language_model, processor.tokenizer, num_windows=args.windows))
+    for seed, variant in runs:
+        out = args.out / f"seed-{seed}" / variant
+        results[variant].append(EvaluationResult.load(out / "answers.json"))
+        text[variant].append(float((out / "perplexity.json").read_text()))
+    settings = vars(args) | {f"perplexity of {name}": numbers for name, numbers in text.items()}
     facts = {"command": " ".join(["python", *sys.argv]), "seconds": time.time() - start, "settings": settings}
     print(write_report(args.out, results, title="Sight for a frozen LLM, and its text", **facts).read_text())
 

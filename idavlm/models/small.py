@@ -25,6 +25,14 @@ CHAT_TEMPLATE = (
 )
 """Roles as special tokens; the end of a turn is learned with the answer."""
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""SmolLM2's (and Qwen2's) turns without the system prompt it puts before them, which says nothing of pictures."""
+
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
     """A ``tokenizers.Tokenizer`` trained on ``texts``: special tokens first, then all bytes, then what is frequent."""

@@ -57,10 +57,11 @@ class IDTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would cut a batch between a row and its images; start one process a "
                 "GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
             )
-        if args.teacher_forcing_steps and getattr(getattr(model, "id_former", None), "identity_slots", None) is None:
+        slots = getattr(getattr(model, "id_former", None), "identity_slots", None)
+        if args.teacher_forcing_steps and slots is None and not getattr(model.config, "names_as_marks", False):
             raise ValueError(
-                f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with num_identity_slots, which "
-                "mark image tokens; leave it 0."
+                f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with num_identity_slots, or "
+                "names_as_marks, which mark image tokens; leave it 0."
             )
         if args.workflow is not None:
             model.train_workflow(args.workflow)
