@@ -127,7 +127,7 @@ def main() -> None:
     samples, general, test = map(list, data)
     processor = small_processor([*samples, *general], image_size=64, num_queries=16)
     data[0].encode = processor.encode
-    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.type == task][:50]]
+    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.type == task][:30]]
     seeds = [out / f"seed-{seed}" for seed in range(args.seeds)]
     for seed, place in enumerate(seeds):
         if not args.resume or not (place / LOOKING / "config.json").exists():

@@ -112,6 +112,13 @@ def test_what_the_model_is_to_say_is_not_marked(tokenizer):
         assert name_identities(tokenizer, ids, labels, ["Kate"])[-size:] == [-1] * size
 
 
+def test_what_is_remembered_is_forgotten_with_new_tokens():
+    tokenizer = small_tokenizer(TEXTS, vocab_size=320)
+    assert found(tokenizer, "Kate is reading.", ["Kate"]) == [("Kate", 0)]
+    tokenizer.add_tokens(["Kate"])
+    assert found(tokenizer, "Kate is reading.", ["Kate"]) == [("Kate", 0)]
+
+
 def test_nobody_to_find(tokenizer):
     ids = tokenizer.encode("Kate is reading.", add_special_tokens=False)
     assert name_identities(tokenizer, ids, ids, []) == [-1] * len(ids)
@@ -133,7 +140,8 @@ def test_names_behind_the_headers_of_turns_and_placeholders():
 def test_placeholders_are_expanded_around_names():
     processor = small_processor()
     marks = processor._expand([7, processor.image_token_id, 8], [-100, -100, 8], [0, -1, 1])
-    assert marks == ([7, *[processor.image_token_id] * 4, 8], [-100] * 5 + [8], [0, -1, -1, -1, -1, 1])
+    expected = ([7, *[processor.image_token_id] * 4, 8], [-100] * 5 + [8], [0, -1, -1, -1, -1, 1])
+    assert [row.tolist() for row in marks] == list(expected)
 
 
 def test_text_alone_names_nobody():

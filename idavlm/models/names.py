@@ -1,8 +1,13 @@
 """Where the names of identities stand among the tokens of a prompt."""
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 NOT_A_NAME = -1
+
+# By tokenizer: spellings of names and texts of tokens. The same few are asked for with every sample.
+_REMEMBERED: WeakKeyDictionary = WeakKeyDictionary()
+_MOST = 100_000
 
 
 def name_identities(tokenizer, input_ids: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> list[int]:
@@ -18,17 +23,7 @@ def name_identities(tokenizer, input_ids: Sequence[int], labels: Sequence[int], 
         labels: as long as ``input_ids``.
         names: of identity 0, 1, ...
     """
-    spellings = []
-    # Behind a new line it may look unlike at the start of a text, which some tokenizers put a space before.
-    places = ("", " ", "\n")
-    texts = [before + name for name in names for before in places]
-    line, *encoded = tokenizer(["\n", *texts], add_special_tokens=False).input_ids  # in one go: it is called often
-    for number, tokens in enumerate(encoded):
-        identity, place = divmod(number, len(places))
-        if places[place] == "\n":
-            tokens = tokens[len(line) :] if tokens[: len(line)] == line else []
-        if tokens and (tokens, identity) not in spellings:
-            spellings.append((tokens, identity))
+    spellings = [(tokens, identity) for identity, name in enumerate(names) for tokens in _spellings(tokenizer, name)]
     spellings.sort(key=lambda spelling: -len(spelling[0]))
     first = {tokens[0] for tokens, _ in spellings}
     found = [NOT_A_NAME] * len(input_ids)
@@ -70,14 +65,43 @@ def carry_names(names: Sequence[int], input_ids: Sequence[int], labels: Sequence
     return carried
 
 
+def _remembered(tokenizer, what: str) -> dict:
+    """What was found out before; forgotten when the tokenizer gets new tokens, or when it becomes much."""
+    size, known = _REMEMBERED.get(tokenizer, (-1, {}))
+    if size != len(tokenizer):
+        known = {"spellings": {}, "texts": {}}
+        _REMEMBERED[tokenizer] = len(tokenizer), known
+    if len(known[what]) > _MOST:
+        known[what].clear()
+    return known[what]
+
+
+def _spellings(tokenizer, name: str) -> list[list[int]]:
+    """The tokens of a name on its own, after a space and on a new line, as far as they differ."""
+    known = _remembered(tokenizer, "spellings")
+    if name not in known:
+        # Behind a new line it may look unlike at the start of a text, which some tokenizers put a space before.
+        line, alone, spaced, below = tokenizer(
+            ["\n", name, f" {name}", f"\n{name}"], add_special_tokens=False
+        ).input_ids
+        below = below[len(line) :] if below[: len(line)] == line else []
+        known[name] = [list(tokens) for tokens in dict.fromkeys(map(tuple, (alone, spaced, below))) if tokens]
+    return known[name]
+
+
 def _is_word(tokenizer, input_ids: Sequence[int], start: int, end: int) -> bool:
     """Whether no letter or digit stands right before or behind the tokens ``start`` to ``end``.
 
     Tokens are decoded in pairs: on its own a token loses the space before it in some tokenizers.
     """
 
+    known = _remembered(tokenizer, "texts")
+
     def text(first: int, last: int) -> str:
-        return tokenizer.decode(list(input_ids[first:last]), clean_up_tokenization_spaces=False)
+        tokens = tuple(input_ids[first:last])
+        if tokens not in known:
+            known[tokens] = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return known[tokens]
 
     if end < len(input_ids) and _in_a_word(text(end - 1, end + 1)[len(text(end - 1, end)) :][:1]):
         return False

@@ -154,10 +154,10 @@ class IDAVLMProcessor(ProcessorMixin):
         roles = [int(ImageRole.REFERENCE)] * references + [int(role)] * len(sample.message_images)
         identities = [number for number, identity in enumerate(sample.identities) for _ in identity.images]
         return {
-            "input_ids": torch.tensor(input_ids),
-            "labels": torch.tensor(labels),
-            "name_identity": torch.tensor(about),
-            "is_name": torch.tensor(is_name),
+            "input_ids": input_ids,
+            "labels": labels,
+            "name_identity": about,
+            "is_name": is_name,
             **self._seen([seen for seen, _ in images]),
             "image_roles": torch.tensor(roles, dtype=torch.long),
             "identity_index": torch.tensor(identities + [0] * len(sample.message_images), dtype=torch.long),
@@ -242,13 +242,11 @@ class IDAVLMProcessor(ProcessorMixin):
                 kind="placeholders",
             )
 
-    def _expand(self, input_ids: list[int], *others: list) -> tuple[list, ...]:
-        """Every placeholder ``image_seq_length`` times, and what stands beside it in ``others``."""
-        times = [self.image_seq_length if token == self.image_token_id else 1 for token in input_ids]
-        return tuple(
-            [value for value, count in zip(values, times, strict=True) for _ in range(count)]
-            for values in (input_ids, *others)
-        )
+    def _expand(self, input_ids: list[int], *others: list) -> tuple[Tensor, ...]:
+        """Every placeholder ``image_seq_length`` times, and what stands beside it in ``others``; as tensors."""
+        rows = [torch.tensor(values) for values in (input_ids, *others)]
+        times = torch.where(rows[0] == self.image_token_id, self.image_seq_length, 1)
+        return tuple(row.repeat_interleave(times) for row in rows)
 
     @staticmethod
     def _box_tensors(sample: Sample, references: int) -> dict[str, Tensor]:
