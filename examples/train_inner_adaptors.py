@@ -12,7 +12,7 @@ language reference that Python ships with, for their perplexity: runs/train_inne
 """
 
 import argparse
-import os
+import json
 import sys
 import time
 from collections import defaultdict
@@ -35,10 +35,13 @@ from idavlm.models import small
 # As in examples/train_idformer.py: what makes short training learn.
 ID_FORMER = {"gate": "none", "detach_references": False, "contrast_loss_weight": 3.0, "num_identity_heads": 1}
 ID_FORMER |= {"identity_keys": "patches", "nobody_token": True, "token_norm": True, "token_positions": True}
+ID_FORMER |= {"hidden_size": 128, "num_heads": 4, "output_proj": True}  # narrower than the LLM
 TINY = {"num_train": 8, "num_test": 5, "num_train_scenes": 12, "num_test_scenes": 6, "num_general": 4}
 TINY |= {"num_train_records": 60, "num_test_records": 4, "num_general_records": 8}
+RECORDS = {"num_test_records": 60}
 PICTURES = 8  # of a sample, at most
 CONTENT = 0.3  # what a token shows, beside a name at full strength
+TASKS = ("matching", "location", "qa_multi")
 # What is trained after the projector is aligned; an ID-Former that moved would move under both workflows.
 FREEZE = {
     "adaptors": ["vision_tower", "id_former", "language_model"],
@@ -65,11 +68,9 @@ def build_model(language_model, processor: IDAVLMProcessor, args) -> IDAVLMForCo
     embeddings = language_model.get_input_embeddings().weight.detach()
     scale = CONTENT * float(embeddings.std())
     options = {"image_token_id": processor.image_token_id, "num_queries": processor.image_seq_length}
-    options |= {"num_heads": 4 if args.tiny else 9, "num_picture_slots": PICTURES, "names_as_marks": True}
+    options |= {"image_token_scale": scale, "num_picture_slots": PICTURES, "names_as_marks": True}
     tower = small.small_vision_tower(hidden_size=128)
-    model = IDAVLMForConditionalGeneration.from_parts(
-        tower, language_model, image_token_scale=scale, **options, **ID_FORMER
-    )
+    model = IDAVLMForConditionalGeneration.from_parts(tower, language_model, **options, **ID_FORMER)
     numbers = processor.tokenizer([str(number + 1) for number in range(PICTURES)], add_special_tokens=False)
     with torch.no_grad():
         model.picture_slots.weight.copy_(embeddings[[ids[-1] for ids in numbers.input_ids]] / scale)
@@ -86,11 +87,11 @@ def add_lora(model, parameters: int) -> None:
     inject_adapter_in_model(lora, model.language_model)
 
 
-def train(model, data, processor, out: Path, steps: int, args: argparse.Namespace, seed: int, **options) -> None:
-    common = {"per_device_train_batch_size": args.batch_size, "logging_steps": 10, "report_to": [], "seed": seed}
-    common |= {"save_strategy": "no", "lr_scheduler_type": "cosine", "warmup_steps": min(20, steps // 5)}
-    common |= {"teacher_forcing_steps": steps // 2}
-    arguments = IDTrainingArguments(str(out), max_steps=steps, **common, **options)
+def train(model, data, processor, out: Path, steps: int, args: argparse.Namespace, seed: int, **special) -> None:
+    options = {"per_device_train_batch_size": args.batch_size, "logging_steps": 10, "report_to": [], "seed": seed}
+    options |= {"save_strategy": "no", "lr_scheduler_type": "cosine", "warmup_steps": min(20, steps // 5)}
+    options |= {"adam_beta2": 0.98, "teacher_forcing_steps": steps // 2} | special
+    arguments = IDTrainingArguments(str(out), max_steps=steps, **options)
     IDTrainer(model, arguments, train_dataset=data, data_collator=processor.collate).train()
 
 
@@ -105,6 +106,7 @@ def align(args: argparse.Namespace, folder: Path, seed: int) -> None:
     model = build_model(language_model, processor, args)
     identity, steps, *_ = args.steps
     alone = {"learning_rate": 5e-3, "identity_warmup_steps": identity, "freeze": ["language_model"]}
+    alone |= {"per_device_train_batch_size": 4 * args.batch_size}  # the more, the more there is to tell apart
     train(model, data, processor, out, identity, **common, **alone)
     model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
     train(model, data, processor, out, steps, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
@@ -118,7 +120,7 @@ def within(model, workflow: str):
 def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> None:
     """One way to the same records; its answers and its perplexity go into files."""
     out, (_, _, instruct, ground) = args.out / f"seed-{seed}" / variant, args.steps
-    if args.resume and (out / "perplexity.json").exists():
+    if args.resume and (out / "text.json").exists():
         return
     set_seed(seed)
     _, processor = build_parts(folder, args)
@@ -137,22 +139,24 @@ def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> No
         options = {"freeze": FREEZE[variant], "learning_rate": rates.get(variant, args.learning_rate)}
         options |= {"workflow": workflow} if variant == "adaptors" else {}
         train(model, Subset(data, records), processor, out, steps, args, seed, **options)
-    test, predictions = [s for s in RecordDataset(folder / "test.jsonl") if s.type in args.tasks], []
+    test, predictions = [s for s in RecordDataset(folder / "test.jsonl") if s.type in TASKS], []
     for workflow in ("multimodal", "grounding"):
         samples = [sample for sample in test if (sample.type == "location") == (workflow == "grounding")]
         with within(model, workflow):
             predictions += evaluate(model, processor, samples, batch_size=8, max_new_tokens=16).predictions
     EvaluationResult(predictions).save(out / "answers.json")
+    if variant != "adaptors":
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with within(model, "text"):
         perplexity = text_perplexity(model.language_model, processor.tokenizer, num_windows=args.windows)
-    (out / "perplexity.json").write_text(repr(perplexity))
+    (out / "text.json").write_text(json.dumps({"perplexity": perplexity, "trained parameters": trained}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small language model from scratch, and few records")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=4, default=[500, 30, 100, 120], metavar="N")
+    parser.add_argument("--steps", type=int, nargs=4, default=[500, 25, 60, 90], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
     parser.add_argument("--composition", choices=["serial", "parallel"], default="parallel")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")
@@ -162,22 +166,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/train_inner_adaptors"))
     args = parser.parse_args()
     args.adaptors = {"every": 2 if args.tiny else args.every, "composition": args.composition}
-    args.tasks, args.windows = ["matching", "location", "qa_multi"], 4 if args.tiny else 16
-    start = time.time()
-    sizes = TINY if args.tiny else {"num_test_records": 100}
-    folder = build_characters(args.out / ("tiny" if args.tiny else "data"), **sizes)
+    start, args.windows = time.time(), 4 if args.tiny else 16
+    folder = build_characters(args.out / ("tiny" if args.tiny else "data"), **(TINY if args.tiny else RECORDS))
     seeds, runs = range(args.seeds), [(seed, variant) for seed in range(args.seeds) for variant in FREEZE]
-    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, [max(1, os.cpu_count() // 2)]) as pool:
+    sides = get_context("spawn"), torch.set_num_threads, [torch.get_num_threads() // 2 or 1]
+    with ProcessPoolExecutor(2, *sides) as pool:
         list(pool.map(partial(align, args, folder), seeds))
         list(pool.map(partial(teach, args, folder), *zip(*runs, strict=True)))
     language_model, processor = build_parts(folder, args)
-    text, results = defaultdict(list), defaultdict(list)
-    text["base"].append(text_perplexity(language_model, processor.tokenizer, num_windows=args.windows))
+    base = text_perplexity(language_model, processor.tokenizer, num_windows=args.windows)
+    settings, results = vars(args) | {"perplexity of base": [base]}, defaultdict(list)
     for seed, variant in runs:
         out = args.out / f"seed-{seed}" / variant
         results[variant].append(EvaluationResult.load(out / "answers.json"))
-        text[variant].append(float((out / "perplexity.json").read_text()))
-    settings = vars(args) | {f"perplexity of {name}": numbers for name, numbers in text.items()}
+        for name, number in json.loads((out / "text.json").read_text()).items():
+            settings.setdefault(f"{name} of {variant}", []).append(number)
     facts = {"command": " ".join(["python", *sys.argv]), "seconds": time.time() - start, "settings": settings}
     print(write_report(args.out, results, title="Sight for a frozen LLM, and its text", **facts).read_text())
 

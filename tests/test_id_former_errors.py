@@ -25,6 +25,8 @@ INDEX = torch.zeros(3, dtype=torch.long)
         ({"feed_forward": "both"}, "feed_forward='both'.*'none', 'identity', 'all'"),
         ({"identity_keys": "values"}, "identity_keys='values'.*'tokens', 'patches'"),
         ({"num_identity_slots": -1}, "num_identity_slots=-1 must be"),
+        ({"output_size": 24}, "output_size=24 but hidden_size=16 and no output_proj; set output_proj=True"),
+        ({"output_size": 0, "output_proj": True}, "output_size=0 must be"),
         ({"intermediate_size": 0}, "intermediate_size=0 must be"),
         ({"vision_hidden_size": 0}, "vision_hidden_size=0 must be"),
     ],

@@ -19,6 +19,7 @@ OPTIONS = {
     "normed": {"num_identity_slots": 4, "token_norm": True, "token_positions": True},
     "nobody": {"nobody_token": True},
     "projected": {"num_identity_slots": 4, "output_proj": True},
+    "wider": {"num_identity_slots": 4, "output_proj": True, "output_size": 24},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -103,7 +104,7 @@ def test_every_parameter_gets_a_gradient_whatever_the_roles(small_id_former, opt
     id_former = small_id_former(**options)
     features = torch.randn(sum(map(len, samples)), 9, 12, dtype=torch.float64)
     out, maps = id_former(features, *batch_of(samples), output_attentions=True)
-    assert out.shape == (len(features), 4, 16)
+    assert out.shape == (len(features), 4, options.get("output_size", 16))
     assert all(layer.dtype == torch.float64 for layer in maps)
     out.sum().backward()
     for name, parameter in id_former.named_parameters():

@@ -13,9 +13,9 @@ from tests.small_models import record, sample, small_model
 REFERENCE, SCENE, GENERAL = (int(role) for role in ImageRole)
 
 
-@pytest.fixture
-def model(processor):
-    return small_model(processor, names_as_marks=True)
+@pytest.fixture(params=[{}, {"hidden_size": 16, "output_proj": True}], ids=["as wide", "narrower"])
+def model(processor, request):
+    return small_model(processor, names_as_marks=True, **request.param)
 
 
 def test_marks_by_hand():
@@ -40,10 +40,11 @@ def test_marks_by_hand():
 
 def test_shares_of_cells():
     seen = torch.rand(3, 12, 3)
-    shares = cell_shares(seen, (4, 3), (2, 3))
+    shares = cell_shares(seen, (4, 3), (2, 3), 4)
     expected = seen[..., :2].view(3, 2, 2, 3, 2).mean(2).flatten(1, 2)
-    torch.testing.assert_close(shares, expected)
-    assert cell_shares(seen[..., :1], (4, 3), (2, 3)).shape == (3, 6, 0)
+    torch.testing.assert_close(shares[..., :2], expected)
+    assert (shares[..., 2:] == 0).all()
+    assert cell_shares(seen[..., :1], (4, 3), (2, 3), 1).tolist() == [[[0.0]] * 6] * 3
 
 
 def test_names_are_marked_by_the_processor(processor, root):

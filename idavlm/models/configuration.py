@@ -28,7 +28,8 @@ class IDAVLMConfig(PretrainedConfig):
         text_config: configuration (or its dict) of a transformers causal language model.
         connector: ``"id_former"``, or a kind of :func:`idavlm.build_connector`: ``"resampler"``, ``"mlp2x_gelu"``, ...
         connector_config: options of the ID-Former (:class:`idavlm.IDFormer`) or the connector; the two widths come from
-            the parts and are not given here.
+            the parts. A narrower ``hidden_size`` may be given with ``output_proj=True``, which leads to the language
+            model's.
         image_token_id: id of the placeholder that image tokens replace.
         image_seq_length: image tokens of one image; ``num_queries`` of an ID-Former or resampler.
         vision_feature_layer: hidden state of the vision tower that is read: -1 its output, -2 the layer before, ...

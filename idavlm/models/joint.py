@@ -107,12 +107,10 @@ def ready_parts(
 
 
 def connector_of(config: IDAVLMConfig) -> nn.Module:
-    options = {
-        "hidden_size": config.text_config.get_text_config().hidden_size,
-        **config.connector_config,
-        "vision_hidden_size": features_width(config),
-    }
+    width = config.text_config.get_text_config().hidden_size
+    options = {"hidden_size": width, **config.connector_config, "vision_hidden_size": features_width(config)}
     if config.connector in ("id_former", "resampler"):
+        options["output_size"] = width
         options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
         tokens = options.get("num_queries")
         if config.image_seq_length is None:

@@ -43,13 +43,12 @@ def name_marks(
     device, dtype = inputs_embeds.device, inputs_embeds.dtype
     name_identity, is_name = (tensor.to(device) for tensor in names)
     image_roles, sample_index, identity_index = (tensor.to(device) for tensor in roles)
-    num_identities = identity_map.shape[-1] - 1
+    num_identities = max(identity_map.shape[-1] - 1, 1)
     is_name = is_name & (name_identity < num_identities)
     spelled = F.one_hot(name_identity.where(is_name, num_identities), num_identities + 1)[..., :-1].to(dtype)
     embeddings = spelled.mT @ inputs_embeds / spelled.sum(1).clamp(min=1)[..., None]
-    shares = cell_shares(
-        identity_map, grid_size or square_grid("P, the number of patches,", identity_map.shape[1]), cells
-    )
+    grid_size = grid_size or square_grid("P, the number of patches,", identity_map.shape[1])
+    shares = cell_shares(identity_map, grid_size, cells, num_identities)
     shown = F.one_hot(identity_index.clamp(max=num_identities), num_identities + 1)[:, None, :-1].to(shares)
     shares = shown.where((image_roles == ImageRole.REFERENCE)[:, None, None], shares)
     return shares.to(dtype) @ embeddings[sample_index]

@@ -40,9 +40,9 @@ class IDFormer(nn.Module):
     sample, and are then resampled with the same queries and weights. A scene of a sample without references is
     resampled plainly. The defaults are the released computation; every option is an ablation (``docs/id_former.md``).
 
-    ``state_dict`` keys: ``resampler.*`` (see :class:`Resampler`); ``identity_layers.N.attention.*``,
-    ``identity_layers.N.feed_forward.*``, ``identity_layers.N.{attention,feed_forward}_gate`` (see
-    :class:`IdentityLayer`); ``identity_slots.weight``; ``nobody_token``. Options that are off have no keys.
+    ``state_dict`` keys: ``resampler.*`` (see :class:`Resampler`); ``identity_layers.N.{attention,feed_forward}.*`` and
+    ``identity_layers.N.{attention,feed_forward}_gate`` (see :class:`IdentityLayer`); ``identity_slots.weight``;
+    ``nobody_token``. Options that are off have no keys.
 
     Args:
         hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
@@ -63,9 +63,8 @@ class IDFormer(nn.Module):
         num_identity_slots: learned embeddings that mark identity 0, 1, ... of a sample, so that a language model can
             tell who is meant; 0 for none. They are added to the image tokens of the identity's photos, and to every
             token of a scene by the share of attention that the patches in its query's cell of the grid pay to the
-            identity; :class:`idavlm.IDAVLMForConditionalGeneration` adds them to its name in the prompt as well. A
-            sample may hold at most so many identities.
-        token_norm, token_positions, output_proj: see :class:`Resampler`.
+            identity; :class:`idavlm.IDAVLMForConditionalGeneration` adds them to its name in the prompt as well.
+        token_norm, token_positions, output_proj, output_size: see :class:`Resampler`.
         nobody_token: a learned key in every sample that patches may attend to instead of any reference. With it the
             identity map can say "nobody".
     """
@@ -90,12 +89,12 @@ class IDFormer(nn.Module):
         token_norm: bool = False,
         token_positions: bool = False,
         output_proj: bool = False,
+        output_size: int | None = None,
     ):
         super().__init__()
         check_positive(num_identity_layers=num_identity_layers, num_identity_heads=num_identity_heads)
         check_positive(intermediate_size=intermediate_size)
-        if num_identity_slots != 0:
-            check_positive(num_identity_slots=num_identity_slots)
+        check_positive(num_identity_slots=num_identity_slots or None)
         check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
         check_choice("identity_keys", identity_keys, ("tokens", "patches"))
         self.detach_references = detach_references
@@ -110,6 +109,7 @@ class IDFormer(nn.Module):
             token_norm=token_norm,
             token_positions=token_positions,
             output_proj=output_proj,
+            output_size=output_size,
             attn_implementation=attn_implementation,
         )
         self.identity_layers = nn.ModuleList(
@@ -123,7 +123,8 @@ class IDFormer(nn.Module):
             )
             for _ in range(num_identity_layers)
         )
-        self.identity_slots = IdentitySlots(num_identity_slots, hidden_size) if num_identity_slots else None
+        width = self.resampler.output_size
+        self.identity_slots = IdentitySlots(num_identity_slots, width) if num_identity_slots else None
         self.nobody_token = nn.Parameter(torch.empty(1, hidden_size)) if nobody_token else None
         if self.nobody_token is not None:
             nn.init.trunc_normal_(self.nobody_token, std=0.02)

@@ -32,13 +32,17 @@ def with_known(identity_map: Tensor, known: Tensor) -> Tensor:
     return torch.where((known == IGNORE)[..., None], identity_map, certain)
 
 
-def cell_shares(identity_map: Tensor, grid_size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-    """``[I, cells, G]``: the mean share of each identity in each cell of a coarser grid over the image.
+def cell_shares(
+    identity_map: Tensor, grid_size: tuple[int, int], cells: tuple[int, int], num_identities: int
+) -> Tensor:
+    """``[I, cells, num_identities]``: the mean share of each identity in each cell of a coarser grid over the image.
 
     Args:
         identity_map: ``[I, P, G + 1]``.
         grid_size: rows and columns of the patches.
         cells: rows and columns of the coarser grid.
+        num_identities: at least 1, and G; behind the first G are zeros.
     """
-    shares = identity_map[..., :-1].transpose(1, 2).unflatten(2, grid_size)
+    identities = F.pad(identity_map[..., :-1], (0, num_identities - identity_map.shape[-1] + 1))
+    shares = identities.transpose(1, 2).unflatten(2, grid_size)
     return F.adaptive_avg_pool2d(shares, cells).flatten(2).transpose(1, 2)

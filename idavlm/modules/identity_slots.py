@@ -47,8 +47,8 @@ class IdentitySlots(nn.Embedding):
             ValueError: there are not so many slots.
         """
         self._check(identity_map.shape[-1] - 2)
-        shares = cell_shares(identity_map, grid_size, cells)
-        return shares.to(self.weight.dtype) @ self.weight[: shares.shape[-1]]
+        shares = cell_shares(identity_map, grid_size, cells, self.num_embeddings)
+        return shares.to(self.weight.dtype) @ self.weight
 
     def _check(self, highest: int) -> None:
         if highest >= self.num_embeddings:

@@ -20,7 +20,8 @@ class Resampler(nn.Module):
     ``state_dict`` keys: ``query`` ``[Q, C]``; ``query_position`` ``[Q, C]`` (buffer); ``query_norm.*``;
     ``input_proj.weight`` ``[C, Cv]`` (only with ``vision_hidden_size``); ``input_norm.*``; ``attention.*`` (see
     :class:`CrossAttention`); ``feed_forward.*`` (only with ``feed_forward=True``); ``token_norm.*`` (only with
-    ``token_norm=True``); ``output_norm.*`` and ``output_proj.weight`` ``[C, C]`` (only with ``output_proj=True``).
+    ``token_norm=True``); ``output_norm.*`` and ``output_proj.weight`` ``[output_size, C]`` (only with
+    ``output_proj=True``).
 
     Args:
         hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
@@ -36,6 +37,8 @@ class Resampler(nn.Module):
             image it reads. As released they have none.
         output_proj: what the release has behind the resampler: a norm and a linear layer of the tokens that go to the
             language model. Scenes of an ID-Former look at references as they are before it.
+        output_size: width of the tokens that go to the language model, where it is another one than C: a narrow module
+            before a wide language model is fast, and learns from little. It needs ``output_proj``.
         attn_implementation: see :func:`idavlm.ops.cross_attention`.
     """
 
@@ -51,11 +54,19 @@ class Resampler(nn.Module):
         token_norm: bool = False,
         token_positions: bool = False,
         output_proj: bool = False,
+        output_size: int | None = None,
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
         check_positive(hidden_size=hidden_size, num_queries=num_queries, vision_hidden_size=vision_hidden_size)
+        check_positive(output_size=output_size)
         self.hidden_size = hidden_size
+        self.output_size = output_size or hidden_size
+        if self.output_size != hidden_size and not output_proj:
+            raise ValueError(
+                f"output_size={output_size} but hidden_size={hidden_size} and no output_proj; set output_proj=True, "
+                "which takes tokens from one width to the other."
+            )
         self.num_queries = num_queries
         self.vision_hidden_size = vision_hidden_size or hidden_size
         self.token_positions = token_positions
@@ -75,7 +86,7 @@ class Resampler(nn.Module):
         self.feed_forward = FeedForward(hidden_size, intermediate_size) if feed_forward else None
         self.token_norm = nn.LayerNorm(hidden_size, eps=1e-6) if token_norm else None
         self.output_norm = nn.LayerNorm(hidden_size, eps=1e-6) if output_proj else None
-        self.output_proj = nn.Linear(hidden_size, hidden_size, bias=False) if output_proj else None
+        self.output_proj = nn.Linear(hidden_size, self.output_size, bias=False) if output_proj else None
         nn.init.trunc_normal_(self.query, std=0.02)
 
     def forward(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -86,7 +97,7 @@ class Resampler(nn.Module):
             grid_size: rows and columns of patches; the square of ``P`` if not given.
 
         Returns:
-            ``[I, Q, C]`` image tokens.
+            ``[I, Q, C]`` image tokens (``output_size`` wide).
         """
         grid_size = self.check_features(image_features, grid_size)
         return self.finish(self.read(self.project(image_features), self.key_bias(grid_size)))
@@ -141,5 +152,5 @@ class Resampler(nn.Module):
         return tokens + self.position if self.token_positions else tokens
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """What :meth:`read` gives, as the language model gets it."""
+        """What :meth:`read` gives, as the language model gets it: ``[I, Q, output_size]``."""
         return tokens if self.output_proj is None else self.output_proj(self.output_norm(tokens))
