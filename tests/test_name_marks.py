@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from idavlm.data import parse_sample
 from idavlm.models import IDAVLMForConditionalGeneration
@@ -103,6 +104,13 @@ def test_generation(model, processor, root, options):
     result = model.generate(**batch, max_new_tokens=6, do_sample=False, **options)
     assert torch.equal(result, expected)
     assert torch.equal(result[0], result[1])
+
+
+def test_pictures_without_anybody_need_no_names(model, processor, root):
+    """transformers' usual call, which knows nothing of names."""
+    with Image.open(root / "scene.png") as picture:
+        batch = processor(images=[picture], text="Kate <image>")
+    assert model(**batch).logits.isfinite().all()
 
 
 def test_gradients_reach_the_identity_attention(model, processor, root):

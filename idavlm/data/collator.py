@@ -50,11 +50,10 @@ class Collator:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels``, ``name_identity``, ``is_name`` ``[B, T]``; of all samples
-            together
-            ``pixel_values`` ``[I, 3, H, W]`` or ``image_features`` ``[I, P, Cv]``, as in the samples; ``image_roles``,
-            ``identity_index``, ``sample_index`` ``[I]``, ``image_sizes`` ``[I, 2]``; ``boxes`` ``[N, 4]``,
-            ``box_image`` ``[N]`` (image in the batch), ``box_identity`` ``[N]`` (identity in its sample); ``source``, a
-            list of B strings, where the samples have one.
+            together ``pixel_values`` ``[I, 3, H, W]`` or ``image_features`` ``[I, P, Cv]``, as they have them,
+            ``image_roles``, ``identity_index``, ``sample_index`` ``[I]``, ``image_sizes`` ``[I, 2]``; ``boxes``
+            ``[N, 4]``, ``box_image`` ``[N]`` (image in the batch), ``box_identity`` ``[N]`` (identity in its sample);
+            ``source``, a list of B strings, where the samples have one.
 
         Raises:
             ValueError: missing or unknown fields, shapes or indices that do not fit, images of different size.

@@ -63,29 +63,26 @@ class ImageFeatures:
             ValueError: patches that are no square grid; the model could not tell how they stand.
         """
         check_positive(batch_size=batch_size)
-        folder, rows, features, first = Path(folder), {}, None, 0
+        folder, sizes, features = Path(folder), [], None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").unlink(missing_ok=True)
         pictures = list(dict.fromkeys((sample.image_root, path) for sample in samples for path in sample.images))
+        if not pictures:
+            raise ValueError("samples hold no pictures; give those that will be read.")
         was_training = model.training
         model.eval()
-        for start in range(0, len(pictures), batch_size):
-            loaded = [processor.load_image(*picture) for picture in pictures[start : start + batch_size]]
-            pixels = torch.stack([pixels for pixels, _ in loaded]).to(model.device)
-            with torch.no_grad():
-                seen, grid_size = model.image_features(pixels)
-            if grid_size is None or grid_size[0] != grid_size[1]:
-                raise ValueError(f"a picture is {grid_size} patches; features are kept of square grids alone.")
-            if features is None:
-                shape = (len(pictures), *seen.shape[1:])
-                features = _mapped(folder / "features.bin", shape, seen.dtype, write=True)
-            features[start : start + len(seen)] = seen.cpu()
-            for (root, path), (_, size) in zip(pictures[start:], loaded, strict=False):
-                rows[_key(root, path)] = [first, *size]
-                first += 1
-        model.train(was_training)
-        if features is None:
-            raise ValueError("samples hold no pictures; give those that will be read.")
+        try:
+            for start in range(0, len(pictures), batch_size):
+                loaded = [processor.load_image(*picture) for picture in pictures[start : start + batch_size]]
+                seen = _look(model, torch.stack([pixels for pixels, _ in loaded]))
+                if features is None:
+                    shape = (len(pictures), *seen.shape[1:])
+                    features = _mapped(folder / "features.bin", shape, seen.dtype, write=True)
+                features[start : start + len(seen)] = seen
+                sizes += [size for _, size in loaded]
+        finally:
+            model.train(was_training)
+        rows = {_key(*picture): [row, *size] for row, (picture, size) in enumerate(zip(pictures, sizes, strict=True))}
         content = {"tower": _fingerprint(model, processor), "shape": shape, "pictures": rows}
         content["dtype"] = str(features.dtype).removeprefix("torch.")
         whole = folder / f"index.json.{os.getpid()}"  # written last: half a set has no index
@@ -104,6 +101,14 @@ class ImageFeatures:
                 file=path,
             ) from None
         return self._features[row], (height, width)
+
+
+@torch.no_grad()
+def _look(model, pixels: Tensor) -> Tensor:
+    seen, grid_size = model.image_features(pixels.to(model.device))
+    if grid_size is None or grid_size[0] != grid_size[1]:
+        raise ValueError(f"a picture is {grid_size} patches; features are kept of square grids alone.")
+    return seen.cpu()
 
 
 def _key(root: Path | None, path: str) -> str:

@@ -271,7 +271,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             is_image = input_ids == self.config.image_token_id
             if image_tokens is not None:
                 image_embeds = image_tokens * self.config.image_token_scale
-                if self.config.names_as_marks:
+                if self.config.names_as_marks and maps[-1].shape[-1] > 1:  # there is somebody to name
                     seen = maps[-1] if known is None else with_known(maps[-1], known)
                     cells = self.id_former.resampler.query_grid
                     names = (name_identity, is_name)
