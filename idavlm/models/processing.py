@@ -11,6 +11,7 @@ from idavlm.data import IGNORE_INDEX, Box, Collator, DataError, ImageStore, Samp
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.image_features import ImageFeatures
 from idavlm.models.names import NOT_A_NAME, carry_names, name_identities
+from idavlm.models.shown_part import WHOLE, shown_part
 from idavlm.utils import ImageRole, check_positive
 
 
@@ -65,6 +66,7 @@ class IDAVLMProcessor(ProcessorMixin):
         self.image_cache_size = image_cache_size
         self._boxes = BoxFormat(box_format)
         self._cache: dict[tuple[str, str], tuple[Tensor, tuple[int, int]]] = {}
+        self._shown: dict[tuple[int, int], tuple[float, float, float, float]] = {}
         self.image_features: ImageFeatures | None = None
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -79,7 +81,7 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def to_dict(self, *args, **kwargs) -> dict[str, Any]:
         output = super().to_dict(*args, **kwargs)
-        for name in ("_boxes", "_cache", "image_features", "image_token_id"):
+        for name in ("_boxes", "_cache", "_shown", "image_features", "image_token_id"):
             output.pop(name, None)
         return output
 
@@ -120,7 +122,8 @@ class IDAVLMProcessor(ProcessorMixin):
             ``pixel_values`` ``[I, 3, H, W]`` (``image_features`` ``[I, P, Cv]`` where the processor has them),
             ``image_roles``, ``identity_index`` ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity,
             then the images of the messages;
-            ``boxes`` ``[N, 4]``, ``box_image``, ``box_identity`` ``[N]`` of the persons with references.
+            ``boxes`` ``[N, 4]``, ``box_image``, ``box_identity`` ``[N]`` of the persons with references, in pixels of
+            the original as if all of it were shown: where the image processor cuts or pads, they are moved with it.
 
         Raises:
             DataError: images that cannot be read, text that holds the placeholder, boxes without an image, a sample
@@ -162,7 +165,7 @@ class IDAVLMProcessor(ProcessorMixin):
             "image_roles": torch.tensor(roles, dtype=torch.long),
             "identity_index": torch.tensor(identities + [0] * len(sample.message_images), dtype=torch.long),
             "image_sizes": torch.tensor(sizes, dtype=torch.long).view(-1, 2),
-            **self._box_tensors(sample, references),
+            **self._box_tensors(sample, scenes),
         }
 
     def collate(self, encoded: list[dict[str, Tensor]], *, padding_side: str = "right") -> dict[str, Tensor]:
@@ -248,17 +251,30 @@ class IDAVLMProcessor(ProcessorMixin):
         times = torch.where(rows[0] == self.image_token_id, self.image_seq_length, 1)
         return tuple(row.repeat_interleave(times) for row in rows)
 
-    @staticmethod
-    def _box_tensors(sample: Sample, references: int) -> dict[str, Tensor]:
-        """Boxes of the persons who have references; each in the first image of its path."""
+    def _box_tensors(self, sample: Sample, sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """Boxes of the persons who have references, as far as they are shown; each in the first image of its path."""
         number = {identity.name: index for index, identity in enumerate(sample.identities)}
-        images = sample.message_images
+        images, references = sample.message_images, len(sample.reference_images)
         known = [box for box in sample.boxes if box.name in number and box.image in images]
+        places = [self._place_shown(box.box, sizes[box.image]) for box in known]
+        known, places = [box for box, place in zip(known, places, strict=True) if place], [p for p in places if p]
         return {
-            "boxes": torch.tensor([box.box for box in known], dtype=torch.float32).view(-1, 4),
+            "boxes": torch.tensor(places, dtype=torch.float32).view(-1, 4),
             "box_image": torch.tensor([references + images.index(box.image) for box in known], dtype=torch.long),
             "box_identity": torch.tensor([number[box.name] for box in known], dtype=torch.long),
         }
+
+    def _place_shown(self, box: list[float], size: tuple[int, int]) -> list[float] | None:
+        """A box as if the part of the picture that the image processor shows were all of it; None if it is cut off."""
+        if size not in self._shown:
+            self._shown[size] = shown_part(self.image_processor, size)
+        if self._shown[size] == WHOLE:
+            return box
+        left, top, right, bottom = self._shown[size]
+        height, width = size
+        x1, x2 = (min(max((x / width - left) / (right - left), 0.0), 1.0) * width for x in (box[0], box[2]))
+        y1, y2 = (min(max((y / height - top) / (bottom - top), 0.0), 1.0) * height for y in (box[1], box[3]))
+        return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
 
 
 def _check_box(sample: Sample, box: Box, image_size: tuple[int, int]) -> None:
