@@ -21,13 +21,14 @@ from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 
 import torch
 from torch.utils.data import Subset
 from transformers import set_seed
 
 from idavlm import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments
-from idavlm.data import RecordDataset
+from idavlm.data import RecordDataset, batches_of_like_length
 from idavlm.data.characters import build_characters
 from idavlm.evaluation import EvaluationResult, evaluate, text_perplexity, write_report
 from idavlm.models import small
@@ -40,6 +41,7 @@ TINY = {"num_train": 8, "num_test": 5, "num_train_scenes": 12, "num_test_scenes"
 TINY |= {"num_train_records": 60, "num_test_records": 4, "num_general_records": 8}
 RECORDS = {"num_test_records": 60}
 PICTURES = 8  # of a sample, at most
+MOST_IMAGES = 6  # of a sample the LLM is taught by, photos of references among them: time goes by tokens
 CONTENT = 0.3  # what a token shows, beside a name at full strength
 TASKS = ("matching", "location", "qa_multi")
 # What is trained after the projector is aligned; an ID-Former that moved would move under both workflows.
@@ -117,6 +119,18 @@ def within(model, workflow: str):
     return model.workflow(workflow) if model.config.inner_adaptors else nullcontext()
 
 
+def records_of(path: Path, instruct: int, ground: int, batch: int, rng: Random) -> dict[str, list[int]]:
+    """The same ones for every variant, in batches of like length: location for grounding, all else before."""
+    samples = list(RecordDataset(path))
+    lengths, lessons = [len(sample.images) for sample in samples], {}
+    for workflow, steps in (("multimodal", instruct), ("grounding", ground)):
+        grounds = workflow == "grounding"
+        fitting = [n for n, sample in enumerate(samples) if sample.id.startswith("location") == grounds]
+        fitting = [number for number in fitting if lengths[number] <= MOST_IMAGES]
+        lessons[workflow] = batches_of_like_length(rng.choices(fitting, k=steps * batch), lengths, batch, rng)
+    return lessons
+
+
 def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> None:
     """One way to the same records; its answers and its perplexity go into files."""
     out, (_, _, instruct, ground) = args.out / f"seed-{seed}" / variant, args.steps
@@ -132,13 +146,13 @@ def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> No
     model = IDAVLMForConditionalGeneration.from_pretrained(out.with_name("aligned"), config=config)
     if variant == "LoRA":
         add_lora(model, trained)
-    data, rates = RecordDataset(folder / "train.jsonl", encode=processor.encode), {"projector": 1e-3}
-    located = [n for n, sample in enumerate(RecordDataset(folder / "train.jsonl")) if sample.id.startswith("location")]
-    others = sorted(set(range(len(data))) - set(located))
-    for workflow, records, steps in (("multimodal", others, instruct), ("grounding", located, ground)):
-        options = {"freeze": FREEZE[variant], "learning_rate": rates.get(variant, args.learning_rate)}
+    data = RecordDataset(folder / "train.jsonl", encode=processor.encode)
+    lessons = records_of(folder / "train.jsonl", instruct, ground, args.batch_size, Random(seed))
+    for workflow, records in lessons.items():
+        options = {"freeze": FREEZE[variant], "train_sampling_strategy": "sequential"}
+        options |= {"learning_rate": 1e-3 if variant == "projector" else args.learning_rate}
         options |= {"workflow": workflow} if variant == "adaptors" else {}
-        train(model, Subset(data, records), processor, out, steps, args, seed, **options)
+        train(model, Subset(data, records), processor, out, len(records) // args.batch_size, args, seed, **options)
     test, predictions = [s for s in RecordDataset(folder / "test.jsonl") if s.type in TASKS], []
     for workflow in ("multimodal", "grounding"):
         samples = [sample for sample in test if (sample.type == "location") == (workflow == "grounding")]
@@ -156,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small language model from scratch, and few records")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=4, default=[500, 25, 60, 90], metavar="N")
+    parser.add_argument("--steps", type=int, nargs=4, default=[500, 25, 40, 60], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
     parser.add_argument("--composition", choices=["serial", "parallel"], default="parallel")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")
