@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from benchmarks.measure import markdown_table
 from idavlm.ops.cross_attention.fused import GROUPS_A_PASS
 from idavlm.ops.cross_attention.triton import backward, forward
-from idavlm.ops.cross_attention.triton.tiling import SHIPPED
+from idavlm.ops.cross_attention.triton.tiling import SHIPPED, compiler_options
 from idavlm.ops.cross_attention.triton.tuning import Tile
 
 KERNELS = {
@@ -109,7 +109,7 @@ def compile_case(case: Case) -> Resources:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", case.capability, 32),
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=compiler_options(tile, 4 if case.dtype == "fp32" else 2),
     )
     registers, stack = _usage(compiled.asm["cubin"])
     found = [name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in compiled.asm["ptx"]]

@@ -246,9 +246,10 @@ def attend_backward_queries(
                 keys_base, key_bias, columns, rows_k, k_stride, bias_length, row_size,
                 HAS_BIAS, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
+            # Before the products: one barrier serves both. float32 would hold an operand in registers across a second.
+            values = load_rows(values_base, columns, rows_k, v_stride, HEAD_DIM, BLOCK_D)
             scores = product(queries, tl.trans(keys), PRECISION) * (scale * 1.4426950408889634)
             weights = tl.exp2(tl.where(columns[None, :] < rows_k, scores - norms[:, None], float("-inf")))
-            values = load_rows(values_base, columns, rows_k, v_stride, HEAD_DIM, BLOCK_D)
             grad_weights = product(grads, tl.trans(values), PRECISION)
             if GROUPS:
                 members = membership(key_groups + first_k, columns, rows_k, GROUPS, tl.float32)

@@ -12,7 +12,7 @@ from idavlm.ops.cross_attention.triton.backward import (
 )
 from idavlm.ops.cross_attention.triton.forward import attend_forward
 from idavlm.ops.cross_attention.triton.tiles import INTERPRETED
-from idavlm.ops.cross_attention.triton.tiling import tiling_for
+from idavlm.ops.cross_attention.triton.tiling import compiler_options, tiling_for
 from idavlm.ops.cross_attention.triton.tuning import Tile
 
 DELTA_ROWS = 64
@@ -42,7 +42,7 @@ def launch_forward(
     blocks = triton.cdiv(segments.max_seqlen_q, tile.block_q)
     with _device_of(q):
         attend_forward[segments.num * blocks, heads](
-            **common, out=out, sums=sums, lse=lse, num_blocks=blocks, **_options(tile)
+            **common, out=out, sums=sums, lse=lse, num_blocks=blocks, **_options(tile, q)
         )
     return out, sums, lse
 
@@ -83,7 +83,7 @@ def launch_backward(
         blocks = triton.cdiv(segments.max_seqlen_k, tiling.keys.block_k)
         attend_backward_keys[segments.num * blocks, heads](
             **common, grad_q=grad_q if joined else q, grad_k=grad_k, grad_v=grad_v, num_blocks=blocks, JOINED=joined,
-            **_options(tiling.keys),
+            **_options(tiling.keys, q),
         )  # fmt: skip
         if joined:
             return grad_q.to(q.dtype), grad_k, grad_v
@@ -92,7 +92,7 @@ def launch_backward(
         parts = _parts(q, segments.num, blocks * heads) if shared_q else segments.num
         grad_q = q.new_empty((parts, *q.shape), dtype=torch.float32) if shared_q else q.new_empty(q.shape)
         attend_backward_queries[parts * blocks, heads](
-            **common, grad_q=grad_q, num_blocks=blocks, num_segments=segments.num, **_options(tile)
+            **common, grad_q=grad_q, num_blocks=blocks, num_segments=segments.num, **_options(tile, q)
         )
     return grad_q.sum(0).to(q.dtype) if shared_q else grad_q, grad_k, grad_v
 
@@ -144,13 +144,8 @@ def _common(
     }
 
 
-def _options(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_Q": tile.block_q,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+def _options(tile: Tile, q: Tensor) -> dict[str, int]:
+    return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, **compiler_options(tile, q.element_size())}
 
 
 def _parts(q: Tensor, num_segments: int, programs: int) -> int:

@@ -47,6 +47,17 @@ SHIPPED: dict[tuple[int, int, int], Tiling] = {
 """By capability, bytes of an element and padded width of a head. A GPU takes the highest capability below its own."""
 
 
+def compiler_options(tile: Tile, itemsize: int) -> dict[str, int]:
+    """What Triton compiles a tile with.
+
+    float32 asks for all registers there are: left alone, ptxas spills a few bytes to fit one more program beside.
+    """
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if itemsize == 4:
+        options["maxnreg"] = min(255, 65536 // (32 * tile.num_warps))
+    return options
+
+
 def tiling_for(q: Tensor) -> Tiling:
     """What was measured on this GPU (``tuning.py``), else what is shipped."""
     if INTERPRETED:
