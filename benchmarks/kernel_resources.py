@@ -4,9 +4,8 @@
     python -m benchmarks.kernel_resources --every-option
 
 Every kernel, for every shipped tile (``idavlm/ops/cross_attention/triton/tiling.py``), with everything switched on:
-ragged, key bias, sums over groups. "shared" is the kernel "queries" for queries that all segments share,
-"specialised" the forward kernel with warps that only load; "tma" marks tiles read by tensor descriptors.
-``--every-option`` adds other combinations and float16. The figures are
+ragged, key bias, sums over groups. "shared" is the kernel "queries" for queries that all segments share, "specialised"
+the forward kernel with warps that only load. ``--every-option`` adds other combinations and float16. The figures are
 ptxas's own, read from the binary with cuobjdump; nothing runs.
 """
 
@@ -155,7 +154,7 @@ def table(results: dict[Case, Resources], every_option: bool) -> str:
     """One row a GPU, type and width (and combination of options), one column a kernel."""
     rows: dict[str, dict[str, str]] = {}
     for case, result in results.items():
-        label = f"sm_{case.capability} {case.dtype} {case.head_dim}{' tma' if result.tma else ''}"
+        label = f"sm_{case.capability} {case.dtype} {case.head_dim}"
         if every_option:
             options = [name for name in ("ragged", "bias") if getattr(case, name)]
             label = " ".join([label, *options, *([f"{case.groups} groups"] if case.groups else [])])
@@ -164,8 +163,9 @@ def table(results: dict[Case, Resources], every_option: bool) -> str:
             f"{tile.block_q} x {tile.block_k}, {tile.num_warps}, {tile.num_stages}: "
             f"{result.registers}, {result.stack}, {memory:.0f}, {result.instruction}"
         )
+    kernels = [kernel for kernel in KERNELS if any(kernel in cells for cells in rows.values())]
     return markdown_table(
-        ["", *KERNELS], [[label, *(cells.get(kernel, "") for kernel in KERNELS)] for label, cells in rows.items()]
+        ["", *kernels], [[label, *(cells.get(kernel, "") for kernel in kernels)] for label, cells in rows.items()]
     )
 
 
@@ -185,8 +185,11 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = dict(zip(todo, pool.map(compile_case, todo), strict=True))
     print(f"triton {triton.__version__}; {len(todo)} kernels. Cells: queries x keys of a tile, warps, stages:")
-    print("registers a thread, bytes spilled, KB of shared memory, matrix instruction\n")
-    print(table(results, args.every_option))
+    print("registers a thread, bytes spilled, KB of shared memory, matrix instruction")
+    for name, tma in (("pointers", False), ("tensor descriptors", True)):
+        chosen = {case: result for case, result in results.items() if case.tile.tma == tma}
+        if chosen:
+            print(f"\nRead by {name}:\n\n{table(chosen, args.every_option)}")
     if args.json:
         args.json.write_text(json.dumps([asdict(case) | asdict(result) for case, result in results.items()]))
 

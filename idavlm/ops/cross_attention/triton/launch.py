@@ -43,7 +43,8 @@ def launch_forward(
     tile = tiling.specialised if specialised else tiling.forward
     blocks = triton.cdiv(segments.max_seqlen_q, tile.block_q)
     common |= {"out": out, "sums": sums, "lse": lse, "num_blocks": blocks}
-    _launch(attend_forward, tile, _grid(tile, q, segments.num * blocks, heads), common, specialised)
+    grid = _grid(tile, q, segments.num * blocks, heads, specialised)
+    _launch(attend_forward, tile, grid, common, specialised)
     return out, sums, lse
 
 
@@ -165,12 +166,12 @@ def _launch(kernel, tile: Tile, grid: tuple[int, ...], arguments: dict[str, obje
         context.run(kernel[grid], **arguments)
 
 
-def _grid(tile: Tile, q: Tensor, blocks: int, heads: int) -> tuple[int, ...]:
-    """A program for every block, or with ``tma`` as many as the GPU holds at a time (255 registers, 8 warps: one)."""
+def _grid(tile: Tile, q: Tensor, blocks: int, heads: int, specialised: bool = False) -> tuple[int, ...]:
+    """A program for every block; with ``tma`` as many as a GPU holds at a time: one of 8 warps, or of special ones."""
     if not tile.tma:
         return blocks, heads
-    held = _multiprocessors(q) * max(1, 8 // tile.num_warps)
-    return (min(held, blocks * heads),)
+    held = 1 if specialised else max(1, 8 // tile.num_warps)
+    return (min(_multiprocessors(q) * held, blocks * heads),)
 
 
 def _parts(q: Tensor, num_segments: int, programs: int) -> int:
