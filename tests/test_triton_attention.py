@@ -3,6 +3,8 @@
 Outputs are filled with NaN before a kernel writes them, so nothing may be left out. Errors are those against float64.
 """
 
+import importlib
+import sys
 from contextlib import contextmanager
 from itertools import accumulate
 from unittest.mock import patch
@@ -340,3 +342,13 @@ def test_without_a_gpu_the_remedy_is_named(monkeypatch):
     x = torch.zeros(1, 2, 1, 32)
     with pytest.raises(ValueError, match=r"q is on cpu; use attn_implementation='sdpa' there, or.*TRITON_INTERPRET=1"):
         cross_attention(x, x, x, attn_implementation="triton")
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    with pytest.raises(
+        ImportError, match=r"needs triton 3\.6 or later but 3\.4\.0 is installed; pip install -U triton"
+    ):
+        importlib.reload(sys.modules["idavlm.ops.cross_attention.triton"])
