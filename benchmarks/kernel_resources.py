@@ -4,8 +4,8 @@
     python -m benchmarks.kernel_resources --every-option
 
 Every kernel, for every shipped tile (``idavlm/ops/cross_attention/triton/tiling.py``), with everything switched on:
-ragged, key bias, sums over groups. "shared" is the kernel "queries" for queries that all segments share.
-``--every-option`` adds other combinations and float16. The figures are
+ragged, key bias, sums over groups. "shared" is the kernel "queries" for queries that all segments share, "specialised"
+the forward kernel with warps that only load. ``--every-option`` adds other combinations and float16. The figures are
 ptxas's own, read from the binary with cuobjdump; nothing runs.
 """
 
@@ -27,15 +27,16 @@ from triton.compiler import ASTSource
 
 from benchmarks.measure import markdown_table
 from idavlm.ops.cross_attention.fused import GROUPS_A_PASS
-from idavlm.ops.cross_attention.triton import backward, forward
-from idavlm.ops.cross_attention.triton.tiling import SHIPPED
+from idavlm.ops.cross_attention.triton import backward_keys, backward_queries, forward
+from idavlm.ops.cross_attention.triton.tiling import DESCRIBED, SHIPPED, compiler_options
 from idavlm.ops.cross_attention.triton.tuning import Tile
 
 KERNELS = {
     "forward": forward.attend_forward,
-    "keys": backward.attend_backward_keys,
-    "queries": backward.attend_backward_queries,
-    "shared": backward.attend_backward_queries,
+    "keys": backward_keys.attend_backward_keys,
+    "queries": backward_queries.attend_backward_queries,
+    "shared": backward_queries.attend_backward_queries,
+    "specialised": forward.attend_forward,
 }
 INTEGERS = {"key_groups", "cu_seqlens_q", "cu_seqlens_k"}
 FLOATS = {"sums", "grad_sums", "lse", "delta"}
@@ -51,6 +52,7 @@ class Case:
     head_dim: int
     dtype: str
     tile: Tile
+    joined: bool
     shared: bool
     ragged: bool
     groups: int
@@ -65,22 +67,28 @@ class Resources:
     stack: int
     shared_memory: int
     instruction: str
+    tma: bool
+    num_warps: int
 
 
 def cases(every_option: bool, quick: bool) -> list[Case]:
     lighter = [(False, 0, False), (True, 0, False), (True, 16, False), (True, GROUPS_A_PASS, True)]
+    described = {(capability, 2, width): tiling for (capability, width), tiling in DESCRIBED.items()}
     found = []
-    for (capability, itemsize, head_dim), tiling in SHIPPED.items():
-        if quick and itemsize == 4 and head_dim < 128:
-            continue  # the same tile as of 128, and less of everything
+    for (capability, itemsize, head_dim), tiling in [*SHIPPED.items(), *described.items()]:
+        if quick and head_dim < 128 and (itemsize == 4 or tiling.forward.tma):
+            continue  # float32 has the tile of 128, and less of everything
         for dtype in ["fp32"] if itemsize == 4 else ["bf16", "fp16"] if every_option else ["bf16"]:
             for kernel in KERNELS:
+                tile, shared = getattr(tiling, kernel), kernel == "shared"
                 # Queries that segments share are a model's own, and read pictures: nobody sums their weights by group.
-                heaviest = (True, 0 if kernel == "shared" else GROUPS_A_PASS, True)
-                for ragged, groups, bias in dict.fromkeys([heaviest, *(lighter if every_option else ())]):
-                    tile = getattr(tiling, kernel)
-                    shared = kernel == "shared"
-                    found.append(Case(kernel, capability, head_dim, dtype, tile, shared, ragged, groups, bias))
+                options = [(True, 0 if shared else GROUPS_A_PASS, True), *(lighter if every_option else ())]
+                if kernel == "specialised":
+                    options = [(True, 0, False), *([(False, 0, False)] if every_option else ())]
+                for ragged, groups, bias in dict.fromkeys(options if tile else ()):
+                    found.append(
+                        Case(kernel, capability, head_dim, dtype, tile, tiling.joined, shared, ragged, groups, bias)
+                    )
     return found
 
 
@@ -97,7 +105,8 @@ def compile_case(case: Case) -> Resources:
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
-        "JOINED": True,
+        "JOINED": case.joined,
+        "TMA": 2 if case.kernel == "specialised" else 4 if tile.tma else 0,
     }
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -109,11 +118,13 @@ def compile_case(case: Case) -> Resources:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", case.capability, 32),
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=compiler_options(tile, 4 if case.dtype == "fp32" else 2),
     )
     registers, stack = _usage(compiled.asm["cubin"])
-    found = [name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in compiled.asm["ptx"]]
-    return Resources(registers, stack, compiled.metadata.shared, found[0] if found else "fma")
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    found = [name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx]
+    tma = "cp.async.bulk.tensor" in ptx
+    return Resources(registers, stack, metadata.shared, found[0] if found else "fma", tma, metadata.num_warps)
 
 
 def _type_of(name: str, case: Case) -> str:
@@ -121,7 +132,7 @@ def _type_of(name: str, case: Case) -> str:
         return "constexpr"
     if name in INTEGERS:
         return "*i32"
-    if name in FLOATS or (name == "grad_q" and (case.kernel == "keys" or case.shared)):
+    if name in FLOATS or (name == "grad_q" and (case.shared or (case.kernel == "keys" and case.joined))):
         return "*fp32"
     if name in INPUTS or name == "grad_q":
         return f"*{case.dtype}"
@@ -152,15 +163,18 @@ def table(results: dict[Case, Resources], every_option: bool) -> str:
             f"{tile.block_q} x {tile.block_k}, {tile.num_warps}, {tile.num_stages}: "
             f"{result.registers}, {result.stack}, {memory:.0f}, {result.instruction}"
         )
+    kernels = [kernel for kernel in KERNELS if any(kernel in cells for cells in rows.values())]
     return markdown_table(
-        ["", *KERNELS], [[label, *(cells.get(kernel, "") for kernel in KERNELS)] for label, cells in rows.items()]
+        ["", *kernels], [[label, *(cells.get(kernel, "") for kernel in kernels)] for label, cells in rows.items()]
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every-option", action="store_true", help="other combinations and float16 as well")
-    parser.add_argument("--quick", action="store_true", help="leave out float32 in heads narrower than 128")
+    parser.add_argument(
+        "--quick", action="store_true", help="leave out float32 and descriptors in heads narrower than 128"
+    )
     parser.add_argument("--only", default="", help="cases whose description contains this, e.g. 'capability=90'")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -171,8 +185,11 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = dict(zip(todo, pool.map(compile_case, todo), strict=True))
     print(f"triton {triton.__version__}; {len(todo)} kernels. Cells: queries x keys of a tile, warps, stages:")
-    print("registers a thread, bytes spilled, KB of shared memory, matrix instruction\n")
-    print(table(results, args.every_option))
+    print("registers a thread, bytes spilled, KB of shared memory, matrix instruction")
+    for name, tma in (("pointers", False), ("tensor descriptors", True)):
+        chosen = {case: result for case, result in results.items() if case.tile.tma == tma}
+        if chosen:
+            print(f"\nRead by {name}:\n\n{table(chosen, args.every_option)}")
     if args.json:
         args.json.write_text(json.dumps([asdict(case) | asdict(result) for case, result in results.items()]))
 

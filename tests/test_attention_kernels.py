@@ -21,7 +21,7 @@ from benchmarks import tune_attention
 from benchmarks.attention_ways import library
 from benchmarks.cross_attention import make_problem
 from idavlm.ops.cross_attention.triton import tuning
-from idavlm.ops.cross_attention.triton.tiling import SHIPPED, shipped_tiling
+from idavlm.ops.cross_attention.triton.tiling import DESCRIBED, SHIPPED, described_tiling, shipped_tiling
 from idavlm.ops.cross_attention.triton.tuning import Tile
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,10 @@ def resources(tmp_path_factory):
 
 
 def test_every_shipped_configuration_compiles_for_every_gpu(resources):
-    compiled = {(case["kernel"], case["capability"], case["head_dim"], case["dtype"]) for case in resources}
+    """Those with descriptors in heads of 128 and 256: of narrower ones only ``docs/kernels.md`` tells."""
+    compiled = {
+        (case["kernel"], case["capability"], case["head_dim"], case["dtype"]) for case in resources if not case["tma"]
+    }
     assert {case["capability"] for case in resources} == {80, 90, 100}
     for capability, itemsize, width in SHIPPED:
         if itemsize == 4 and width < 128:
@@ -50,22 +53,34 @@ def test_every_shipped_configuration_compiles_for_every_gpu(resources):
             continue
         for kernel in ("forward", "keys", "queries", "shared"):
             assert (kernel, capability, width, "fp32" if itemsize == 4 else "bf16") in compiled
+    described = {(case["capability"], case["head_dim"], case["kernel"]) for case in resources if case["tma"]}
+    for (capability, width), tiling in DESCRIBED.items():
+        if width >= 128:
+            kernels = (*tuning.KERNELS, "specialised") if tiling.specialised else tuning.KERNELS
+            assert {(capability, width, kernel) for kernel in kernels} <= described
 
 
 def test_kernels_fit_and_spill_nothing(resources):
-    """But for float32 in heads of 128 and more: exact products have no matrix instruction, and are for checks."""
     for case in resources:
         assert case["shared_memory"] <= SHARED_MEMORY[case["capability"]], case
-        exact = case["dtype"] == "fp32" and case["head_dim"] > 64
-        assert case["stack"] <= (256 if exact else 0), case
+        assert case["stack"] == 0, case
 
 
 def test_matrix_instructions_of_each_gpu(resources):
-    """Hopper's needs 64 rows, and the backward of heads 256 wide has no registers for them."""
+    """Hopper's needs 64 rows, and in heads 256 wide the joined backward has no registers for them."""
     for case in resources:
         if case["dtype"] == "bf16" and case["capability"] == 90:
-            narrow = case["head_dim"] == 256 and case["kernel"] in ("keys", "shared")
+            narrow = case["head_dim"] == 256 and case["kernel"] == "keys" and case["joined"]
             assert case["instruction"] == ("mma.sync" if narrow else "wgmma"), case
+        if case["tma"] and case["capability"] == 100:
+            assert case["instruction"] == "tcgen05.mma", case
+
+
+def test_descriptors_and_special_warps_are_really_there(resources):
+    """The PTX copies tiles in bulk where it should and nowhere else, and specialised kernels have more warps."""
+    for case in resources:
+        assert case["tma"] == Tile(*case["tile"]).tma, case
+        assert (case["num_warps"] > Tile(*case["tile"]).num_warps) == (case["kernel"] == "specialised"), case
 
 
 def test_a_gpu_between_two_takes_the_lower_ones_tiles():
@@ -73,6 +88,8 @@ def test_a_gpu_between_two_takes_the_lower_ones_tiles():
     assert shipped_tiling((12, 0), 4, 128) == SHIPPED[100, 4, 128]
     with pytest.raises(ValueError, match=r"no GPU of capability 7\.5; it takes 8\.0"):
         shipped_tiling((7, 5), 2, 64)
+    assert described_tiling((8, 9), 64) is None
+    assert described_tiling((12, 0), 64) == DESCRIBED[100, 64]
 
 
 @pytest.fixture
@@ -85,7 +102,7 @@ def tuning_file(monkeypatch, tmp_path):
 
 def test_measured_tiles_outlive_the_process(tuning_file):
     assert tuning.measured_tilings("GPU") == {}
-    tiling = SHIPPED[90, 2, 128]._replace(forward=Tile(32, 64, 4, 2), joined=False)
+    tiling = DESCRIBED[90, 128]._replace(forward=Tile(32, 64, 4, 2), joined=False)
     tuning.save_tiling("GPU", 2, 128, SHIPPED[90, 2, 128])
     tuning.save_tiling("GPU", 2, 128, tiling)
     tuning.save_tiling("another", 2, 64, SHIPPED[90, 2, 64])
@@ -112,9 +129,40 @@ def test_the_tuner_finds_the_fastest_of_what_runs():
         tile = getattr(tiling, kernel)
         return None if tile.num_warps == 4 else 1.0 + sum(a != b for a, b in zip(tile, wanted, strict=True))
 
-    best = tune_attention.tune(SHIPPED[90, 2, 128], time_of)
-    assert best == (wanted, wanted, wanted, wanted, False)
-    assert tune_attention.tune(best, lambda kernel, tiling: None) == best
+    best = tune_attention.tune(SHIPPED[90, 2, 128], None, time_of)
+    assert best == (wanted, wanted, wanted, wanted, False, None)
+    assert tune_attention.tune(best, None, lambda kernel, tiling: None) == best
+
+
+def test_the_tuner_measures_descriptors_where_there_are_some():
+    shipped, described = SHIPPED[90, 2, 128], DESCRIBED[90, 128]
+    measured = []
+
+    def time_of(kernel, tiling):
+        measured.append((kernel, tiling))
+        return 1.0 + sum(getattr(tiling, name) != value for name, value in described._asdict().items())
+
+    assert tune_attention.tune(shipped, described, time_of) == described
+    assert ("specialised", described._replace(specialised=None)) in measured
+    assert not any(tiling.forward.tma for _, tiling in measured[:1])
+
+
+def test_the_tuner_passes_over_what_triton_cannot_lower(monkeypatch):
+    sizes = argparse.Namespace(samples=1, queries=4, patches=9, num_heads=1, head_dim=16)
+    sizes.device, sizes.dtype = torch.device("cpu"), torch.float32
+    time_of = tune_attention.timer({"pool": make_problem("pool", sizes)}, rounds=1)
+
+    def raising(message):
+        def attend(problem):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(tune_attention, "attend", attend)
+
+    raising("PassManager::run failed")
+    assert time_of("forward", SHIPPED[90, 2, 32]) is None
+    raising("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        time_of("forward", SHIPPED[90, 2, 32])
 
 
 def test_the_tuner_checks_and_times_a_tiling(monkeypatch):

@@ -3,7 +3,11 @@
 Outputs are filled with NaN before a kernel writes them, so nothing may be left out. Errors are those against float64.
 """
 
+import importlib
+import sys
+from contextlib import contextmanager
 from itertools import accumulate
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,8 +21,31 @@ from tests.conftest import randomise
 
 pytest.importorskip("triton")
 
+from idavlm.ops.cross_attention.triton import launch, tiling
+from idavlm.ops.cross_attention.triton.tuning import Tile, Tiling
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
+DESCRIBED = DEVICE == "cpu" or tiling.described_tiling(torch.cuda.get_device_capability(), 32) is not None
+WAYS = ("portable", "tma", "specialised") if DESCRIBED else ("portable",)
+
+
+@contextmanager
+def tiles(way: str):
+    """Tiles as if measured: read by pointers, by tensor descriptors, or also by warps that only load."""
+    if way == "portable":
+        found = {}
+    elif DEVICE == "cuda":
+        capability = torch.cuda.get_device_capability()
+        found = {(2, width): tiling.described_tiling(capability, width) for width in (32, 64, 128, 256)}
+    else:
+        by_queries, by_keys = Tile(16, 32, 1, 1, tma=True), Tile(32, 16, 1, 1, tma=True)
+        small = Tiling(by_queries, by_keys, by_queries, by_queries, specialised=by_queries)
+        found = {(itemsize, width): small for itemsize in (2, 4) for width in (32, 64, 128, 256)}
+    if way == "tma":
+        found = {key: described._replace(specialised=None) for key, described in found.items()}
+    with patch.object(tiling, "measured_tilings", lambda device: found):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -108,18 +135,20 @@ def assert_exact(inputs: dict[str, Tensor], options: dict) -> None:
     bias=st.sampled_from([0, 0, 7, 40]),
     groups=st.sampled_from([0, 0, 0, 3, 3, 34]),
     deterministic=st.booleans(),
+    way=st.sampled_from(WAYS),
 )
-def test_random_cases(lengths, heads, dim, dtype, shared, bias, groups, deterministic):
+def test_random_cases(lengths, heads, dim, dtype, shared, bias, groups, deterministic, way):
     inputs, options = case(
         *map(list, zip(*lengths, strict=True)),
         heads=heads, dim=dim, dtype=dtype, shared=shared, bias=bias, groups=groups,
     )  # fmt: skip
     torch.use_deterministic_algorithms(deterministic)
     try:
-        if dtype == torch.float32:
-            assert_exact(inputs, options)
-        else:
-            assert_as_good_as_sdpa(inputs, options, each=False)
+        with tiles(way):
+            if dtype == torch.float32:
+                assert_exact(inputs, options)
+            else:
+                assert_as_good_as_sdpa(inputs, options, each=False)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -133,8 +162,60 @@ def test_widths_of_heads(dim, shared):
         assert_as_good_as_sdpa(*case([21, 40], [37, 20], dtype=dtype, **options))
 
 
+@pytest.mark.skipif(not DESCRIBED, reason="tensor descriptors need a GPU of capability 9.0")
+@pytest.mark.parametrize(("dim", "way"), [(80, "tma"), (128, "tma"), (64, "specialised")])
 @pytest.mark.parametrize("shared", [False, True])
-def test_deterministic_backward(shared, deterministic):
+def test_widths_of_heads_by_descriptors(dim, way, shared):
+    """Neither bias nor groups where warps are specialised: with them they are not."""
+    extras = {"bias": 20, "groups": 4} if way == "tma" else {}
+    with tiles(way):
+        for dtype in HALVES:
+            assert_as_good_as_sdpa(
+                *case([21, 40], [37, 20], heads=2, dim=dim, shared=shared, dtype=dtype, **extras), each=not shared
+            )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_are_taken_where_they_can_be(way, monkeypatch):
+    """A fixed number of programs, and dimensions of descriptors; pointers for what cannot be described."""
+    taken, launched = [], launch._launch
+
+    def spy(kernel, tile, grid, arguments, specialised=False):
+        taken.append((tile.tma, specialised, len(grid)))
+        launched(kernel, tile, grid, arguments, specialised)
+
+    monkeypatch.setattr(launch, "_launch", spy)
+    described = way != "portable"
+
+    def ways_of(inputs, options) -> list[tuple[bool, bool, int]]:
+        taken.clear()
+        results("triton", inputs, options, torch.float16)
+        return list(taken)
+
+    with tiles(way):
+        plain = case([21, 40], [37, 20])
+        grid = 1 if described else 2
+        assert ways_of(*plain) == [(described, way == "specialised", grid), (described, False, grid)]
+        assert ways_of(*case([21], [37], bias=5))[0] == (described, False, grid)
+        assert ways_of(*case([21], [37], groups=2))[0] == (described, False, grid)
+        assert ways_of(*case([21], [37], dim=24))[0] == (described, False, grid)
+        assert ways_of(*case([21], [37], dim=20)) == [(False, False, 2)] * 2
+        with torch.no_grad():
+            shifted = torch.randn(21 * 64 + 1, device=DEVICE).half()[1:].unflatten(0, (21, 2, 32))
+            cross_attention(
+                shifted, *[torch.randn(1, 9, 2, 32, device=DEVICE).half()] * 2, attn_implementation="triton"
+            )
+        assert taken[-1] == (False, False, 2)
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_deterministic_backward(shared, way, deterministic):
+    with tiles(way):
+        check_determinism(shared)
+
+
+def check_determinism(shared):
     inputs, options = case([33, 5, 0, 17], [20, 0, 9, 40], shared=shared)
     first, second = (results("triton", inputs, options, torch.float32) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -144,7 +225,13 @@ def test_deterministic_backward(shared, deterministic):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_dense_layouts_and_strided_inputs():
+@pytest.mark.parametrize("way", WAYS)
+def test_dense_layouts_and_strided_inputs(way):
+    with tiles(way):
+        check_layouts()
+
+
+def check_layouts():
     x = torch.randn(3, 2, 7, 3, 32, device=DEVICE)
     q, k = x[:, 0].transpose(1, 2).contiguous().transpose(1, 2), x[:, 1]  # heads first, and every other row
     for v in (k, k.expand_as(k).flip(-1), k[..., ::2].repeat_interleave(2, -1)[..., ::1]):
@@ -155,15 +242,17 @@ def test_dense_layouts_and_strided_inputs():
     torch.testing.assert_close(weights, cross_attention(q, k, k, output_attentions=True)[1])
 
 
-def test_neighbouring_segments_do_not_leak():
+@pytest.mark.parametrize("way", WAYS)
+def test_neighbouring_segments_do_not_leak(way):
     inputs, options = case([5, 20], [7, 30])
     with torch.no_grad():
         for x in inputs.values():
             x[5 if x is inputs["q"] else 7 :] = float("nan")
-    out = cross_attention(**inputs, **options, attn_implementation="triton")
-    assert out[:5].isfinite().all()
-    for grad in torch.autograd.grad(out[:5].sum(), (inputs["q"], inputs["k"], inputs["v"])):
-        assert grad[:5].isfinite().all()
+    with tiles(way):
+        out = cross_attention(**inputs, **options, attn_implementation="triton")
+        assert out[:5].isfinite().all()
+        for grad in torch.autograd.grad(out[:5].sum(), (inputs["q"], inputs["k"], inputs["v"])):
+            assert grad[:5].isfinite().all()
 
 
 def test_shared_queries_are_not_repeated():
@@ -253,3 +342,13 @@ def test_without_a_gpu_the_remedy_is_named(monkeypatch):
     x = torch.zeros(1, 2, 1, 32)
     with pytest.raises(ValueError, match=r"q is on cpu; use attn_implementation='sdpa' there, or.*TRITON_INTERPRET=1"):
         cross_attention(x, x, x, attn_implementation="triton")
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    with pytest.raises(
+        ImportError, match=r"needs triton 3\.6 or later but 3\.4\.0 is installed; pip install -U triton"
+    ):
+        importlib.reload(sys.modules["idavlm.ops.cross_attention.triton"])

@@ -28,6 +28,12 @@ def segment_span(cu_seqlens, segment, length, RAGGED: tl.constexpr):
 
 
 @inlined
+def next_turn(turn, items, programs):
+    """Which item of the next segment is this program's first, when ``items`` were dealt from the ``turn``-th on."""
+    return (turn + programs - items % programs) % programs
+
+
+@inlined
 def row_pointers(base, rows, stride, BLOCK_D: tl.constexpr):
     return base + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
@@ -53,20 +59,127 @@ def store_rows(base, values, rows, num_rows, stride, HEAD_DIM: tl.constexpr, BLO
 
 
 @inlined
-def load_keys(
+def describe(
     base,
+    num_segments,
+    num_rows,
+    stride,
+    num_heads,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Tensor descriptor of segments of ``num_rows`` each: the hardware reads zeros behind them, and writes nothing.
+
+    ``TMA`` counts its dimensions. 4: segments, heads, rows, columns. 2: rows of one segment, and columns of all heads,
+    one beside the other, which is what Triton can specialise warps for; heads must then fill their tile.
+    """
+    bound = tl.maximum(num_rows, 1)  # 0 is none; then no row is asked for
+    if TMA == 4:
+        found = tl.make_tensor_descriptor(
+            base,
+            [num_segments, num_heads, bound, HEAD_DIM],
+            [tl.cast(num_rows, tl.int64) * stride, head_stride, stride, 1],
+            [1, 1, BLOCK, BLOCK_D],
+        )
+    else:
+        columns = (num_heads - 1) * head_stride + HEAD_DIM
+        found = tl.make_tensor_descriptor(base, [bound, columns], [stride, 1], [BLOCK, BLOCK_D])
+    return found
+
+
+@inlined
+def segment_rows(
+    whole,
+    base,
+    first,
+    num_rows,
+    stride,
+    num_heads,
+    head_stride,
+    RAGGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The descriptor to read a segment by: its own where segments differ in length, so that its bounds are theirs."""
+    if RAGGED or TMA == 2:
+        base += first * stride
+        found = describe(base, 1, num_rows, stride, num_heads, head_stride, HEAD_DIM, BLOCK, BLOCK_D, TMA)
+    else:
+        found = whole
+    return found
+
+
+@inlined
+def read_rows(
+    source,
+    segment,
+    head,
+    start,
+    num_rows,
+    stride,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """``[BLOCK, BLOCK_D]`` from row ``start`` of a segment on.
+
+    ``source`` is a descriptor, in which ``segment`` counts, or the pointer to the segment's first row of that head.
+    """
+    if TMA == 4:
+        tile = source.load([segment, head, start, 0]).reshape([BLOCK, BLOCK_D])
+    elif TMA == 2:
+        tile = source.load([start, head * head_stride])
+    else:
+        rows = start + tl.arange(0, BLOCK)
+        tile = load_rows(source, rows, num_rows, stride, HEAD_DIM, BLOCK_D)
+    return tile
+
+
+@inlined
+def write_rows(
+    target,
+    values,
+    segment,
+    head,
+    start,
+    num_rows,
+    stride,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The opposite of :func:`read_rows`."""
+    if TMA == 4:
+        target.store([segment, head, start, 0], narrow(values, target.dtype).reshape([1, 1, BLOCK, BLOCK_D]))
+    elif TMA == 2:
+        target.store([start, head * head_stride], narrow(values, target.dtype))
+    else:
+        rows = start + tl.arange(0, BLOCK)
+        store_rows(target, values, rows, num_rows, stride, HEAD_DIM, BLOCK_D)
+
+
+@inlined
+def add_bias(
+    keys,
     bias,
     rows,
     num_rows,
-    stride,
     bias_length,
     bias_stride,
     HAS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows of keys plus the bias of their position; a segment longer than the bias goes through it again."""
-    keys = load_rows(base, rows, num_rows, stride, HEAD_DIM, BLOCK_D)
+    """Keys plus the bias of their position; a segment longer than the bias goes through it again."""
     if HAS_BIAS:
         mask = row_mask(rows, num_rows, HEAD_DIM, BLOCK_D)
         position = tl.load(row_pointers(bias, rows % bias_length, bias_stride, BLOCK_D), mask=mask, other=0.0)

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from idavlm.ops.cross_attention.triton.tiles import INTERPRETED
-from idavlm.ops.cross_attention.triton.tuning import Tile, Tiling, measured_tilings
+from idavlm.ops.cross_attention.triton.tuning import KERNELS, Tile, Tiling, measured_tilings
 
 INTERPRETER = Tiling(Tile(16, 32, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(16, 32, 1, 1))
 """Small, so that small tensors have several of each."""
@@ -21,19 +21,19 @@ _SIXTEEN_BITS = {
         32: Tiling(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
         64: Tiling(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
         128: Tiling(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        256: Tiling(Tile(64, 16, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: Tiling(Tile(64, 16, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     90: {
         32: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        64: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        64: Tiling(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        256: Tiling(Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
+        256: Tiling(Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     100: {
         32: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         64: Tiling(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
         128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        256: Tiling(Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 4, 2)),
+        256: Tiling(Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
 }
 """Chosen as the largest that spill nothing (``python -m benchmarks.kernel_resources``), not by measurement."""
@@ -47,22 +47,94 @@ SHIPPED: dict[tuple[int, int, int], Tiling] = {
 """By capability, bytes of an element and padded width of a head. A GPU takes the highest capability below its own."""
 
 
-def tiling_for(q: Tensor) -> Tiling:
-    """What was measured on this GPU (``tuning.py``), else what is shipped."""
-    if INTERPRETED:
-        return INTERPRETER
+_ROWS_128 = Tile(128, 64, 8, 2, tma=True)
+_ROWS_64 = Tile(64, 32, 8, 2, tma=True)
+
+DESCRIBED: dict[tuple[int, int], Tiling] = {
+    (90, 32): Tiling(
+        Tile(128, 128, 8, 3, tma=True), Tile(64, 128, 8, 2, tma=True), _ROWS_128, _ROWS_128,
+        specialised=Tile(128, 128, 4, 2, tma=True),
+    ),
+    (90, 64): Tiling(
+        Tile(128, 128, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), _ROWS_128, _ROWS_128,
+        specialised=Tile(128, 128, 4, 2, tma=True),
+    ),
+    (90, 128): Tiling(
+        _ROWS_128, Tile(64, 64, 8, 2, tma=True), _ROWS_128, _ROWS_128, specialised=Tile(128, 128, 4, 2, tma=True)
+    ),
+    (90, 256): Tiling(
+        Tile(64, 64, 8, 2, tma=True), Tile(16, 64, 8, 2, tma=True), _ROWS_64, _ROWS_64, joined=False
+    ),
+    (100, 32): Tiling(
+        Tile(128, 128, 8, 3, tma=True), Tile(64, 128, 8, 2, tma=True), _ROWS_128, _ROWS_128,
+        specialised=Tile(128, 128, 8, 2, tma=True),
+    ),
+    (100, 64): Tiling(
+        Tile(128, 128, 8, 2, tma=True), Tile(64, 64, 8, 2, tma=True), _ROWS_128, _ROWS_128,
+        specialised=Tile(128, 128, 8, 2, tma=True),
+    ),
+    (100, 128): Tiling(
+        _ROWS_128, Tile(64, 64, 8, 2, tma=True), _ROWS_128, _ROWS_128, specialised=Tile(128, 128, 8, 2, tma=True)
+    ),
+    (100, 256): Tiling(
+        _ROWS_64, Tile(16, 64, 8, 2, tma=True), _ROWS_64, _ROWS_64, specialised=Tile(64, 64, 8, 2, tma=True)
+    ),
+}  # fmt: skip
+"""By capability and padded width, in 16 bits: read by tensor descriptors. Used where the tuner finds them faster."""
+
+
+def compiler_options(tile: Tile, itemsize: int) -> dict[str, int]:
+    """What Triton compiles a tile with.
+
+    float32 asks for all registers there are: left alone, ptxas spills a few bytes to fit one more program beside.
+    """
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if itemsize == 4:
+        options["maxnreg"] = min(255, 65536 // (32 * tile.num_warps))
+    return options
+
+
+def tiling_for(*tensors: Tensor) -> Tiling:
+    """What was measured on this GPU (``tuning.py``), else what is shipped; ``tensors`` are what is read, ``q`` first.
+
+    Where a descriptor cannot describe one of them, shipped tiles stand in for those with ``tma``: they read anything.
+    """
+    q = tensors[0]
     width = max(32, triton.next_power_of_2(q.shape[-1]))
-    measured = measured_tilings(torch.cuda.get_device_name(q.device)).get((q.element_size(), width))
-    return measured or shipped_tiling(torch.cuda.get_device_capability(q.device), q.element_size(), width)
+    if INTERPRETED:
+        name, shipped = "interpreter", INTERPRETER
+    else:
+        name = torch.cuda.get_device_name(q.device)
+        shipped = shipped_tiling(torch.cuda.get_device_capability(q.device), q.element_size(), width)
+    chosen = measured_tilings(name).get((q.element_size(), width), shipped)
+    if all(map(describable, tensors)):
+        return chosen
+    portable = {name: getattr(shipped, name) for name in KERNELS if getattr(chosen, name).tma}
+    return chosen._replace(**portable, specialised=None)
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can describe ``[T, H, D]``: 16 bytes divide its address and its strides."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def shipped_tiling(capability: tuple[int, int], itemsize: int, width: int) -> Tiling:
     """The entry of the highest capability that is not above ``capability``."""
-    number = 10 * capability[0] + capability[1]
-    known = [shipped for shipped in _SIXTEEN_BITS if shipped <= number]
-    if not known:
+    shipped = _shipped_below(capability)
+    if shipped is None:
         raise ValueError(
             f"attn_implementation='triton' knows no GPU of capability {capability[0]}.{capability[1]}; it takes 8.0 "
             "and later. Use attn_implementation='sdpa'."
         )
-    return SHIPPED[max(known), itemsize, width]
+    return SHIPPED[shipped, itemsize, width]
+
+
+def described_tiling(capability: tuple[int, int], width: int) -> Tiling | None:
+    """The same with tensor descriptors; None before capability 9.0."""
+    return DESCRIBED.get((_shipped_below(capability), width))
+
+
+def _shipped_below(capability: tuple[int, int]) -> int | None:
+    number = 10 * capability[0] + capability[1]
+    return max((shipped for shipped in _SIXTEEN_BITS if shipped <= number), default=None)

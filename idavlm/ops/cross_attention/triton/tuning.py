@@ -15,18 +15,23 @@ import triton
 
 
 class Tile(NamedTuple):
-    """Rows of queries and of keys a step works on, warps of a program, and loads in flight."""
+    """Rows of queries and of keys a step works on, warps of a program, and loads in flight.
+
+    ``tma``: read and written by tensor descriptors, in a fixed number of programs (capability 9.0 and later).
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 class Tiling(NamedTuple):
     """Tiles of the kernels (``shared``: of queries that all segments share), and how the queries' gradient is made.
 
-    ``joined``: with the keys', see ``backward.py``.
+    ``joined``: with the keys', see ``backward_keys.py``. ``specialised``: of the forward kernel where it can have warps
+    that only load (``launch.py``); without, ``forward`` serves there too.
     """
 
     forward: Tile
@@ -34,6 +39,10 @@ class Tiling(NamedTuple):
     queries: Tile
     shared: Tile
     joined: bool = True
+    specialised: Tile | None = None
+
+
+KERNELS = ("forward", "keys", "queries", "shared")
 
 
 def tuning_file() -> Path:
@@ -79,5 +88,10 @@ def _read(path: Path) -> dict:
 
 
 def _parse(entry: dict) -> Tiling:
-    tiles = {name: Tile(*map(int, entry[name])) for name in Tiling._fields[:-1]}
-    return Tiling(**tiles, joined=bool(entry["joined"]))
+    tiles = {name: _parse_tile(entry[name]) for name in KERNELS}
+    specialised = entry.get("specialised")
+    return Tiling(**tiles, joined=bool(entry["joined"]), specialised=specialised and _parse_tile(specialised))
+
+
+def _parse_tile(fields: list) -> Tile:
+    return Tile(*map(int, fields[:4]), *map(bool, fields[4:]))
