@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, nargs=4, default=[500, 25, 40, 60], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
-    parser.add_argument("--composition", choices=["serial", "parallel"], default="parallel")
+    parser.add_argument("--composition", choices=["serial", "parallel"], default="serial")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--queries", type=int, default=9, help="tokens a picture")
