@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: test lint format demo bench clean
+.PHONY: test lint format demo bench gpu clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -28,6 +28,16 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cross_attention
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
+
+# All that is to be known of the attention kernels on a CUDA GPU, in PYTHON's own environment: are they right, which
+# tiles are fastest, how fast, do models train alike, is memory accessed properly (compute-sanitizer, of CUDA's toolkit).
+WIDTHS ?= 64 128
+gpu:
+	$(PYTHON) -m pytest tests/test_triton_attention.py tests/test_attention_kernels.py
+	$(foreach width,$(WIDTHS),$(PYTHON) -m benchmarks.tune_attention --head-dim $(width) --dtype bfloat16 &&) true
+	$(PYTHON) -m benchmarks.cross_attention --device cuda --dtype bfloat16
+	$(PYTHON) -m benchmarks.loss_curves --bf16
+	compute-sanitizer $(PYTHON) -m pytest tests/test_triton_attention.py -k widths
 
 # torch by itself first: with it in place no other package pulls in a CUDA build.
 $(VENV)/installed: pyproject.toml setup.py constraints-cpu.txt

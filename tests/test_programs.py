@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from benchmarks import (
     generation,
     id_former,
     inner_adaptor,
+    loss_curves,
     measure,
     resampler_designs,
 )
+from idavlm.data.characters import build_characters
 from tests import small_models
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +55,19 @@ def test_cross_attention_benchmark(monkeypatch, capsys):
         assert rows.count(way) == 2 * (len(cross_attention.CASES) - told), way
     assert {"sdpa", "released", "one call a segment"} <= set(rows)
     assert "triton does not run here: the kernels need a GPU" in out
+
+
+def test_loss_curves(monkeypatch, capsys, tmp_path):
+    """Two runs of one computation are equal, and the reference is close to it."""
+    tiny = {"num_train": 6, "num_test": 5, "num_train_scenes": 6, "num_test_scenes": 4, "num_general": 2}
+    monkeypatch.setattr(loss_curves, "build_characters", partial(build_characters, **tiny, num_test_records=2))
+    sizes = ["--steps", "3", "--batch-size", "2", "--records", "20", "--out", str(tmp_path)]
+    out = run(monkeypatch, capsys, loss_curves.main, *sizes, "--implementations", "sdpa", "sdpa", "eager")
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3 + 1
+    same, reference = map(float, rows[-1][2:])
+    assert same == 0
+    assert 0 <= reference < 1e-3
 
 
 def test_resampler_designs_benchmark(monkeypatch, capsys):
