@@ -42,7 +42,7 @@ TINY |= {"num_train_records": 60, "num_test_records": 4, "num_general_records": 
 RECORDS = {"num_test_records": 60}
 PICTURES = 8  # of a sample, at most
 MOST_IMAGES = 6  # of a sample the LLM is taught by, photos of references among them: time goes by tokens
-CONTENT = 0.3  # what a token shows, beside a name at full strength
+CONTENT, NUMBER = 0.1, 0.5  # what a token shows, and the number of its picture, beside a name at full strength
 TASKS = ("matching", "location", "qa_multi")
 # What is trained after the projector is aligned; an ID-Former that moved would move under both workflows.
 FREEZE = {
@@ -71,11 +71,12 @@ def build_model(language_model, processor: IDAVLMProcessor, args) -> IDAVLMForCo
     scale = CONTENT * float(embeddings.std())
     options = {"image_token_id": processor.image_token_id, "num_queries": processor.image_seq_length}
     options |= {"image_token_scale": scale, "num_picture_slots": PICTURES, "names_as_marks": True}
+    options |= {"nobody_mark_id": processor.tokenizer(".", add_special_tokens=False).input_ids[0]}
     tower = small.small_vision_tower(hidden_size=128)
     model = IDAVLMForConditionalGeneration.from_parts(tower, language_model, **options, **ID_FORMER)
     numbers = processor.tokenizer([str(number + 1) for number in range(PICTURES)], add_special_tokens=False)
     with torch.no_grad():
-        model.picture_slots.weight.copy_(embeddings[[ids[-1] for ids in numbers.input_ids]] / scale)
+        model.picture_slots.weight.copy_(NUMBER / scale * embeddings[[ids[-1] for ids in numbers.input_ids]])
     return model
 
 
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small language model from scratch, and few records")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=4, default=[500, 25, 40, 60], metavar="N")
+    parser.add_argument("--steps", type=int, nargs=4, default=[500, 25, 100, 100], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
     parser.add_argument("--composition", choices=["serial", "parallel"], default="serial")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")

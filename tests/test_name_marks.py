@@ -14,7 +14,9 @@ from tests.small_models import record, sample, small_model
 REFERENCE, SCENE, GENERAL = (int(role) for role in ImageRole)
 
 
-@pytest.fixture(params=[{}, {"hidden_size": 16, "output_proj": True}], ids=["as wide", "narrower"])
+@pytest.fixture(
+    params=[{}, {"hidden_size": 16, "output_proj": True, "nobody_mark_id": 7}], ids=["as wide", "narrower, nobody"]
+)
 def model(processor, request):
     return small_model(processor, names_as_marks=True, **request.param)
 
@@ -37,6 +39,11 @@ def test_marks_by_hand():
     torch.testing.assert_close(marks[1], cells[:, :1] * kate + cells[:, 1:] * tom)
     torch.testing.assert_close(marks[2], other.expand(4, 8))
     assert (marks[3] == 0).all()
+    nobody = torch.randn(8)
+    told = name_marks(embeds, (name_identity, is_name), roles, seen, None, (2, 2), nobody)
+    torch.testing.assert_close(told[[0, 2]], marks[[0, 2]])
+    torch.testing.assert_close(told[1] - marks[1], (1 - cells.sum(-1, keepdim=True)) * nobody)
+    torch.testing.assert_close(told[3], nobody.expand(4, 8))
 
 
 def test_shares_of_cells():
@@ -69,6 +76,8 @@ def test_a_model_reads_names_where_boxes_say(model, processor, root):
         )[0]
         embeds = model.get_input_embeddings()(batch["input_ids"])
     hook.remove()
+    if model.config.nobody_mark_id is not None:
+        pytest.skip("by hand above")
     added = read[0][batch["input_ids"] == processor.image_token_id].view(3, 4, -1) - tokens
     kate, tom = (
         embeds[batch["is_name"] & (batch["name_identity"] == identity)].mean(0, keepdim=True) for identity in (0, 1)
@@ -83,8 +92,11 @@ def test_a_model_reads_names_where_boxes_say(model, processor, root):
 
 def test_samples_of_a_batch_do_not_touch_each_other(model, processor, root):
     other = parse_sample(record(1, people=("Tom",)), where="test.jsonl:2", image_root=root)
-    general = {"id": "2", "source": "general", "messages": record()["messages"][2:]}
-    samples = [sample(root), other, parse_sample(general, where="test.jsonl:3")]
+    text = {"id": "2", "source": "general", "messages": record()["messages"][2:]}
+    shown = [{"type": "image", "image": "other.png"}, {"type": "text", "text": "What is Tom doing?"}]
+    general = {"id": "3", "source": "general", "messages": [{"role": "user", "content": shown}, text["messages"][1]]}
+    others = [parse_sample(one, where="test.jsonl:3", image_root=root) for one in (text, general)]
+    samples = [sample(root), other, *others]
     encoded = [processor.encode(one) for one in samples]
     together = model(**processor.collate(encoded)).logits
     for row, one in enumerate(encoded):
@@ -132,5 +144,7 @@ def test_what_cannot_be_marked(model, processor, root):
         model(**batch | {"is_name": None})
     with pytest.raises(ValueError, match="names_as_marks=True needs connector='id_former'"):
         small_model(processor, connector="resampler", names_as_marks=True)
+    with pytest.raises(ValueError, match="nobody_mark_id=3 needs names_as_marks=True"):
+        small_model(processor, nobody_mark_id=3)
     with pytest.raises(ValueError, match="takes the place of its num_identity_slots"):
         small_model(processor, names_as_marks=True, num_identity_slots=4)

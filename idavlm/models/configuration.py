@@ -13,6 +13,7 @@ OPTIONS = (
     "contrast_loss_weight",
     "image_token_scale",
     "names_as_marks",
+    "nobody_mark_id",
     "num_picture_slots",
     "inner_adaptors",
 )
@@ -43,6 +44,8 @@ class IDAVLMConfig(PretrainedConfig):
         names_as_marks: mark image tokens by the embeddings of the names in the prompt, as ``num_identity_slots`` of an
             ID-Former marks them by learned ones: a language model that can read is then told in its own words who is
             where (:func:`idavlm.models.name_marks.name_marks`).
+        nobody_mark_id: with ``names_as_marks``, id of a token whose embedding takes the share that is nobody's, so that
+            an image token is as strong as a word wherever it looks, and not content alone.
         inner_adaptors: arguments of :func:`idavlm.add_inner_adaptors`, e.g. ``{"every": 4}``; the language model is
             then frozen. ``owned`` may hold ``"connector"``, but not with an ID-Former, which all workflows share.
         num_picture_slots: so many pictures of a sample, references not counted, are told apart by marks on their
@@ -76,6 +79,7 @@ class IDAVLMConfig(PretrainedConfig):
         contrast_loss_weight: float = 0.0,
         image_token_scale: float = 1.0,
         names_as_marks: bool = False,
+        nobody_mark_id: int | None = None,
         inner_adaptors: dict | None = None,
         num_picture_slots: int = 0,
         **kwargs,
@@ -104,6 +108,8 @@ class IDAVLMConfig(PretrainedConfig):
                 "names_as_marks=True needs connector='id_former', which finds the persons, and takes the place of its "
                 f"num_identity_slots; connector={connector!r}, connector_config={connector_config}."
             )
+        if nobody_mark_id is not None and not names_as_marks:
+            raise ValueError(f"nobody_mark_id={nobody_mark_id} needs names_as_marks=True, beside which it stands.")
         if num_picture_slots != 0:
             check_positive(num_picture_slots=num_picture_slots)
         text_config = _sub_config("text_config", text_config)
@@ -123,6 +129,7 @@ class IDAVLMConfig(PretrainedConfig):
         self.contrast_loss_weight = contrast_loss_weight
         self.image_token_scale = image_token_scale
         self.names_as_marks = names_as_marks
+        self.nobody_mark_id = nobody_mark_id
         self.inner_adaptors = None if inner_adaptors is None else dict(inner_adaptors)
         self.num_picture_slots = num_picture_slots
 

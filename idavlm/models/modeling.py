@@ -271,11 +271,13 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             is_image = input_ids == self.config.image_token_id
             if image_tokens is not None:
                 image_embeds = image_tokens * self.config.image_token_scale
-                if self.config.names_as_marks and maps[-1].shape[-1] > 1:  # there is somebody to name
+                if self.config.names_as_marks:
                     seen = maps[-1] if known is None else with_known(maps[-1], known)
                     cells = self.id_former.resampler.query_grid
-                    names = (name_identity, is_name)
-                    image_embeds = image_embeds + name_marks(inputs_embeds, names, roles, seen, grid_size, cells)
+                    names, nobody = (name_identity, is_name), self.config.nobody_mark_id
+                    nobody = None if nobody is None else self.get_input_embeddings().weight[nobody]
+                    marks = name_marks(inputs_embeds, names, roles, seen, grid_size, cells, nobody)
+                    image_embeds = image_embeds + marks
                 inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_embeds)
             elif past_key_values is None and is_image.any():
                 raise ValueError(
