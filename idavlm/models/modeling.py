@@ -275,7 +275,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                     seen = maps[-1] if known is None else with_known(maps[-1], known)
                     cells = self.id_former.resampler.query_grid
                     names, nobody = (name_identity, is_name), self.config.nobody_mark_id
-                    nobody = None if nobody is None else self.get_input_embeddings().weight[nobody]
+                    if nobody is not None:  # a call of the module: its weight may be partitioned
+                        nobody = self.get_input_embeddings()(input_ids.new_tensor([nobody]))[0]
                     marks = name_marks(inputs_embeds, names, roles, seen, grid_size, cells, nobody)
                     image_embeds = image_embeds + marks
                 inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_embeds)
