@@ -103,7 +103,7 @@ def learn_to_read(
     data |= {"general_dataset": read(folder / "general.jsonl")}
     data |= {"task_evaluation": lambda model: evaluate(model, processor, watched, max_new_tokens=16).main_scores}
     trainer = IDTrainer(model, IDTrainingArguments(str(out / name), **COMMON, **options), **data)
-    trainer.train(resume_from_checkpoint=args.resume or None)
+    trainer.train(resume_from_checkpoint=(args.resume and any((out / name).glob("checkpoint-*"))) or None)
     model.save_pretrained(out / name)
     processor.save_pretrained(out / name)
     return trainer.state.log_history
