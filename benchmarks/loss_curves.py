@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from benchmarks.measure import describe_machine
+from benchmarks.measure import describe_machine, markdown_table
 from idavlm.data import RecordDataset
 from idavlm.data.characters import build_characters
 from idavlm.models import IDAVLMForConditionalGeneration
@@ -43,7 +43,7 @@ def losses(implementation: str, folder: Path, args: argparse.Namespace) -> tuple
         learning_rate=2e-3,
         warmup_steps=min(20, args.steps // 5),
         bf16=args.bf16,
-        logging_steps=max(1, args.steps // 20),
+        logging_steps=args.logging_steps,
         save_strategy="no",
         report_to=[],
     )
@@ -61,17 +61,18 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=8000, help="to draw and train on")
     parser.add_argument("--out", type=Path, default=Path("runs/loss_curves"))
     args = parser.parse_args()
+    args.logging_steps = max(1, args.steps // 20)
     folder = build_characters(args.out / f"data-{args.records}", num_train_records=args.records)
     runs = [losses(implementation, folder, args) for implementation in args.implementations]
     print(f"\n{runs[0][1]}; {args.steps} steps, batch {args.batch_size}, {'bfloat16' if args.bf16 else 'float32'}\n")
-    print(f"| step | {' | '.join(args.implementations)} |")
-    print(f"| ---: |{' ---: |' * len(runs)}")
-    every = max(1, args.steps // 20)
-    for number, row in enumerate(zip(*(curve for curve, _ in runs), strict=True), 1):
-        print(f"| {number * every} | {' | '.join(f'{loss:.4f}' for loss in row)} |")
-    first = runs[0][0]
-    apart = [sum(abs(a - b) for a, b in zip(first, curve, strict=True)) / len(first) for curve, _ in runs]
-    print(f"| mean distance to the first | {' | '.join(f'{distance:.4f}' for distance in apart)} |")
+    curves = [curve for curve, _ in runs]
+    rows = [
+        [number * args.logging_steps, *(f"{loss:.4f}" for loss in row)]
+        for number, row in enumerate(zip(*curves, strict=True), 1)
+    ]
+    apart = [sum(abs(a - b) for a, b in zip(curves[0], curve, strict=True)) / len(curve) for curve in curves]
+    rows.append(["mean distance to the first", *(f"{distance:.4f}" for distance in apart)])
+    print(markdown_table(["step", *args.implementations], rows))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def align(args: argparse.Namespace, folder: Path, seed: int) -> None:
     train(model, data, processor, out, identity, **common, **alone)
     model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
     train(model, data, processor, out, steps, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
+    processor.save_pretrained(out)
     model.save_pretrained(out)
 
 
@@ -120,9 +121,9 @@ def within(model, workflow: str):
     return model.workflow(workflow) if model.config.inner_adaptors else nullcontext()
 
 
-def records_of(path: Path, instruct: int, ground: int, batch: int, rng: Random) -> dict[str, list[int]]:
+def records_of(data: RecordDataset, instruct: int, ground: int, batch: int, rng: Random) -> dict[str, list[int]]:
     """The same ones for every variant, in batches of like length: location for grounding, all else before."""
-    samples = list(RecordDataset(path))
+    samples = list(data)
     lengths, lessons = [len(sample.images) for sample in samples], {}
     for workflow, steps in (("multimodal", instruct), ("grounding", ground)):
         grounds = workflow == "grounding"
@@ -138,7 +139,7 @@ def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> No
     if args.resume and (out / "text.json").exists():
         return
     set_seed(seed)
-    _, processor = build_parts(folder, args)
+    processor = IDAVLMProcessor.from_pretrained(out.with_name("aligned"))
     config = IDAVLMConfig.from_pretrained(out.with_name("aligned"), inner_adaptors=args.adaptors)
     with torch.device("meta"):
         adaptors = IDAVLMForConditionalGeneration(config).language_model.inner_adaptor
@@ -147,8 +148,9 @@ def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> No
     model = IDAVLMForConditionalGeneration.from_pretrained(out.with_name("aligned"), config=config)
     if variant == "LoRA":
         add_lora(model, trained)
-    data = RecordDataset(folder / "train.jsonl", encode=processor.encode)
-    lessons = records_of(folder / "train.jsonl", instruct, ground, args.batch_size, Random(seed))
+    data = RecordDataset(folder / "train.jsonl")
+    lessons = records_of(data, instruct, ground, args.batch_size, Random(seed))
+    data.encode = processor.encode
     for workflow, records in lessons.items():
         options = {"freeze": FREEZE[variant], "train_sampling_strategy": "sequential"}
         options |= {"learning_rate": 1e-3 if variant == "projector" else args.learning_rate}

@@ -3,9 +3,9 @@
 import re
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from idavlm.data.errors import DataError
+from idavlm.data.tokenizer_memory import remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """Label of a token that is not trained on."""
 
-# By tokenizer, with its size: asking takes a millisecond where thousands of tokens were added.
-_SPECIAL_TOKENS: "WeakKeyDictionary[Any, tuple[int, list[str]]]" = WeakKeyDictionary()
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -165,12 +163,11 @@ def _end_of_turn(tokenizer: Any, tail: str) -> str:
 
 def _special_tokens(tokenizer: Any) -> list[str]:
     """Every special token: also those, like Phi's ``<|end|>``, that have no name in the tokenizer's configuration."""
-    size, tokens = _SPECIAL_TOKENS.get(tokenizer, (-1, []))
-    if size != len(tokenizer):
+    known = remembered(tokenizer)
+    if "special tokens" not in known:  # asking takes a millisecond where thousands of tokens were added
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        size, tokens = len(tokenizer), [*dict.fromkeys([*tokenizer.all_special_tokens, *added])]
-        _SPECIAL_TOKENS[tokenizer] = size, tokens
-    return tokens
+        known["special tokens"] = [*dict.fromkeys([*tokenizer.all_special_tokens, *added])]
+    return known["special tokens"]
 
 
 def _first_token_at(offsets: list[tuple[int, int]], position: int, text: str) -> int:

@@ -272,7 +272,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             if image_tokens is not None:
                 image_embeds = image_tokens * self.config.image_token_scale
                 if self.config.names_as_marks:
-                    seen = maps[-1] if known is None else with_known(maps[-1], known)
+                    seen = with_known(maps[-1], known)
                     cells = self.id_former.resampler.query_grid
                     names, nobody = (name_identity, is_name), self.config.nobody_mark_id
                     if nobody is not None:  # a call of the module: its weight may be partitioned

@@ -1,13 +1,13 @@
 """Where the names of identities stand among the tokens of a prompt."""
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+
+from idavlm.data.tokenizer_memory import remembered
 
 NOT_A_NAME = -1
 
-# By tokenizer: spellings of names and texts of tokens. The same few are asked for with every sample.
-_REMEMBERED: WeakKeyDictionary = WeakKeyDictionary()
 _MOST = 100_000
+"""So many spellings of names, and texts of tokens, are remembered: the same few are asked for with every sample."""
 
 
 def name_identities(tokenizer, input_ids: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> list[int]:
@@ -65,20 +65,16 @@ def carry_names(names: Sequence[int], input_ids: Sequence[int], labels: Sequence
     return carried
 
 
-def _remembered(tokenizer, what: str) -> dict:
-    """What was found out before; forgotten when the tokenizer gets new tokens, or when it becomes much."""
-    size, known = _REMEMBERED.get(tokenizer, (-1, {}))
-    if size != len(tokenizer):
-        known = {"spellings": {}, "texts": {}}
-        _REMEMBERED[tokenizer] = len(tokenizer), known
-    if len(known[what]) > _MOST:
-        known[what].clear()
-    return known[what]
+def _known(tokenizer, what: str) -> dict:
+    known = remembered(tokenizer).setdefault(what, {})
+    if len(known) > _MOST:
+        known.clear()
+    return known
 
 
 def _spellings(tokenizer, name: str) -> list[list[int]]:
     """The tokens of a name on its own, after a space and on a new line, as far as they differ."""
-    known = _remembered(tokenizer, "spellings")
+    known = _known(tokenizer, "spellings of names")
     if name not in known:
         # Behind a new line it may look unlike at the start of a text, which some tokenizers put a space before.
         line, alone, spaced, below = tokenizer(
@@ -95,7 +91,7 @@ def _is_word(tokenizer, input_ids: Sequence[int], start: int, end: int) -> bool:
     Tokens are decoded in pairs: on its own a token loses the space before it in some tokenizers.
     """
 
-    known = _remembered(tokenizer, "texts")
+    known = _known(tokenizer, "texts of tokens")
 
     def text(first: int, last: int) -> str:
         tokens = tuple(input_ids[first:last])

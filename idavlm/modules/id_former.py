@@ -312,7 +312,7 @@ class IDFormer(nn.Module):
         """Add the slots of the identities that the cell of each token looks at, or is known to show."""
         if self.identity_slots is None:
             return image_tokens
-        seen = maps[-1] if known is None else with_known(maps[-1], known)
+        seen = with_known(maps[-1], known)
         return image_tokens + self.identity_slots.of_cells(seen, grid_size, self.resampler.query_grid)
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:

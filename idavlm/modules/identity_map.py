@@ -25,8 +25,10 @@ def identity_map(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
     return select_images(torch.cat([plain.to(scenes), scenes]), groups.inverse)
 
 
-def with_known(identity_map: Tensor, known: Tensor) -> Tensor:
+def with_known(identity_map: Tensor, known: Tensor | None) -> Tensor:
     """``identity_map`` ``[I, P, G + 1]``, all on the identity in ``known`` ``[I, P]`` where that is not ``IGNORE``."""
+    if known is None:
+        return identity_map
     columns = identity_map.shape[-1]
     certain = F.one_hot(known.masked_fill(known == NOBODY, columns - 1).clamp(min=0), columns).to(identity_map)
     return torch.where((known == IGNORE)[..., None], identity_map, certain)
