@@ -152,6 +152,9 @@ def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> No
     lessons = records_of(data, instruct, ground, args.batch_size, Random(seed))
     data.encode = processor.encode
     for workflow, records in lessons.items():
+        if variant == "adaptors" and workflow == "grounding":  # from what is learnt already, as the others do
+            adaptors = model.language_model.inner_adaptor
+            adaptors["grounding"].load_state_dict(adaptors["multimodal"].state_dict())
         options = {"freeze": FREEZE[variant], "train_sampling_strategy": "sequential"}
         options |= {"learning_rate": 1e-3 if variant == "projector" else args.learning_rate}
         options |= {"workflow": workflow} if variant == "adaptors" else {}
@@ -178,7 +181,7 @@ def main() -> None:
     parser.add_argument("--composition", choices=["serial", "parallel"], default="serial")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--queries", type=int, default=9, help="tokens a picture")
+    parser.add_argument("--queries", type=int, default=16, help="tokens a picture")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run has finished")
     parser.add_argument("--out", type=Path, default=Path("runs/train_inner_adaptors"))
     args = parser.parse_args()
