@@ -4,8 +4,9 @@
     python -m benchmarks.kernel_resources --every-option
 
 Every kernel, for every shipped tile (``idavlm/ops/cross_attention/triton/tiling.py``), with everything switched on:
-ragged, key bias, sums over groups. "shared" is the kernel "queries" for queries that all segments share, "specialised"
-the forward kernel with warps that only load. ``--every-option`` adds other combinations and float16. The figures are
+ragged, key bias, sums over groups. "values" is the pass of the kernel "keys" for the values alone, where they have one,
+"shared" the kernel "queries" for queries that all segments share, "specialised" the forward kernel with warps that only
+load. ``--every-option`` adds other combinations and float16. The figures are
 ptxas's own, read from the binary with cuobjdump; nothing runs.
 """
 
@@ -34,6 +35,7 @@ from idavlm.ops.cross_attention.triton.tuning import Tile
 KERNELS = {
     "forward": forward.attend_forward,
     "keys": backward_keys.attend_backward_keys,
+    "values": backward_keys.attend_backward_keys,
     "queries": backward_queries.attend_backward_queries,
     "shared": backward_queries.attend_backward_queries,
     "specialised": forward.attend_forward,
@@ -53,6 +55,7 @@ class Case:
     dtype: str
     tile: Tile
     joined: bool
+    split: bool
     shared: bool
     ragged: bool
     groups: int
@@ -85,10 +88,9 @@ def cases(every_option: bool, quick: bool) -> list[Case]:
                 options = [(True, 0 if shared else GROUPS_A_PASS, True), *(lighter if every_option else ())]
                 if kernel == "specialised":
                     options = [(True, 0, False), *([(False, 0, False)] if every_option else ())]
+                ways = tiling.joined, tiling.values is not None, shared
                 for ragged, groups, bias in dict.fromkeys(options if tile else ()):
-                    found.append(
-                        Case(kernel, capability, head_dim, dtype, tile, tiling.joined, shared, ragged, groups, bias)
-                    )
+                    found.append(Case(kernel, capability, head_dim, dtype, tile, *ways, ragged, groups, bias))
     return found
 
 
@@ -106,6 +108,8 @@ def compile_case(case: Case) -> Resources:
         "BLOCK_K": tile.block_k,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
         "JOINED": case.joined,
+        "KEYS": case.kernel == "keys",
+        "VALUES": case.kernel == "values" or not case.split,
         "TMA": 2 if case.kernel == "specialised" else 4 if tile.tma else 0,
     }
     signature, constants, attributes = {}, {}, {}

@@ -29,7 +29,7 @@ BLOCKS_Q, BLOCKS_K, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2,
 
 
 def candidates(tiling: Tiling, described: Tiling | None) -> Iterator[tuple[str, list[Tiling]]]:
-    """Each kernel, and ``tiling`` with every tile for it. Then the choice of the backward, and warps that load.
+    """Each kernel, and ``tiling`` with every tile for it. Then the choices of the backward, and warps that load.
 
     ``described``: shipped tiles to start from with tensor descriptors, None where there are none.
     """
@@ -38,6 +38,7 @@ def candidates(tiling: Tiling, described: Tiling | None) -> Iterator[tuple[str, 
     for kernel in KERNELS:
         first = [getattr(tiling, kernel), *([getattr(described, kernel)] if described else [])]
         yield kernel, [tiling._replace(**{kernel: tile}) for tile in (*first, *tiles)]
+    yield "values", [tiling._replace(values=tile) for tile in (None, tiling.keys, *tiles)]
     yield "joined", [tiling._replace(joined=joined) for joined in (True, False)]
     if described and described.specialised:
         # As many warps as shipped: with others Triton leaves the loop as it is, or does not compile it.

@@ -6,7 +6,7 @@ Outputs are filled with NaN before a kernel writes them, so nothing may be left 
 import importlib
 import sys
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, product
 from unittest.mock import patch
 
 import pytest
@@ -27,23 +27,28 @@ from idavlm.ops.cross_attention.triton.tuning import Tile, Tiling
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
 DESCRIBED = DEVICE == "cpu" or tiling.described_tiling(torch.cuda.get_device_capability(), 32) is not None
-WAYS = ("portable", "tma", "specialised") if DESCRIBED else ("portable",)
+WAYS = ("portable", "split", "tma", "specialised") if DESCRIBED else ("portable", "split")
 
 
 @contextmanager
 def tiles(way: str):
-    """Tiles as if measured: read by pointers, by tensor descriptors, or also by warps that only load."""
-    if way == "portable":
-        found = {}
-    elif DEVICE == "cuda":
+    """Tiles as if measured: by pointers, the values' gradient apart; by descriptors, or also warps that only load."""
+    found, widths = {}, (32, 64, 128, 256)
+    if way == "split":
+        for itemsize, width in product((2, 4), widths):
+            shipped = tiling.INTERPRETER
+            if DEVICE == "cuda":
+                shipped = tiling.shipped_tiling(torch.cuda.get_device_capability(), itemsize, width)
+            found[itemsize, width] = shipped._replace(values=shipped.keys)
+    elif way != "portable" and DEVICE == "cuda":
         capability = torch.cuda.get_device_capability()
-        found = {(2, width): tiling.described_tiling(capability, width) for width in (32, 64, 128, 256)}
-    else:
+        found = {(2, width): tiling.described_tiling(capability, width) for width in widths}
+    elif way != "portable":
         by_queries, by_keys = Tile(16, 32, 1, 1, tma=True), Tile(32, 16, 1, 1, tma=True)
-        small = Tiling(by_queries, by_keys, by_queries, by_queries, specialised=by_queries)
-        found = {(itemsize, width): small for itemsize in (2, 4) for width in (32, 64, 128, 256)}
+        small = Tiling(by_queries, by_keys, by_queries, by_queries, values=by_keys, specialised=by_queries)
+        found = dict.fromkeys(product((2, 4), widths), small)
     if way == "tma":
-        found = {key: described._replace(specialised=None) for key, described in found.items()}
+        found = {key: described._replace(values=None, specialised=None) for key, described in found.items()}
     with patch.object(tiling, "measured_tilings", lambda device: found):
         yield
 
@@ -204,7 +209,8 @@ def test_ways_are_taken_where_they_can_be(way, monkeypatch):
         launched(kernel, tile, grid, arguments, specialised)
 
     monkeypatch.setattr(launch, "_launch", spy)
-    described = way != "portable"
+    described = way in ("tma", "specialised")
+    passes = 2 if way == "split" or (way == "specialised" and DEVICE == "cpu") else 1
 
     def ways_of(inputs, options) -> list[tuple[bool, bool, int]]:
         taken.clear()
@@ -214,11 +220,11 @@ def test_ways_are_taken_where_they_can_be(way, monkeypatch):
     with tiles(way):
         plain = case([21, 40], [37, 20])
         grid = 1 if described else 2
-        assert ways_of(*plain) == [(described, way == "specialised", grid), (described, False, grid)]
+        assert ways_of(*plain) == [(described, way == "specialised", grid), *[(described, False, grid)] * passes]
         assert ways_of(*case([21], [37], bias=5))[0] == (described, False, grid)
         assert ways_of(*case([21], [37], groups=2))[0] == (described, False, grid)
         assert ways_of(*case([21], [37], dim=24))[0] == (described, False, grid)
-        assert ways_of(*case([21], [37], dim=20)) == [(False, False, 2)] * 2
+        assert ways_of(*case([21], [37], dim=20)) == [(False, False, 2)] * (3 if way == "split" else 2)
         with torch.no_grad():
             shifted = torch.randn(21 * 64 + 1, device=DEVICE).half()[1:].unflatten(0, (21, 2, 32))
             cross_attention(
@@ -227,7 +233,7 @@ def test_ways_are_taken_where_they_can_be(way, monkeypatch):
         assert taken[-1] == (False, False, 2)
 
 
-@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("way", WAYS[:3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_deterministic_backward(shared, way, deterministic):
     with tiles(way):

@@ -1,6 +1,7 @@
 """The backward kernel by blocks of keys: their gradient, the values', and if wanted a part of the queries'.
 
-Weights are computed again from ``lse``. Two ways to the gradient of the queries, both measured by the tuner:
+Weights are computed again from ``lse``. Wide heads leave no registers for both sums: then it runs once for the keys and
+once for the values, one product more. Two ways to the gradient of the queries, both measured by the tuner:
 
 - *joined*: this kernel adds it up with atomic additions, five products in all;
 - *separate*: ``backward_queries.py`` sums it in registers in a fixed order, seven products in all.
@@ -69,8 +70,10 @@ def attend_backward_keys(
     PRECISION: tl.constexpr,
     JOINED: tl.constexpr,
     TMA: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
-    """Gradients of blocks of keys and values; with ``JOINED`` their part of the queries' too (``grad_q`` float32).
+    """Gradients of blocks of keys and values, as wanted; ``JOINED`` to the keys' the queries' (``grad_q`` float32).
 
     Handed out as in ``forward.py``.
     """
@@ -125,7 +128,7 @@ def attend_backward_keys(
                         segment, item // blocks, (item % blocks) * BLOCK_K, first_q, rows_q, first_k, rows_k,
                         q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, scale, num_heads,
                         num_rows, bias_length, num_groups, RAGGED_Q, RAGGED_K, SHARED_Q, HAS_BIAS, GROUPS, HEAD_DIM,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, PRECISION, JOINED, TMA,
+                        BLOCK_D, BLOCK_Q, BLOCK_K, PRECISION, JOINED, TMA, KEYS, VALUES,
                     )  # fmt: skip
             turn = next_turn(turn, blocks * num_heads, programs)
     else:
@@ -148,7 +151,8 @@ def attend_backward_keys(
             q, k, v, grad_out, grad_k, grad_v, grad_q, key_bias, key_groups, grad_sums, lse,
             delta, segment, head, start, first_q, rows_q, first_k, rows_k, q_stride, q_head_stride, k_stride,
             k_head_stride, v_stride, v_head_stride, scale, num_heads, num_rows, bias_length, num_groups, RAGGED_Q,
-            RAGGED_K, SHARED_Q, HAS_BIAS, GROUPS, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, PRECISION, JOINED, TMA,
+            RAGGED_K, SHARED_Q, HAS_BIAS, GROUPS, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, PRECISION, JOINED, TMA, KEYS,
+            VALUES,
         )  # fmt: skip
 
 
@@ -196,6 +200,8 @@ def _keys_block(
     PRECISION: tl.constexpr,
     JOINED: tl.constexpr,
     TMA: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
     """Tiles of weights lie keys by queries, so that both gradients are products with them as they are."""
     columns = start_k + tl.arange(0, BLOCK_K)
@@ -212,11 +218,13 @@ def _keys_block(
 
     keys = read_rows(k, place_k, head, start_k, rows_k, k_stride, k_head_stride, HEAD_DIM, BLOCK_K, BLOCK_D, TMA)
     keys = add_bias(keys, key_bias, columns, rows_k, bias_length, row_size, HAS_BIAS, HEAD_DIM, BLOCK_D)
-    values = read_rows(v, place_k, head, start_k, rows_k, v_stride, v_head_stride, HEAD_DIM, BLOCK_K, BLOCK_D, TMA)
-    if GROUPS:
-        members = membership(key_groups + first_k, columns, rows_k, GROUPS, tl.float32)
-    key_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    value_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    if KEYS:
+        values = read_rows(v, place_k, head, start_k, rows_k, v_stride, v_head_stride, HEAD_DIM, BLOCK_K, BLOCK_D, TMA)
+        if GROUPS:
+            members = membership(key_groups + first_k, columns, rows_k, GROUPS, tl.float32)
+        key_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    if VALUES:
+        value_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in tl.range(0, rows_q, BLOCK_Q, disable_licm=TMA):
         rows = start + tl.arange(0, BLOCK_Q)
         queries = read_rows(
@@ -227,20 +235,26 @@ def _keys_block(
         scores = product(keys, tl.trans(queries), PRECISION) * (scale * 1.4426950408889634)
         weights = tl.exp2(tl.where(columns[:, None] < rows_k, scores - norms[None, :], float("-inf")))
         grads = read_rows(grad_out, place_q, head, start, rows_q, row_size, HEAD_DIM, HEAD_DIM, BLOCK_Q, BLOCK_D, TMA)
-        value_sum += product(narrow(weights, grads.dtype), grads, PRECISION)
-        grad_weights = product(values, tl.trans(grads), PRECISION)
-        if GROUPS:
-            mask = (rows[:, None] < rows_q) & (tl.arange(0, GROUPS)[None, :] < num_groups)
-            shares = tl.load(row_pointers(grad_sums, rows, num_heads * num_groups, GROUPS), mask=mask, other=0.0)
-            grad_weights += product(members, tl.trans(shares), PRECISION)
-        means = tl.load(delta + rows, mask=rows < rows_q, other=0.0)
-        grad_scores = narrow(weights * (grad_weights - means[None, :]), keys.dtype)
-        key_sum += product(grad_scores, queries, PRECISION)
-        if JOINED:
-            part = product(tl.trans(grad_scores), keys, PRECISION) * scale
-            mask = row_mask(rows, rows_q, HEAD_DIM, BLOCK_D)
-            tl.atomic_add(row_pointers(grad_q, rows, row_size, BLOCK_D), part, mask=mask, sem="relaxed")
+        if VALUES:
+            value_sum += product(narrow(weights, grads.dtype), grads, PRECISION)
+        if KEYS:
+            grad_weights = product(values, tl.trans(grads), PRECISION)
+            if GROUPS:
+                mask = (rows[:, None] < rows_q) & (tl.arange(0, GROUPS)[None, :] < num_groups)
+                shares = tl.load(row_pointers(grad_sums, rows, num_heads * num_groups, GROUPS), mask=mask, other=0.0)
+                grad_weights += product(members, tl.trans(shares), PRECISION)
+            means = tl.load(delta + rows, mask=rows < rows_q, other=0.0)
+            grad_scores = narrow(weights * (grad_weights - means[None, :]), keys.dtype)
+            key_sum += product(grad_scores, queries, PRECISION)
+            if JOINED:
+                part = product(tl.trans(grad_scores), keys, PRECISION) * scale
+                mask = row_mask(rows, rows_q, HEAD_DIM, BLOCK_D)
+                tl.atomic_add(row_pointers(grad_q, rows, row_size, BLOCK_D), part, mask=mask, sem="relaxed")
 
-    key_sum *= scale
-    write_rows(grad_k, key_sum, place_k, head, start_k, rows_k, row_size, HEAD_DIM, HEAD_DIM, BLOCK_K, BLOCK_D, TMA)
-    write_rows(grad_v, value_sum, place_k, head, start_k, rows_k, row_size, HEAD_DIM, HEAD_DIM, BLOCK_K, BLOCK_D, TMA)
+    if KEYS:
+        key_sum *= scale
+        write_rows(grad_k, key_sum, place_k, head, start_k, rows_k, row_size, HEAD_DIM, HEAD_DIM, BLOCK_K, BLOCK_D, TMA)
+    if VALUES:
+        write_rows(
+            grad_v, value_sum, place_k, head, start_k, rows_k, row_size, HEAD_DIM, HEAD_DIM, BLOCK_K, BLOCK_D, TMA
+        )

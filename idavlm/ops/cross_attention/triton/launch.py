@@ -81,11 +81,13 @@ def launch_backward(
                 GROUPS=common["GROUPS"], HEAD_DIM=head_dim, BLOCK_D=common["BLOCK_D"], BLOCK_Q=DELTA_ROWS,
             )  # fmt: skip
     common |= {"grad_out": grad_out, "grad_sums": grad_sums, "lse": lse, "delta": delta}
-    tile = tiling.keys
-    blocks = triton.cdiv(segments.max_seqlen_k, tile.block_k)
     keys = {"grad_q": grad_q if joined else q, "grad_k": grad_k, "grad_v": grad_v, "JOINED": joined}
-    grid = _grid(tile, q, segments.num * blocks, heads)
-    _launch(attend_backward_keys, tile, grid, common | keys | {"num_blocks": blocks})
+    passes = [(tiling.keys, {"KEYS": True, "VALUES": tiling.values is None})]
+    passes += [] if tiling.values is None else [(tiling.values, {"KEYS": False, "VALUES": True})]
+    for tile, wanted in passes:
+        blocks = triton.cdiv(segments.max_seqlen_k, tile.block_k)
+        grid = _grid(tile, q, segments.num * blocks, heads)
+        _launch(attend_backward_keys, tile, grid, common | keys | wanted | {"num_blocks": blocks})
     if joined:
         return grad_q.to(q.dtype), grad_k, grad_v
     tile = tiling.shared if shared_q else tiling.queries

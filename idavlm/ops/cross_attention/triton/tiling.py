@@ -27,7 +27,10 @@ _SIXTEEN_BITS = {
         32: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         64: Tiling(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        256: Tiling(Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        256: Tiling(
+            Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2),
+            joined=False, values=Tile(64, 64, 8, 2),
+        ),
     },
     100: {
         32: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
@@ -35,7 +38,7 @@ _SIXTEEN_BITS = {
         128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         256: Tiling(Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
-}
+}  # fmt: skip
 """Chosen as the largest that spill nothing (``python -m benchmarks.kernel_resources``), not by measurement."""
 
 SHIPPED: dict[tuple[int, int, int], Tiling] = {
@@ -63,7 +66,8 @@ DESCRIBED: dict[tuple[int, int], Tiling] = {
         _ROWS_128, Tile(64, 64, 8, 2, tma=True), _ROWS_128, _ROWS_128, specialised=Tile(128, 128, 4, 2, tma=True)
     ),
     (90, 256): Tiling(
-        Tile(64, 64, 8, 2, tma=True), Tile(16, 64, 8, 2, tma=True), _ROWS_64, _ROWS_64, joined=False
+        Tile(64, 64, 8, 2, tma=True), Tile(32, 64, 8, 2, tma=True), _ROWS_64, _ROWS_64,
+        joined=False, values=Tile(64, 64, 8, 2, tma=True),
     ),
     (100, 32): Tiling(
         Tile(128, 128, 8, 3, tma=True), Tile(64, 128, 8, 2, tma=True), _ROWS_128, _ROWS_128,
@@ -98,6 +102,7 @@ def tiling_for(*tensors: Tensor) -> Tiling:
     """What was measured on this GPU (``tuning.py``), else what is shipped; ``tensors`` are what is read, ``q`` first.
 
     Where a descriptor cannot describe one of them, shipped tiles stand in for those with ``tma``: they read anything.
+    How the gradients of keys and values share the work comes with their tiles.
     """
     q = tensors[0]
     width = max(32, triton.next_power_of_2(q.shape[-1]))
@@ -110,6 +115,8 @@ def tiling_for(*tensors: Tensor) -> Tiling:
     if all(map(describable, tensors)):
         return chosen
     portable = {name: getattr(shipped, name) for name in KERNELS if getattr(chosen, name).tma}
+    if chosen.keys.tma or (chosen.values and chosen.values.tma):
+        portable |= {"keys": shipped.keys, "values": shipped.values, "joined": shipped.joined}
     return chosen._replace(**portable, specialised=None)
 
 

@@ -30,8 +30,9 @@ class Tile(NamedTuple):
 class Tiling(NamedTuple):
     """Tiles of the kernels (``shared``: of queries that all segments share), and how the queries' gradient is made.
 
-    ``joined``: with the keys', see ``backward_keys.py``. ``specialised``: of the forward kernel where it can have warps
-    that only load (``launch.py``); without, ``forward`` serves there too.
+    ``joined``: with the keys', see ``backward_keys.py``. ``values``: of a pass of that kernel for the values alone;
+    without, ``keys`` makes their gradient too. ``specialised``: of the forward kernel where it can have warps that only
+    load (``launch.py``); without, ``forward`` serves there too.
     """
 
     forward: Tile
@@ -39,10 +40,12 @@ class Tiling(NamedTuple):
     queries: Tile
     shared: Tile
     joined: bool = True
+    values: Tile | None = None
     specialised: Tile | None = None
 
 
 KERNELS = ("forward", "keys", "queries", "shared")
+NOT_ALWAYS = ("values", "specialised")
 
 
 def tuning_file() -> Path:
@@ -89,8 +92,8 @@ def _read(path: Path) -> dict:
 
 def _parse(entry: dict) -> Tiling:
     tiles = {name: _parse_tile(entry[name]) for name in KERNELS}
-    specialised = entry.get("specialised")
-    return Tiling(**tiles, joined=bool(entry["joined"]), specialised=specialised and _parse_tile(specialised))
+    tiles |= {name: _parse_tile(entry[name]) for name in NOT_ALWAYS if entry.get(name)}
+    return Tiling(**tiles, joined=bool(entry["joined"]))
 
 
 def _parse_tile(fields: list) -> Tile:
