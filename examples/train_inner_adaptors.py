@@ -6,9 +6,10 @@
 
 An ID-Former learns from boxes who is where, and says so to the LLM by the embeddings of the names. The same LLM is then
 taught the same records of drawn characters by adaptors, by LoRA of as many trained parameters, and by tuning the
-projector (the ID-Former) alone: align (projector) -> instruct (all tasks but location) -> ground (location; a workflow
-of its own, where there are workflows). All are asked about characters never trained on, and read a fixed text, the
-language reference that Python ships with, for their perplexity: runs/train_inner_adaptors/report.md.
+projector (the ID-Former) alone: align (projector) -> instruct (all tasks but location) -> ground (location, a workflow
+of its own); what has no workflows gets the records of both mixed. All are asked about characters never trained on, and
+read a fixed text, the language reference that Python ships with, for their perplexity:
+runs/train_inner_adaptors/report.md.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -42,7 +44,8 @@ TINY |= {"num_train_records": 60, "num_test_records": 4, "num_general_records": 
 RECORDS = {"num_test_records": 60}
 PICTURES = 8  # of a sample, at most
 MOST_IMAGES = 6  # of a sample the LLM is taught by, photos of references among them: time goes by tokens
-CONTENT, NUMBER = 0.1, 0.5  # what a token shows, and the number of its picture, beside a name at full strength
+CONTENT, NUMBER = 0.2, 0.5  # what a token shows and where, and the number of its picture, beside a name as it is
+SHOWN = 0.3  # of which, beside where: a name and a place are all that most answers need
 TASKS = ("matching", "location", "qa_multi")
 # What is trained after the projector is aligned; an ID-Former that moved would move under both workflows.
 FREEZE = {
@@ -76,6 +79,7 @@ def build_model(language_model, processor: IDAVLMProcessor, args) -> IDAVLMForCo
     model = IDAVLMForConditionalGeneration.from_parts(tower, language_model, **options, **ID_FORMER)
     numbers = processor.tokenizer([str(number + 1) for number in range(PICTURES)], add_special_tokens=False)
     with torch.no_grad():
+        model.id_former.resampler.token_norm.weight.fill_(SHOWN)
         model.picture_slots.weight.copy_(NUMBER / scale * embeddings[[ids[-1] for ids in numbers.input_ids]])
     return model
 
@@ -121,7 +125,7 @@ def within(model, workflow: str):
     return model.workflow(workflow) if model.config.inner_adaptors else nullcontext()
 
 
-def records_of(data: RecordDataset, instruct: int, ground: int, batch: int, rng: Random) -> dict[str, list[int]]:
+def records_of(data: RecordDataset, instruct: int, ground: int, batch: int, rng: Random) -> dict[str, list[list[int]]]:
     """The same ones for every variant, in batches of like length: location for grounding, all else before."""
     samples = list(data)
     lengths, lessons = [len(sample.images) for sample in samples], {}
@@ -129,7 +133,8 @@ def records_of(data: RecordDataset, instruct: int, ground: int, batch: int, rng:
         grounds = workflow == "grounding"
         fitting = [n for n, sample in enumerate(samples) if sample.id.startswith("location") == grounds]
         fitting = [number for number in fitting if lengths[number] <= MOST_IMAGES]
-        lessons[workflow] = batches_of_like_length(rng.choices(fitting, k=steps * batch), lengths, batch, rng)
+        numbers = batches_of_like_length(rng.choices(fitting, k=steps * batch), lengths, batch, rng)
+        lessons[workflow] = [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
     return lessons
 
 
@@ -151,14 +156,18 @@ def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> No
     data = RecordDataset(folder / "train.jsonl")
     lessons = records_of(data, instruct, ground, args.batch_size, Random(seed))
     data.encode = processor.encode
-    for workflow, records in lessons.items():
-        if variant == "adaptors" and workflow == "grounding":  # from what is learnt already, as the others do
+    if variant != "adaptors":
+        lessons = {"mixed": Random(seed).sample([*chain(*lessons.values())], instruct + ground)}
+    for workflow, batches in lessons.items():
+        if variant == "adaptors" and workflow == "grounding":  # from what is learnt already
             adaptors = model.language_model.inner_adaptor
             adaptors["grounding"].load_state_dict(adaptors["multimodal"].state_dict())
         options = {"freeze": FREEZE[variant], "train_sampling_strategy": "sequential"}
         options |= {"learning_rate": 1e-3 if variant == "projector" else args.learning_rate}
         options |= {"workflow": workflow} if variant == "adaptors" else {}
-        train(model, Subset(data, records), processor, out, len(records) // args.batch_size, args, seed, **options)
+        options |= {"lr_scheduler_type": "warmup_stable_decay"}
+        options |= {"lr_scheduler_kwargs": {"num_decay_steps": len(batches) * 2 // 5}}
+        train(model, Subset(data, [*chain(*batches)]), processor, out, len(batches), args, seed, **options)
     test, predictions = [s for s in RecordDataset(folder / "test.jsonl") if s.type in TASKS], []
     for workflow in ("multimodal", "grounding"):
         samples = [sample for sample in test if (sample.type == "location") == (workflow == "grounding")]
@@ -176,12 +185,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small language model from scratch, and few records")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=4, default=[500, 25, 100, 100], metavar="N")
+    parser.add_argument("--steps", type=int, nargs=4, default=[500, 10, 160, 160], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
     parser.add_argument("--composition", choices=["serial", "parallel"], default="serial")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--queries", type=int, default=16, help="tokens a picture")
+    parser.add_argument("--queries", type=int, default=9, help="tokens a picture")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run has finished")
     parser.add_argument("--out", type=Path, default=Path("runs/train_inner_adaptors"))
     args = parser.parse_args()
