@@ -6,8 +6,8 @@
 Every kernel, for every shipped tile (``idavlm/ops/cross_attention/triton/tiling.py``), with everything switched on:
 ragged, key bias, sums over groups. "values" is the pass of the kernel "keys" for the values alone, where they have one,
 "shared" the kernel "queries" for queries that all segments share, "specialised" the forward kernel with warps that only
-load. ``--every-option`` adds other combinations and float16. The figures are
-ptxas's own, read from the binary with cuobjdump; nothing runs.
+load. ``--every-option`` adds other combinations and float16. The figures are ptxas's own, read from the binary with
+cuobjdump; nothing runs.
 """
 
 import argparse
