@@ -19,6 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.id_former import flops
 from benchmarks.measure import argument_parser, describe_machine, markdown_table, peak_megabytes, time_side_by_side
 from idavlm import add_inner_adaptors
+from idavlm.utils import cache_name
 
 
 def build_base(args: argparse.Namespace) -> nn.Module:
@@ -54,10 +55,10 @@ def reading(model: nn.Module, ids: Tensor, **options) -> Callable[[], Tensor]:
 def writing(model: nn.Module, ids: Tensor, steps: int, **options) -> Callable[[], Tensor]:
     @torch.no_grad()
     def run() -> Tensor:
-        cache, logits = DynamicCache(config=model.config), None
+        cache, logits = {cache_name(): DynamicCache(config=model.config)}, None
         for place in range(steps):
             token = ids[:, place : place + 1]
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True, **options).logits
+            logits = model(input_ids=token, use_cache=True, **cache, **options).logits
         return logits
 
     return run

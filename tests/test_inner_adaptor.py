@@ -9,9 +9,11 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from idavlm import add_inner_adaptors, build_connector, load_adaptors, save_adaptors
+from idavlm.utils import cache_name
 from tests.inner_adaptor_models import FAMILIES, adapted, disturb, language_model, prompt
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
+CACHE = cache_name()
 
 
 def hashed(model: nn.Module) -> dict[str, str]:
@@ -101,7 +103,7 @@ def test_every_cache_gives_what_no_cache_gives(family, composition):
     assert not torch.equal(logits(model, "multimodal"), logits(model, "text"))
     caches = [DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=32)]
     for cache in caches:
-        assert torch.equal(model.generate(prompt(), past_key_values=cache, **GREEDY), expected)
+        assert torch.equal(model.generate(prompt(), **{CACHE: cache}, **GREEDY), expected)
         assert len(cache) == 6, "four layers of the base, two adaptors"
     for name in ("dynamic", "static"):
         options = {"cache_implementation": name, "disable_compile": True}
@@ -126,10 +128,10 @@ def test_layers_are_fetched_before_they_are_used():
             fetched.append(self)
 
     cache.layer_class_to_replicate = Layer
-    logits(model, "multimodal", past_key_values=cache)
+    logits(model, "multimodal", **{CACHE: cache})
     assert fetched == []
-    cache.offloading, cache.update = True, lambda k, v, index, *_: cache.layers[index].update(k, v)
-    logits(model, "multimodal", past_key_values=cache)
+    cache.offloading, cache.update = True, lambda k, v, index, *_, **__: cache.layers[index].update(k, v)
+    logits(model, "multimodal", **{CACHE: cache})
     assert fetched == cache.layers[4:]
 
 
@@ -153,17 +155,17 @@ def test_a_conversation_changes_its_workflow():
     conversation = prompt(1, 6)
     for turn, workflow in enumerate(["multimodal", "grounding", "text", "multimodal", "text"]):
         cache = caches.setdefault(workflow, DynamicCache(config=model.config))
-        answer = model.generate(conversation, past_key_values=cache, workflow=workflow, **GREEDY)
+        answer = model.generate(conversation, **{CACHE: cache}, workflow=workflow, **GREEDY)
         assert torch.equal(answer, model.generate(conversation, use_cache=False, workflow=workflow, **GREEDY))
         conversation = torch.cat([answer, prompt(1, 3 + turn)], 1)
     with pytest.raises(ValueError, match=r"holds \d+ tokens read in workflow 'multimodal'.*'grounding'"):
-        model.generate(conversation, past_key_values=caches["multimodal"], workflow="grounding", **GREEDY)
+        model.generate(conversation, **{CACHE: caches["multimodal"]}, workflow="grounding", **GREEDY)
     with pytest.raises(ValueError, match=r"in workflow 'text', and workflow='multimodal'.*one cache a workflow"):
-        model(prompt(1, 1), past_key_values=caches["text"])
+        model(prompt(1, 1), **{CACHE: caches["text"]})
     static = StaticCache(model.config, max_cache_len=32)
     for workflow in ("grounding", "text", "multimodal"):
-        logits(model, workflow, past_key_values=static)
-        logits(model, workflow, past_key_values=static, input_ids=prompt(2, 1))
+        logits(model, workflow, **{CACHE: static})
+        logits(model, workflow, **{CACHE: static}, input_ids=prompt(2, 1))
         static.reset()
 
 
@@ -276,11 +278,11 @@ def test_compiled_in_every_workflow():
         torch.testing.assert_close(logits(compiled, workflow, **whole), logits(model, workflow, **whole))
     caches = [StaticCache(model.config, max_cache_len=16) for _ in range(2)]
     for cache in caches:  # read the prompt as it is, then compile single tokens, as transformers does
-        logits(model, "grounding", past_key_values=cache)
+        logits(model, "grounding", **{CACHE: cache})
     for _ in range(2):
         one = {"input_ids": prompt(2, 1)}
-        step = logits(compiled, "grounding", past_key_values=caches[0], **one)
-        torch.testing.assert_close(step, logits(model, "grounding", past_key_values=caches[1], **one))
+        step = logits(compiled, "grounding", **{CACHE: caches[0]}, **one)
+        torch.testing.assert_close(step, logits(model, "grounding", **{CACHE: caches[1]}, **one))
 
 
 def test_hidden_states_are_those_of_the_base_layers():

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PretrainedConfig
 
-from idavlm.utils import check_choice, check_positive
+from idavlm.utils import cache_name, check_choice, check_positive
 
 VISION_FEATURES = ("patch", "cls", "all")
 OPTIONS = (
@@ -56,7 +56,7 @@ class IDAVLMConfig(PretrainedConfig):
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
     keys_to_ignore_at_inference = [  # noqa: RUF012
-        "past_key_values",
+        cache_name(),
         "language_loss",
         "identity_loss",
         "contrast_loss",

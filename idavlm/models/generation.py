@@ -5,6 +5,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from idavlm.modules.inner_adaptor import takes_workflow
+from idavlm.utils import cache_in
 
 # What describes the images of a batch: one row an image, and one row a box.
 IMAGE_INPUTS = ("pixel_values", "image_features", "image_roles", "identity_index", "image_sizes")
@@ -16,8 +17,8 @@ class ImageGenerationMixin(GenerationMixin):
 
     generate = takes_workflow(GenerationMixin.generate)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         names, read = inputs.get("name_identity"), inputs.get("input_ids")
         if names is not None and read is not None:
             # The answer is about whom the end of the prompt is about; what is cached is not read again.
@@ -25,7 +26,8 @@ class ImageGenerationMixin(GenerationMixin):
             inputs["name_identity"] = torch.cat([names, names[:, -1:].expand(-1, answered)], 1)[:, -read.shape[1] :]
             if inputs.get("is_name") is not None:
                 inputs["is_name"] = nn.functional.pad(inputs["is_name"], (0, answered))  # no name of the prompt
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        cache = cache_in((), kwargs)
+        if cache is not None and cache.get_seq_length() > 0:
             for name in (*IMAGE_INPUTS, "sample_index", "is_name"):
                 inputs.pop(name, None)
         for name in BOX_INPUTS:

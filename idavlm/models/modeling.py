@@ -20,13 +20,13 @@ from idavlm.models.joint import (
 )
 from idavlm.models.labelled_logits import IGNORE_INDEX, head_reads_only, next_tokens, targets_of
 from idavlm.models.name_marks import name_marks
-from idavlm.models.outputs import IDAVLMOutput
+from idavlm.models.outputs import CACHE, IDAVLMOutput
 from idavlm.models.scatter import scatter_image_tokens
 from idavlm.models.vision import no_features, vision_features
 from idavlm.modules import Resampler
 from idavlm.modules.identity_map import with_known
 from idavlm.modules.inner_adaptor import WorkflowMixin, takes_workflow
-from idavlm.utils import ImageRole
+from idavlm.utils import ImageRole, takes_cache
 
 
 class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, WorkflowMixin):
@@ -50,7 +50,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["IDFormer", "Resampler"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -205,12 +205,13 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             )
 
     @takes_workflow
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         name_identity: Tensor | None = None,
@@ -234,7 +235,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             input_ids: ``[B, T]`` with ``image_token_id`` wherever an image token goes.
             attention_mask: ``[B, T]`` 1 = keep.
             position_ids: ``[B, T]``.
-            past_key_values: a transformers cache.
+            cache: a transformers cache; ``past_key_values`` before transformers 5.24.
             inputs_embeds: ``[B, T, C]`` in place of ``input_ids``, image tokens included: none are put in.
             labels: ``[B, T]``, -100 where nothing is to be predicted. In training mode logits are then computed at
                 labels alone, which saves most of their memory, and not returned.
@@ -280,7 +281,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                     marks = name_marks(inputs_embeds, names, roles, seen, grid_size, cells, nobody)
                     image_embeds = image_embeds + marks
                 inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_embeds)
-            elif past_key_values is None and is_image.any():
+            elif cache is None and is_image.any():
                 raise ValueError(
                     f"the text holds {int(is_image.sum())} image placeholders but 0 images; give pixel_values."
                 )
@@ -298,7 +299,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
         loss, logits = None, outputs.logits
@@ -310,7 +311,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             loss=loss,
             **losses,
             logits=None if skip_logits else logits,
-            past_key_values=outputs.get("past_key_values"),
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_tokens,

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from idavlm.modules.inner_adaptor.cache import TEXT, cache_in, enter_cache
+from idavlm.modules.inner_adaptor.cache import TEXT, enter_cache
 from idavlm.modules.inner_adaptor.decoder import DecoderParts, find_decoder_parts
 from idavlm.modules.inner_adaptor.layers import adaptor_layer, own_copy
 from idavlm.modules.inner_adaptor.routing import WorkflowMixin, route_layer, route_owned, takes_workflow
-from idavlm.utils import check_choice, check_positive
+from idavlm.utils import cache_in, check_choice, check_positive
 
 OWNED = ("embeddings", "norm", "lm_head", "connector")
 

@@ -7,14 +7,6 @@ from idavlm.utils import outside_compile
 TEXT = "text"
 
 
-def cache_in(args: tuple, kwargs: dict):
-    """The transformers cache among the arguments of a model or layer, or None."""
-    cache = kwargs.get("past_key_values")
-    if cache is not None:
-        return cache
-    return next((value for value in args if hasattr(value, "get_seq_length") and hasattr(value, "layers")), None)
-
-
 def enter_cache(cache, workflow: str) -> None:
     """Note that ``workflow`` fills the cache from here on.
 
@@ -26,9 +18,9 @@ def enter_cache(cache, workflow: str) -> None:
         return
     if int(cache.get_seq_length()):
         raise ValueError(
-            f"past_key_values holds {int(cache.get_seq_length())} tokens read in workflow {filled_by!r}, and "
+            f"cache holds {int(cache.get_seq_length())} tokens read in workflow {filled_by!r}, and "
             f"workflow={workflow!r} would have read them otherwise; keep one cache a workflow, or give the whole "
-            "conversation without past_key_values when the workflow changes."
+            "conversation without a cache when the workflow changes."
         )
     cache.filled_by_workflow = workflow
 
@@ -60,7 +52,7 @@ def _like(layer):
             sizes[name] = layer.max_cache_len
         elif parameter.default is parameter.empty:
             raise ValueError(
-                f"past_key_values has layers of class {type(layer).__name__}, whose {name!r} cannot be read; inner "
+                f"cache has layers of class {type(layer).__name__}, whose {name!r} cannot be read; inner "
                 "adaptors know the dynamic, static, sliding-window and quantised layers of transformers."
             )
     return type(layer)(**sizes)

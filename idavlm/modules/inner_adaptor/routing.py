@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from idavlm.modules.inner_adaptor.cache import cache_in, make_room
+from idavlm.modules.inner_adaptor.cache import make_room
+from idavlm.utils import cache_in
 
 
 class _FollowedLayer:
