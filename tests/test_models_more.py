@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -203,7 +203,7 @@ def test_adapters_of_a_given_language_model_stay_closed(processor):
     language_model = small_language_model(processor.tokenizer, hidden_size=32)
     ids = torch.randint(6, 200, (1, 7))
     expected = language_model(ids).logits
-    language_model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"]), language_model)
     model = IDAVLMForConditionalGeneration.from_parts(
         resnet(), language_model, image_token_id=processor.image_token_id, num_queries=4, num_heads=2
     )
