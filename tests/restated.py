@@ -21,10 +21,17 @@ def restate(
     weights = dict(id_former.state_dict(keep_vars=True))
     heads = id_former.resampler.attention.num_heads
     position = weights["resampler.query_position"]
+    width = position.shape[1]
     side, patch_side = round(len(position) ** 0.5), round(features.shape[1] ** 0.5)
     image = position.T.reshape(1, -1, side, side)
     patch_position = F.interpolate(image, size=(patch_side, patch_side), mode="bicubic", align_corners=False)
     patch_position = patch_position[0].flatten(1).T
+
+    one_hot = torch.zeros_like(position)  # a block of channels a column, then one a row
+    for query in range(len(position)):
+        for half, place in enumerate((query % side, query // side)):
+            of_half = one_hot[query, half * width // 2 : (half + 1) * width // 2]
+            of_half[[channel * side // (width // 2) == place for channel in range(width // 2)]] = (side / 2) ** 0.5
 
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -56,7 +63,7 @@ def restate(
         tokens = tokens + feed_forward("resampler.feed_forward", tokens)
         if "resampler.token_norm.weight" in weights:
             tokens = norm("resampler.token_norm", tokens)
-        return tokens + position if id_former.resampler.token_positions else tokens
+        return tokens + {False: 0.0, True: position, "one_hot": one_hot}[id_former.resampler.token_positions]
 
     def finish(tokens: Tensor) -> Tensor:
         if "resampler.output_proj.weight" not in weights:

@@ -22,6 +22,7 @@ INDEX = torch.zeros(3, dtype=torch.long)
         ({"num_identity_layers": 0}, "num_identity_layers=0 must be"),
         ({"attn_implementation": "flash"}, "attn_implementation='flash'.*'eager', 'sdpa'"),
         ({"gate": "sigmoid"}, "gate='sigmoid'.*'zero_init', 'tanh', 'none'"),
+        ({"token_positions": "rows"}, "token_positions='rows'.*False, True, 'one_hot'"),
         ({"feed_forward": "both"}, "feed_forward='both'.*'none', 'identity', 'all'"),
         ({"identity_keys": "values"}, "identity_keys='values'.*'tokens', 'patches'"),
         ({"num_identity_slots": -1}, "num_identity_slots=-1 must be"),

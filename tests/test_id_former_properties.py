@@ -17,6 +17,7 @@ OPTIONS = {
     "open": {"gate": "none", "identity_keys": "patches"},
     "slots": {"num_identity_slots": 4, "nobody_token": True, "identity_keys": "patches"},
     "normed": {"num_identity_slots": 4, "token_norm": True, "token_positions": True},
+    "places": {"token_norm": True, "token_positions": "one_hot"},
     "nobody": {"nobody_token": True},
     "projected": {"num_identity_slots": 4, "output_proj": True},
     "wider": {"num_identity_slots": 4, "output_proj": True, "output_size": 24},

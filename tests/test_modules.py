@@ -1,5 +1,6 @@
 """CrossAttention, positions, Resampler and connectors, against torch's own and against formulas."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from idavlm import CrossAttention, Resampler, build_connector
-from idavlm.modules.positions import resize_positions, sincos_positions_2d
+from idavlm.modules.positions import one_hot_positions_2d, resize_positions, sincos_positions_2d
 from tests.conftest import randomise
 
 
@@ -70,6 +71,20 @@ def test_resizing_commutes_with_a_linear_map_and_keeps_a_constant():
     torch.testing.assert_close(resize_positions(positions @ weight, (4, 4), (5, 9)), resized @ weight)
     torch.testing.assert_close(resize_positions(torch.ones(16, 2), (4, 4), (7, 3)), torch.ones(21, 2))
     assert resize_positions(positions, (4, 4), (4, 4)) is positions
+
+
+def test_one_hot_positions_are_at_right_angles():
+    positions = one_hot_positions_2d(22, (3, 4)).view(3, 4, 22)
+    for row, column in itertools.product(range(3), range(4)):
+        columns, rows = positions[row, column].split(11)
+        assert {c * 4 // 11 for c in columns.nonzero().flatten().tolist()} == {column}
+        assert {c * 3 // 11 for c in rows.nonzero().flatten().tolist()} == {row}
+    assert positions[0, 0] @ positions[1, 1] == 0
+    even = one_hot_positions_2d(24, (3, 4))
+    torch.testing.assert_close(even.square().mean(-1), torch.full((12,), 0.5))
+    assert one_hot_positions_2d(8, (4, 4), dtype=torch.float64).unique(dim=0).shape == (16, 8)
+    with pytest.raises(ValueError, match=r"hidden_size=6 must be even and at least 8: .*3 rows and 4 columns"):
+        one_hot_positions_2d(6, (3, 4))
 
 
 def test_resampler_reads_each_image_alone_and_in_any_grid():

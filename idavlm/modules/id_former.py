@@ -87,7 +87,7 @@ class IDFormer(nn.Module):
         num_identity_slots: int = 0,
         nobody_token: bool = False,
         token_norm: bool = False,
-        token_positions: bool = False,
+        token_positions: bool | str = False,
         output_proj: bool = False,
         output_size: int | None = None,
     ):

@@ -1,4 +1,4 @@
-"""2-D sine-cosine positions, and their bicubic resizing to another grid."""
+"""2-D positions, sine-cosine or one-hot, and the bicubic resizing of the former to another grid."""
 
 import math
 
@@ -22,6 +22,31 @@ def sincos_positions_2d(hidden_size: int, grid_size: tuple[int, int]) -> Tensor:
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [position.flatten()[:, None] * frequency for position in (column, row)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
+def one_hot_positions_2d(hidden_size: int, grid_size: tuple[int, int], *, dtype=None, device=None) -> Tensor:
+    """Fixed 2-D positions, one direction a column and one a row, all at right angles: none is like its neighbour.
+
+    Channel ``c`` of the first half is on in column ``c * columns // (hidden_size / 2)`` alone; the second half is for
+    the rows. As strong as sine and cosine: the mean square is 1/2.
+
+    Returns:
+        ``[rows * columns, hidden_size]``, row by row.
+    """
+    rows, columns = grid_size
+    half = hidden_size // 2
+    if hidden_size % 2 or half < max(grid_size):
+        raise ValueError(
+            f"hidden_size={hidden_size} must be even and at least {2 * max(grid_size)}: a channel for each of "
+            f"{rows} rows and {columns} columns."
+        )
+    channel = torch.arange(half, device=device)
+    codes = []
+    for count in (columns, rows):
+        on = channel * count // half == torch.arange(count, device=device)[:, None]
+        codes.append(on.to(dtype or torch.float32) * (count / 2) ** 0.5)
+    column, row = codes
+    return torch.cat([column.repeat(rows, 1), row.repeat_interleave(columns, 0)], dim=1)
 
 
 def resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:

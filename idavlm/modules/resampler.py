@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from idavlm.modules.cross_attention import CrossAttention
 from idavlm.modules.feed_forward import FeedForward
-from idavlm.modules.positions import resize_positions, sincos_positions_2d, square_grid
-from idavlm.utils import check_positive
+from idavlm.modules.positions import one_hot_positions_2d, resize_positions, sincos_positions_2d, square_grid
+from idavlm.utils import check_choice, check_positive
 
 
 class Resampler(nn.Module):
@@ -33,8 +33,9 @@ class Resampler(nn.Module):
         intermediate_size: inner width of the feed-forward block; ``4 * hidden_size`` if not given.
         token_norm: normalise the tokens, before positions and marks are added: attention to patches of a trained tower
             gives them any strength, and a mark would drown. As released they are not.
-        token_positions: add to every token the position of its query, so that a language model can tell where in the
-            image it reads. As released they have none.
+        token_positions: add to every token where its query lies, so that a language model can tell where in the image
+            it reads: True adds ``query_position``, whose neighbours are alike; ``"one_hot"`` a direction of its own for
+            every row and column, which a frozen language model tells apart sooner. As released they have none.
         output_proj: what the release has behind the resampler: a norm and a linear layer of the tokens that go to the
             language model. Scenes of an ID-Former look at references as they are before it.
         output_size: width of the tokens that go to the language model, where it is another one than C: a narrow module
@@ -52,7 +53,7 @@ class Resampler(nn.Module):
         feed_forward: bool = False,
         intermediate_size: int | None = None,
         token_norm: bool = False,
-        token_positions: bool = False,
+        token_positions: bool | str = False,
         output_proj: bool = False,
         output_size: int | None = None,
         attn_implementation: str = "sdpa",
@@ -60,6 +61,7 @@ class Resampler(nn.Module):
         super().__init__()
         check_positive(hidden_size=hidden_size, num_queries=num_queries, vision_hidden_size=vision_hidden_size)
         check_positive(output_size=output_size)
+        check_choice("token_positions", token_positions, (False, True, "one_hot"))
         self.hidden_size = hidden_size
         self.output_size = output_size or hidden_size
         if self.output_size != hidden_size and not output_proj:
@@ -127,6 +129,14 @@ class Resampler(nn.Module):
         """``query_position`` in the type of the parameters, which mixed precision may have changed alone."""
         return self.query_position.to(self.query.dtype)
 
+    @property
+    def token_position(self) -> Tensor:
+        """``[Q, C]`` what ``token_positions`` adds."""
+        if self.token_positions != "one_hot":
+            return self.position
+        like = {"dtype": self.query.dtype, "device": self.query.device}
+        return one_hot_positions_2d(self.hidden_size, self.query_grid, **like)
+
     def on_patches(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Resize ``x`` ``[Q, C]`` from the grid of the queries to the patches' ``[P, C]``."""
         return resize_positions(x, self.query_grid, grid_size)
@@ -149,7 +159,7 @@ class Resampler(nn.Module):
             tokens = tokens + self.feed_forward(tokens)
         if self.token_norm is not None:
             tokens = self.token_norm(tokens)
-        return tokens + self.position if self.token_positions else tokens
+        return tokens + self.token_position if self.token_positions else tokens
 
     def finish(self, tokens: Tensor) -> Tensor:
         """What :meth:`read` gives, as the language model gets it: ``[I, Q, output_size]``."""
