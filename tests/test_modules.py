@@ -85,6 +85,8 @@ def test_one_hot_positions_are_at_right_angles():
     assert one_hot_positions_2d(8, (4, 4), dtype=torch.float64).unique(dim=0).shape == (16, 8)
     with pytest.raises(ValueError, match=r"hidden_size=6 must be even and at least 8: .*3 rows and 4 columns"):
         one_hot_positions_2d(6, (3, 4))
+    with pytest.raises(ValueError, match=r"hidden_size=4 must be even and at least 6"):
+        Resampler(hidden_size=4, num_queries=9, num_heads=2, token_positions="one_hot")
 
 
 def test_resampler_reads_each_image_alone_and_in_any_grid():

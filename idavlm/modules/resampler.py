@@ -73,6 +73,8 @@ class Resampler(nn.Module):
         self.vision_hidden_size = vision_hidden_size or hidden_size
         self.token_positions = token_positions
         self.query_grid = square_grid("num_queries", num_queries)
+        if token_positions == "one_hot":
+            one_hot_positions_2d(hidden_size, self.query_grid)  # too narrow is an error now, not at the first batch
         self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.register_buffer("query_position", sincos_positions_2d(hidden_size, self.query_grid))
         self.query_norm = nn.LayerNorm(hidden_size, eps=1e-6)
