@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -135,15 +135,21 @@ def within(model, workflow: str):
 
 
 def records_of(data: RecordDataset, instruct: int, ground: int, batch: int, rng: Random) -> dict[str, list[list[int]]]:
-    """The same ones for every variant, in batches of like length: location for grounding, all else before."""
+    """The same ones for every variant, in batches of like length: location for grounding, all else before.
+
+    Every kind of record comes as often as any other: most of them ask who is in a picture.
+    """
     samples = list(data)
     lengths = [len(sample.images) for sample in samples]
+    kinds = [sample.id.rsplit("-", 1)[0] for sample in samples]
 
     def lesson(steps: int, easy: Callable[[Sample], bool], fits: Callable[[Sample], bool]) -> list[list[int]]:
         numbers, first = [], round(EASY * steps)
         for count, chosen in ((first, easy), (steps - first, fits)):
             fitting = [n for n, sample in enumerate(samples) if lengths[n] <= MOST_IMAGES and chosen(sample)]
-            numbers += batches_of_like_length(rng.choices(fitting, k=count * batch), lengths, batch, rng)
+            number_of = Counter(kinds[n] for n in fitting)
+            drawn = rng.choices(fitting, [1 / number_of[kinds[n]] for n in fitting], k=count * batch)
+            numbers += batches_of_like_length(drawn, lengths, batch, rng)
         return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
 
     def locates(people: int) -> Callable[[Sample], bool]:
@@ -207,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small language model from scratch, and few records")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=4, default=[2000, 10, 140, 400], metavar="N")
+    parser.add_argument("--steps", type=int, nargs=4, default=[2000, 10, 200, 400], metavar="N")
     parser.add_argument("--every", type=int, default=8, help="an adaptor after every so many layers; 2 if --tiny")
     parser.add_argument("--composition", choices=["serial", "parallel"], default="serial")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors and LoRA")
