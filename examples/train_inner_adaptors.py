@@ -138,7 +138,7 @@ def within(model, workflow: str):
 def records_of(data: RecordDataset, instruct: int, ground: int, batch: int, rng: Random) -> dict[str, list[list[int]]]:
     """The same ones for every variant, in batches of like length: location for grounding, all else before.
 
-    Every kind of record comes as often as any other: most of them ask who is in a picture.
+    The kinds among all else come equally often, though most records are of matching.
     """
     samples = list(data)
     lengths = [len(sample.images) for sample in samples]
