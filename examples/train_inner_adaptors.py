@@ -31,7 +31,7 @@ from torch.utils.data import Subset
 from transformers import set_seed
 
 from idavlm import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments
-from idavlm.data import RecordDataset, Sample, batches_of_like_length
+from idavlm.data import RecordDataset, batches_of_like_length
 from idavlm.data.characters import build_characters
 from idavlm.evaluation import EvaluationResult, evaluate, text_perplexity, write_report
 from idavlm.models import small
@@ -122,7 +122,8 @@ def align(args: argparse.Namespace, folder: Path, seed: int) -> None:
     alone |= {"per_device_train_batch_size": 4 * args.batch_size}  # the more, the more there is to tell apart
     train(model, data, processor, out, identity, **common, **alone)
     model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
-    train(model, data, processor, out, steps, learning_rate=1e-3, freeze=FREEZE["projector"], **common)
+    projector = {"learning_rate": LEARNING_RATE["projector"], "freeze": FREEZE["projector"]}
+    train(model, data, processor, out, steps, **projector, **common)
     processor.save_pretrained(out)
     model.save_pretrained(out)
 
@@ -144,20 +145,20 @@ def records_of(data: RecordDataset, instruct: int, ground: int, batch: int, rng:
     lengths = [len(sample.images) for sample in samples]
     kinds = [sample.id.rsplit("-", 1)[0] for sample in samples]
 
-    def lesson(steps: int, easy: Callable[[Sample], bool], fits: Callable[[Sample], bool]) -> list[list[int]]:
+    def lesson(steps: int, easy: Callable[[int], bool], fits: Callable[[int], bool]) -> list[list[int]]:
         numbers, first = [], round(EASY * steps)
         for count, chosen in ((first, easy), (steps - first, fits)):
-            fitting = [n for n, sample in enumerate(samples) if lengths[n] <= MOST_IMAGES and chosen(sample)]
+            fitting = [n for n in range(len(samples)) if lengths[n] <= MOST_IMAGES and chosen(n)]
             number_of = Counter(kinds[n] for n in fitting)
             drawn = rng.choices(fitting, [1 / number_of[kinds[n]] for n in fitting], k=count * batch)
             numbers += batches_of_like_length(drawn, lengths, batch, rng)
         return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
 
-    def locates(people: int) -> Callable[[Sample], bool]:
-        return lambda sample: sample.id.startswith("location") and len(sample.identities) == people
+    def locates(people: int) -> Callable[[int], bool]:
+        return lambda n: kinds[n] == "location" and len(samples[n].identities) == people
 
     grounding = lesson(ground, locates(1), locates(2))
-    multimodal = lesson(instruct, lambda s: s.id.startswith("matching"), lambda s: not s.id.startswith("location"))
+    multimodal = lesson(instruct, lambda n: kinds[n] == "matching", lambda n: kinds[n] != "location")
     return {"multimodal": multimodal, "grounding": grounding}
 
 
