@@ -26,13 +26,13 @@ def main() -> None:
     args = parser.parse_args()
     model = IDAVLMForConditionalGeneration.from_pretrained(args.checkpoint).eval()
     processor = AutoProcessor.from_pretrained(args.checkpoint, backend="pil")
-    samples = [sample for sample in RecordDataset(args.records) if sample.type == "matching"]
+    samples = [sample for sample in RecordDataset(args.records) if sample.task == "matching"]
     right = {"eight strongest patches": 0, "all patches": 0}
     names = ("pixel_values", "image_roles", "sample_index", "identity_index")
     for sample in samples:
         batch = processor.collate([processor.encode(sample, add_generation_prompt=True)])
         images = {name: batch[name] for name in names}
-        _, maps, _ = model.encode_images(**images, output_identity_attentions=True)
+        _, maps, _ = model.encode_images(**images, output_identity_maps=True)
         shares = maps[-1][batch["image_roles"] == ImageRole.SCENE][..., 0]
         strongest = shares.topk(min(8, shares.shape[1])).values
         for way, picture in zip(right, (strongest.mean(1).argmax(), shares.mean(1).argmax()), strict=True):

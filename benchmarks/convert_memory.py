@@ -27,7 +27,7 @@ SIZES = {"hidden": 4096, "inner": 11008, "vocab": 151936, "width": 1664, "mlp": 
 RANKS = 151643
 CHILD = """
 import re, sys, threading, time
-from idavlm.models import convert
+from idavlm.conversion import convert
 peak = 0
 def watch():
     global peak

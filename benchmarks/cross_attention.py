@@ -4,7 +4,7 @@
     python -m benchmarks.cross_attention --device cuda --dtype bfloat16
 
 Without a GPU at sizes that take a minute. "speed" is against the best of the others (``triton`` and ``sdpa`` are this
-library's; the others are in ``benchmarks/attention_ways.py``). "of matmul" is the share of the rate at which one large
+library's; the others are in ``benchmarks/attention_backends.py``). "of matmul" is the share of the rate at which one large
 matrix product runs here. The floor is the longer of two times: the multiplications at that rate, and every input read
 and output written once at the rate of a large copy.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.attention_ways import WAYS, Problem
+from benchmarks.attention_backends import WAYS, Problem
 from benchmarks.measure import (
     argument_parser,
     copy_rate,

@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.measure import describe_machine
 from idavlm.data import RecordDataset, Sample
-from idavlm.data.characters import build_characters
+from idavlm.datasets.characters import build_characters
 from idavlm.evaluation import Answer, generate_answers
 from idavlm.evaluation.answers import likeliest
+from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
-from idavlm.models.small import small_language_model, small_processor, small_vision_tower
 
 SMALL = {"num_train": 12, "num_test": 12, "num_train_scenes": 12, "num_test_scenes": 16, "num_general": 4}
 SMALL |= {"num_train_records": 8, "num_test_records": 64, "num_general_records": 4}
@@ -38,8 +38,8 @@ def untrained(records: list) -> tuple[IDAVLMForConditionalGeneration, IDAVLMProc
         connector="id_former",
         num_queries=16,
         num_heads=4,
-        nobody_token=True,
-        num_identity_slots=4,
+        null_token=True,
+        max_identities=4,
         gate="none",
     )
     return model, processor
@@ -69,8 +69,8 @@ def main() -> None:
         print("| task | batch | answers a second | over one by one | same answers |\n| --- | --- | --- | --- | --- |")
         seconds: dict[int, float] = defaultdict(float)
         asked = 0
-        for task in dict.fromkeys(sample.type for sample in samples):
-            some = [one for one in samples if one.type == task][: args.records]
+        for task in dict.fromkeys(sample.task for sample in samples):
+            some = [one for one in samples if one.task == task][: args.records]
             asked += len(some)
             measured = measure(some, model, processor, args)
             one_by_one = measured[args.batch_sizes[0]][0]

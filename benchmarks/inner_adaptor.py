@@ -19,7 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.id_former import flops
 from benchmarks.measure import argument_parser, describe_machine, markdown_table, peak_megabytes, time_side_by_side
 from idavlm import add_inner_adaptors
-from idavlm.utils import cache_name
+from idavlm._compat import cache_name
 
 
 def build_base(args: argparse.Namespace) -> nn.Module:

@@ -13,13 +13,13 @@ from transformers import set_seed
 
 from benchmarks.measure import describe_machine, markdown_table
 from idavlm.data import RecordDataset
-from idavlm.data.characters import build_characters
+from idavlm.datasets.characters import build_characters
+from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
 from idavlm.models import IDAVLMForConditionalGeneration
-from idavlm.models.small import small_language_model, small_processor, small_vision_tower
 from idavlm.training import IDTrainer, IDTrainingArguments
 
-OPTIONS = {"num_heads": 4, "gate": "none", "detach_references": False, "contrast_loss_weight": 1.0}
-OPTIONS |= {"num_identity_heads": 1, "identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4}
+OPTIONS = {"num_heads": 4, "gate": "none", "detach_references": False, "contrastive_loss_weight": 1.0}
+OPTIONS |= {"num_identity_heads": 1, "identity_keys": "patches", "null_token": True, "max_identities": 4}
 
 
 def losses(implementation: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.measure import markdown_table
-from idavlm.models.conversion.qwen_tokenizer import SPECIAL_TOKENS, SPLIT, qwen_tokenizer, read_ranks
+from idavlm.conversion.qwen_tokenizer import SPECIAL_TOKENS, SPLIT, qwen_tokenizer, read_ranks
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 import triton
 
-from benchmarks.attention_ways import Problem
-from benchmarks.attention_ways import triton as attend
+from benchmarks.attention_backends import Problem
+from benchmarks.attention_backends import triton as attend
 from benchmarks.cross_attention import CASES, make_problem, reference
 from benchmarks.measure import argument_parser, describe_machine, time_side_by_side, tolerance
 from idavlm.ops.cross_attention.triton import launch

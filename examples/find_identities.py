@@ -88,7 +88,7 @@ def build() -> IDFormer:
         vision_hidden_size=PATCH * PATCH * 3,
         gate="none",
         identity_keys="patches",
-        nobody_token=True,
+        null_token=True,
     )
 
 
@@ -98,7 +98,7 @@ def train(id_former: IDFormer, people: np.ndarray, steps: int, rng: np.random.Ge
     for step in range(steps):
         sample = batch(people, 16, rng)
         _, maps = id_former(sample["patches"], sample["roles"], sample["index"], output_attentions=True)
-        loss = id_former.identity_loss(maps, sample["targets"])
+        loss = id_former.identity_map_loss(maps, sample["targets"])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

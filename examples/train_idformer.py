@@ -23,12 +23,12 @@ from torch.utils.data import Subset
 from transformers import set_seed
 
 from idavlm.data import RecordDataset, Sample, batches_of_like_length
-from idavlm.data.characters import build_characters
-from idavlm.data.faces import build_faces
-from idavlm.data.wesnoth import build_wesnoth
+from idavlm.datasets.characters import build_characters
+from idavlm.datasets.faces import build_faces
+from idavlm.datasets.wesnoth import build_wesnoth
 from idavlm.evaluation import EvaluationResult, evaluate, pick_examples, write_report
+from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor, ImageFeatures
-from idavlm.models.small import small_language_model, small_processor, small_vision_tower
 from idavlm.training import IDTrainer, IDTrainingArguments
 
 BUILD = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
@@ -38,9 +38,9 @@ COMMON = {"per_device_train_batch_size": BATCH, "adam_beta2": 0.98, "warmup_step
 COMMON |= {"save_steps": 250, "save_total_limit": 1, "eval_steps": 300, "report_to": []}
 
 # From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
-ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrast_loss_weight": 3.0}
+ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrastive_loss_weight": 3.0}
 # One head compares patches with patches, or finds nobody; marks tell a sample's identities apart.
-ID_FORMER |= {"num_identity_heads": 1, "identity_keys": "patches", "nobody_token": True, "num_identity_slots": 4}
+ID_FORMER |= {"num_identity_heads": 1, "identity_keys": "patches", "null_token": True, "max_identities": 4}
 LOOKING, WITH, WITHOUT = "looking", "with-ID-Former", "without-ID-Former"
 COLUMNS = {"with ID-Former": (WITH, "right"), "no references": (WITH, "none"), "wrong references": (WITH, "wrong")}
 COLUMNS |= {"without ID-Former": (WITHOUT, "right")}
@@ -49,7 +49,7 @@ COLUMNS |= {"without ID-Former": (WITHOUT, "right")}
 def build_model(processor: IDAVLMProcessor, vision_tower, **connector) -> IDAVLMForConditionalGeneration:
     """A shallow ResNet, the connector and a Llama of two layers: about 0.6 million parameters."""
     options = {"image_token_id": processor.image_token_id, "num_queries": processor.image_seq_length, "num_heads": 4}
-    options |= {"token_norm": True, "image_token_scale": 0.3, "token_positions": True, "num_picture_slots": 8}
+    options |= {"token_norm": True, "image_token_scale": 0.3, "token_positions": True, "max_images": 8}
     language_model = small_language_model(processor.tokenizer, hidden_size=128)
     return IDAVLMForConditionalGeneration.from_parts(vision_tower, language_model, **options, **connector)
 
@@ -62,7 +62,7 @@ def learn_to_look(identity: RecordDataset, samples: list[Sample], processor: IDA
     options |= {"seed": seed, "lr_scheduler_type": "cosine"} | COMMON
     arguments = IDTrainingArguments(str(out), **options)
     IDTrainer(model, arguments, train_dataset=identity, data_collator=processor.collate).train()
-    model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
+    model.config.contrastive_loss_weight = 0.0  # costly, and no longer needed
     ImageFeatures.write(out / "features", model, processor, samples)
     processor.save_pretrained(out)
     model.save_pretrained(out)
@@ -127,7 +127,7 @@ def main() -> None:
     samples, general, test = map(list, data)
     processor = small_processor([*samples, *general], image_size=64, num_queries=16)
     data[0].encode = processor.encode
-    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.type == task][:30]]
+    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.task == task][:30]]
     seeds = [out / f"seed-{seed}" for seed in range(args.seeds)]
     for seed, place in enumerate(seeds):
         if not args.resume or not (place / LOOKING / "config.json").exists():

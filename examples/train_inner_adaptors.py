@@ -32,13 +32,13 @@ from transformers import set_seed
 
 from idavlm import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments
 from idavlm.data import RecordDataset, batches_of_like_length
-from idavlm.data.characters import build_characters
+from idavlm.datasets.characters import build_characters
 from idavlm.evaluation import EvaluationResult, evaluate, text_perplexity, write_report
 from idavlm.models import small
 
 # As in examples/train_idformer.py: what makes short training learn.
-ID_FORMER = {"gate": "none", "detach_references": False, "contrast_loss_weight": 3.0, "num_identity_heads": 1}
-ID_FORMER |= {"identity_keys": "patches", "nobody_token": True, "token_norm": True}
+ID_FORMER = {"gate": "none", "detach_references": False, "contrastive_loss_weight": 3.0, "num_identity_heads": 1}
+ID_FORMER |= {"identity_keys": "patches", "null_token": True, "token_norm": True}
 ID_FORMER |= {"token_positions": "one_hot"}  # a frozen language model does not learn to tell like places apart
 ID_FORMER |= {"hidden_size": 128, "num_heads": 4, "output_proj": True}  # narrower than the LLM
 TINY = {"num_train": 8, "num_test": 5, "num_train_scenes": 12, "num_test_scenes": 6, "num_general": 4}
@@ -78,14 +78,14 @@ def build_model(language_model, processor: IDAVLMProcessor, args) -> IDAVLMForCo
     embeddings = language_model.get_input_embeddings().weight.detach()
     scale = CONTENT * float(embeddings.std())
     options = {"image_token_id": processor.image_token_id, "num_queries": processor.image_seq_length}
-    options |= {"image_token_scale": scale, "num_picture_slots": PICTURES, "names_as_marks": True}
-    options |= {"nobody_mark_id": processor.tokenizer(".", add_special_tokens=False).input_ids[0]}
+    options |= {"image_token_scale": scale, "max_images": PICTURES, "names_as_marks": True}
+    options |= {"null_name_token_id": processor.tokenizer(".", add_special_tokens=False).input_ids[0]}
     tower = small.small_vision_tower(hidden_size=128)
     model = IDAVLMForConditionalGeneration.from_parts(tower, language_model, **options, **ID_FORMER)
     numbers = processor.tokenizer([str(number + 1) for number in range(PICTURES)], add_special_tokens=False)
     with torch.no_grad():
         model.id_former.resampler.token_norm.weight.fill_(SHOWN)
-        model.picture_slots.weight.copy_(NUMBER / scale * embeddings[[ids[-1] for ids in numbers.input_ids]])
+        model.image_index_embedding.weight.copy_(NUMBER / scale * embeddings[[ids[-1] for ids in numbers.input_ids]])
     return model
 
 
@@ -121,7 +121,7 @@ def align(args: argparse.Namespace, folder: Path, seed: int) -> None:
     alone = {"learning_rate": 5e-3, "identity_warmup_steps": identity, "freeze": ["language_model"], "bf16": False}
     alone |= {"per_device_train_batch_size": 4 * args.batch_size}  # the more, the more there is to tell apart
     train(model, data, processor, out, identity, **common, **alone)
-    model.config.contrast_loss_weight = 0.0  # costly, and no longer needed
+    model.config.contrastive_loss_weight = 0.0  # costly, and no longer needed
     projector = {"learning_rate": LEARNING_RATE["projector"], "freeze": FREEZE["projector"]}
     train(model, data, processor, out, steps, **projector, **common)
     processor.save_pretrained(out)
@@ -198,9 +198,9 @@ def teach(args: argparse.Namespace, folder: Path, seed: int, variant: str) -> No
         options |= {"lr_scheduler_type": "warmup_stable_decay"}
         options |= {"lr_scheduler_kwargs": {"num_decay_steps": len(batches) * 3 // 10}}
         train(model, Subset(data, [*chain(*batches)]), processor, out, len(batches), args, seed, **options)
-    test, predictions = [s for s in RecordDataset(folder / "test.jsonl") if s.type in TASKS], []
+    test, predictions = [s for s in RecordDataset(folder / "test.jsonl") if s.task in TASKS], []
     for workflow in ("multimodal", "grounding"):
-        samples = [sample for sample in test if (sample.type == "location") == (workflow == "grounding")]
+        samples = [sample for sample in test if (sample.task == "location") == (workflow == "grounding")]
         with within(model, workflow), in_16_bits():
             predictions += evaluate(model, processor, samples, batch_size=8, max_new_tokens=16).predictions
     EvaluationResult(predictions).save(out / "answers.json")

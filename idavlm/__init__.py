@@ -26,7 +26,7 @@ _HOME_OF = {
     "add_inner_adaptors": "idavlm.modules",
     "build_connector": "idavlm.modules",
     "cross_attention": "idavlm.ops",
-    "identity_attention_loss": "idavlm.ops",
+    "identity_map_loss": "idavlm.ops",
     "identity_patch_targets": "idavlm.ops",
     "load_adaptors": "idavlm.modules",
     "parse_sample": "idavlm.data",
@@ -51,7 +51,7 @@ __all__ = [
     "add_inner_adaptors",
     "build_connector",
     "cross_attention",
-    "identity_attention_loss",
+    "identity_map_loss",
     "identity_patch_targets",
     "load_adaptors",
     "parse_sample",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
         load_adaptors,
         save_adaptors,
     )
-    from idavlm.ops import cross_attention, identity_attention_loss, identity_patch_targets
+    from idavlm.ops import cross_attention, identity_map_loss, identity_patch_targets
     from idavlm.training import IDTrainer, IDTrainingArguments
     from idavlm.utils import ImageRole
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from idavlm.models.small import byte_level_bpe
+from idavlm.experimental.small_models import byte_level_bpe
 
 FIXTURES = Path(__file__).parent / "fixtures"
-TEXT = Path(__file__).parent.parent / "docs" / "training.md"
+TEXT = FIXTURES / "tokenizer_text.md"
 
 _LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SPECIALS = {"llava-1.5": ["<unk>", "<s>", "</s>"], "yi-vl": ["<unk>", "<|startoftext|>", "</s>"], "iaa": _LLAMA_3}

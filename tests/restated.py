@@ -72,9 +72,9 @@ def restate(
 
     def mark(image: int, shares: Tensor) -> Tensor | float:
         """Slots: of a photo its identity's, of others by what the patches in the cell of each query look at."""
-        if "identity_slots.weight" not in weights:
+        if "identity_embedding.weight" not in weights:
             return 0.0
-        slots = weights["identity_slots.weight"][:num_identities]
+        slots = weights["identity_embedding.weight"][:num_identities]
         if roles[image] == 0:
             return slots[identities[image]]
         side, cells = int(len(shares) ** 0.5), int(len(position) ** 0.5)
@@ -88,8 +88,8 @@ def restate(
     for number, x in enumerate(patches):
         own = [i for i, role in enumerate(roles) if role == 0 and samples[i] == samples[number]]
         keys, owner = [], []
-        if "nobody_token" in weights:
-            keys.append(weights["nobody_token"])
+        if "null_token" in weights:
+            keys.append(weights["null_token"])
             owner.append(torch.tensor([num_identities]))
         for i in own:
             key = read(patches[i]) if id_former.identity_keys == "tokens" else patches[i]

@@ -7,8 +7,13 @@ import torch
 from PIL import Image
 
 from idavlm.data import Sample, parse_sample
+from idavlm.experimental.small_models import (
+    small_image_processor,
+    small_language_model,
+    small_tokenizer,
+    small_vision_tower,
+)
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
-from idavlm.models.small import small_image_processor, small_language_model, small_tokenizer, small_vision_tower
 
 TEXTS = [
     "Kate is reading. Tom is waving.",
@@ -29,7 +34,7 @@ def small_model(
     if connector in ("id_former", "resampler"):
         options = {"num_queries": processor.image_seq_length, "num_heads": 2, **options}
     if connector == "id_former":
-        options = {"gate": "none", "nobody_token": True, **options}
+        options = {"gate": "none", "null_token": True, **options}
     return IDAVLMForConditionalGeneration.from_parts(
         small_vision_tower(hidden_size=32),
         small_language_model(processor.tokenizer, hidden_size=32),

@@ -18,7 +18,7 @@ from idavlm.ops.cross_attention import flash
 pytest.importorskip("triton")
 
 from benchmarks import tune_attention
-from benchmarks.attention_ways import library
+from benchmarks.attention_backends import library
 from benchmarks.cross_attention import make_problem
 from idavlm.ops.cross_attention.triton import tuning
 from idavlm.ops.cross_attention.triton.tiling import DESCRIBED, SHIPPED, described_tiling, shipped_tiling

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from idavlm.utils import cache_argument, cache_in, cache_name, takes_cache
+from idavlm import _compat as cache_argument
+from idavlm._compat import cache_in, cache_name, takes_cache
 from tests.inner_adaptor_models import adapted, prompt
 from tests.small_models import sample, small_model
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from idavlm.data import parse_sample
-from idavlm.data.characters import ACTIVITIES, CharacterLook, build_characters, draw_people, drawing, pictures
-from idavlm.data.names import NAMES
-from idavlm.data.tasks import MAX_INTRODUCED, TEST_SHARES
+from idavlm.datasets.characters import ACTIVITIES, CharacterLook, build_characters, draw_people, drawing, pictures
+from idavlm.datasets.first_names import NAMES
+from idavlm.datasets.record_composer import MAX_INTRODUCED, TEST_SHARES
 
 OPTIONS = {
     "num_train": 12,
@@ -142,16 +142,16 @@ def test_evaluation_records_can_be_answered(root):
         sample = parse_sample(record)
         assert all(len(identity.images) == 2 for identity in sample.identities)
         assert sample.answer not in sample.false_answers
-        if sample.type == "matching":
+        if sample.task == "matching":
             assert len(sample.message_images) == 4
             assert len({path.split("-")[0] for path in sample.message_images}) == 4, "four different people"
             assert sorted([sample.answer, *sample.false_answers]) == [f"Picture {i}" for i in range(1, 5)]
             name = record["messages"][0]["content"][-1]["text"].removeprefix("\nWhich picture shows ")[:-1]
             (box,) = (box for box in sample.boxes if box.name == name)
             assert sample.answer == f"Picture {sample.message_images.index(box.image) + 1}"
-        elif sample.type == "location":
+        elif sample.task == "location":
             assert sample.target_box is not None
-        elif sample.type == "qa_single":
+        elif sample.task == "qa_single":
             assert len(set(sample.false_answers)) == 3
 
 

@@ -7,7 +7,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from idavlm import IDAVLMForConditionalGeneration
 from idavlm.cli.main import main
-from idavlm.models import QwenVisionConfig, QwenVisionModel, convert
+from idavlm.conversion import convert
+from idavlm.models import QwenVisionConfig, QwenVisionModel
 from tests.released import expected, released
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}

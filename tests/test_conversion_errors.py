@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from idavlm.cli.main import main
-from idavlm.models import ConversionError, convert
-from idavlm.models.conversion import running, source, writer
+from idavlm.conversion import ConversionError, convert, running, source, writer
 from tests.released import released
 
 PROJECTOR = "model.mm_projector.0.weight"
@@ -190,8 +189,8 @@ def test_an_error_while_writing_leaves_nothing(llava, monkeypatch):
 
 KILLED_AT_THE_SECOND_FILE = """
 import os, signal, sys
-from idavlm.models import convert
-from idavlm.models.conversion import running
+from idavlm.conversion import convert
+from idavlm.conversion import running
 def write(path, header, tensors, real=running.write_safetensors):
     if path.name.startswith("model-00002"):
         header = dict(header)

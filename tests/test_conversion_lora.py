@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
-from idavlm.models import ConversionError, convert
-from idavlm.models.conversion import templates
+from idavlm.conversion import ConversionError, convert
+from idavlm.data import chat_templates
 from tests.released import released, tiny_tokenizer
 
 IMAGE, TOKENS = 3, 4
@@ -45,7 +45,7 @@ def language_model():
 
 def tokenizer():
     made = tiny_tokenizer(["<unk>", "<s>", "<|im_end|>", "<image>"], 300)
-    made.chat_template = templates.CHATML
+    made.chat_template = chat_templates.QWEN_CHATML
     return made
 
 
@@ -95,7 +95,7 @@ def test_transformers_llava_converts_with_and_without_an_adapter(folders, tmp_pa
         convert(folders / name, out, adapter=adapter and folders / adapter, progress=False)
         torch.testing.assert_close(logits_of(out), expected, atol=1e-5, rtol=1e-5)
     processor = IDAVLMProcessor.from_pretrained(out)
-    assert processor.chat_template == templates.CHATML
+    assert processor.chat_template == chat_templates.QWEN_CHATML
     assert (processor.image_token_id, processor.image_seq_length) == (IMAGE, TOKENS)
     state = IDAVLMForConditionalGeneration.from_pretrained(out).state_dict()
     assert {"vision_tower", "connector", "language_model"} == {name.partition(".")[0] for name in state}
@@ -115,7 +115,7 @@ def test_what_transformers_processor_saves_is_read(folders, tmp_path):
     saved = LlavaProcessor(image_processor, made, patch_size=14, chat_template=FOR_PARTS)
     saved.save_pretrained(base)
     processor = IDAVLMProcessor.from_pretrained(convert(base, tmp_path / "out", progress=False))
-    assert processor.chat_template == templates.CHATML
+    assert processor.chat_template == chat_templates.QWEN_CHATML
     assert processor.image_processor.crop_size == image_processor.crop_size
     (base / "config.json").write_text((base / "config.json").read_text().replace('"qwen2"', '"mistral"'))
     with pytest.raises(ConversionError, match="no chat_template that takes messages of text"):

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm.conversion import convert
 from idavlm.data import parse_sample
 from idavlm.evaluation.generation import generate_texts
-from idavlm.models import convert
 from tests.released import released, sentencepiece_tokenizer
 from tests.small_models import draw_images
 

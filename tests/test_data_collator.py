@@ -10,8 +10,8 @@ def encoded(tokens, images, box_image=(), *, size=4, **more):
     return {
         "input_ids": torch.arange(1, tokens + 1),
         "labels": torch.arange(11, tokens + 11),
-        "name_identity": torch.arange(tokens),
-        "is_name": torch.arange(tokens) == 1,
+        "token_identity_index": torch.arange(tokens),
+        "name_mask": torch.arange(tokens) == 1,
         "pixel_values": torch.full((images, 3, size, size), float(tokens)),
         "image_roles": torch.arange(images) % 2,
         "identity_index": torch.zeros(images, dtype=torch.long),
@@ -28,8 +28,8 @@ def test_a_batch_of_unequal_samples():
     assert batch["input_ids"].tolist() == [[1, 2, 0], [1, 2, 3], [1, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[11, 12, -100], [11, 12, 13], [11, -100, -100]]
-    assert batch["name_identity"].tolist() == [[0, 1, -1], [0, 1, 2], [0, -1, -1]]
-    assert batch["is_name"].tolist() == [[False, True, False], [False, True, False], [False] * 3]
+    assert batch["token_identity_index"].tolist() == [[0, 1, -1], [0, 1, 2], [0, -1, -1]]
+    assert batch["name_mask"].tolist() == [[False, True, False], [False, True, False], [False] * 3]
     assert batch["pixel_values"].shape == (3, 3, 4, 4)
     assert batch["sample_index"].tolist() == [0, 0, 2]
     assert batch["box_image"].tolist() == [1, 2, 2]

@@ -43,7 +43,7 @@ MATCHING = {
 
 def test_a_training_record():
     sample = parse_sample(TRAINING, where="train.jsonl:17", image_root="/data/images")
-    assert (sample.id, sample.source, sample.type, sample.where) == ("loc-17", "identity", None, "train.jsonl:17")
+    assert (sample.id, sample.source, sample.task, sample.where) == ("loc-17", "identity", None, "train.jsonl:17")
     assert sample.reference_images == ["k/3.jpg", "k/5.jpg", "t.jpg"]
     assert sample.images == ["k/3.jpg", "k/5.jpg", "t.jpg", "s/9.jpg"]
     assert [part.type for part in sample.messages[1].content] == ["image", "text"]
@@ -57,7 +57,7 @@ def test_a_training_record():
 
 def test_evaluation_records():
     sample = parse_sample(LOCATION)
-    assert (sample.type, sample.answer, sample.source, sample.id) == ("location", "", "identity", "3")
+    assert (sample.task, sample.answer, sample.source, sample.id) == ("location", "", "identity", "3")
     assert sample.target_box.box == [853, 112, 1237, 516]
     sample = parse_sample(MATCHING, where="test.jsonl:1")
     assert (sample.false_answers, sample.target_box, sample.id) == (["Picture 2", "Picture 3"], None, "test.jsonl:1")

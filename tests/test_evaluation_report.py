@@ -68,7 +68,7 @@ def test_table_of_means_and_spread(results):
 
 def test_halves_of_the_records_are_not_one_seed_less(results):
     """A seed that lacks a task leaves a gap, not a zero."""
-    only_matching = EvaluationResult([p for p in results["mute"][0].predictions if p.type == "matching"])
+    only_matching = EvaluationResult([p for p in results["mute"][0].predictions if p.task == "matching"])
     table = score_table({"all": results["ID-Former"][:1], "some": [only_matching]})
     assert "| location | mean_iou | 8 | 1.00 | - | 0.25 |" in table
 
@@ -168,7 +168,7 @@ def test_attention_of_the_model_reaches_the_example(tmp_path):
                 | dict.fromkeys(("sample_index", "identity_index"), index)
             )
 
-    def encode_images(pixel_values, image_roles, sample_index, identity_index, output_identity_attentions):
+    def encode_images(pixel_values, image_roles, sample_index, identity_index, output_identity_maps):
         number = torch.arange(len(image_roles)).float()
         layers = [number[:, None, None].expand(-1, 6, 2) + shift for shift in (0, 1)]
         return None, tuple(layers), (2, 3)

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from idavlm.data import parse_sample
-from idavlm.data.faces import archive, build_faces
-from idavlm.data.faces.painting import PLACES, WALLS, hang
-from idavlm.data.faces.people import GRID, join, reshape, virtual_people
+from idavlm.datasets.faces import archive, build_faces
+from idavlm.datasets.faces.painting import PLACES, WALLS, hang
+from idavlm.datasets.faces.people import GRID, join, reshape, virtual_people
 
 NUM_PEOPLE, NUM_PHOTOS = 11, 6
 OPTIONS = {

@@ -38,7 +38,7 @@ def test_two_steps_are_one(tmp_path):
 
 
 def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path):
-    path, given = tmp_path / "new" / "predictions.jsonl", [one for one in samples() if one.type != "qa_single"]
+    path, given = tmp_path / "new" / "predictions.jsonl", [one for one in samples() if one.task != "qa_single"]
     stopped = Counting(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
         generate_answers(stopped, FakeProcessor(), given, path=path, batch_size=4)
@@ -54,7 +54,7 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path):
 
 
 def test_killed_with_sigkill(tmp_path):
-    path, given = tmp_path / "predictions.jsonl", [one for one in samples() if one.type == "matching"]
+    path, given = tmp_path / "predictions.jsonl", [one for one in samples() if one.task == "matching"]
     program = os.fork()
     if program == 0:
         generate_answers(Counting(pause=0.05), FakeProcessor(), given, path=path, batch_size=1)
@@ -88,7 +88,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path):
 
 
 def test_questions_with_choices_can_be_written_too():
-    given = [one for one in samples() if one.type == "qa_single"]
+    given = [one for one in samples() if one.task == "qa_single"]
     chosen = generate_answers(FakeModel(), FakeProcessor(), given)
     written = generate_answers(FakeModel(), FakeProcessor(), given, write_choices=True)
     assert {answer.prediction for answer in chosen} == {None}

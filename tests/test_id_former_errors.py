@@ -25,7 +25,7 @@ INDEX = torch.zeros(3, dtype=torch.long)
         ({"token_positions": "rows"}, "token_positions='rows'.*False, True, 'one_hot'"),
         ({"feed_forward": "both"}, "feed_forward='both'.*'none', 'identity', 'all'"),
         ({"identity_keys": "values"}, "identity_keys='values'.*'tokens', 'patches'"),
-        ({"num_identity_slots": -1}, "num_identity_slots=-1 must be"),
+        ({"max_identities": -1}, "max_identities=-1 must be"),
         ({"output_size": 24}, "output_size=24 but hidden_size=16 and no output_proj; set output_proj=True"),
         ({"output_size": 0, "output_proj": True}, "output_size=0 must be"),
         ({"intermediate_size": 0}, "intermediate_size=0 must be"),
@@ -73,8 +73,8 @@ def test_grid_size_must_fit_the_patches():
 
 
 def test_more_identities_than_slots():
-    with pytest.raises(ValueError, match=r"identity 1 but num_identity_slots=1; .* at least 2 slots"):
-        IDFormer(**SIZES, num_identity_slots=1)(FEATURES, ROLES, INDEX)
+    with pytest.raises(ValueError, match=r"identity 1 but max_identities=1; .* at least 2 slots"):
+        IDFormer(**SIZES, max_identities=1)(FEATURES, ROLES, INDEX)
 
 
 def test_a_bank_from_another_id_former():

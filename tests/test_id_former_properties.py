@@ -15,12 +15,12 @@ OPTIONS = {
     "figure": {"feed_forward": "all", "intermediate_size": 20},
     "tanh gate": {"gate": "tanh", "feed_forward": "identity"},
     "open": {"gate": "none", "identity_keys": "patches"},
-    "slots": {"num_identity_slots": 4, "nobody_token": True, "identity_keys": "patches"},
-    "normed": {"num_identity_slots": 4, "token_norm": True, "token_positions": True},
+    "slots": {"max_identities": 4, "null_token": True, "identity_keys": "patches"},
+    "normed": {"max_identities": 4, "token_norm": True, "token_positions": True},
     "places": {"token_norm": True, "token_positions": "one_hot"},
-    "nobody": {"nobody_token": True},
-    "projected": {"num_identity_slots": 4, "output_proj": True},
-    "wider": {"num_identity_slots": 4, "output_proj": True, "output_size": 24},
+    "nobody": {"null_token": True},
+    "projected": {"max_identities": 4, "output_proj": True},
+    "wider": {"max_identities": 4, "output_proj": True, "output_size": 24},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -61,7 +61,7 @@ def test_images_keep_their_order_within_a_sample(small_id_former, options):
 
 @pytest.mark.parametrize("slots", [0, 2])
 def test_only_slots_tell_the_order_of_references(small_id_former, slots):
-    id_former = small_id_former(num_identity_slots=slots)
+    id_former = small_id_former(max_identities=slots)
     roles, features = torch.tensor([0, 0, 1]), torch.randn(3, 9, 12, dtype=torch.float64)
     index = torch.zeros(3, dtype=torch.long)
     difference = (id_former(features, roles, index) - id_former(features[[1, 0, 2]], roles, index))[2].abs().max()
@@ -184,7 +184,7 @@ def test_maps_say_who_is_looked_at(small_id_former, options):
         for image, count, role in zip(layer, references, roles.tolist(), strict=True):
             if role == 1 and count:
                 assert (image[:, :count] > 0).all()
-                assert bool((image[:, -1] > 0).all()) is (id_former.nobody_token is not None)
+                assert bool((image[:, -1] > 0).all()) is (id_former.null_token is not None)
             else:
                 assert (image[:, -1] == 1).all()
 
@@ -225,13 +225,13 @@ def test_state_dict_keys_are_the_documented_ones():
     assert set(IDFormer(**sizes, vision_hidden_size=12).state_dict()) == expected
     assert set(IDFormer(**sizes).state_dict()) == expected - {"resampler.input_proj.weight"}
     norm_up_down = [f"{part}.{kind}" for part in ("norm", "up_proj", "down_proj") for kind in ("weight", "bias")]
-    options = {"gate": "tanh", "feed_forward": "all", "num_identity_slots": 2, "nobody_token": True}
+    options = {"gate": "tanh", "feed_forward": "all", "max_identities": 2, "null_token": True}
     assert set(IDFormer(**sizes, **options).state_dict()) == expected - {"resampler.input_proj.weight"} | {
         *(f"{where}.feed_forward.{key}" for where in ("resampler", "identity_layers.0") for key in norm_up_down),
         "identity_layers.0.attention_gate",
         "identity_layers.0.feed_forward_gate",
-        "identity_slots.weight",
-        "nobody_token",
+        "identity_embedding.weight",
+        "null_token",
     }
 
 
@@ -259,7 +259,7 @@ def test_low_precision_weights(small_id_former, dtype):
 
 
 def test_torch_compile_gives_the_same_values_and_gradients(small_id_former):
-    id_former = small_id_former(nobody_token=True, num_identity_slots=3)
+    id_former = small_id_former(null_token=True, max_identities=3)
     compiled = torch.compile(id_former, backend="aot_eager")
     for samples in (SAMPLES, SAMPLES[::-1], [[2, 2]]):
         features, batch = torch.cat(features_of(samples)), batch_of(samples)
@@ -302,18 +302,18 @@ def test_peft_adapters_reach_every_projection(small_id_former, lora_bias):
 @pytest.mark.parametrize("heads", [1, 2])
 def test_contrast_loss_restated(small_id_former, keys, nobody, heads):
     """All samples as one: every labelled patch attends to all references, and slots play no part."""
-    options = {"identity_keys": keys, "nobody_token": nobody, "num_identity_heads": heads}
-    id_former = small_id_former(num_identity_slots=2, **options)
+    options = {"identity_keys": keys, "null_token": nobody, "num_identity_heads": heads}
+    id_former = small_id_former(max_identities=2, **options)
     features = torch.randn(6, 9, 12, dtype=torch.float64)
     roles = torch.tensor([0, 0, 1, 0, 0, 1])
     samples, identities = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 0, 0, 0])
     targets = torch.full((6, 9), -100)
     targets[2, :4] = torch.tensor([0, 1, 1, -1])
     targets[5, 3:5] = 0
-    loss = id_former.contrast_loss(features, roles, samples, identities, targets)
+    loss = id_former.contrastive_loss(features, roles, samples, identities, targets)
 
     plain = small_id_former(**options)
-    plain.load_state_dict({k: v for k, v in id_former.state_dict().items() if k != "identity_slots.weight"})
+    plain.load_state_dict({k: v for k, v in id_former.state_dict().items() if k != "identity_embedding.weight"})
     order = torch.tensor([0, 1, 3, 4, 2, 5])
     _, maps = plain(
         features[order],
@@ -327,4 +327,4 @@ def test_contrast_loss_restated(small_id_former, keys, nobody, heads):
     torch.testing.assert_close(loss, -torch.stack(shares).double().log().mean(), rtol=1e-5, atol=1e-6)
     loss.backward()
     assert id_former.identity_layers[0].attention.q_proj.weight.grad.abs().max() > 0
-    assert id_former.contrast_loss(features, roles, samples, identities, torch.full((6, 9), -1)) == 0
+    assert id_former.contrastive_loss(features, roles, samples, identities, torch.full((6, 9), -1)) == 0

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from idavlm import identity_attention_loss, identity_patch_targets
-from idavlm.ops.identity_supervision import IGNORE, NOBODY
+from idavlm import identity_map_loss, identity_patch_targets
+from idavlm.ops.identity_supervision import IGNORE, NULL
 
-X, N = IGNORE, NOBODY
+X, N = IGNORE, NULL
 
 
 def targets(boxes, identities=None, *, size=(40, 40), grid=(4, 4), **options):
@@ -121,7 +121,7 @@ def test_wrong_boxes_are_named(change, message):
 
 def test_loss_is_the_mean_log_share_of_the_labelled():
     attention = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5]]], requires_grad=True)
-    loss = identity_attention_loss(attention, torch.tensor([[0, X, N]]))
+    loss = identity_map_loss(attention, torch.tensor([[0, X, N]]))
     assert math.isclose(loss.item(), (math.log(2) + math.log(2)) / 2, rel_tol=1e-6)
     loss.backward()
     assert not attention.grad[0, 1].any()
@@ -129,7 +129,7 @@ def test_loss_is_the_mean_log_share_of_the_labelled():
 
 def test_loss_without_labels_is_zero_and_in_the_graph():
     attention = torch.full((1, 2, 2), 0.5, requires_grad=True)
-    loss = identity_attention_loss(attention, torch.full((1, 2), X))
+    loss = identity_map_loss(attention, torch.full((1, 2), X))
     loss.backward()
     assert loss == 0
     assert not attention.grad.any()
@@ -139,9 +139,9 @@ def test_wrong_targets_are_named():
     attention = torch.full((1, 2, 3), 1 / 3)
     for wrong in (2, 3, -7):
         with pytest.raises(ValueError, match=rf"targets\[0, 1\]={wrong}, but image 0 has no reference"):
-            identity_attention_loss(attention, torch.tensor([[0, wrong]]))
+            identity_map_loss(attention, torch.tensor([[0, wrong]]))
     with pytest.raises(ValueError, match=r"identity_attention has shape \(1, 2, 3\) and targets \(2,\)"):
-        identity_attention_loss(attention, torch.tensor([0, 1]))
+        identity_map_loss(attention, torch.tensor([0, 1]))
 
 
 def test_without_nobody_token_the_loss_leaves_nobody_out(small_id_former):
@@ -149,12 +149,12 @@ def test_without_nobody_token_the_loss_leaves_nobody_out(small_id_former):
     roles = torch.tensor([0, 1])
     labels = torch.full((2, 9), X)
     labels[1] = torch.tensor([0] * 3 + [N] * 6)
-    for nobody_token in (False, True):
-        id_former = small_id_former(nobody_token=nobody_token)
+    for null_token in (False, True):
+        id_former = small_id_former(null_token=null_token)
         _, maps = id_former(features, roles, index, output_attentions=True)
-        loss = id_former.identity_loss(maps, labels)
+        loss = id_former.identity_map_loss(maps, labels)
         share = maps[0][1, :, 0].log()[:3].sum()
-        if nobody_token:
+        if null_token:
             torch.testing.assert_close(loss, -(share + maps[0][1, :, 1].log()[3:].sum()).float() / 9)
         else:
             assert abs(loss) < 1e-6  # one reference: the softmax over it alone is 1

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from idavlm import add_inner_adaptors, build_connector, load_adaptors, save_adaptors
-from idavlm.utils import cache_name
+from idavlm._compat import cache_name
 from tests.inner_adaptor_models import FAMILIES, adapted, disturb, language_model, prompt
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -48,7 +48,7 @@ def test_text_workflow_is_the_base_bit_for_bit_before_and_after_training(family,
     keys, hashes = list(base.state_dict()), hashed(base)
     expected, tokens = logits_of_base(base), base.generate(prompt(), **GREEDY)
     beams = base.generate(prompt(), num_beams=2, **GREEDY)
-    model = add_inner_adaptors(copy.deepcopy(base), every=2, owned=("embeddings", "norm", "lm_head"))
+    model = add_inner_adaptors(copy.deepcopy(base), every=2, modules_to_copy=("embeddings", "norm", "lm_head"))
     for _ in range(2):
         assert torch.equal(logits(model, "text"), expected)
         assert torch.equal(model.generate(prompt(), workflow="text", **GREEDY), tokens)
@@ -225,7 +225,7 @@ def test_low_rank_adaptors_are_a_difference_of_weights(family):
 def test_owned_modules_answer_in_their_workflow_only():
     connector = build_connector("linear", vision_hidden_size=12, hidden_size=32)
     owned = ("embeddings", "norm", "lm_head", "connector")
-    model = adapted("gemma3_text", owned=owned, connector=connector)
+    model = adapted("gemma3_text", modules_to_copy=owned, connector=connector)
     features = torch.randn(2, 3, 12)
     outputs = {}
     for workflow in ("multimodal", "grounding", "text"):
@@ -271,7 +271,7 @@ def test_peft_on_the_base_leaves_the_adaptors_alone():
 
 
 def test_compiled_in_every_workflow():
-    model = adapted(layers=[0], owned=("norm",), options={"num_hidden_layers": 2})
+    model = adapted(layers=[0], modules_to_copy=("norm",), options={"num_hidden_layers": 2})
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for workflow in ("multimodal", "text", "multimodal"):
         whole = {"use_cache": False}
@@ -296,7 +296,9 @@ def test_hidden_states_are_those_of_the_base_layers():
     assert [torch.equal(one, other) for one, other in zip(states, text, strict=True)] == [True] * 3 + [False] * 2
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 2, "composition": "parallel"}, {"owned": ("norm", "lm_head")}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 2, "composition": "parallel"}, {"modules_to_copy": ("norm", "lm_head")}]
+)
 def test_saved_and_loaded_onto_the_base(tmp_path, options):
     model = adapted(**options)
     file = save_adaptors(model, tmp_path)
@@ -314,7 +316,7 @@ def test_saved_and_loaded_onto_the_base(tmp_path, options):
 
 def test_saved_with_a_connector(tmp_path):
     connectors = [build_connector("linear", vision_hidden_size=12, hidden_size=32) for _ in range(2)]
-    model = adapted(owned=("connector",), connector=connectors[0])
+    model = adapted(modules_to_copy=("connector",), connector=connectors[0])
     save_adaptors(model, tmp_path)
     load_adaptors(language_model(), tmp_path, connector=connectors[1])
     features = torch.randn(1, 2, 12)
@@ -322,7 +324,7 @@ def test_saved_with_a_connector(tmp_path):
 
 
 def test_deep_copies_are_models_of_their_own():
-    model = adapted(owned=("norm",))
+    model = adapted(modules_to_copy=("norm",))
     duplicate = copy.deepcopy(model)
     disturb(duplicate)
     with duplicate.workflow("text"):

@@ -30,8 +30,11 @@ from tests.inner_adaptor_models import adapted, language_model, prompt
             "composition='series' is not known; choose one of 'serial'",
         ),
         ({"every": 2, "rank": 0}, "rank=0 must be an integer of at least 1"),
-        ({"every": 2, "owned": ("head",)}, "owned='head' is not known; choose one of 'embeddings', 'norm', 'lm_head'"),
-        ({"every": 2, "owned": ("connector",)}, "go together; give both or neither"),
+        (
+            {"every": 2, "modules_to_copy": ("head",)},
+            "modules_to_copy='head' is not known; choose one of 'embeddings', 'norm', 'lm_head'",
+        ),
+        ({"every": 2, "modules_to_copy": ("connector",)}, "go together; give both or neither"),
     ],
 )
 def test_wrong_choices(options, message):
@@ -66,7 +69,7 @@ def test_layers_that_cannot_be_found():
 def test_parts_that_are_not_there():
     headless = LlamaModel(language_model().config)
     with pytest.raises(ValueError, match="owned holds 'lm_head', which LlamaModel does not have; leave it out"):
-        add_inner_adaptors(headless, every=2, owned=("lm_head",))
+        add_inner_adaptors(headless, every=2, modules_to_copy=("lm_head",))
     add_inner_adaptors(headless, every=2)
     with torch.no_grad():
         outputs = [headless(prompt(), workflow=name).last_hidden_state for name in ("text", "multimodal")]

@@ -57,7 +57,7 @@ def model_and_connector(golden):
     model = LlamaForCausalLM(config).eval()
     connector = build_connector("mlp2x_gelu", vision_hidden_size=48, hidden_size=32)
     owned = ("embeddings", "norm", "lm_head", "connector")
-    add_inner_adaptors(model, layers=LAYERS, owned=owned, connector=connector)
+    add_inner_adaptors(model, layers=LAYERS, modules_to_copy=owned, connector=connector)
     state = {}
     for key, value in golden.items():
         if not key.startswith("expected."):

@@ -8,7 +8,7 @@ from idavlm.training import IDTrainer, IDTrainingArguments
 from tests.small_models import IMAGES, draw_images, sample, small_model, small_processor
 
 ADAPTORS = {"layers": [0, 1]}
-OWNING = {"layers": [1], "owned": ("embeddings", "norm", "lm_head", "connector")}
+OWNING = {"layers": [1], "modules_to_copy": ("embeddings", "norm", "lm_head", "connector")}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 

@@ -38,10 +38,10 @@ def client(tmp_path):
 
 def judged(number: int = 6) -> tuple[list[Item], EvaluationResult]:
     """Descriptions of ``number`` people; the answer names its own number."""
-    found = [sample for sample in samples(max(number, 4)) if sample.type == "caption_single"][:number]
-    items = [Item(sample, {"type": sample.type}) for sample in found]
+    found = [sample for sample in samples(max(number, 4)) if sample.task == "caption_single"][:number]
+    items = [Item(sample, {"type": sample.task}) for sample in found]
     predictions = [
-        Prediction(sample.id, sample.type, f"answer <{place}>", sample.answer, {"name_f1": 1.0})
+        Prediction(sample.id, sample.task, f"answer <{place}>", sample.answer, {"name_f1": 1.0})
         for place, sample in enumerate(found)
     ]
     return items, EvaluationResult(predictions)

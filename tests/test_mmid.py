@@ -58,11 +58,11 @@ def test_items_become_samples(benchmark):
     assert {item.groups["type"] for item in items.values()} == TYPES
     assert {item.groups["domain"] for item in items.values()} == {"movie", "animation", "match"}
     sample = items["1"].sample
-    assert sample.type == "location"
+    assert sample.task == "location"
     assert [identity.name for identity in sample.identities] == ["Ada Lund", "Bo Reyes"]
     assert sample.target_box.box in ([30, 20, 130, 200], [180, 35, 300, 230])
     assert len(sample.message_images) == 1
-    matching = next(item.sample for item in items.values() if item.sample.type == "matching")
+    matching = next(item.sample for item in items.values() if item.sample.task == "matching")
     assert len(matching.message_images) == 4
     assert len(matching.reference_images) == 1
     assert (matching.answer, len(matching.false_answers)) == ("Image 1", 3)
@@ -119,7 +119,7 @@ def test_the_right_answers_score_full_in_every_type(benchmark, tmp_path, capsys)
 @pytest.mark.parametrize("kind", ["qwen", "unit", "square", "bins"])
 def test_right_boxes_in_every_convention(benchmark, kind):
     """Up to the steps of the convention, with the sizes of pictures on the disk."""
-    items = [item for item in MMID.load(benchmark, None) if item.sample.type == "location"]
+    items = [item for item in MMID.load(benchmark, None) if item.sample.task == "location"]
     write = BoxFormat(kind).write
     answers = [Answer(item.sample.id, f"Here: {write('x', item.sample.target_box.box, (240, 320))}") for item in items]
     scores = MMID.score(items, answers, BoxFormat(kind).parse).summary["location"]["metrics"]
@@ -130,7 +130,7 @@ def test_right_boxes_in_every_convention(benchmark, kind):
 def test_shuffled_answers_score_as_guesses(tmp_path):
     """100 matching items: a quarter is right, within the interval."""
     benchmark = build_mmid(tmp_path, rounds=25)
-    items = [item for item in MMID.load(benchmark, None) if item.sample.type == "matching"]
+    items = [item for item in MMID.load(benchmark, None) if item.sample.task == "matching"]
     gold = [item.sample.answer for item in items]
     random.Random(0).shuffle(gold)
     answers = [Answer(item.sample.id, text) for item, text in zip(items, gold, strict=True)]
@@ -224,7 +224,7 @@ def test_a_model_is_asked_with_baselines_and_compared(benchmark, checkpoint, tmp
     assert run(*asked) == 0, "everything is answered: scored again, nothing asked"
     assert [path.read_bytes() for path in sorted(out.rglob("predictions.jsonl"))] == before
     scored = load_scores(out)[0]
-    qa = [one for one in scored.predictions if one.type == "qa_single"]
+    qa = [one for one in scored.predictions if one.task == "qa_single"]
     assert all({"accuracy", "closest_accuracy"} <= set(one.scores) for one in qa), "by likelihood and by text"
     capsys.readouterr()
     assert run("mmid", benchmark, "--model", checkpoint, "--max-new-tokens", 5, "--out", out) == 2
@@ -243,7 +243,7 @@ def test_comparison(benchmark, tmp_path, capsys):
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in table.splitlines()}
     cells = [cell.strip() for cell in rows["matching", "accuracy"].split("|")[1:-1]]
     losing = EvaluationResult.load(tmp_path / "wrong" / "scores.json")
-    wins = sum(one.scores["accuracy"] == 0 for one in losing.predictions if one.type == "matching")
+    wins = sum(one.scores["accuracy"] == 0 for one in losing.predictions if one.task == "matching")
     assert cells[2:5] == ["8", f"{1 - wins / 8:.3f}", "1.000"]
     assert [int(cell) for cell in cells[-3:]] == [wins, 0, 8 - wins]
     text = page.read_text()
@@ -275,7 +275,7 @@ def test_a_judge_scores_questions_and_captions_and_compares(benchmark, tmp_path,
         server.faults.clear()
         assert run("mmid", benchmark, "--predictions", right, *options, "--out", tmp_path / "right") == 0
         judged = [one for one in load_scores(tmp_path / "right")[0].predictions if "judge" in one.scores]
-        assert {one.type for one in judged} == {"qa_single", "qa_multi", "caption_single", "caption_multi"}
+        assert {one.task for one in judged} == {"qa_single", "qa_multi", "caption_single", "caption_multi"}
         assert {one.scores["judge"] for one in judged} == {10}
         assert len(judged) == 24
         assert sorted(server.answered) == sorted(set(server.answered)), "nothing twice"

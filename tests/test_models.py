@@ -52,8 +52,10 @@ def test_losses_and_gradients_reach_every_part(model, processor, root):
     batch = processor.collate([processor.encode(sample(root))])
     batch.pop("source", None)
     outputs = model.train()(**batch)
-    assert outputs.loss.item() == pytest.approx(outputs.language_loss.item() + outputs.identity_loss.item(), rel=1e-5)
-    assert outputs.identity_attentions[0].shape == (3, 64, 3)
+    assert outputs.loss.item() == pytest.approx(
+        outputs.language_loss.item() + outputs.identity_map_loss.item(), rel=1e-5
+    )
+    assert outputs.identity_maps[0].shape == (3, 64, 3)
     outputs.loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -61,9 +63,9 @@ def test_losses_and_gradients_reach_every_part(model, processor, root):
 
 def test_the_identity_loss_is_weighted(processor, root):
     batch = processor.collate([processor.encode(sample(root))])
-    losses = [small_model(processor, identity_loss_weight=weight)(**batch) for weight in (0.0, 2.0)]
+    losses = [small_model(processor, identity_map_loss_weight=weight)(**batch) for weight in (0.0, 2.0)]
     assert losses[0].loss == losses[0].language_loss
-    assert losses[1].loss.item() == pytest.approx((losses[1].language_loss + 2 * losses[1].identity_loss).item())
+    assert losses[1].loss.item() == pytest.approx((losses[1].language_loss + 2 * losses[1].identity_map_loss).item())
 
 
 def test_placeholders_and_image_tokens_must_match(model, processor, root):
@@ -311,7 +313,7 @@ def test_somebody_without_a_box_may_be_anywhere(model, processor, root):
     for number, one in enumerate((unboxed, one_boxed, whole)):
         encoded = processor.encode(parse_sample(one, where=f"r:{number}", image_root=root))
         batch = processor.collate([encoded])
-        losses.append(model(**{k: v for k, v in batch.items() if k != "source"}).identity_loss)
+        losses.append(model(**{k: v for k, v in batch.items() if k != "source"}).identity_map_loss)
         located = tuple(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes"))
         roles = tuple(batch[name] for name in ("image_roles", "sample_index", "identity_index"))
         targets = identity_targets(located, roles, 64, (8, 8))[-1]

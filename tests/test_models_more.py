@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from idavlm.data import RecordDataset, parse_sample
+from idavlm.experimental.small_models import small_language_model, small_vision_tower
 from idavlm.models import IDAVLMForConditionalGeneration, scatter_image_tokens
 from idavlm.models.joint import identity_targets, mark_names
-from idavlm.models.small import small_language_model, small_vision_tower
 from idavlm.models.vision import output_width, vision_features
 from idavlm.training import IDTrainer, IDTrainingArguments
 from tests.interrupted_run import write_data
@@ -119,7 +119,7 @@ def test_towers_at_random(processor, name, layer, tmp_path):
     torch.testing.assert_close(features, hidden)
 
     roles = {"image_roles": torch.tensor([0, 1, 2]), "sample_index": torch.tensor([0, 0, 0])}
-    tokens, maps, _ = model.encode_images(pixels, **roles, output_identity_attentions=True)
+    tokens, maps, _ = model.encode_images(pixels, **roles, output_identity_maps=True)
     assert tokens.shape == (3, 4, 32)
     assert maps[0].shape == (3, side * side, 2)
     model.save_pretrained(tmp_path)
@@ -255,18 +255,18 @@ def test_generation_from_text_alone(processor, root):
 
 
 def test_slots_mark_the_names_of_the_prompt(processor, root):
-    model = small_model(processor, num_identity_slots=2)
+    model = small_model(processor, max_identities=2)
     batch = batch_of(processor, sample(root))
-    assert set(batch["name_identity"].unique().tolist()) == {-1, 0, 1}
+    assert set(batch["token_identity_index"].unique().tolist()) == {-1, 0, 1}
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    marked = mark_names(embeds, batch["name_identity"], model.id_former.identity_slots)
+    marked = mark_names(embeds, batch["token_identity_index"], model.id_former.identity_embedding)
     for identity in (0, 1):
-        here = batch["name_identity"] == identity
-        slot = model.id_former.identity_slots.weight[identity]
+        here = batch["token_identity_index"] == identity
+        slot = model.id_former.identity_embedding.weight[identity]
         strength = embeds[here].norm(dim=-1, keepdim=True) / slot.norm()
         torch.testing.assert_close(marked[here], embeds[here] + strength * slot)
-    assert torch.equal(marked[batch["name_identity"] < 0], embeds[batch["name_identity"] < 0])
-    unmarked = batch | {"name_identity": torch.full_like(batch["name_identity"], -1)}
+    assert torch.equal(marked[batch["token_identity_index"] < 0], embeds[batch["token_identity_index"] < 0])
+    unmarked = batch | {"token_identity_index": torch.full_like(batch["token_identity_index"], -1)}
     assert not torch.allclose(model(**batch).logits, model(**unmarked).logits)
     without = small_model(processor)  # no slots: nothing to mark
     assert torch.equal(without(**batch).logits, without(**unmarked).logits)
@@ -274,10 +274,10 @@ def test_slots_mark_the_names_of_the_prompt(processor, root):
 
 def test_teacher_forcing_marks_by_the_boxes(processor, root):
     """Tokens differ from plain ones by slots alone, those of the cells that boxes fill; losses of maps stay."""
-    model = small_model(processor, num_identity_slots=2, nobody_token=True).eval()
+    model = small_model(processor, max_identities=2, null_token=True).eval()
     batch = {k: v for k, v in batch_of(processor, sample(root)).items() if k != "source"}
     forced, plain = model(**batch, teacher_forcing=True), model(**batch)
-    assert torch.equal(forced.identity_loss, plain.identity_loss)
+    assert torch.equal(forced.identity_map_loss, plain.identity_map_loss)
     assert not torch.equal(forced.language_loss, plain.language_loss)
     without = {k: v for k, v in batch.items() if not k.startswith("box")}
     assert torch.equal(model(**without, teacher_forcing=True).logits, model(**without).logits)
@@ -287,10 +287,12 @@ def test_teacher_forcing_marks_by_the_boxes(processor, root):
     targets = identity_targets(located, roles, 64, (8, 8))
     assert {-1, 0, 1} <= set(targets.unique().tolist())
     features, grid_size = model.image_features(batch["pixel_values"])
-    tokens, maps = model.id_former(features, *roles, known_identities=targets, output_attentions=True)
+    tokens, maps = model.id_former(features, *roles, target_identity_map=targets, output_attentions=True)
     undecided = torch.full_like(targets, -100)
-    assert torch.equal(model.id_former(features, *roles, known_identities=undecided), model.id_former(features, *roles))
-    slots, cells = model.id_former.identity_slots, model.id_former.resampler.query_grid
+    assert torch.equal(
+        model.id_former(features, *roles, target_identity_map=undecided), model.id_former(features, *roles)
+    )
+    slots, cells = model.id_former.identity_embedding, model.id_former.resampler.query_grid
     unmarked = model.id_former(features, *roles) - slots.of_cells(maps[-1], grid_size, cells)
     shares = torch.stack([(targets == number).float() for number in (0, 1)], dim=-1)
     open_shares = torch.where((targets == -100)[..., None], maps[-1][..., :2], shares)
@@ -299,16 +301,16 @@ def test_teacher_forcing_marks_by_the_boxes(processor, root):
 
 
 def test_more_identities_than_slots(processor, root):
-    with pytest.raises(ValueError, match="identity 1 but num_identity_slots=1"):
-        small_model(processor, num_identity_slots=1)(**batch_of(processor, sample(root)))
-    id_former = small_model(processor, num_identity_slots=1).id_former
+    with pytest.raises(ValueError, match="identity 1 but max_identities=1"):
+        small_model(processor, max_identities=1)(**batch_of(processor, sample(root)))
+    id_former = small_model(processor, max_identities=1).id_former
     bank = [id_former.encode_references(torch.randn(1, 4, 32)) for _ in range(2)]
-    with pytest.raises(ValueError, match="identity 1 but num_identity_slots=1"):
+    with pytest.raises(ValueError, match="identity 1 but max_identities=1"):
         id_former.forward_scenes(torch.randn(1, 4, 32), bank)
 
 
 def test_generation_with_marked_names(processor, root):
-    model = small_model(processor, num_identity_slots=2)
+    model = small_model(processor, max_identities=2)
     one, two = (sample(root, people=people, answer=False) for people in (("Kate", "Tom"), ("Tom",)))
     batch = processor.collate(
         [processor.encode(each, add_generation_prompt=True) for each in (one, two)], padding_side="left"
@@ -349,19 +351,19 @@ def test_scatter_is_strict():
 
 def test_the_contrast_loss_is_weighted(processor, root):
     batch = batch_of(processor, sample(root), sample(root, people=("Tom",)))
-    plain, taught = (small_model(processor, contrast_loss_weight=weight)(**batch) for weight in (0.0, 0.5))
-    assert plain.contrast_loss is None
-    assert plain.auxiliary_loss == plain.identity_loss
-    assert taught.identity_loss == plain.identity_loss
-    assert 0 < taught.contrast_loss < 20
-    torch.testing.assert_close(taught.auxiliary_loss, taught.identity_loss + 0.5 * taught.contrast_loss)
+    plain, taught = (small_model(processor, contrastive_loss_weight=weight)(**batch) for weight in (0.0, 0.5))
+    assert plain.contrastive_loss is None
+    assert plain.auxiliary_loss == plain.identity_map_loss
+    assert taught.identity_map_loss == plain.identity_map_loss
+    assert 0 < taught.contrastive_loss < 20
+    torch.testing.assert_close(taught.auxiliary_loss, taught.identity_map_loss + 0.5 * taught.contrastive_loss)
     torch.testing.assert_close(taught.loss, taught.language_loss + taught.auxiliary_loss)
-    alone = small_model(processor, contrast_loss_weight=0.5, identity_loss_weight=0.0)(**batch)
-    torch.testing.assert_close(alone.auxiliary_loss, 0.5 * taught.contrast_loss)
+    alone = small_model(processor, contrastive_loss_weight=0.5, identity_map_loss_weight=0.0)(**batch)
+    torch.testing.assert_close(alone.auxiliary_loss, 0.5 * taught.contrastive_loss)
     nobody = batch | {name: batch[name][:0] for name in ("boxes", "box_image", "box_identity")}
-    assert small_model(processor, contrast_loss_weight=0.5)(**nobody).contrast_loss == 0
-    with pytest.raises(ValueError, match="contrast_loss_weight=-1"):
-        small_model(processor, contrast_loss_weight=-1)
+    assert small_model(processor, contrastive_loss_weight=0.5)(**nobody).contrastive_loss == 0
+    with pytest.raises(ValueError, match="contrastive_loss_weight=-1"):
+        small_model(processor, contrastive_loss_weight=-1)
 
 
 def test_image_tokens_are_scaled_where_text_reads_them(processor, root):
@@ -389,7 +391,7 @@ def test_boxes_need_what_goes_with_them(processor, root):
 
 def test_half_precision(processor, root):
     batch = batch_of(processor, sample(root))
-    options = {"contrast_loss_weight": 1.0, "num_identity_slots": 2}
+    options = {"contrastive_loss_weight": 1.0, "max_identities": 2}
     expected = small_model(processor, **options)(**batch)
     model = small_model(processor, **options)
     with torch.autocast("cpu", torch.bfloat16):
@@ -397,7 +399,7 @@ def test_half_precision(processor, root):
     mixed.loss.backward()
     half = small_model(processor, **options).bfloat16()(**batch)
     for outputs in (mixed, half):
-        for name in ("language_loss", "identity_loss", "contrast_loss"):
+        for name in ("language_loss", "identity_map_loss", "contrastive_loss"):
             torch.testing.assert_close(outputs[name].float(), expected[name].float(), rtol=0.1, atol=0.1)
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
@@ -416,7 +418,7 @@ def test_low_rank_adapters_train_and_are_saved(processor, root, tmp_path, checkp
     write_data(tmp_path)
     records = RecordDataset(tmp_path / "train.jsonl", encode=processor.encode)
     lora = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", modules_to_save=["id_former"], r=2)
-    model = get_peft_model(small_model(processor, num_identity_slots=2, contrast_loss_weight=0.1), lora)
+    model = get_peft_model(small_model(processor, max_identities=2, contrastive_loss_weight=0.1), lora)
     batch = batch_of(processor, sample(root))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     options = {"learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
@@ -428,7 +430,7 @@ def test_low_rank_adapters_train_and_are_saved(processor, root, tmp_path, checkp
     assert all("lora_" in name or "modules_to_save" in name for name in changed)
     model.eval().save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    base = small_model(processor, num_identity_slots=2, contrast_loss_weight=0.1)
+    base = small_model(processor, max_identities=2, contrastive_loss_weight=0.1)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-6)
     merged = loaded.merge_and_unload()
@@ -447,7 +449,7 @@ def test_one_data_set_of_both_sources(processor, tmp_path):
     trainer.train()
     (logged,) = (entry for entry in trainer.state.log_history if "loss_identity" in entry)
     assert logged["loss_general"] > 0
-    assert logged["identity_attention_loss"] > 0
+    assert logged["identity_map_loss"] > 0
 
 
 def test_accumulated_batches_count_alike(processor, tmp_path):
@@ -455,7 +457,7 @@ def test_accumulated_batches_count_alike(processor, tmp_path):
     records = RecordDataset(tmp_path / "train.jsonl", encode=processor.encode)
     gradients = []
     for size, accumulation in ((1, 4), (4, 1)):
-        model = small_model(processor, identity_loss_weight=0.0)
+        model = small_model(processor, identity_map_loss_weight=0.0)
         options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": size, "max_steps": 1}
         options |= {"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "freeze": ["vision_tower"]}
         trainer = IDTrainer(

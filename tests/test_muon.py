@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from idavlm.experimental.muon import orthogonal
 from idavlm.training import IDTrainer, IDTrainingArguments, MuonAdamW
-from idavlm.training.muon import orthogonal
 from tests.small_models import small_model, small_processor
 
 

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from idavlm.data import DataError, Identity, Message, Part, Sample
+from idavlm.experimental.small_models import small_tokenizer
 from idavlm.models.names import carry_names, name_identities
-from idavlm.models.small import small_tokenizer
 from tests.small_models import TEXTS, small_processor
 
 
@@ -148,9 +148,9 @@ def test_text_alone_names_nobody():
     plain = Sample(
         "t", "general", [], [Message("user", [Part("text", "Kate?")]), Message("assistant", [Part("text", "A")])]
     )
-    assert (small_processor().encode(plain)["name_identity"] == -1).all()
+    assert (small_processor().encode(plain)["token_identity_index"] == -1).all()
     known = Sample("t", "identity", [Identity("Kate", [])], plain.messages)
-    assert (small_processor().encode(known)["name_identity"] == 0).any()
+    assert (small_processor().encode(known)["token_identity_index"] == 0).any()
 
 
 def test_a_name_stands_for_what_follows_until_an_image_a_name_or_the_end_of_an_answer():
@@ -164,7 +164,7 @@ def test_a_name_stands_for_what_follows_until_an_image_a_name_or_the_end_of_an_a
 def test_question_and_answer_are_about_its_name():
     messages = [Message("user", [Part("text", "Is Kate here?")]), Message("assistant", [Part("text", "Kate is")])]
     encoded = small_processor().encode(Sample("t", "identity", [Identity("Kate", [])], messages))
-    marks, labels = encoded["name_identity"], encoded["labels"]
+    marks, labels = encoded["token_identity_index"], encoded["labels"]
     first = marks.tolist().index(0)
     assert 0 < first < labels.ne(-100).nonzero()[0]
     assert (marks[first:] == 0).all()
@@ -179,10 +179,10 @@ def test_marks_of_a_conversation_are_the_same_in_generation_as_in_training():
     prompt = processor.encode(Sample("t", "identity", people, messages[:-1]), add_generation_prompt=True)
     length = len(prompt["input_ids"])
     assert torch.equal(prompt["input_ids"], whole["input_ids"][:length])
-    assert torch.equal(prompt["name_identity"], whole["name_identity"][:length])
+    assert torch.equal(prompt["token_identity_index"], whole["token_identity_index"][:length])
     answer = (whole["labels"] != -100)[:length]
-    assert prompt["name_identity"][answer].unique().tolist() == [0]  # about Kate, though it names Tom
-    assert set(prompt["name_identity"].tolist()) == {-1, 0, 1}
+    assert prompt["token_identity_index"][answer].unique().tolist() == [0]  # about Kate, though it names Tom
+    assert set(prompt["token_identity_index"].tolist()) == {-1, 0, 1}
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error():

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
-from idavlm.data import IGNORE_INDEX, DataError, RecordDataset, parse_sample
+from idavlm.data import DataError, RecordDataset, parse_sample
+from idavlm.experimental.small_models import small_image_processor, small_tokenizer
 from idavlm.models import BoxFormat, IDAVLMProcessor
-from idavlm.models.small import small_image_processor, small_tokenizer
 from idavlm.training import IDTrainer, IDTrainingArguments
+from idavlm.utils import IGNORE_INDEX
 from tests.small_models import IMAGES, TEXTS, draw_images, record, sample, small_model, small_processor
 
 REFERENCE, SCENE, GENERAL = 0, 1, 2
@@ -75,7 +76,7 @@ def test_the_prompt_of_generation_is_the_beginning_of_training(processor, root):
     whole = processor.encode(sample(root))
     length = len(prompt["input_ids"])
     assert torch.equal(whole["input_ids"][:length], prompt["input_ids"])
-    assert torch.equal(whole["name_identity"][:length], prompt["name_identity"])
+    assert torch.equal(whole["token_identity_index"][:length], prompt["token_identity_index"])
     assert (prompt["labels"] == IGNORE_INDEX).all()
     assert (whole["labels"][:length] == IGNORE_INDEX).all()
     assert whole["labels"][length] != IGNORE_INDEX
@@ -116,7 +117,7 @@ def test_general_samples_and_text_alone(processor, root):
     encoded = processor.encode(parsed(root, general_record()))
     assert encoded["image_roles"].tolist() == [GENERAL]
     assert text(processor, encoded["input_ids"]) == "<|user|>*Where is Kate?<|assistant|>Nowhere.<|end|>"
-    assert (encoded["name_identity"] == -1).all()
+    assert (encoded["token_identity_index"] == -1).all()
 
     plain = general_record(messages=[{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Tom."}])
     alone = processor.encode(parsed(root, plain))

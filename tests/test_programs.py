@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import (
-    attention_ways,
+    attention_backends,
     convert_memory,
     cross_attention,
     generation,
@@ -22,7 +22,7 @@ from benchmarks import (
     measure,
     resampler_designs,
 )
-from idavlm.data.characters import build_characters
+from idavlm.datasets.characters import build_characters
 from tests import small_models
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_cross_attention_benchmark(monkeypatch, capsys):
     sizes = ["--samples", "2", "--queries", "4", "--patches", "9", "--num-heads", "2", "--head-dim", "16"]
     out = run(monkeypatch, capsys, cross_attention.main, *sizes, "--rounds", "1")
     rows = [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("|")]
-    for way in attention_ways.WAYS:
+    for way in attention_backends.WAYS:
         told = out.count(f": {way} does not run here: ")
         assert rows.count(way) == 2 * (len(cross_attention.CASES) - told), way
     assert {"sdpa", "released", "one call a segment"} <= set(rows)

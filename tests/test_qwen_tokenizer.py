@@ -10,7 +10,7 @@ import regex
 from transformers import AutoTokenizer
 
 from benchmarks.qwen_tokenizer import strings, wrong
-from idavlm.models.conversion.qwen_tokenizer import SPECIAL_TOKENS, SPLIT, qwen_tokenizer, read_ranks
+from idavlm.conversion.qwen_tokenizer import SPECIAL_TOKENS, SPLIT, qwen_tokenizer, read_ranks
 from tests.released import write_tiktoken
 
 

@@ -134,7 +134,7 @@ def test_freezing_and_rates_of_modules(data, tmp_path):
 
 def test_teacher_forcing_ends_after_its_steps(data, tmp_path):
     processor = small_processor()
-    model, seen = small_model(processor, num_identity_slots=2), []
+    model, seen = small_model(processor, max_identities=2), []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs.get("teacher_forcing", False)), with_kwargs=True
     )
@@ -142,7 +142,7 @@ def test_teacher_forcing_ends_after_its_steps(data, tmp_path):
     options = arguments(tmp_path, max_steps=3, teacher_forcing_steps=2)
     IDTrainer(model, options, train_dataset=records, data_collator=processor.collate).train()
     assert seen == [True, True, False]
-    with pytest.raises(ValueError, match="teacher_forcing_steps=2 needs an ID-Former with num_identity_slots"):
+    with pytest.raises(ValueError, match="teacher_forcing_steps=2 needs an ID-Former with max_identities"):
         IDTrainer(small_model(processor), options)
 
 

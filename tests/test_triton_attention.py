@@ -329,7 +329,7 @@ def test_compile_checkpoint_and_autocast_pass_through():
     torch.testing.assert_close(mixed, expected, atol=0.1 * float(expected.abs().max()), rtol=0.1)
 
 
-@pytest.mark.parametrize("options", [{}, {"nobody_token": True, "detach_references": False, "num_identity_layers": 2}])
+@pytest.mark.parametrize("options", [{}, {"null_token": True, "detach_references": False, "num_identity_layers": 2}])
 def test_id_former_equals_eager(options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_queries": 4, "num_heads": 2, "vision_hidden_size": 12}

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from idavlm.data import parse_sample
-from idavlm.data.wesnoth import build_wesnoth, package
-from idavlm.data.wesnoth.backgrounds import cut, read_grounds
-from idavlm.data.wesnoth.painting import paint
-from idavlm.data.wesnoth.recolouring import RED, TEAM_MARK, Recolouring, team_palette
-from idavlm.data.wesnoth.sprites import activity_of, read_characters
-from idavlm.data.wesnoth.units import expand_frames, parse_units, read_units
+from idavlm.datasets.wesnoth import build_wesnoth, package
+from idavlm.datasets.wesnoth.backgrounds import cut, read_grounds
+from idavlm.datasets.wesnoth.painting import paint
+from idavlm.datasets.wesnoth.recolouring import RED, TEAM_MARK, Recolouring, team_palette
+from idavlm.datasets.wesnoth.sprites import activity_of, read_characters
+from idavlm.datasets.wesnoth.units import expand_frames, parse_units, read_units
 from tests import fake_wesnoth
 
 OPTIONS = {

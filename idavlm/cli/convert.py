@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from idavlm.models import convert
+    from idavlm.conversion import convert
 
     out = convert(
         arguments.src,

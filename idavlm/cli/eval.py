@@ -80,7 +80,7 @@ def _read(arguments: argparse.Namespace, run: TaskRun, kind: str | None) -> tupl
     if arguments.baselines:
         raise ValueError("--baselines asks a model; it does not go with --predictions.")
     items, answers = read_predictions(arguments.predictions, run.items(pictures=False), arguments.missing)
-    if not any(item.sample.type == "location" for item in items):
+    if not any(item.sample.task == "location" for item in items):
         return items, answers, kind
     if kind is None:
         raise ValueError(f"--boxes: say how the model writes boxes ({', '.join(BoxFormat.KINDS)}); it is not guessed.")

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     samples = _samples(facts)
     if (client := judge_client(arguments, arguments.b / "judge.jsonl")) is not None:
         types = TASKS[facts["task"]].judged
-        print("\n" + _judge(client, [pair for pair in pairs if pair[0].type in types], samples, names, arguments))
+        print("\n" + _judge(client, [pair for pair in pairs if pair[0].task in types], samples, names, arguments))
     if arguments.out is not None:
         differ = write_comparison_page(arguments.out, pairs, rows, names=names, samples=samples, most=arguments.most)
         print(f"\n{differ} items differ: {arguments.out}")

@@ -9,11 +9,10 @@ from idavlm.data.mixing import DualDataLoader
 from idavlm.data.ordering import batches_of_like_length
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
-from idavlm.data.rendering import IGNORE_INDEX, render_chat
+from idavlm.data.rendering import render_chat
 from idavlm.data.schema import Box, Identity, Message, Part, Sample
 
 __all__ = [
-    "IGNORE_INDEX",
     "READERS",
     "Box",
     "Collator",

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idavlm.data.rendering import IGNORE_INDEX
-from idavlm.utils import check_choice
+from idavlm.utils import IGNORE_INDEX, check_choice
 
-_TEXT = dict.fromkeys(("input_ids", "labels", "name_identity"), (torch.int64, ("T",)))
-_TEXT["is_name"] = (torch.bool, ("T",))
+_TEXT = dict.fromkeys(("input_ids", "labels", "token_identity_index"), (torch.int64, ("T",)))
+_TEXT["name_mask"] = (torch.bool, ("T",))
 _SEEN = {
     "pixel_values": (torch.float32, ("I", 3, "H", "W")),
     "image_features": (torch.float32, ("I", "P", "Cv")),
@@ -49,7 +48,7 @@ class Collator:
         """Batch encoded samples.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels``, ``name_identity``, ``is_name`` ``[B, T]``; of all samples
+            ``input_ids``, ``attention_mask``, ``labels``, ``token_identity_index``, ``name_mask`` ``[B, T]``; of all samples
             together ``pixel_values`` ``[I, 3, H, W]`` or ``image_features`` ``[I, P, Cv]``, as they have them,
             ``image_roles``, ``identity_index``, ``sample_index`` ``[I]``, ``image_sizes`` ``[I, 2]``; ``boxes``
             ``[N, 4]``, ``box_image`` ``[N]`` (image in the batch), ``box_identity`` ``[N]`` (identity in its sample);
@@ -85,18 +84,18 @@ class Collator:
         shape = (len(samples), longest)
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
-        name_identity = torch.full(shape, -1)
-        is_name = torch.zeros(shape, dtype=torch.bool)
+        token_identity_index = torch.full(shape, -1)
+        name_mask = torch.zeros(shape, dtype=torch.bool)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
             place = slice(0, length) if self.padding_side == "right" else slice(longest - length, longest)
             input_ids[row, place] = sample["input_ids"]
             labels[row, place] = sample["labels"]
-            name_identity[row, place] = sample["name_identity"]
-            is_name[row, place] = sample["is_name"]
+            token_identity_index[row, place] = sample["token_identity_index"]
+            name_mask[row, place] = sample["name_mask"]
             attention_mask[row, place] = 1
         texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return texts | {"name_identity": name_identity, "is_name": is_name}
+        return texts | {"token_identity_index": token_identity_index, "name_mask": name_mask}
 
 
 def _seen_as(sample: dict[str, Any]) -> str:

@@ -104,7 +104,7 @@ class RecordDataset(Dataset):
         except DataError as error:
             raise error.at(sample.where) from error
         labels = encoded.get("labels")
-        if sample.type is None and labels is not None and not (torch.as_tensor(labels) != -100).any():
+        if sample.task is None and labels is not None and not (torch.as_tensor(labels) != -100).any():
             raise DataError(
                 f"sample {sample.id!r} has no label that counts (all are -100), it would train nothing; has its answer "
                 "been cut off, or does the template mark no assistant turn?",

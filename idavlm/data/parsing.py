@@ -73,7 +73,7 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
         identities=identities,
         messages=messages,
         boxes=boxes,
-        type=task,
+        task=task,
         answer=record.get("answer"),
         false_answers=_list(record, "false_answers"),
         target=record.get("target"),
@@ -200,23 +200,23 @@ def _place(part: Part, boxes: list[Box], field: str) -> Part:
 
 
 def _check_task(record: dict, sample: Sample) -> None:
-    if sample.type is None:
+    if sample.task is None:
         given = [name for name in EVALUATION_FIELDS if record.get(name) is not None]
         if given:
             raise _Misfit(f'{given[0]} belongs to evaluation records; add "type" or leave it out.')
         return
-    if sample.type not in TASK_TYPES:
-        raise _Misfit(f"type={sample.type!r} is not known; choose one of {', '.join(map(repr, TASK_TYPES))}.")
+    if sample.task not in TASK_TYPES:
+        raise _Misfit(f"type={sample.task!r} is not known; choose one of {', '.join(map(repr, TASK_TYPES))}.")
     _check(sample.answer, str, "answer", "a string")
-    if not sample.answer.strip() and sample.type != "location":
-        raise _Misfit(f"answer={sample.answer!r} of a {sample.type} record is empty; only location may leave it so.")
+    if not sample.answer.strip() and sample.task != "location":
+        raise _Misfit(f"answer={sample.answer!r} of a {sample.task} record is empty; only location may leave it so.")
     for number, text in enumerate(sample.false_answers):
         _text(text, f"false_answers[{number}]")
         if text == sample.answer:
             raise _Misfit(f"false_answers[{number}]={text!r} is the right answer; leave it out.")
     if sample.target is not None:
         _text(sample.target, "target")
-    if sample.type == "location" and sample.target_box is None:
+    if sample.task == "location" and sample.target_box is None:
         raise _Misfit(f"target={sample.target!r} of a location record has no box in the last image; add it to boxes.")
 
 

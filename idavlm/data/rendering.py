@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from idavlm.data.errors import DataError
 from idavlm.data.tokenizer_memory import remembered
+from idavlm.utils import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
-"""Label of a token that is not trained on."""
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -55,7 +55,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A checked record. ``type`` is None for training; otherwise the sample is to be answered and scored.
+    """A checked record. ``task`` is None for training; otherwise the sample is to be answered and scored.
 
     ``where`` is its file and line, for messages; ``image_root`` is the folder its paths stand under.
     """
@@ -65,7 +65,7 @@ class Sample:
     identities: list[Identity]
     messages: list[Message]
     boxes: list[Box] = field(default_factory=list)
-    type: str | None = None
+    task: str | None = None
     answer: str | None = None
     false_answers: list[str] = field(default_factory=list)
     target: str | None = None

@@ -48,7 +48,7 @@ def pair_predictions(a: EvaluationResult, b: EvaluationResult) -> list[Pair]:
     if not pairs:
         raise ValueError("a and b have no item in common; compare runs of the same data.")
     for one, other in pairs:
-        if (one.type, one.answer, one.gold_box) != (other.type, other.answer, other.gold_box):
+        if (one.task, one.answer, one.gold_box) != (other.task, other.answer, other.gold_box):
             raise ValueError(f"item {one.id!r} is not the same in a and b; compare runs of the same data.")
     return pairs
 
@@ -57,7 +57,7 @@ def compare_scores(pairs: Sequence[Pair]) -> list[Comparison]:
     """Every metric that both have, task by task; the last row of several tasks is all their main scores together."""
     tasks: dict[str, list[Pair]] = {}
     for pair in pairs:
-        tasks.setdefault(pair[0].type, []).append(pair)
+        tasks.setdefault(pair[0].task, []).append(pair)
     rows = [
         _compare(task, metric, [(a.scores[metric], b.scores[metric]) for a, b in found if _both(a, b, metric)])
         for task, found in tasks.items()
@@ -73,7 +73,7 @@ def compare_scores(pairs: Sequence[Pair]) -> list[Comparison]:
 def main_scores(pair: Pair) -> tuple[float, float] | None:
     """The main score of both, by the metric that both have; None where there is none."""
     a, b = pair
-    metric = main_metric(a.type, [one for one in a.scores if one in b.scores])
+    metric = main_metric(a.task, [one for one in a.scores if one in b.scores])
     return None if metric is None else (a.scores[metric], b.scores[metric])
 
 

@@ -82,7 +82,7 @@ def _article(pair: Pair, scores: tuple[float, float], names: tuple[str, str], sa
         for mark, name, score, prediction in zip("ab", names, scores, pair, strict=True)
     )
     return (
-        f"<article><p class=id>{html.escape(one.id)} ({html.escape(one.type)})</p>{_pictures(pair, sample)}"
+        f"<article><p class=id>{html.escape(one.id)} ({html.escape(one.task)})</p>{_pictures(pair, sample)}"
         f"<p><b>{question}</b></p><p class=gold>{gold}</p>{answers}</article>"
     )
 

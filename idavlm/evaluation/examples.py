@@ -41,7 +41,7 @@ def pick_examples(
     """
     rows, samples = [], list(samples)
     for task, wanted in (count or _COUNT).items():
-        of_task = [pair for pair in zip(samples, result.predictions, strict=True) if pair[0].type == task]
+        of_task = [pair for pair in zip(samples, result.predictions, strict=True) if pair[0].task == task]
         for sample, prediction in of_task[:wanted]:
             maps, grid_size = identity_maps(model, processor, sample)
             rows.append(make_example(sample, prediction, attention=maps, grid_size=grid_size))
@@ -59,7 +59,7 @@ def identity_maps(
     names = ("pixel_values", "image_features", "image_roles", "sample_index", "identity_index")
     with evaluating(model):
         _, maps, grid_size = model.encode_images(
-            **{name: inputs[name] for name in names if name in inputs}, output_identity_attentions=True
+            **{name: inputs[name] for name in names if name in inputs}, output_identity_maps=True
         )
     scenes = inputs["image_roles"] == ImageRole.SCENE
     grid_size = grid_size or square_grid("P, the number of patches,", maps[0].shape[1])
@@ -75,7 +75,7 @@ def make_example(
 ) -> Example:
     """One row, its pictures opened below ``sample.image_root``."""
     store = ImageStore(sample.image_root)
-    matching, location = sample.type == "matching", sample.type == "location"
+    matching, location = sample.task == "matching", sample.task == "location"
     return Example(
         references=[(person.name, store.open(image)) for person in sample.identities for image in person.images],
         pictures=[store.open(image) for image in sample.message_images],

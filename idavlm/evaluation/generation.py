@@ -170,7 +170,7 @@ def _answer(
     model: nn.Module, processor, asked: list[Sample], batch_size: int, max_new_tokens: int, write_choices: bool
 ) -> list[Answer]:
     """Answers to samples of one task."""
-    choose = asked[0].type in CHOICE_TASKS
+    choose = asked[0].task in CHOICE_TASKS
     written: list = [(None, None)] * len(asked)
     if not choose or write_choices:
         written = generate_texts(model, processor, asked, max_new_tokens)
@@ -207,14 +207,14 @@ def _chunks(numbers: list[int], samples: list[Sample], size: int) -> Iterator[li
     """Batches of one task."""
     start = 0
     while start < len(numbers):
-        task = samples[numbers[start]].type
-        chunk = [number for number in numbers[start : start + size] if samples[number].type == task]
+        task = samples[numbers[start]].task
+        chunk = [number for number in numbers[start : start + size] if samples[number].task == task]
         yield chunk
         start += len(chunk)
 
 
 def _task(sample: Sample) -> int:
-    return TASK_TYPES.index(sample.type) if sample.type in TASK_TYPES else len(TASK_TYPES)
+    return TASK_TYPES.index(sample.task) if sample.task in TASK_TYPES else len(TASK_TYPES)
 
 
 def _bar(total: int, done: int, progress: bool):
@@ -227,12 +227,12 @@ def _check(samples: Sequence[Sample], write_choices: bool) -> None:
     seen: set[str] = set()
     for sample in samples:
         place = sample.where or sample.id
-        if sample.type is None:
+        if sample.task is None:
             raise ValueError(f"samples: {place} is a training sample; evaluation samples have type and answer.")
         if sample.id in seen:
             raise ValueError(f"samples: {place} has id={sample.id!r}, as one before it; ids tell answers apart.")
         seen.add(sample.id)
-        if sample.type in CHOICE_TASKS and not sample.false_answers and not write_choices:
+        if sample.task in CHOICE_TASKS and not sample.false_answers and not write_choices:
             raise ValueError(
-                f"samples: {place} of type {sample.type!r} has no false_answers to choose among; add some."
+                f"samples: {place} of type {sample.task!r} has no false_answers to choose among; add some."
             )

@@ -39,11 +39,11 @@ def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> P
     Args:
         path: the PNG to write.
         logs: variant -> one history a seed. Read are ``loss_identity`` (or the Trainer's plain ``loss``),
-            ``loss_general``, ``identity_attention_loss`` and ``learning_rate``; panels without numbers are left out.
+            ``loss_general``, ``identity_map_loss`` and ``learning_rate``; panels without numbers are left out.
     """
     panels = {
         "loss of the answers": {"identity data": "loss_identity", "general data": "loss_general"},
-        "loss of the identity attention": {"": "identity_attention_loss"},
+        "loss of the identity attention": {"": "identity_map_loss"},
         "learning rate": {"": "learning_rate"},
     }
     histories = [history for seeds in logs.values() for history in seeds]

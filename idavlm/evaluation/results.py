@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def main_score(self) -> float | None:
-        metric = main_metric(self.type, self.scores)
+        metric = main_metric(self.task, self.scores)
         return None if metric is None else self.scores[metric]
 
 
@@ -81,9 +81,9 @@ class EvaluationResult:
     @property
     def by_task(self) -> dict[str, list[Prediction]]:
         """Predictions of every task there is: the six in their order, then others as they come."""
-        tasks = dict.fromkeys(prediction.type for prediction in self.predictions)
+        tasks = dict.fromkeys(prediction.task for prediction in self.predictions)
         order = [task for task in TASK_TYPES if task in tasks] + [task for task in tasks if task not in TASK_TYPES]
-        return {task: [one for one in self.predictions if one.type == task] for task in order}
+        return {task: [one for one in self.predictions if one.task == task] for task in order}
 
     @property
     def main_scores(self) -> dict[str, float]:

@@ -41,13 +41,13 @@ def score_answers(
         raise ValueError(
             f"answers: {len(answers)} answers are not those to the {len(samples)} samples, in their order."
         )
-    if parse_box is None and any(sample.type == "location" for sample in samples):
+    if parse_box is None and any(sample.task == "location" for sample in samples):
         raise ValueError("parse_box=None, but some samples ask for a box; say how the model writes boxes.")
     if names is None:
         names = sorted({identity.name for sample in samples for identity in sample.identities})
     predictions = []
     for sample, answer in zip(samples, answers, strict=True):
-        size = answer.image_size or (image_size(sample) if sample.type == "location" else None)
+        size = answer.image_size or (image_size(sample) if sample.task == "location" else None)
         known = name_spellings([identity.name for identity in sample.identities], names) if prose else names
         predictions.append(
             score_answer(sample, answer, image_size=size, parse_box=parse_box, names=known, clauses=not prose)
@@ -76,13 +76,13 @@ def score_answer(
         names: see :func:`idavlm.evaluation.score_description`.
         clauses: whether descriptions get ``clause_recall``.
     """
-    if sample.type == "location":
+    if sample.task == "location":
         return _score_location(sample, answer.prediction or "", image_size, parse_box)
     text, scores, chance = answer.prediction or "", None, {}
-    if sample.type == "matching":
+    if sample.task == "matching":
         count = len(sample.false_answers) + 1 if sample.false_answers else None
         scores = score_picture(text, sample.answer, count=count, name=sample.target or "")
-    elif sample.type in CHOICE_TASKS:
+    elif sample.task in CHOICE_TASKS:
         scores = _score_choice(sample, answer)
         if answer.prediction is None:
             text = likeliest(sample, answer)
@@ -90,9 +90,9 @@ def score_answer(
         scores = score_description(text, sample.answer, names, clauses=clauses)
     parsed = scores is not None
     scores = {"accuracy": 0.0} if scores is None else scores
-    if sample.false_answers and not sample.type.startswith("caption"):
+    if sample.false_answers and not sample.task.startswith("caption"):
         chance = dict.fromkeys(scores, 1 / (1 + len(sample.false_answers)))
-    return Prediction(sample.id, sample.type, text, sample.answer, scores, chance, parsed=parsed)
+    return Prediction(sample.id, sample.task, text, sample.answer, scores, chance, parsed=parsed)
 
 
 def _score_choice(sample: Sample, answer: Answer) -> dict[str, float]:
@@ -111,7 +111,7 @@ def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | Non
     chance = {metric: fmean(person[metric] for person in persons) for metric in persons[0]} if len(persons) > 1 else {}
     return Prediction(
         id=sample.id,
-        type=sample.type,
+        type=sample.task,
         text=text,
         answer=sample.answer,
         # No box has no area in common with any.

@@ -1,7 +1,5 @@
 """Floor 2: whole models in transformers' conventions."""
 
-from typing import TYPE_CHECKING
-
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from idavlm.models.boxes import BoxFormat
@@ -12,9 +10,6 @@ from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig, QwenVisionModel
 from idavlm.models.scatter import scatter_image_tokens
 
-if TYPE_CHECKING:
-    from idavlm.models.conversion import ConversionError, convert
-
 AutoConfig.register("qwen_vl_vision", QwenVisionConfig, exist_ok=True)
 AutoModel.register(QwenVisionConfig, QwenVisionModel, exist_ok=True)
 AutoConfig.register("idavlm", IDAVLMConfig, exist_ok=True)
@@ -23,7 +18,6 @@ AutoProcessor.register(IDAVLMConfig, IDAVLMProcessor, exist_ok=True)
 
 __all__ = [
     "BoxFormat",
-    "ConversionError",
     "IDAVLMConfig",
     "IDAVLMForConditionalGeneration",
     "IDAVLMOutput",
@@ -31,15 +25,5 @@ __all__ = [
     "ImageFeatures",
     "QwenVisionConfig",
     "QwenVisionModel",
-    "convert",
     "scatter_image_tokens",
 ]
-
-
-def __getattr__(name: str):
-    """What few programs need is imported on first use."""
-    if name in ("ConversionError", "convert"):
-        from idavlm.models import conversion
-
-        return getattr(conversion, name)
-    raise AttributeError(f"module 'idavlm.models' has no attribute {name!r}; it offers {', '.join(__all__)}")

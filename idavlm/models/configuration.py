@@ -2,19 +2,20 @@
 
 from transformers import AutoConfig, PretrainedConfig
 
-from idavlm.utils import cache_name, check_choice, check_positive
+from idavlm._compat import cache_name
+from idavlm.utils import check_choice, check_positive
 
 VISION_FEATURES = ("patch", "cls", "all")
 OPTIONS = (
     "image_seq_length",
     "vision_feature_layer",
     "vision_feature_select",
-    "identity_loss_weight",
-    "contrast_loss_weight",
+    "identity_map_loss_weight",
+    "contrastive_loss_weight",
     "image_token_scale",
     "names_as_marks",
-    "nobody_mark_id",
-    "num_picture_slots",
+    "null_name_token_id",
+    "max_images",
     "inner_adaptors",
 )
 """Arguments of :class:`IDAVLMConfig` beside the parts and the connector."""
@@ -36,20 +37,20 @@ class IDAVLMConfig(PretrainedConfig):
         vision_feature_layer: hidden state of the vision tower that is read: -1 its output, -2 the layer before, ...
         vision_feature_select: ``"patch"`` leaves out leading tokens such as CLS, ``"cls"`` keeps only them, ``"all"``
             keeps everything. An ID-Former needs ``"patch"``.
-        identity_loss_weight: factor of :meth:`idavlm.IDFormer.identity_loss`, which exists where boxes are given.
-        contrast_loss_weight: factor of :meth:`idavlm.IDFormer.contrast_loss`, computed where it is not 0 and boxes are
+        identity_map_loss_weight: factor of :meth:`idavlm.IDFormer.identity_map_loss`, which exists where boxes are given.
+        contrastive_loss_weight: factor of :meth:`idavlm.IDFormer.contrastive_loss`, computed where it is not 0 and boxes are
             given. For models from scratch.
         image_token_scale: factor of image tokens where they are put among the embeddings of text. The embeddings of
             a new language model are small; image tokens many times as strong hide what its first layers add to them.
-        names_as_marks: mark image tokens by the embeddings of the names in the prompt, as ``num_identity_slots`` of an
+        names_as_marks: mark image tokens by the embeddings of the names in the prompt, as ``max_identities`` of an
             ID-Former marks them by learned ones: a language model that can read is then told in its own words who is
             where (:func:`idavlm.models.name_marks.name_marks`).
-        nobody_mark_id: with ``names_as_marks``, id of a token whose embedding takes the share that is nobody's, so that
+        null_name_token_id: with ``names_as_marks``, id of a token whose embedding takes the share that is nobody's, so that
             an image token is as strong as a word wherever it looks, and not content alone.
         inner_adaptors: arguments of :func:`idavlm.add_inner_adaptors`, e.g. ``{"every": 4}``; the language model is
             then frozen. ``owned`` may hold ``"connector"``, but not with an ID-Former, which all workflows share.
-        num_picture_slots: so many pictures of a sample, references not counted, are told apart by marks on their
-            tokens (:class:`idavlm.modules.PictureSlots`); 0 for none. For models from scratch.
+        max_images: so many pictures of a sample, references not counted, are told apart by marks on their
+            tokens (:class:`idavlm.modules.ImageIndexEmbedding`); 0 for none. For models from scratch.
     """
 
     model_type = "idavlm"
@@ -58,11 +59,11 @@ class IDAVLMConfig(PretrainedConfig):
     keys_to_ignore_at_inference = [  # noqa: RUF012
         cache_name(),
         "language_loss",
-        "identity_loss",
-        "contrast_loss",
+        "identity_map_loss",
+        "contrastive_loss",
         "auxiliary_loss",
         "image_hidden_states",
-        "identity_attentions",
+        "identity_maps",
     ]
 
     def __init__(
@@ -75,13 +76,13 @@ class IDAVLMConfig(PretrainedConfig):
         image_seq_length: int | None = None,
         vision_feature_layer: int = -1,
         vision_feature_select: str = "patch",
-        identity_loss_weight: float = 1.0,
-        contrast_loss_weight: float = 0.0,
+        identity_map_loss_weight: float = 1.0,
+        contrastive_loss_weight: float = 0.0,
         image_token_scale: float = 1.0,
         names_as_marks: bool = False,
-        nobody_mark_id: int | None = None,
+        null_name_token_id: int | None = None,
         inner_adaptors: dict | None = None,
-        num_picture_slots: int = 0,
+        max_images: int = 0,
         **kwargs,
     ):
         check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
@@ -93,25 +94,27 @@ class IDAVLMConfig(PretrainedConfig):
         if vision_feature_layer >= 0:
             raise ValueError(f"vision_feature_layer={vision_feature_layer} counts from the end: -1, -2, ...")
         check_positive(image_seq_length=image_seq_length)
-        for name, weight in (("identity", identity_loss_weight), ("contrast", contrast_loss_weight)):
+        for name, weight in (("identity", identity_map_loss_weight), ("contrast", contrastive_loss_weight)):
             if weight < 0:
                 raise ValueError(f"{name}_loss_weight={weight} must be at least 0.")
         if not image_token_scale > 0:
             raise ValueError(f"image_token_scale={image_token_scale} must be above 0.")
-        if connector == "id_former" and "connector" in (inner_adaptors or {}).get("owned", ()):
+        if connector == "id_former" and "connector" in (inner_adaptors or {}).get("modules_to_copy", ()):
             raise ValueError(
                 "inner_adaptors: owned holds 'connector', but connector='id_former' is one for all workflows; leave it "
                 "out, or choose another connector."
             )
-        if names_as_marks and (connector != "id_former" or (connector_config or {}).get("num_identity_slots")):
+        if names_as_marks and (connector != "id_former" or (connector_config or {}).get("max_identities")):
             raise ValueError(
                 "names_as_marks=True needs connector='id_former', which finds the persons, and takes the place of its "
-                f"num_identity_slots; connector={connector!r}, connector_config={connector_config}."
+                f"max_identities; connector={connector!r}, connector_config={connector_config}."
             )
-        if nobody_mark_id is not None and not names_as_marks:
-            raise ValueError(f"nobody_mark_id={nobody_mark_id} needs names_as_marks=True, beside which it stands.")
-        if num_picture_slots != 0:
-            check_positive(num_picture_slots=num_picture_slots)
+        if null_name_token_id is not None and not names_as_marks:
+            raise ValueError(
+                f"null_name_token_id={null_name_token_id} needs names_as_marks=True, beside which it stands."
+            )
+        if max_images != 0:
+            check_positive(max_images=max_images)
         text_config = _sub_config("text_config", text_config)
         # The language model ties its own head; nothing is tied across parts.
         kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
@@ -125,13 +128,13 @@ class IDAVLMConfig(PretrainedConfig):
         self.image_seq_length = image_seq_length
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select = vision_feature_select
-        self.identity_loss_weight = identity_loss_weight
-        self.contrast_loss_weight = contrast_loss_weight
+        self.identity_map_loss_weight = identity_map_loss_weight
+        self.contrastive_loss_weight = contrastive_loss_weight
         self.image_token_scale = image_token_scale
         self.names_as_marks = names_as_marks
-        self.nobody_mark_id = nobody_mark_id
+        self.null_name_token_id = null_name_token_id
         self.inner_adaptors = None if inner_adaptors is None else dict(inner_adaptors)
-        self.num_picture_slots = num_picture_slots
+        self.max_images = max_images
 
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)

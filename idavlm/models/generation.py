@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 
+from idavlm._compat import cache_in
 from idavlm.modules.inner_adaptor import takes_workflow
-from idavlm.utils import cache_in
 
 # What describes the images of a batch: one row an image, and one row a box.
 IMAGE_INPUTS = ("pixel_values", "image_features", "image_roles", "identity_index", "image_sizes")
@@ -19,16 +19,18 @@ class ImageGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        names, read = inputs.get("name_identity"), inputs.get("input_ids")
+        names, read = inputs.get("token_identity_index"), inputs.get("input_ids")
         if names is not None and read is not None:
             # The answer is about whom the end of the prompt is about; what is cached is not read again.
             answered = max(input_ids.shape[1] - names.shape[1], 0)
-            inputs["name_identity"] = torch.cat([names, names[:, -1:].expand(-1, answered)], 1)[:, -read.shape[1] :]
-            if inputs.get("is_name") is not None:
-                inputs["is_name"] = nn.functional.pad(inputs["is_name"], (0, answered))  # no name of the prompt
+            inputs["token_identity_index"] = torch.cat([names, names[:, -1:].expand(-1, answered)], 1)[
+                :, -read.shape[1] :
+            ]
+            if inputs.get("name_mask") is not None:
+                inputs["name_mask"] = nn.functional.pad(inputs["name_mask"], (0, answered))  # no name of the prompt
         cache = cache_in((), kwargs)
         if cache is not None and cache.get_seq_length() > 0:
-            for name in (*IMAGE_INPUTS, "sample_index", "is_name"):
+            for name in (*IMAGE_INPUTS, "sample_index", "name_mask"):
                 inputs.pop(name, None)
         for name in BOX_INPUTS:
             inputs.pop(name, None)

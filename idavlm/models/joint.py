@@ -7,12 +7,12 @@ from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrai
 
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.vision import features_width
-from idavlm.modules import IDFormer, PictureSlots, add_inner_adaptors, build_connector
-from idavlm.modules.identity_slots import IdentitySlots
+from idavlm.modules import IDFormer, ImageIndexEmbedding, add_inner_adaptors, build_connector
+from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.inner_adaptor import new_inner_adaptor
 from idavlm.modules.positions import square_grid
 from idavlm.ops import identity_patch_targets
-from idavlm.ops.identity_supervision import IGNORE, NOBODY
+from idavlm.ops.identity_supervision import IGNORE, NULL
 from idavlm.utils import ImageRole
 
 
@@ -45,7 +45,7 @@ def identity_targets(
     boxed = set(zip(sample_index[box_image].tolist(), box_identity.tolist(), strict=True))
     unknown = sorted({sample for sample, identity in introduced if (sample, identity) not in boxed})
     somewhere = torch.isin(sample_index, torch.tensor(unknown, dtype=sample_index.dtype))
-    targets = targets.masked_fill(somewhere[:, None] & (targets == NOBODY), IGNORE)
+    targets = targets.masked_fill(somewhere[:, None] & (targets == NULL), IGNORE)
     return targets.to(boxes[0].device)
 
 
@@ -58,7 +58,7 @@ def identity_losses(
     maps: tuple[Tensor, ...],
     targets: Tensor,
 ) -> dict[str, Tensor]:
-    """What boxes teach the identity attention: ``identity_loss``, ``contrast_loss``, and their weighted sum.
+    """What boxes teach the identity attention: ``identity_map_loss``, ``contrastive_loss``, and their weighted sum.
 
     Args:
         id_former, config: of the model.
@@ -67,21 +67,21 @@ def identity_losses(
         maps: of the ID-Former for these features.
         targets: from :func:`identity_targets`.
     """
-    losses = {"identity_loss": id_former.identity_loss(maps, targets)}
-    total = config.identity_loss_weight * losses["identity_loss"]
-    if config.contrast_loss_weight:
-        losses["contrast_loss"] = id_former.contrast_loss(features, *roles, targets, grid_size=grid_size)
-        total = total + config.contrast_loss_weight * losses["contrast_loss"]
+    losses = {"identity_map_loss": id_former.identity_map_loss(maps, targets)}
+    total = config.identity_map_loss_weight * losses["identity_map_loss"]
+    if config.contrastive_loss_weight:
+        losses["contrastive_loss"] = id_former.contrastive_loss(features, *roles, targets, grid_size=grid_size)
+        total = total + config.contrastive_loss_weight * losses["contrastive_loss"]
     return losses | {"auxiliary_loss": total}
 
 
-def mark_names(inputs_embeds: Tensor, name_identity: Tensor | None, slots: IdentitySlots | None) -> Tensor:
+def mark_names(inputs_embeds: Tensor, token_identity_index: Tensor | None, slots: IdentityEmbedding | None) -> Tensor:
     """Add slots to names, each as strong as the embedding it is added to, so that both can be read."""
-    if slots is None or name_identity is None:
+    if slots is None or token_identity_index is None:
         return inputs_embeds
-    name_identity = name_identity.to(inputs_embeds.device)
-    marks = F.normalize(slots.weight.to(inputs_embeds), dim=-1)[name_identity.clamp(min=0)]
-    strength = inputs_embeds.detach().norm(dim=-1) * (name_identity >= 0)
+    token_identity_index = token_identity_index.to(inputs_embeds.device)
+    marks = F.normalize(slots.weight.to(inputs_embeds), dim=-1)[token_identity_index.clamp(min=0)]
+    strength = inputs_embeds.detach().norm(dim=-1) * (token_identity_index >= 0)
     return inputs_embeds + marks * strength[..., None]
 
 
@@ -126,42 +126,42 @@ def connector_of(config: IDAVLMConfig) -> nn.Module:
     return build_connector(config.connector, **options)
 
 
-def picture_slots_of(config: IDAVLMConfig) -> PictureSlots | None:
-    """The model's :class:`PictureSlots`, if it has any."""
-    if not config.num_picture_slots:
+def picture_slots_of(config: IDAVLMConfig) -> ImageIndexEmbedding | None:
+    """The model's :class:`ImageIndexEmbedding`, if it has any."""
+    if not config.max_images:
         return None
-    return PictureSlots(config.num_picture_slots, config.text_config.get_text_config().hidden_size)
+    return ImageIndexEmbedding(config.max_images, config.text_config.get_text_config().hidden_size)
 
 
 def adapt_language_model(config: IDAVLMConfig, language_model: nn.Module, connector: nn.Module | None) -> None:
     """Add the inner adaptors of the configuration, or note those there are."""
     present = getattr(language_model, "inner_adaptor", None)
     if present is not None and config.inner_adaptors is None:
-        if "connector" in present.options["owned"]:
+        if "connector" in present.options["modules_to_copy"]:
             raise ValueError(
                 "the language model's workflows own a connector, and this model would build another; give it without "
                 "adaptors, and inner_adaptors=... to from_parts or IDAVLMConfig."
             )
         config.inner_adaptors = dict(present.options)
     elif config.inner_adaptors is not None:
-        owns = "connector" in config.inner_adaptors.get("owned", ())
+        owns = "connector" in config.inner_adaptors.get("modules_to_copy", ())
         add_inner_adaptors(language_model, **config.inner_adaptors, connector=connector if owns else None)
 
 
 @torch.no_grad()
 def initialise_lacking(
-    config: IDAVLMConfig, joint: nn.Module, picture_slots: PictureSlots | None, language_model: nn.Module
+    config: IDAVLMConfig, joint: nn.Module, image_index_embedding: ImageIndexEmbedding | None, language_model: nn.Module
 ) -> None:
     """What a checkpoint lacks of connector or ID-Former, picture slots or adaptors takes the values of new ones."""
 
     def new_adaptors() -> nn.Module:
         language_model.tie_weights()  # a tied head has no values before
         options = language_model.inner_adaptor.options
-        return new_inner_adaptor(language_model, options, joint if "connector" in options["owned"] else None)
+        return new_inner_adaptor(language_model, options, joint if "connector" in options["modules_to_copy"] else None)
 
     parts = [(joint, lambda: connector_of(config))]
-    if picture_slots is not None:
-        parts.append((picture_slots, lambda: picture_slots_of(config)))
+    if image_index_embedding is not None:
+        parts.append((image_index_embedding, lambda: picture_slots_of(config)))
     if config.inner_adaptors is not None:
         parts.append((language_model.inner_adaptor, new_adaptors))
         language_model.requires_grad_(False)  # loaded parameters are new ones

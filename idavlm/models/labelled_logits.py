@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE_INDEX = -100
+from idavlm.utils import IGNORE_INDEX
 
 
 def next_tokens(labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from idavlm._compat import takes_cache
 from idavlm.models.configuration import OPTIONS, IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
 from idavlm.models.joint import (
@@ -26,7 +27,7 @@ from idavlm.models.vision import no_features, vision_features
 from idavlm.modules import Resampler
 from idavlm.modules.identity_map import with_known
 from idavlm.modules.inner_adaptor import WorkflowMixin, takes_workflow
-from idavlm.utils import ImageRole, takes_cache
+from idavlm.utils import ImageRole
 
 
 class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, WorkflowMixin):
@@ -71,7 +72,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             self.id_former = connector_of(config)
         else:
             self.connector = connector_of(config)
-        self.picture_slots = picture_slots_of(config)
+        self.image_index_embedding = picture_slots_of(config)
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
@@ -121,7 +122,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         )
         model = cls(config, vision_tower, language_model)
         # The copies of the connector that inner adaptors own, too.
-        for part in (model._joint, model.picture_slots, getattr(language_model, "inner_adaptor", None)):
+        for part in (model._joint, model.image_index_embedding, getattr(language_model, "inner_adaptor", None)):
             if part is not None:
                 part.to(device=language_model.device, dtype=language_model.dtype)
         model.generation_config = language_model.generation_config
@@ -157,7 +158,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         """As transformers'; then :func:`initialise_lacking` where the model was built without values."""
         super().initialize_weights()
         if self._connector_was_built_empty:
-            initialise_lacking(self.config, self._joint, self.picture_slots, self.language_model)
+            initialise_lacking(self.config, self._joint, self.image_index_embedding, self.language_model)
 
     def encode_images(
         self,
@@ -167,7 +168,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         sample_index: Tensor | None = None,
         identity_index: Tensor | None = None,
         *,
-        output_identity_attentions: bool = False,
+        output_identity_maps: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[int, int] | None]:
         """Images to image tokens.
 
@@ -178,14 +179,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             image_roles: ``[I]`` see :class:`idavlm.ImageRole`; general images if not given.
             sample_index: ``[I]`` row of the batch each image belongs to; needed with ``image_roles``.
             identity_index: ``[I]`` see :meth:`idavlm.IDFormer.forward`.
-            output_identity_attentions: also give the identity maps.
+            output_identity_maps: also give the identity maps.
 
         Returns:
             ``[I, Q, C]`` tokens; the identity maps or None; rows and columns of the patches or None.
         """
         features, grid_size = self._features(pixel_values, image_features)
         roles = (image_roles, sample_index, identity_index)
-        image_tokens, maps = self._encode(features, grid_size, roles, output_identity_attentions)
+        image_tokens, maps = self._encode(features, grid_size, roles, output_identity_maps)
         return image_tokens, maps, grid_size
 
     def image_features(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
@@ -214,8 +215,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         cache=None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        name_identity: Tensor | None = None,
-        is_name: Tensor | None = None,
+        token_identity_index: Tensor | None = None,
+        name_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         image_roles: Tensor | None = None,
@@ -226,7 +227,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         box_image: Tensor | None = None,
         box_identity: Tensor | None = None,
         teacher_forcing: bool = False,
-        output_identity_attentions: bool = False,
+        output_identity_maps: bool = False,
         **kwargs,
     ) -> IDAVLMOutput:
         """Read text and images; with ``labels`` also the losses. Images alone are read without the language model.
@@ -239,16 +240,16 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             inputs_embeds: ``[B, T, C]`` in place of ``input_ids``, image tokens included: none are put in.
             labels: ``[B, T]``, -100 where nothing is to be predicted. In training mode logits are then computed at
                 labels alone, which saves most of their memory, and not returned.
-            name_identity: ``[B, T]`` the identity a token is about, from its name on; -1 elsewhere. An ID-Former with
-                ``num_identity_slots`` marks these tokens as it marks the identity's photos.
-            is_name: ``[B, T]`` the names themselves; needed with images where ``names_as_marks``.
+            token_identity_index: ``[B, T]`` the identity a token is about, from its name on; -1 elsewhere. An ID-Former with
+                ``max_identities`` marks these tokens as it marks the identity's photos.
+            name_mask: ``[B, T]`` the names themselves; needed with images where ``names_as_marks``.
             pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
             image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
             boxes: ``[N, 4]`` pixels of persons who have references: teach the identity attention.
             box_image: ``[N]`` image of each box, counted over the batch.
             box_identity: ``[N]`` identity of each box within its sample.
             teacher_forcing: where there are boxes, mark image tokens by these, not by the identity attention.
-            output_identity_attentions: also give the identity maps.
+            output_identity_maps: also give the identity maps.
             kwargs: for the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
         """
         if input_ids is not None and inputs_embeds is not None:
@@ -262,20 +263,20 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             located = (boxes, box_image, box_identity, image_sizes)
             targets = identity_targets(located, roles, features.shape[1], grid_size) if teaches else None
             known = targets if teacher_forcing else None
-            wants_maps = output_identity_attentions or teaches or self.config.names_as_marks
+            wants_maps = output_identity_maps or teaches or self.config.names_as_marks
             image_tokens, maps = self._encode(features, grid_size, roles, wants_maps, known)
             if teaches:
                 losses = identity_losses(self.id_former, self.config, features, grid_size, roles, maps, targets)
         if input_ids is not None:
-            slots = None if self.id_former is None else self.id_former.identity_slots
-            inputs_embeds = mark_names(self.get_input_embeddings()(input_ids), name_identity, slots)
+            slots = None if self.id_former is None else self.id_former.identity_embedding
+            inputs_embeds = mark_names(self.get_input_embeddings()(input_ids), token_identity_index, slots)
             is_image = input_ids == self.config.image_token_id
             if image_tokens is not None:
                 image_embeds = image_tokens * self.config.image_token_scale
                 if self.config.names_as_marks:
                     seen = with_known(maps[-1], known)
                     cells = self.id_former.resampler.query_grid
-                    names, nobody = (name_identity, is_name), self.config.nobody_mark_id
+                    names, nobody = (token_identity_index, name_mask), self.config.null_name_token_id
                     if nobody is not None:  # a call of the module: its weight may be partitioned
                         nobody = self.get_input_embeddings()(input_ids.new_tensor([nobody]))[0]
                     marks = name_marks(inputs_embeds, names, roles, seen, grid_size, cells, nobody)
@@ -289,7 +290,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             if image_tokens is None:
                 raise ValueError("give input_ids or inputs_embeds, or images alone.")
             loss = losses.get("auxiliary_loss")
-            return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_attentions=maps)
+            return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
         next_labels = None if labels is None else next_tokens(labels)
         # As where a head is fused with the loss: in training there are no logits beside it.
         skip_logits = self.training and labels is not None
@@ -315,7 +316,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_tokens,
-            identity_attentions=maps,
+            identity_maps=maps,
         )
 
     def _features(self, pixel_values, image_features) -> tuple[Tensor, tuple[int, int] | None]:
@@ -326,14 +327,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         return features.to(dtype), grid_size
 
     def _encode(
-        self, features, grid_size, roles, output_attentions, known_identities=None
+        self, features, grid_size, roles, output_attentions, target_identity_map=None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         image_roles, sample_index, identity_index = roles
         if image_roles is None:
             image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
-            if sample_index is None and self.picture_slots is None:
+            if sample_index is None and self.image_index_embedding is None:
                 sample_index = torch.zeros(len(features), dtype=torch.long)
-        if sample_index is None and (self.id_former is not None or self.picture_slots is not None):
+        if sample_index is None and (self.id_former is not None or self.image_index_embedding is not None):
             raise ValueError("images without sample_index: say which row of the batch each image belongs to.")
         maps = None
         if isinstance(self.connector, Resampler):
@@ -342,9 +343,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             image_tokens = self.connector(features)
         else:
             options = {"grid_size": grid_size, "output_attentions": output_attentions}
-            options["known_identities"] = known_identities
+            options["target_identity_map"] = target_identity_map
             result = self.id_former(features, image_roles, sample_index, identity_index, **options)
             image_tokens, maps = result if output_attentions else (result, None)
-        if self.picture_slots is not None:
-            image_tokens = image_tokens + self.picture_slots.of(image_roles, sample_index)[:, None]
+        if self.image_index_embedding is not None:
+            image_tokens = image_tokens + self.image_index_embedding.of(image_roles, sample_index)[:, None]
         return image_tokens, maps

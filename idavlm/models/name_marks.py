@@ -24,7 +24,7 @@ def name_marks(
 
     Args:
         inputs_embeds: ``[B, T, C]`` embeddings of the text.
-        names: ``name_identity``, ``is_name`` ``[B, T]``.
+        names: ``token_identity_index``, ``name_mask`` ``[B, T]``.
         roles: ``image_roles``, ``sample_index``, ``identity_index`` ``[I]``.
         identity_map: ``[I, P, G + 1]`` shares of attention, the last to nobody.
         grid_size: rows and columns of the patches; the square of P where it is None.
@@ -42,15 +42,15 @@ def name_marks(
         return mark.expand(len(identity_map), cells[0] * cells[1], -1)
     if any(tensor is None for tensor in (*names, *roles)):
         raise ValueError(
-            "names_as_marks=True needs name_identity, is_name, image_roles, sample_index and identity_index beside "
+            "names_as_marks=True needs token_identity_index, name_mask, image_roles, sample_index and identity_index beside "
             "images; the processor's encode and collate make them."
         )
     device, dtype = inputs_embeds.device, inputs_embeds.dtype
-    name_identity, is_name = (tensor.to(device) for tensor in names)
+    token_identity_index, name_mask = (tensor.to(device) for tensor in names)
     image_roles, sample_index, identity_index = (tensor.to(device) for tensor in roles)
     num_identities = identity_map.shape[-1] - 1
-    is_name = is_name & (name_identity < num_identities)
-    spelled = F.one_hot(name_identity.where(is_name, num_identities), num_identities + 1)[..., :-1].to(dtype)
+    name_mask = name_mask & (token_identity_index < num_identities)
+    spelled = F.one_hot(token_identity_index.where(name_mask, num_identities), num_identities + 1)[..., :-1].to(dtype)
     embeddings = spelled.mT @ inputs_embeds / spelled.sum(1).clamp(min=1)[..., None]
     grid_size = grid_size or square_grid("P, the number of patches,", identity_map.shape[1])
     shares = cell_shares(identity_map, grid_size, cells, num_identities)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from idavlm.data import IGNORE_INDEX, Box, Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.data import Box, Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.models.boxes import BoxFormat
+from idavlm.models.crop_box import WHOLE, crop_box
 from idavlm.models.image_features import ImageFeatures
 from idavlm.models.names import NOT_A_NAME, carry_names, name_identities
-from idavlm.models.shown_part import WHOLE, shown_part
-from idavlm.utils import ImageRole, check_positive
+from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
 
 
 class IDAVLMProcessor(ProcessorMixin):
@@ -117,8 +117,8 @@ class IDAVLMProcessor(ProcessorMixin):
             add_generation_prompt: end with the header of an assistant turn, for generation.
 
         Returns:
-            ``input_ids``, ``labels``, ``name_identity`` ``[T]`` (whom a token is about, from a name of the prompt on;
-            -1 elsewhere), ``is_name`` ``[T]`` (the names themselves);
+            ``input_ids``, ``labels``, ``token_identity_index`` ``[T]`` (whom a token is about, from a name of the prompt on;
+            -1 elsewhere), ``name_mask`` ``[T]`` (the names themselves);
             ``pixel_values`` ``[I, 3, H, W]`` (``image_features`` ``[I, P, Cv]`` where the processor has them),
             ``image_roles``, ``identity_index`` ``[I]``, ``image_sizes`` ``[I, 2]``: references identity by identity,
             then the images of the messages;
@@ -145,8 +145,8 @@ class IDAVLMProcessor(ProcessorMixin):
             answers = self._earlier_answers(sample, messages, input_ids)
         names = name_identities(self.tokenizer, input_ids, answers, [identity.name for identity in sample.identities])
         about = carry_names(names, input_ids, answers, self.image_token_id)
-        is_name = [name != NOT_A_NAME for name in names]
-        input_ids, labels, about, is_name = self._expand(input_ids, labels, about, is_name)
+        name_mask = [name != NOT_A_NAME for name in names]
+        input_ids, labels, about, name_mask = self._expand(input_ids, labels, about, name_mask)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
                 f"sample {sample.id!r} has {len(input_ids)} tokens, more than max_length={self.max_length}; give fewer "
@@ -159,8 +159,8 @@ class IDAVLMProcessor(ProcessorMixin):
         return {
             "input_ids": input_ids,
             "labels": labels,
-            "name_identity": about,
-            "is_name": is_name,
+            "token_identity_index": about,
+            "name_mask": name_mask,
             **self._seen([seen for seen, _ in images]),
             "image_roles": torch.tensor(roles, dtype=torch.long),
             "identity_index": torch.tensor(identities + [0] * len(sample.message_images), dtype=torch.long),
@@ -267,7 +267,7 @@ class IDAVLMProcessor(ProcessorMixin):
     def _place_shown(self, box: list[float], size: tuple[int, int]) -> list[float] | None:
         """A box as if the part of the picture that the image processor shows were all of it; None if it is cut off."""
         if size not in self._shown:
-            self._shown[size] = shown_part(self.image_processor, size)
+            self._shown[size] = crop_box(self.image_processor, size)
         if self._shown[size] == WHOLE:
             return box
         left, top, right, bottom = self._shown[size]

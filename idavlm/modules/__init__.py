@@ -4,8 +4,8 @@ from idavlm.modules.connectors import build_connector
 from idavlm.modules.cross_attention import CrossAttention
 from idavlm.modules.id_former import IdentityTokens, IDFormer
 from idavlm.modules.identity_layer import IdentityLayer
+from idavlm.modules.image_index_embedding import ImageIndexEmbedding
 from idavlm.modules.inner_adaptor import InnerAdaptor, add_inner_adaptors, load_adaptors, save_adaptors
-from idavlm.modules.picture_slots import PictureSlots
 from idavlm.modules.resampler import Resampler
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "IDFormer",
     "IdentityLayer",
     "IdentityTokens",
+    "ImageIndexEmbedding",
     "InnerAdaptor",
-    "PictureSlots",
     "Resampler",
     "add_inner_adaptors",
     "build_connector",

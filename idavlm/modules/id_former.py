@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from idavlm.modules.identity_contrast import identity_contrast, number_identities
+from idavlm.modules.identity_contrastive_loss import identity_contrastive_loss, number_identities
+from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_layer import IdentityLayer
 from idavlm.modules.identity_map import identity_map, with_known
-from idavlm.modules.identity_slots import IdentitySlots
 from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys, select_images
 from idavlm.modules.resampler import Resampler
-from idavlm.ops.identity_supervision import IGNORE, NOBODY, identity_attention_loss
+from idavlm.ops.identity_supervision import IGNORE, NULL, identity_map_loss
 from idavlm.utils import ImageRole, check_choice, check_positive
 
 
@@ -41,8 +41,8 @@ class IDFormer(nn.Module):
     resampled plainly. The defaults are the released computation; every option is an ablation (``docs/id_former.md``).
 
     ``state_dict`` keys: ``resampler.*`` (see :class:`Resampler`); ``identity_layers.N.{attention,feed_forward}.*`` and
-    ``identity_layers.N.{attention,feed_forward}_gate`` (see :class:`IdentityLayer`); ``identity_slots.weight``;
-    ``nobody_token``. Options that are off have no keys.
+    ``identity_layers.N.{attention,feed_forward}_gate`` (see :class:`IdentityLayer`); ``identity_embedding.weight``;
+    ``null_token``. Options that are off have no keys.
 
     Args:
         hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
@@ -60,12 +60,12 @@ class IDFormer(nn.Module):
             resampler's as well, as in the paper's figure.
         intermediate_size: inner width of the feed-forward blocks; ``4 * hidden_size`` if not given.
         identity_keys: ``"tokens"``: scenes attend to resampled reference tokens; ``"patches"``: to projected patches.
-        num_identity_slots: learned embeddings that mark identity 0, 1, ... of a sample, so that a language model can
+        max_identities: learned embeddings that mark identity 0, 1, ... of a sample, so that a language model can
             tell who is meant; 0 for none. They are added to the image tokens of the identity's photos, and to every
             token of a scene by the share of attention that the patches in its query's cell of the grid pay to the
             identity; :class:`idavlm.IDAVLMForConditionalGeneration` adds them to its name in the prompt as well.
         token_norm, token_positions, output_proj, output_size: see :class:`Resampler`.
-        nobody_token: a learned key in every sample that patches may attend to instead of any reference. With it the
+        null_token: a learned key in every sample that patches may attend to instead of any reference. With it the
             identity map can say "nobody".
     """
 
@@ -84,8 +84,8 @@ class IDFormer(nn.Module):
         feed_forward: str = "none",
         intermediate_size: int | None = None,
         identity_keys: str = "tokens",
-        num_identity_slots: int = 0,
-        nobody_token: bool = False,
+        max_identities: int = 0,
+        null_token: bool = False,
         token_norm: bool = False,
         token_positions: bool | str = False,
         output_proj: bool = False,
@@ -94,7 +94,7 @@ class IDFormer(nn.Module):
         super().__init__()
         check_positive(num_identity_layers=num_identity_layers, num_identity_heads=num_identity_heads)
         check_positive(intermediate_size=intermediate_size)
-        check_positive(num_identity_slots=num_identity_slots or None)
+        check_positive(max_identities=max_identities or None)
         check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
         check_choice("identity_keys", identity_keys, ("tokens", "patches"))
         self.detach_references = detach_references
@@ -124,10 +124,10 @@ class IDFormer(nn.Module):
             for _ in range(num_identity_layers)
         )
         width = self.resampler.output_size
-        self.identity_slots = IdentitySlots(num_identity_slots, width) if num_identity_slots else None
-        self.nobody_token = nn.Parameter(torch.empty(1, hidden_size)) if nobody_token else None
-        if self.nobody_token is not None:
-            nn.init.trunc_normal_(self.nobody_token, std=0.02)
+        self.identity_embedding = IdentityEmbedding(max_identities, width) if max_identities else None
+        self.null_token = nn.Parameter(torch.empty(1, hidden_size)) if null_token else None
+        if self.null_token is not None:
+            nn.init.trunc_normal_(self.null_token, std=0.02)
 
     def forward(
         self,
@@ -137,7 +137,7 @@ class IDFormer(nn.Module):
         identity_index: Tensor | None = None,
         *,
         grid_size: tuple[int, int] | None = None,
-        known_identities: Tensor | None = None,
+        target_identity_map: Tensor | None = None,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Encode the images of a batch, whatever their roles.
@@ -151,7 +151,7 @@ class IDFormer(nn.Module):
             identity_index: ``[I]`` for references, the identity within its sample, 0, 1, ...: several photos of one
                 person share it. Where it is not given every reference is an identity of its own.
             grid_size: rows and columns of patches; the square of ``P`` if not given.
-            known_identities: ``[I, P]`` whom each patch shows, as ``targets`` of :meth:`identity_loss`: slots mark by
+            target_identity_map: ``[I, P]`` whom each patch shows, as ``targets`` of :meth:`identity_map_loss`: slots mark by
                 these where they know, not by the attention (teacher forcing).
             output_attentions: also return the identity attention maps.
 
@@ -171,16 +171,16 @@ class IDFormer(nn.Module):
         )
         patches = self.resampler.project(select_images(image_features, groups.order))
         key_bias = self.resampler.key_bias(grid_size)
-        plain, scenes = patches.split([groups.num_plain, len(patches) - groups.num_plain])
+        plain, scenes = patches.split([groups.num_independent, len(patches) - groups.num_independent])
         plain_tokens = self.resampler.read(plain, key_bias)
         keys = self._identity_keys(plain, plain_tokens).index_select(0, groups.references)
         plain_tokens = self.resampler.finish(plain_tokens)
-        if self.identity_slots is not None:
-            marks = self.identity_slots.of(groups.identities)[:, None].expand(-1, plain_tokens.shape[1], -1)
+        if self.identity_embedding is not None:
+            marks = self.identity_embedding.of(groups.identities)[:, None].expand(-1, plain_tokens.shape[1], -1)
             plain_tokens = plain_tokens.index_add(0, groups.references, marks.to(plain_tokens.dtype))
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
         image_tokens = torch.cat([plain_tokens, self.resampler.finish(self.resampler.read(scenes, key_bias))])
-        image_tokens = self._mark(select_images(image_tokens, groups.inverse), maps, grid_size, known_identities)
+        image_tokens = self._mark(select_images(image_tokens, groups.inverse), maps, grid_size, target_identity_map)
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
@@ -219,13 +219,13 @@ class IDFormer(nn.Module):
         groups = ImageGroups(
             order=None,
             inverse=None,
-            num_plain=len(patches) - num_scenes,
+            num_independent=len(patches) - num_scenes,
             identities=tuple(number for number, count in enumerate(photos) for _ in range(count)),
             references_per_sample=(sum(photos),),
             scenes_per_sample=(num_scenes,),
         )
         keys = torch.cat([identity.keys for identity in identities]) if identities else patches[:0]
-        plain, scenes = patches.split([groups.num_plain, num_scenes])
+        plain, scenes = patches.split([groups.num_independent, num_scenes])
         scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
         image_tokens = self.resampler.read(torch.cat([plain, scenes]), self.resampler.key_bias(grid_size))
         image_tokens = self._mark(self.resampler.finish(image_tokens), maps, grid_size)
@@ -234,12 +234,12 @@ class IDFormer(nn.Module):
     def reference_tokens(self, identities: list[IdentityTokens]) -> Tensor:
         """What a language model reads for a bank of identities, as in :meth:`forward`: ``[R, Q, C]`` of all photos."""
         tokens = torch.cat([identity.image_tokens for identity in identities])
-        if self.identity_slots is None:
+        if self.identity_embedding is None:
             return tokens
         numbers = [number for number, identity in enumerate(identities) for _ in identity.image_tokens]
-        return tokens + self.identity_slots.of(numbers)[:, None]
+        return tokens + self.identity_embedding.of(numbers)[:, None]
 
-    def contrast_loss(
+    def contrastive_loss(
         self,
         image_features: Tensor,
         image_roles: Tensor,
@@ -253,7 +253,7 @@ class IDFormer(nn.Module):
 
         Every patch that shows a known identity attends, in the first identity layer, to the references of all samples;
         the loss is the mean ``-log`` of the attention it pays to its own identity. With many identities to be told
-        apart this teaches a model from scratch several times as fast as :meth:`identity_loss` alone, which offers a
+        apart this teaches a model from scratch several times as fast as :meth:`identity_map_loss` alone, which offers a
         patch only the few of its sample. A person who is in two samples of a batch counts as two.
 
         Args:
@@ -276,33 +276,33 @@ class IDFormer(nn.Module):
         keys = self._identity_keys(references, tokens).flatten(0, 1)
         attention = self.identity_layers[0].attention
         query_bias = self.resampler.on_patches(attention.query_bias(self.resampler.position), grid_size)
-        nobody = keys[:0] if self.nobody_token is None else self.nobody_token
+        nobody = keys[:0] if self.null_token is None else self.null_token
         numbers = number_identities(
             torch.cat([sample_index[is_reference], sample_index[image]]),
             torch.cat([identity_index[is_reference], targets[image, patch]]),
         )
         owner, target = numbers.split([len(references), len(image)])
-        return identity_contrast(
+        return identity_contrastive_loss(
             attention.queries(patches[image, patch], query_bias[patch]),
             attention.keys(torch.cat([nobody, keys])),
             owner,
             target,
-            num_nobody=len(nobody),
+            num_null=len(nobody),
         )
 
-    def identity_loss(self, identity_attentions: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        """Supervise the identity attention maps: mean over layers of :func:`idavlm.identity_attention_loss`.
+    def identity_map_loss(self, identity_maps: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Supervise the identity attention maps: mean over layers of :func:`idavlm.identity_map_loss`.
 
-        Without ``nobody_token`` the attention is a distribution over references only and cannot say "nobody": those
+        Without ``null_token`` the attention is a distribution over references only and cannot say "nobody": those
         patches are then left out, and only patches that show a reference teach.
 
         Args:
-            identity_attentions: from :meth:`forward` with ``output_attentions=True``.
+            identity_maps: from :meth:`forward` with ``output_attentions=True``.
             targets: ``[I, P]``, e.g. from :func:`idavlm.identity_patch_targets`.
         """
-        if self.nobody_token is None:
-            targets = targets.masked_fill(targets == NOBODY, IGNORE)
-        return torch.stack([identity_attention_loss(layer, targets) for layer in identity_attentions]).mean()
+        if self.null_token is None:
+            targets = targets.masked_fill(targets == NULL, IGNORE)
+        return torch.stack([identity_map_loss(layer, targets) for layer in identity_maps]).mean()
 
     @property
     def _reads_tokens(self) -> bool:
@@ -310,10 +310,10 @@ class IDFormer(nn.Module):
 
     def _mark(self, image_tokens: Tensor, maps: tuple[Tensor, ...], grid_size: tuple[int, int], known=None) -> Tensor:
         """Add the slots of the identities that the cell of each token looks at, or is known to show."""
-        if self.identity_slots is None:
+        if self.identity_embedding is None:
             return image_tokens
         seen = with_known(maps[-1], known)
-        return image_tokens + self.identity_slots.of_cells(seen, grid_size, self.resampler.query_grid)
+        return image_tokens + self.identity_embedding.of_cells(seen, grid_size, self.resampler.query_grid)
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
         keys = image_tokens if self._reads_tokens else patches
@@ -337,10 +337,10 @@ class IDFormer(nn.Module):
         output_attentions: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Patches of scenes ``[S, P, C]`` look at keys ``[R, K, C]``, each at those of its own sample."""
-        packed = pack_keys(keys, groups, nobody_token=self.nobody_token)
-        lengths, nobody = {"num_patches": scenes.shape[1], "key_length": keys.shape[1]}, self.nobody_token is not None
-        segments = attention_segments(groups, **lengths, nobody_token=nobody, device=scenes.device)
-        output_attentions = output_attentions or self.identity_slots is not None
+        packed = pack_keys(keys, groups, null_token=self.null_token)
+        lengths, nobody = {"num_patches": scenes.shape[1], "key_length": keys.shape[1]}, self.null_token is not None
+        segments = attention_segments(groups, **lengths, null_token=nobody, device=scenes.device)
+        output_attentions = output_attentions or self.identity_embedding is not None
         maps = []
         for layer in self.identity_layers:
             query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.position), grid_size)

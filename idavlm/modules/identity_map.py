@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idavlm.modules.image_groups import ImageGroups, select_images
-from idavlm.ops.identity_supervision import IGNORE, NOBODY
+from idavlm.ops.identity_supervision import IGNORE, NULL
 
 
 def identity_map(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
@@ -21,7 +21,7 @@ def identity_map(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
     """
     scenes = sums.mean(1).unflatten(0, (-1, num_patches))
     num_columns = sums.shape[-1]
-    plain = F.one_hot(torch.full((groups.num_plain, num_patches), num_columns - 1), num_columns)
+    plain = F.one_hot(torch.full((groups.num_independent, num_patches), num_columns - 1), num_columns)
     return select_images(torch.cat([plain.to(scenes), scenes]), groups.inverse)
 
 
@@ -30,7 +30,7 @@ def with_known(identity_map: Tensor, known: Tensor | None) -> Tensor:
     if known is None:
         return identity_map
     columns = identity_map.shape[-1]
-    certain = F.one_hot(known.masked_fill(known == NOBODY, columns - 1).clamp(min=0), columns).to(identity_map)
+    certain = F.one_hot(known.masked_fill(known == NULL, columns - 1).clamp(min=0), columns).to(identity_map)
     return torch.where((known == IGNORE)[..., None], identity_map, certain)
 
 

@@ -20,7 +20,7 @@ class ImageGroups:
     Attributes:
         order: ``[I]`` batch index of each packed image, or None where both orders are the same.
         inverse: ``[I]`` packed index of each image of the batch, or None.
-        num_plain: number of plain images.
+        num_independent: number of plain images.
         identities: identity of each of the R references, sample by sample, counted within its sample.
         references_per_sample: one count for each of the N samples that have images.
         scenes_per_sample: the same for the scenes that look at references.
@@ -29,7 +29,7 @@ class ImageGroups:
 
     order: Tensor | None
     inverse: Tensor | None
-    num_plain: int
+    num_independent: int
     identities: tuple[int, ...]
     references_per_sample: tuple[int, ...]
     scenes_per_sample: tuple[int, ...]
@@ -85,7 +85,7 @@ def group_images(
     return ImageGroups(
         order=None if in_order else tensor(order),
         inverse=None if in_order else tensor(inverse),
-        num_plain=num_images - sum(looks),
+        num_independent=num_images - sum(looks),
         references=tensor(references),
         identities=tuple(identities),
         references_per_sample=tuple(references_per_sample),
@@ -99,24 +99,24 @@ def select_images(images: Tensor, index: Tensor | None) -> Tensor:
 
 
 @outside_compile
-def pack_keys(keys: Tensor, groups: ImageGroups, *, nobody_token: Tensor | None) -> Tensor:
+def pack_keys(keys: Tensor, groups: ImageGroups, *, null_token: Tensor | None) -> Tensor:
     """Keys ``[R, K, C]`` of all references as one sequence ``[T, C]``, sample by sample.
 
     Args:
         keys: tokens or patches of every reference.
         groups: the images of the batch.
-        nobody_token: ``[1, C]``, stands before the keys of every sample.
+        null_token: ``[1, C]``, stands before the keys of every sample.
     """
-    if nobody_token is None:
+    if null_token is None:
         return keys.flatten(0, 1)
     samples = (sample.flatten(0, 1) for sample in keys.split(groups.references_per_sample))
-    parts = [part for sample in samples for part in (nobody_token, sample)]
-    return torch.cat([keys.flatten(0, 1)[:0], nobody_token[:0], *parts])  # in the graph even without a sample
+    parts = [part for sample in samples for part in (null_token, sample)]
+    return torch.cat([keys.flatten(0, 1)[:0], null_token[:0], *parts])  # in the graph even without a sample
 
 
 @outside_compile
 def attention_segments(
-    groups: ImageGroups, *, num_patches: int, key_length: int, nobody_token: bool, device: torch.device
+    groups: ImageGroups, *, num_patches: int, key_length: int, null_token: bool, device: torch.device
 ) -> dict[str, Tensor | int]:
     """Segment arguments of the identity cross-attention: each sample's scenes look at each sample's references.
 
@@ -124,14 +124,14 @@ def attention_segments(
         groups: the images of the batch.
         num_patches: queries a scene.
         key_length: keys a reference.
-        nobody_token: whether each sample's keys begin with the key of nobody.
+        null_token: whether each sample's keys begin with the key of nobody.
         device: where the tensors go.
 
     Returns:
         ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k`` of :func:`idavlm.ops.cross_attention`,
         and its ``key_groups``: the identities of a sample, and behind the most that any has, nobody.
     """
-    extra_keys = int(nobody_token)
+    extra_keys = int(null_token)
     segments: dict[str, Tensor | int] = {}
     for name, lengths in (
         ("q", [count * num_patches for count in groups.scenes_per_sample]),

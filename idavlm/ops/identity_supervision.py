@@ -6,7 +6,7 @@ from torch import Tensor
 
 from idavlm.utils import ImageRole
 
-NOBODY = -1
+NULL = -1
 """Target of a patch that shows none of the references; indexes the last column of an identity attention map."""
 
 IGNORE = -100
@@ -27,7 +27,7 @@ def identity_patch_targets(
 
     A box covers a patch by ``intersection / min(patch area, box area)``, so that a box smaller than a patch counts
     too. A patch belongs to the one identity that covers at least ``min_coverage`` of it. It is :data:`IGNORE` where
-    two identities do, or where a box's edge cuts it (some coverage, but too little), and :data:`NOBODY` elsewhere.
+    two identities do, or where a box's edge cuts it (some coverage, but too little), and :data:`NULL` elsewhere.
 
     Args:
         boxes: ``[N, 4]`` pixels ``[x1, y1, x2, y2]`` of the original image.
@@ -70,7 +70,7 @@ def identity_patch_targets(
     claims = claims.scatter_reduce(0, cell, coverage, "amax").view(num_images, num_identities, rows * columns)
     # A hair below the threshold: halves of a patch must count as halves whatever the rounding.
     claimed = claims >= min_coverage - 1e-4
-    targets = torch.full((num_images, rows * columns), NOBODY, device=device)
+    targets = torch.full((num_images, rows * columns), NULL, device=device)
     targets[(claims > 1e-4).any(1)] = IGNORE
     single = claimed.sum(1) == 1
     if num_identities:
@@ -80,17 +80,17 @@ def identity_patch_targets(
     return targets
 
 
-def identity_attention_loss(identity_attention: Tensor, targets: Tensor) -> Tensor:
+def identity_map_loss(identity_attention: Tensor, targets: Tensor) -> Tensor:
     """Mean ``-log`` of the attention each labelled patch pays to its target; 0 where no patch is labelled.
 
     Images that look at no reference have nothing to learn and do not count.
 
     Args:
         identity_attention: ``[I, P, G + 1]``, a map of :class:`IDFormer`: one column an identity, the last nobody's.
-        targets: ``[I, P]`` identity 0..G-1, :data:`NOBODY` (-1) or :data:`IGNORE` (-100).
+        targets: ``[I, P]`` identity 0..G-1, :data:`NULL` (-1) or :data:`IGNORE` (-100).
 
-    A map made without ``nobody_token`` cannot say "nobody": its last column is 0 for every patch of an image with
-    references. Use :meth:`IDFormer.identity_loss`, which leaves those patches out.
+    A map made without ``null_token`` cannot say "nobody": its last column is 0 for every patch of an image with
+    references. Use :meth:`IDFormer.identity_map_loss`, which leaves those patches out.
 
     Raises:
         ValueError: shapes that do not fit, or a target that names an identity the image's sample does not have.
@@ -104,7 +104,7 @@ def identity_attention_loss(identity_attention: Tensor, targets: Tensor) -> Tens
     present = (identity_attention.detach()[..., :-1] != 0).any(1)
     known = F.pad(present, (0, 1), value=True)
     labelled = targets != IGNORE
-    column = targets.masked_fill(~labelled | (targets == NOBODY), num_identities)
+    column = targets.masked_fill(~labelled | (targets == NULL), num_identities)
     outside = (column < 0) | (column > num_identities)
     wrong = outside | ~known.gather(1, column.masked_fill(outside, num_identities)) | (targets == num_identities)
     if wrong.any():

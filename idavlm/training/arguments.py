@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from idavlm.data.schema import SOURCES
 from idavlm.utils import check_choice
 
 MODULES = ("vision_tower", "connector", "id_former", "inner_adaptor", "language_model")
-SOURCES = ("identity", "general")
 _DICTIONARIES = ("loss_weights", "module_learning_rates")
 
 
@@ -29,7 +29,7 @@ class IDTrainingArguments(TrainingArguments):
         identity_warmup_steps: for so many steps identity batches teach the identity attention alone, by their boxes;
             the language model is not run on them. For models from scratch: it could learn nothing from images yet.
         teacher_forcing_steps: for so many steps image tokens are marked by the boxes, not by what the identity
-            attention finds (``num_identity_slots``): the language model learns to read marks that are right first.
+            attention finds (``max_identities``): the language model learns to read marks that are right first.
         muon_modules: modules whose linear layers are trained by Muon (:class:`idavlm.training.MuonAdamW`), all else by
             AdamW at the same rate. For models from scratch: small ones learn to read images in far fewer steps.
     """

@@ -8,7 +8,7 @@ from transformers import ProgressCallback
 class SourceProgress(ProgressCallback):
     """The progress bar, named after the run's folder, with the losses of each source for printed dictionaries."""
 
-    SHOWN = {"loss_identity": "identity", "loss_general": "general", "identity_attention_loss": "attention"}  # noqa: RUF012
+    SHOWN = {"loss_identity": "identity", "loss_general": "general", "identity_map_loss": "attention"}  # noqa: RUF012
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

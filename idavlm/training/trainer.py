@@ -13,12 +13,14 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from idavlm.data import IGNORE_INDEX, DualDataLoader
-from idavlm.training.arguments import MODULES, SOURCES, IDTrainingArguments
+from idavlm.data import DualDataLoader
+from idavlm.data.schema import SOURCES
+from idavlm.experimental.muon import MuonAdamW, linear_weights
+from idavlm.training.arguments import MODULES, IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
-from idavlm.training.muon import MuonAdamW, linear_weights
+from idavlm.utils import IGNORE_INDEX
 
-TEXT = ("input_ids", "attention_mask", "labels", "name_identity", "is_name")
+TEXT = ("input_ids", "attention_mask", "labels", "token_identity_index", "name_mask")
 
 
 class IDTrainer(Trainer):
@@ -26,7 +28,7 @@ class IDTrainer(Trainer):
 
     Hooks of ``transformers.Trainer`` only: the loop, checkpoints, accelerate, DeepSpeed and PEFT are its own. Log
     entries have ``loss_identity``, ``loss_general`` (language loss of each source since the last entry, unweighted) and
-    ``identity_attention_loss``. A run that was killed and is resumed goes on with the very batches it would have seen.
+    ``identity_map_loss``. A run that was killed and is resumed goes on with the very batches it would have seen.
 
     Args:
         model: an :class:`idavlm.IDAVLMForConditionalGeneration` or a model with modules of its names.
@@ -57,10 +59,10 @@ class IDTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process would cut a batch between a row and its images; start one process a "
                 "GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
             )
-        slots = getattr(getattr(model, "id_former", None), "identity_slots", None)
+        slots = getattr(getattr(model, "id_former", None), "identity_embedding", None)
         if args.teacher_forcing_steps and slots is None and not getattr(model.config, "names_as_marks", False):
             raise ValueError(
-                f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with num_identity_slots, or "
+                f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with max_identities, or "
                 "names_as_marks, which mark image tokens; leave it 0."
             )
         if args.workflow is not None:
@@ -130,8 +132,8 @@ class IDTrainer(Trainer):
         if model.training:
             for name, value in losses.items():
                 self._note(f"loss_{name}", value)
-            if outputs.get("identity_loss") is not None and "identity" in losses:
-                self._note("identity_attention_loss", outputs["identity_loss"])
+            if outputs.get("identity_map_loss") is not None and "identity" in losses:
+                self._note("identity_map_loss", outputs["identity_map_loss"])
         return (loss, outputs) if return_outputs else loss
 
     def _identity_loss(self, model, inputs, return_outputs: bool):
@@ -141,13 +143,13 @@ class IDTrainer(Trainer):
             raise ValueError(
                 f"identity_warmup_steps={self.args.identity_warmup_steps} needs a model with an ID-Former, and boxes."
             )
-        self._note("identity_attention_loss", outputs["identity_loss"])
+        self._note("identity_map_loss", outputs["identity_map_loss"])
         loss = self.args.loss_weights["identity"] * outputs["auxiliary_loss"]
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._counts:
-            for name in ("loss_identity", "loss_general", "identity_attention_loss"):
+            for name in ("loss_identity", "loss_general", "identity_map_loss"):
                 count = self._counts.pop(name, 0)
                 if count:
                     mean = self.accelerator.reduce(self._sums.pop(name) / count, reduction="mean")

@@ -45,7 +45,7 @@ def judge_answers(
         workers: requests at once.
         progress: show a progress bar.
     """
-    wanted = [number for number, one in enumerate(result.predictions) if one.type in types]
+    wanted = [number for number, one in enumerate(result.predictions) if one.task in types]
 
     def judge(number: int) -> Judged:
         sample, prediction = items[number].sample, result.predictions[number]

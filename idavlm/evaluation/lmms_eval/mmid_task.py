@@ -78,7 +78,7 @@ def process_results(doc: dict, results: list[str]) -> dict[str, float]:
         names=_PEOPLE,
         image_size=image_size,
     )
-    called = _METRICS[item.sample.type.split("_")[0]]
+    called = _METRICS[item.sample.task.split("_")[0]]
     return {called[metric]: score for metric, score in scored.predictions[0].scores.items() if metric in called}
 
 

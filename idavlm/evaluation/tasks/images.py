@@ -86,7 +86,7 @@ def with_sizes(
     check_choice("missing", missing, MISSING)
     unknown: dict[str, list[str]] = {}
     for item, answer in zip(items, answers, strict=True):
-        known = item.sample.type != "location" or answer.image_size or item.extra.get("size")
+        known = item.sample.task != "location" or answer.image_size or item.extra.get("size")
         if not known and image_size(item.sample) is None:
             unknown.setdefault(item.sample.message_images[-1], []).append(item.sample.id)
     if unknown and missing == "fail":

@@ -65,7 +65,7 @@ def score_mme(items: Sequence[Item], answers: Sequence[Answer], parse_box: Parse
         text = answer.prediction or ""
         sample = item.sample
         predictions.append(
-            Prediction(sample.id, sample.type, text, sample.answer, scores, chance, parsed=one is not None)
+            Prediction(sample.id, sample.task, text, sample.answer, scores, chance, parsed=one is not None)
         )
     return EvaluationResult(predictions)
 

@@ -21,7 +21,7 @@ def load_mmid(data: Path, images: Path | None) -> list[Item]:
     """
     root = images if images is not None else data.parent
     samples = RecordDataset(data, root, reader="mmid")
-    return [Item(one, {"type": _NAME_OF[one.type], "domain": domain_of(one.images[0])}) for one in samples]
+    return [Item(one, {"type": _NAME_OF[one.task], "domain": domain_of(one.images[0])}) for one in samples]
 
 
 def domain_of(path: str) -> str:

@@ -51,7 +51,7 @@ def score_personal(items: Sequence[Item], answers: Sequence[Answer], parse_box: 
     """``positive`` and ``negative`` recognition, ``accuracy`` of choices, ``recall`` of the name in captions."""
     predictions = []
     for item, answer in zip(items, answers, strict=True):
-        kind, text, gold = item.sample.type, answer.prediction or "", item.sample.answer
+        kind, text, gold = item.sample.task, answer.prediction or "", item.sample.answer
         parsed, chance = True, {}
         if kind == "caption":
             found = re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", plain_answer(text), re.IGNORECASE)

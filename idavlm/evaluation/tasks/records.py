@@ -13,7 +13,7 @@ from idavlm.evaluation.tasks.task import EvaluationTask, Item
 
 def load_records(data: Path, images: Path | None) -> list[Item]:
     """Records of a ``.jsonl`` file; pictures below ``images``, or the folder ``images`` beside the file."""
-    return [Item(sample, {"type": sample.type or ""}) for sample in RecordDataset(data, images)]
+    return [Item(sample, {"type": sample.task or ""}) for sample in RecordDataset(data, images)]
 
 
 def score_records(items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None) -> EvaluationResult:

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from idavlm._compat import cache_in
 from idavlm.modules.inner_adaptor.cache import TEXT, enter_cache
 from idavlm.modules.inner_adaptor.decoder import DecoderParts, find_decoder_parts
 from idavlm.modules.inner_adaptor.layers import adaptor_layer, own_copy
 from idavlm.modules.inner_adaptor.routing import WorkflowMixin, route_layer, route_owned, takes_workflow
-from idavlm.utils import cache_in, check_choice, check_positive
+from idavlm.utils import check_choice, check_positive
 
 OWNED = ("embeddings", "norm", "lm_head", "connector")
 
@@ -32,7 +33,7 @@ class InnerAdaptor(nn.ModuleDict):
         self.options = options
         self.num_base_layers = len(parts.layers)
         self.active = options["workflows"][0]
-        owned = {name: _part(parts, name, connector) for name in options["owned"]}
+        owned = {name: _part(parts, name, connector) for name in options["modules_to_copy"]}
         kind = {"composition": options["composition"], "rank": options["rank"], "dtype": dtype}
         for workflow in options["workflows"]:
             layers = [
@@ -106,12 +107,12 @@ def add_inner_adaptors(
         "workflows": _names("workflows", workflows),
         "composition": composition,
         "rank": rank,
-        "owned": _names("owned", owned),
+        "modules_to_copy": _names("modules_to_copy", owned),
     }
     inner_adaptor = new_inner_adaptor(language_model, options, connector)
     for place, index in enumerate(options["layers"]):
         route_layer(parts.layers[index], inner_adaptor, place)
-    for name in options["owned"]:
+    for name in options["modules_to_copy"]:
         route_owned(_part(parts, name, connector), inner_adaptor, name)
     language_model.requires_grad_(False)
     language_model.inner_adaptor = inner_adaptor
@@ -129,10 +130,10 @@ def new_inner_adaptor(language_model: nn.Module, options: dict, connector: nn.Mo
                 f"workflows holds {workflow!r}; 'text' is there without being named, and other names have no dot and "
                 "are no method of nn.ModuleDict. Choose names such as 'multimodal' and 'grounding'."
             )
-    for name in options["owned"]:
-        check_choice("owned", name, OWNED)
-    if ("connector" in options["owned"]) != (connector is not None):
-        raise ValueError("owned=('connector',) and connector=<the module> go together; give both or neither.")
+    for name in options["modules_to_copy"]:
+        check_choice("modules_to_copy", name, OWNED)
+    if ("connector" in options["modules_to_copy"]) != (connector is not None):
+        raise ValueError("modules_to_copy=('connector',) and connector=<the module> go together; give both or neither.")
     if any(hasattr(parameter, "ds_id") for parameter in language_model.parameters()):
         raise ValueError(
             "language_model is partitioned by ZeRO-3, so its layers cannot be copied; load it and add the adaptors "
@@ -145,7 +146,7 @@ class _AdaptedModel(WorkflowMixin):
     """Methods of a language model with inner adaptors."""
 
     def resize_token_embeddings(self, *args, **kwargs):
-        owned = {"embeddings", "lm_head"} & set(self.inner_adaptor.options["owned"])
+        owned = {"embeddings", "lm_head"} & set(self.inner_adaptor.options["modules_to_copy"])
         if owned and (args or kwargs):
             raise ValueError(
                 f"the workflows own {', '.join(sorted(owned))}, which resize_token_embeddings would leave as they are; "

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from idavlm._compat import cache_in
 from idavlm.modules.inner_adaptor.cache import make_room
-from idavlm.utils import cache_in
 
 
 class _FollowedLayer:

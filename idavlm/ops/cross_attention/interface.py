@@ -5,9 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from idavlm.ops.cross_attention.eager import naive_cross_attention
 from idavlm.ops.cross_attention.flash import flash_cross_attention
 from idavlm.ops.cross_attention.fused import triton_cross_attention
-from idavlm.ops.cross_attention.naive import naive_cross_attention
 from idavlm.ops.cross_attention.sdpa import sdpa_cross_attention
 from idavlm.ops.cross_attention.segments import Segments
 from idavlm.utils import check_choice, check_positive, outside_compile

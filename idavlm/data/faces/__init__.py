@@ -1,5 +1,0 @@
-"""Real photographs: pictures and records of the people of the ORL archive, fetched with pip."""
-
-from idavlm.data.faces.builder import build_faces
-
-__all__ = ["build_faces"]
