@@ -1,1 +1,1 @@
-"""Aids for small models that train from scratch in minutes; not part of the stable API."""
+"""Aids for small models that train from scratch in minutes. They are not part of the stable API."""

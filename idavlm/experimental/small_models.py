@@ -16,7 +16,7 @@ from transformers import (
 
 from idavlm._compat import pil_image_processor
 from idavlm.data.chat_templates import ROLE_TOKENS
-from idavlm.models.boxes import BoxFormat
+
 from idavlm.models.processing import IDAVLMProcessor
 
 
@@ -110,7 +110,7 @@ def record_texts(samples: Iterable) -> Iterable[str]:
         yield from (f"{identity.name} is" for identity in sample.identities)
         for message in sample.messages:
             yield from (part.text for part in message.content if part.type == "text")
-    steps = range(BoxFormat.BINS)
+    steps = range(32)
     yield from (f"{first} {second}" for first in steps for second in steps)
 
 
@@ -128,6 +128,5 @@ def small_processor(samples: Iterable, *, image_size: int, num_queries: int):
         small_image_processor(image_size),
         small_tokenizer(record_texts(samples)),
         image_seq_length=num_queries,
-        box_format="bins",
-        image_cache_size=50_000,
+        box_format="bins32",
     )
