@@ -59,7 +59,7 @@ class ModelArguments:
     chat_template: str | None = field(
         default=None, metadata={"help": "Template in idavlm.data.chat_templates. Default: that of the tokenizer."}
     )
-    model_options: str | dict | None = field(
+    model_options: dict | str | None = field(
         default='{"num_queries": 16, "num_heads": 4}',
         metadata={"help": "Further arguments of IDAVLMForConditionalGeneration.from_parts, as JSON."},
     )

@@ -1,4 +1,4 @@
-"""Introduce identities by photos, ask where one of them is, and draw the answer. Run `make demo` first.
+"""Introduce two identities by photos, ask where one of them is, and draw the answer. Run `make demo` first.
 
 python examples/quickstart.py
 python examples/quickstart.py --identity Kate kate.jpg --identity Tom tom1.jpg tom2.jpg --scene party.jpg
@@ -33,8 +33,8 @@ sample = Sample("quickstart", "identity", identities, [Message("user", question)
 [identity_map], grid = identity_maps(model, processor, sample)
 
 image = Image.open(root / scene).convert("RGB")
-heat = Image.fromarray((180 * identity_map[:, 0].reshape(grid)).astype("uint8")).resize(image.size)
-image.paste((255, 190, 0), mask=heat)  # yellow where patches attend to the first identity
+heat = Image.fromarray((255 * identity_map[:, 0].reshape(grid)).astype("uint8")).resize(image.size)
+image = Image.composite(image, image.point(lambda value: value // 3), heat)  # bright where the first identity is found
 if box := processor.parse_box(answer, size, name=identities[0].name):
     ImageDraw.Draw(image).rectangle(box, outline="red", width=max(1, image.width // 100))
 image.resize((512, 512 * image.height // image.width)).save(args.out)

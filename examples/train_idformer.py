@@ -129,7 +129,7 @@ def main(args: DemoArguments) -> None:
         out,
         results,
         model="Small VLM with and without ID-Former",
-        data=f"held-out identities of {args.data}",
+        data=f"held-out identities of {out.name}",
         logs=logs,
         examples=pick_examples(model, processor, test, results["with ID-Former"][0]),
         settings=asdict(args) | {"steps": [pretraining_steps, tuning_steps], "parameters": model.num_parameters()},
