@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from idavlm import identity_map_loss, identity_patch_targets
-from idavlm.ops.identity_supervision import IGNORE, NULL
+from idavlm.modules import NULL
+from idavlm.utils import IGNORE_INDEX
 
-X, N = IGNORE, NULL
+X, N = IGNORE_INDEX, NULL
 
 
 def targets(boxes, identities=None, *, size=(40, 40), grid=(4, 4), **options):
@@ -30,12 +31,12 @@ def test_a_box_on_patch_edges():
 
 
 def test_pixels_belong_to_the_original_image():
-    """A wide picture: 80 x 40 pixels, four columns of 20 pixels and four rows of 10."""
+    """A wide image: 80 x 40 pixels, four columns of 20 pixels and four rows of 10."""
     assert targets([[20, 0, 60, 20]], size=(40, 80)) == [[N, 0, 0, N], [N, 0, 0, N], [N] * 4, [N] * 4]
 
 
 def test_a_patch_cut_by_an_edge_is_half_or_left_out():
-    """Half covered counts (the default threshold), a quarter does not and is no nobody either."""
+    """Half covered counts (the default threshold). A quarter does not, and is not NULL either."""
     assert targets([[5, 0, 22.5, 10]])[0] == [0, 0, X, N]
     assert targets([[5, 0, 22.5, 10]], min_coverage=0.2)[0] == [0, 0, 0, N]
 
@@ -49,7 +50,7 @@ def test_a_patch_claimed_by_two_is_left_out():
     assert targets([[0, 0, 20, 10], [10, 0, 30, 10]])[0] == [0, X, 1, N]
 
 
-def test_two_boxes_of_one_identity_do_not_quarrel():
+def test_two_boxes_of_one_identity_do_not_conflict():
     assert targets([[0, 0, 20, 10], [10, 0, 30, 10]], [1, 1])[0] == [1, 1, 1, N]
 
 
@@ -57,7 +58,7 @@ def test_a_box_reaching_out_of_the_image_is_cut():
     assert targets([[-50, -50, 10, 10]])[0] == [0, N, N, N]
 
 
-def test_no_box_means_nobody():
+def test_no_box_means_null():
     assert targets([]) == [[N] * 4] * 4
 
 
@@ -105,7 +106,7 @@ def call(**change):
         ({"boxes": torch.zeros(1, 3)}, r"boxes has shape \(1, 3\)"),
         ({"boxes": torch.tensor([[5.0, 0, 5, 5]])}, r"boxes\[0\]=\[5.0, 0.0, 5.0, 5.0\] is empty"),
         ({"boxes": torch.tensor([[20.0, 0, 30, 5]])}, r"boxes\[0\]=\[20.0, 0.0, 30.0, 5.0\] lies outside"),
-        ({"box_image": torch.tensor([1])}, r"box_image\[0\]=1 names no image; the batch has 1"),
+        ({"box_image": torch.tensor([1])}, r"box_image\[0\]=1 is out of range; the batch has 1"),
         ({"box_image": torch.tensor([0, 0])}, r"box_image has shape \(2,\).*expected \[1\]"),
         ({"box_identity": torch.tensor([-1])}, r"box_identity\[0\]=-1 must be at least 0"),
         ({"image_sizes": torch.tensor([10, 10])}, r"image_sizes has shape \(2,\)"),
@@ -140,11 +141,11 @@ def test_wrong_targets_are_named():
     for wrong in (2, 3, -7):
         with pytest.raises(ValueError, match=rf"targets\[0, 1\]={wrong}, but image 0 has no reference"):
             identity_map_loss(attention, torch.tensor([[0, wrong]]))
-    with pytest.raises(ValueError, match=r"identity_attention has shape \(1, 2, 3\) and targets \(2,\)"):
+    with pytest.raises(ValueError, match=r"identity_map has shape \(1, 2, 3\) and targets \(2,\)"):
         identity_map_loss(attention, torch.tensor([0, 1]))
 
 
-def test_without_nobody_token_the_loss_leaves_nobody_out(small_id_former):
+def test_without_null_token_the_loss_leaves_null_out(small_id_former):
     features, index = torch.randn(2, 9, 12, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
     roles = torch.tensor([0, 1])
     labels = torch.full((2, 9), X)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from idavlm.data import DataError, Identity, Message, Part, Sample
 from idavlm.experimental.small_models import small_tokenizer
-from idavlm.models.names import carry_names, name_identities
+from idavlm.models.identity_names import find_names, propagate_names
 from tests.small_models import TEXTS, small_processor
 
 
@@ -44,16 +44,16 @@ def tokenizer(request):
 
 
 def found(tokenizer, text: str, names: list[str]) -> list[tuple[str, int]]:
-    """``(text, identity)`` of every run of tokens that names somebody."""
+    """Return ``(text, identity)`` of each run of tokens that spells a name."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    marks = name_identities(tokenizer, ids, [-100] * len(ids), names)
+    identities = find_names(tokenizer, ids, [-100] * len(ids), names)
     runs: list[list] = []
-    for token, mark, before in zip(ids, marks, [-1, *marks], strict=False):
-        if mark >= 0 and mark == before:
+    for token, identity, before in zip(ids, identities, [-1, *identities], strict=False):
+        if identity >= 0 and identity == before:
             runs[-1][0].append(token)
-        elif mark >= 0:
-            runs.append([[token], mark])
-    return [(tokenizer.decode(tokens).strip(), mark) for tokens, mark in runs]
+        elif identity >= 0:
+            runs.append([[token], identity])
+    return [(tokenizer.decode(tokens).strip(), identity) for tokens, identity in runs]
 
 
 @pytest.mark.parametrize(
@@ -100,16 +100,16 @@ def test_names_between_chinese_characters_need_no_spaces():
     assert found(TOKENIZERS["byte-level"], "凯特在哪里", ["凯特"]) == [("凯特", 0)]
 
 
-def test_what_the_model_is_to_say_is_not_marked(tokenizer):
+def test_names_in_answers_do_not_count(tokenizer):
     ids = tokenizer.encode("Kate is Kate", add_special_tokens=False)
     size = len(tokenizer.encode("Kate", add_special_tokens=False))
     labels = [-100] * (len(ids) - size) + ids[-size:]
-    marks = name_identities(tokenizer, ids, labels, ["Kate"])
-    assert [mark >= 0 for mark in marks] == [place < size for place in range(len(ids))]
+    identities = find_names(tokenizer, ids, labels, ["Kate"])
+    assert [identity >= 0 for identity in identities] == [place < size for place in range(len(ids))]
     # A name of which only a part is a label is no name of the prompt.
     if size > 1:
         labels = [-100] * (len(ids) - 1) + ids[-1:]
-        assert name_identities(tokenizer, ids, labels, ["Kate"])[-size:] == [-1] * size
+        assert find_names(tokenizer, ids, labels, ["Kate"])[-size:] == [-1] * size
 
 
 def test_what_is_remembered_is_forgotten_with_new_tokens():
@@ -119,64 +119,64 @@ def test_what_is_remembered_is_forgotten_with_new_tokens():
     assert found(tokenizer, "Kate is reading.", ["Kate"]) == [("Kate", 0)]
 
 
-def test_nobody_to_find(tokenizer):
+def test_no_names_to_find(tokenizer):
     ids = tokenizer.encode("Kate is reading.", add_special_tokens=False)
-    assert name_identities(tokenizer, ids, ids, []) == [-1] * len(ids)
-    assert name_identities(tokenizer, [], [], ["Kate"]) == []
+    assert find_names(tokenizer, ids, ids, []) == [-1] * len(ids)
+    assert find_names(tokenizer, [], [], ["Kate"]) == []
 
 
-def test_names_behind_the_headers_of_turns_and_placeholders():
+def test_names_after_the_headers_of_turns_and_placeholders():
     tokenizer = small_processor().tokenizer
     text = "<|user|>Kate is <image>\nTom is <image>\n<image>Kate?<|end|><|assistant|>Tom"
     ids = tokenizer.encode(text, add_special_tokens=False)
     spans = [
         tokenizer.decode([token])
-        for token, mark in zip(ids, name_identities(tokenizer, ids, [-100] * len(ids), ["Kate", "Tom"]), strict=True)
-        if mark >= 0
+        for token, identity in zip(ids, find_names(tokenizer, ids, [-100] * len(ids), ["Kate", "Tom"]), strict=True)
+        if identity >= 0
     ]
     assert "".join(spans).replace(" ", "") == "KateTomKateTom"
 
 
 def test_placeholders_are_expanded_around_names():
     processor = small_processor()
-    marks = processor._expand([7, processor.image_token_id, 8], [-100, -100, 8], [0, -1, 1])
+    rows = processor._repeat_placeholders([7, processor.image_token_id, 8], [-100, -100, 8], [0, -1, 1])
     expected = ([7, *[processor.image_token_id] * 4, 8], [-100] * 5 + [8], [0, -1, -1, -1, -1, 1])
-    assert [row.tolist() for row in marks] == list(expected)
+    assert [row.tolist() for row in rows] == list(expected)
 
 
-def test_text_alone_names_nobody():
-    plain = Sample(
+def test_text_without_identities():
+    general = Sample(
         "t", "general", [], [Message("user", [Part("text", "Kate?")]), Message("assistant", [Part("text", "A")])]
     )
-    assert (small_processor().encode(plain)["token_identity_index"] == -1).all()
-    known = Sample("t", "identity", [Identity("Kate", [])], plain.messages)
-    assert (small_processor().encode(known)["token_identity_index"] == 0).any()
+    assert (small_processor().encode(general)["token_identity_index"] == -1).all()
+    introduced = Sample("t", "identity", [Identity("Kate", [])], general.messages)
+    assert (small_processor().encode(introduced)["token_identity_index"] == 0).any()
 
 
-def test_a_name_stands_for_what_follows_until_an_image_a_name_or_the_end_of_an_answer():
+def test_a_name_extends_to_what_follows_until_an_image_a_name_or_the_end_of_an_answer():
     prompt, answer, image = -100, 5, 9
     names = [-1, 0, -1, -1, -1, 1, -1, -1, -1, 0, -1]
     tokens = [1, 1, 1, image, 1, 1, 1, 1, 1, 1, 1]
     labels = [prompt] * 6 + [answer] * 2 + [prompt] * 3
-    assert carry_names(names, tokens, labels, image) == [-1, 0, 0, -1, -1, 1, 1, 1, -1, 0, 0]
+    assert propagate_names(names, tokens, labels, image) == [-1, 0, 0, -1, -1, 1, 1, 1, -1, 0, 0]
 
 
 def test_question_and_answer_are_about_its_name():
     messages = [Message("user", [Part("text", "Is Kate here?")]), Message("assistant", [Part("text", "Kate is")])]
     encoded = small_processor().encode(Sample("t", "identity", [Identity("Kate", [])], messages))
-    marks, labels = encoded["token_identity_index"], encoded["labels"]
-    first = marks.tolist().index(0)
+    index, labels = encoded["token_identity_index"], encoded["labels"]
+    first = index.tolist().index(0)
     assert 0 < first < labels.ne(-100).nonzero()[0]
-    assert (marks[first:] == 0).all()
-    assert (marks[:first] == -1).all()
+    assert (index[first:] == 0).all()
+    assert (index[:first] == -1).all()
 
 
-def test_marks_of_a_conversation_are_the_same_in_generation_as_in_training():
+def test_names_of_a_conversation_are_the_same_in_generation_as_in_training():
     turns = [("user", "Is Kate here?"), ("assistant", "Tom is."), ("user", "Where is Tom?"), ("assistant", "A")]
     messages = [Message(role, [Part("text", text)]) for role, text in turns]
-    processor, people = small_processor(), [Identity("Kate", []), Identity("Tom", [])]
-    whole = processor.encode(Sample("t", "identity", people, messages))
-    prompt = processor.encode(Sample("t", "identity", people, messages[:-1]), add_generation_prompt=True)
+    processor, identities = small_processor(), [Identity("Kate", []), Identity("Tom", [])]
+    whole = processor.encode(Sample("t", "identity", identities, messages))
+    prompt = processor.encode(Sample("t", "identity", identities, messages[:-1]), add_generation_prompt=True)
     length = len(prompt["input_ids"])
     assert torch.equal(prompt["input_ids"], whole["input_ids"][:length])
     assert torch.equal(prompt["token_identity_index"], whole["token_identity_index"][:length])
@@ -190,5 +190,5 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error():
     rewriting = "{% if add_generation_prompt %}again {% endif %}" + processor.chat_template
     processor.chat_template = rewriting
     messages = [Message(role, [Part("text", "Kate")]) for role in ("user", "assistant", "user")]
-    with pytest.raises(DataError, match="earlier turns otherwise"):
+    with pytest.raises(DataError, match="earlier turns differently"):
         processor.encode(Sample("t", "identity", [Identity("Kate", [])], messages), add_generation_prompt=True)
