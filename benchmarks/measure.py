@@ -83,7 +83,7 @@ class _LiveStorages(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.current = self.peak = 0
-        self.known: set[int] = set()
+        self.tracked: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -91,18 +91,18 @@ class _LiveStorages(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in inputs:
+                if storage._cdata not in self.tracked and storage._cdata not in inputs:
                     self._enter(storage)
         return result
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
+        self.tracked.add(key)
         self.current += size
         self.peak = max(self.peak, self.current)
 
         def leave() -> None:
-            self.known.discard(key)
+            self.tracked.discard(key)
             self.current -= size
 
         weakref.finalize(storage, leave)

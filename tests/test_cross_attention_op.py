@@ -1,4 +1,4 @@
-"""Tests of ragged cross-attention: values and gradients of every backend and layout against a plain restatement."""
+"""Tests of ragged cross-attention: values and gradients of every backend and layout against a reference written in the test."""
 
 import pytest
 import torch

@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks import (
     attention_backends,
+    attention_matching,
     convert_memory,
     cross_attention,
     generation,
@@ -22,6 +23,7 @@ from benchmarks import (
     measure,
     resampler_designs,
 )
+from idavlm.data import RecordDataset
 from idavlm.datasets.characters import build_characters
 from tests import small_models
 
@@ -112,6 +114,18 @@ def test_generation_benchmark(monkeypatch, capsys, tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
     assert [row[0] for row in rows].count("all") == 2
     assert {row[4] for row in rows} == {"1.00", ""}
+
+
+def test_attention_matching_benchmark(monkeypatch, capsys, tmp_path):
+    """The accuracy is printed for both methods, of all matching records."""
+    records = build_characters(tmp_path / "data", **generation.CHARACTERS) / "test.jsonl"
+    samples = list(RecordDataset(records))
+    for part in generation.untrained(samples):
+        part.save_pretrained(tmp_path / "model")
+    out = run(monkeypatch, capsys, attention_matching.main, str(tmp_path / "model"), str(records))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == ["eight strongest patches", "all patches"]
+    assert {row[2] for row in rows} == {str(sum(sample.task == "matching" for sample in samples))}
 
 
 def test_inner_adaptor_benchmark(monkeypatch, capsys):

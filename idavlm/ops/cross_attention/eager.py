@@ -22,7 +22,7 @@ def eager_cross_attention(
     num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``softmax(scale * q k^T) v`` per segment; arguments as in :func:`idavlm.ops.cross_attention`, all required."""
+    """``softmax(scale * q k^T) v`` per segment; arguments as in :func:`idavlm.cross_attention`, all required."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = repeat_shared(q, segments), add_key_bias(k, key_bias, segments)
     outputs, attentions = [], []

@@ -19,7 +19,7 @@ def flash_cross_attention(
     num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.ops.cross_attention`, all required. Shared queries are copied per segment."""
+    """Arguments as in :func:`idavlm.cross_attention`, all required. Shared queries are copied per segment."""
     q, k, v, key_bias = cast_for_autocast(q, k, v, key_bias)
     _check(q)
     try:

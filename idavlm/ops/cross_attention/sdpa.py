@@ -36,7 +36,7 @@ def sdpa_cross_attention(
     num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.ops.cross_attention`, all required."""
+    """Arguments as in :func:`idavlm.cross_attention`, all required."""
     q, k = repeat_shared(q, segments), add_key_bias(k, key_bias, segments)
     cu_seqlens_q, cu_seqlens_k = segments.cu_seqlens_q, segments.cu_seqlens_k
     if cu_seqlens_q is None and cu_seqlens_k is None:

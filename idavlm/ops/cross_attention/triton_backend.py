@@ -12,7 +12,7 @@ from idavlm.ops.cross_attention.segments import Segments, add_key_bias, repeat_s
 MAX_HEAD_DIM = 256
 
 GROUPS_PER_PASS = 32
-"""Group sums that fit into registers beside the output. More groups take one more pass per 32 groups."""
+"""Number of groups whose sums fit into registers beside the output. More groups are computed in several passes."""
 
 
 def triton_cross_attention(
@@ -27,7 +27,7 @@ def triton_cross_attention(
     num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.ops.cross_attention`, all required. Shared queries are not repeated."""
+    """Arguments as in :func:`idavlm.cross_attention`, all required. Shared queries are not repeated."""
     q, k, v, key_bias = cast_for_autocast(q, k, v, key_bias)
     _check(q, k, v, key_bias)
     from idavlm.ops.cross_attention.triton.operator import fused_cross_attention

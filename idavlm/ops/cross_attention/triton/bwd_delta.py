@@ -1,4 +1,4 @@
-"""The preprocessing kernel of the backward pass, whose result both gradient kernels use."""
+"""The preprocessing kernel of the backward pass. Both gradient kernels use its result."""
 
 import triton
 import triton.language as tl

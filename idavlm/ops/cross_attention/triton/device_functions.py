@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether Triton's interpreter runs the kernels, on a CPU."""
 
 # The interpreter also accepts plain functions. It spends half of its time preparing calls of jitted ones.
 device_function = (lambda function: function) if INTERPRETED else triton.jit
@@ -35,11 +36,13 @@ def next_first_item(first_item, items, programs):
 
 @device_function
 def row_pointers(base, rows, stride, BLOCK_D: tl.constexpr):
+    """Pointers ``[rows, BLOCK_D]`` to the elements of rows."""
     return base + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
 @device_function
 def row_mask(rows, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[rows, BLOCK_D]``: which elements are inside the segment and the head."""
     mask = rows[:, None] < num_rows
     if HEAD_DIM != BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
@@ -48,12 +51,14 @@ def row_mask(rows, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @device_function
 def load_rows(base, rows, num_rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows through pointers."""
     mask = row_mask(rows, num_rows, HEAD_DIM, BLOCK_D)
     return tl.load(row_pointers(base, rows, stride, BLOCK_D), mask=mask, other=0.0)
 
 
 @device_function
 def store_rows(base, values, rows, num_rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store rows through pointers, cast to the dtype of the target."""
     values = cast(values, base.dtype.element_ty)
     tl.store(row_pointers(base, rows, stride, BLOCK_D), values, mask=row_mask(rows, num_rows, HEAD_DIM, BLOCK_D))
 

@@ -114,7 +114,7 @@ def _shared_arguments(
 ) -> dict[str, object]:
     """Arguments that all kernels take, by name.
 
-    ``q`` stands in for optional tensors that are None; a flag tells the kernel not to read them.
+    ``q`` is passed in place of optional tensors that are None; a flag tells the kernel not to read them.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     heads, head_dim = q.shape[1:]
@@ -186,7 +186,7 @@ def _grid(tile: Tile, q: Tensor, blocks: int, heads: int, warp_specialized: bool
 
 
 def _num_parts(q: Tensor, num_segments: int, programs: int) -> int:
-    """Number of programs that share the segments of shared queries: about two programs per multiprocessor in total."""
+    """Number of partial sums of the gradient of shared queries, for about two programs per multiprocessor."""
     return min(num_segments, 2 if INTERPRETED else triton.cdiv(2 * _multiprocessors(q), programs))
 
 

@@ -197,7 +197,7 @@ def default_tiling(capability: tuple[int, int], itemsize: int, width: int) -> Ti
 
 
 def default_tma_tiling(capability: tuple[int, int], width: int) -> Tiling | None:
-    """The same of :data:`TMA_TILINGS`; None for capabilities below 9.0."""
+    """The entry of :data:`TMA_TILINGS`, selected in the same way; None for capabilities below 9.0."""
     return TMA_TILINGS.get((_architecture(capability), width))
 
 
