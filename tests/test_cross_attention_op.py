@@ -1,4 +1,4 @@
-"""Tests of ragged cross-attention: values and gradients of every backend and layout against a reference written in the test."""
+"""Tests of ragged cross-attention: values and gradients of every backend and layout against a simple loop."""
 
 import pytest
 import torch
