@@ -1,7 +1,7 @@
-"""What the kernels share: where a segment lies, how its rows are read and written, and products of tiles.
+"""Device functions that the kernels share: bounds of a segment, loads and stores of its rows, and products of tiles.
 
-Tiles are ``[rows, BLOCK_D]`` with ``BLOCK_D`` the next power of two of the head's width; columns behind it and rows
-behind the segment's end are read as zeros and not written.
+Tiles are ``[rows, BLOCK_D]``, where ``BLOCK_D`` is the next power of two of the head dimension. Columns past the head
+dimension and rows past the end of the segment are read as zeros and not written.
 """
 
 import os
@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether Triton's interpreter runs the kernels, on a CPU."""
 
-# The interpreter takes plain functions too, and would spend half its time in preparing calls of others.
-inlined = (lambda function: function) if INTERPRETED else triton.jit
+# The interpreter also accepts plain functions. It spends half of its time preparing calls of jitted ones.
+device_function = (lambda function: function) if INTERPRETED else triton.jit
 
 
-@inlined
-def segment_span(cu_seqlens, segment, length, RAGGED: tl.constexpr):
-    """First row (int64) and number of rows of a segment; without ``RAGGED`` all have ``length`` rows."""
+@device_function
+def segment_bounds(cu_seqlens, segment, length, RAGGED: tl.constexpr):
+    """First row (int64) and number of rows of a segment. Without ``RAGGED`` every segment has ``length`` rows."""
     if RAGGED:
         first = tl.load(cu_seqlens + segment).to(tl.int64)
         rows = (tl.load(cu_seqlens + segment + 1).to(tl.int64) - first).to(tl.int32)
@@ -27,39 +28,43 @@ def segment_span(cu_seqlens, segment, length, RAGGED: tl.constexpr):
     return first, rows
 
 
-@inlined
-def next_turn(turn, items, programs):
-    """Which item of the next segment is this program's first, when ``items`` were dealt from the ``turn``-th on."""
-    return (turn + programs - items % programs) % programs
+@device_function
+def next_first_item(first_item, items, programs):
+    """Index of the program's first item in the next segment, after its share of ``items`` from ``first_item`` on."""
+    return (first_item + programs - items % programs) % programs
 
 
-@inlined
+@device_function
 def row_pointers(base, rows, stride, BLOCK_D: tl.constexpr):
+    """Pointers ``[rows, BLOCK_D]`` to the elements of rows."""
     return base + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
-@inlined
+@device_function
 def row_mask(rows, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[rows, BLOCK_D]``: which elements are inside the segment and the head."""
     mask = rows[:, None] < num_rows
     if HEAD_DIM != BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     return mask
 
 
-@inlined
+@device_function
 def load_rows(base, rows, num_rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows through pointers."""
     mask = row_mask(rows, num_rows, HEAD_DIM, BLOCK_D)
     return tl.load(row_pointers(base, rows, stride, BLOCK_D), mask=mask, other=0.0)
 
 
-@inlined
+@device_function
 def store_rows(base, values, rows, num_rows, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    values = narrow(values, base.dtype.element_ty)
+    """Store rows through pointers, cast to the dtype of the target."""
+    values = cast(values, base.dtype.element_ty)
     tl.store(row_pointers(base, rows, stride, BLOCK_D), values, mask=row_mask(rows, num_rows, HEAD_DIM, BLOCK_D))
 
 
-@inlined
-def describe(
+@device_function
+def make_descriptor(
     base,
     num_segments,
     num_rows,
@@ -71,14 +76,14 @@ def describe(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Tensor descriptor of segments of ``num_rows`` each: the hardware reads zeros behind them, and writes nothing.
+    """Tensor descriptor of segments of ``num_rows`` each. Rows past their end are read as zeros and not written.
 
-    ``TMA`` counts its dimensions. 4: segments, heads, rows, columns. 2: rows of one segment, and columns of all heads,
-    one beside the other, which is what Triton can specialise warps for; heads must then fill their tile.
+    ``TMA`` is the number of its dimensions. 4: segments, heads, rows, columns. 2: rows of one segment, and the columns
+    of all heads side by side. Triton specialises warps only for the latter; ``HEAD_DIM`` must then equal ``BLOCK_D``.
     """
-    bound = tl.maximum(num_rows, 1)  # 0 is none; then no row is asked for
+    bound = tl.maximum(num_rows, 1)  # a descriptor needs at least one row; of an empty segment none is read
     if TMA == 4:
-        found = tl.make_tensor_descriptor(
+        descriptor = tl.make_tensor_descriptor(
             base,
             [num_segments, num_heads, bound, HEAD_DIM],
             [tl.cast(num_rows, tl.int64) * stride, head_stride, stride, 1],
@@ -86,12 +91,12 @@ def describe(
         )
     else:
         columns = (num_heads - 1) * head_stride + HEAD_DIM
-        found = tl.make_tensor_descriptor(base, [bound, columns], [stride, 1], [BLOCK, BLOCK_D])
-    return found
+        descriptor = tl.make_tensor_descriptor(base, [bound, columns], [stride, 1], [BLOCK, BLOCK_D])
+    return descriptor
 
 
-@inlined
-def segment_rows(
+@device_function
+def segment_descriptor(
     whole,
     base,
     first,
@@ -105,16 +110,16 @@ def segment_rows(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The descriptor to read a segment by: its own where segments differ in length, so that its bounds are theirs."""
+    """The descriptor of a segment: one of its own where lengths differ, so that the bounds are those of the segment."""
     if RAGGED or TMA == 2:
         base += first * stride
-        found = describe(base, 1, num_rows, stride, num_heads, head_stride, HEAD_DIM, BLOCK, BLOCK_D, TMA)
+        descriptor = make_descriptor(base, 1, num_rows, stride, num_heads, head_stride, HEAD_DIM, BLOCK, BLOCK_D, TMA)
     else:
-        found = whole
-    return found
+        descriptor = whole
+    return descriptor
 
 
-@inlined
+@device_function
 def read_rows(
     source,
     segment,
@@ -128,9 +133,9 @@ def read_rows(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """``[BLOCK, BLOCK_D]`` from row ``start`` of a segment on.
+    """Load ``[BLOCK, BLOCK_D]`` starting at row ``start`` of a segment.
 
-    ``source`` is a descriptor, in which ``segment`` counts, or the pointer to the segment's first row of that head.
+    ``source`` is a descriptor, indexed by ``segment``, or a pointer to the first row of the segment and head.
     """
     if TMA == 4:
         tile = source.load([segment, head, start, 0]).reshape([BLOCK, BLOCK_D])
@@ -142,7 +147,7 @@ def read_rows(
     return tile
 
 
-@inlined
+@device_function
 def write_rows(
     target,
     values,
@@ -157,17 +162,17 @@ def write_rows(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The opposite of :func:`read_rows`."""
+    """Store a tile; arguments as in :func:`read_rows`."""
     if TMA == 4:
-        target.store([segment, head, start, 0], narrow(values, target.dtype).reshape([1, 1, BLOCK, BLOCK_D]))
+        target.store([segment, head, start, 0], cast(values, target.dtype).reshape([1, 1, BLOCK, BLOCK_D]))
     elif TMA == 2:
-        target.store([start, head * head_stride], narrow(values, target.dtype))
+        target.store([start, head * head_stride], cast(values, target.dtype))
     else:
         rows = start + tl.arange(0, BLOCK)
         store_rows(target, values, rows, num_rows, stride, HEAD_DIM, BLOCK_D)
 
 
-@inlined
+@device_function
 def add_bias(
     keys,
     bias,
@@ -179,32 +184,32 @@ def add_bias(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys plus the bias of their position; a segment longer than the bias goes through it again."""
+    """Keys plus the bias of their position, modulo the length of the bias."""
     if HAS_BIAS:
         mask = row_mask(rows, num_rows, HEAD_DIM, BLOCK_D)
         position = tl.load(row_pointers(bias, rows % bias_length, bias_stride, BLOCK_D), mask=mask, other=0.0)
-        keys = narrow(keys.to(tl.float32) + position.to(tl.float32), keys.dtype)
+        keys = cast(keys.to(tl.float32) + position.to(tl.float32), keys.dtype)
     return keys
 
 
-@inlined
-def membership(groups, rows, num_rows, GROUPS: tl.constexpr, dtype: tl.constexpr):
-    """``[rows, GROUPS]``: 1 where the key of a row belongs to the group of a column."""
+@device_function
+def group_one_hot(groups, rows, num_rows, GROUPS: tl.constexpr, dtype: tl.constexpr):
+    """``[rows, GROUPS]``: 1 where the key of the row belongs to the group of the column, else 0."""
     group = tl.load(groups + rows, mask=rows < num_rows, other=-1)
     return (group[:, None] == tl.arange(0, GROUPS)[None, :]).to(dtype)
 
 
-@inlined
-def product(a, b, PRECISION: tl.constexpr):
-    """``a @ b`` in float32. The interpreter multiplies 16-bit tiles wrongly, so it gets them in float32."""
+@device_function
+def dot(a, b, PRECISION: tl.constexpr):
+    """``a @ b`` in float32. The interpreter multiplies 16-bit tiles wrongly, so they are cast to float32 first."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@inlined
-def narrow(x, dtype: tl.constexpr):
-    """``x.to(dtype)``, rounded to the nearest. The interpreter cuts bfloat16 off, so the rounding comes before."""
+@device_function
+def cast(x, dtype: tl.constexpr):
+    """``x.to(dtype)``, rounded to nearest. The interpreter truncates to bfloat16, so the value is rounded before."""
     if INTERPRETED and dtype == tl.bfloat16:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)

@@ -1,13 +1,13 @@
-"""What both backward kernels subtract from the gradient of a query's weights: its mean."""
+"""The preprocessing kernel of the backward pass. Both gradient kernels use its result."""
 
 import triton
 import triton.language as tl
 
-from idavlm.ops.cross_attention.triton.tiles import load_rows, row_mask, row_pointers
+from idavlm.ops.cross_attention.triton.device_functions import load_rows, row_mask, row_pointers
 
 
 @triton.jit
-def attend_backward_delta(
+def bwd_delta(
     out,
     grad_out,
     sums,
@@ -21,7 +21,10 @@ def attend_backward_delta(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """``delta``: the weighted mean of the gradient of the weights, from what it was multiplied into."""
+    """Compute ``delta``, the mean of each query's weight gradients under its weights.
+
+    It equals ``sum(out * grad_out)`` plus ``sum(sums * grad_sums)``, so the weights themselves are not needed.
+    """
     head = tl.program_id(1)
     first = tl.program_id(0).to(tl.int64) * BLOCK_Q
     rows = tl.arange(0, BLOCK_Q)
