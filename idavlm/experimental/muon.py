@@ -49,11 +49,15 @@ def muon_adamw(
         for name in names:
             check_choice(argument, name, MODULES)
             require_module(model, argument, name)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    matrices = [weight for weight in linear_weights(model) if weight in names and module_of(names[weight]) in modules]
-    for module in modules:
-        if module not in {module_of(names[weight]) for weight in matrices}:
+    linear = linear_weights(model)
+    muon: dict[str, set[int]] = {module: set() for module in modules}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in linear and module_of(name) in muon:
+            muon[module_of(name)].add(id(parameter))
+    for module, weights in muon.items():
+        if not weights:
             raise ValueError(f"modules names {module!r}, which has no linear layer for Muon; leave it out.")
+    matrices = set().union(*muon.values())
     groups = parameter_groups(
         model,
         learning_rate=learning_rate,
@@ -62,11 +66,10 @@ def muon_adamw(
         # The method does not use the Trainer that it is called on.
         decayed=Trainer.get_decay_parameter_names(None, model),
     )
-    muon = {id(weight) for weight in matrices}
     parts = []
     for group in groups:
         for is_muon in (True, False):
-            parameters = [parameter for parameter in group["params"] if (id(parameter) in muon) == is_muon]
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in matrices) == is_muon]
             if parameters:
                 parts.append({**group, "params": parameters, "muon": is_muon})
     return MuonAdamW(parts, lr=learning_rate, betas=betas, fused=fused)
@@ -128,18 +131,16 @@ class MuonAdamW(torch.optim.AdamW):
         parameter.add_(update.to(parameter), alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 
 
-def linear_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of all linear layers of ``model`` except the output layer, which may be tied to the embeddings."""
+def linear_weights(model: nn.Module) -> set[int]:
+    """``id`` of the weights of all linear layers except the output layer, which may be tied to the embeddings."""
     output_layer = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not output_layer
-    ]
+    return {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not output_layer}
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Approximately ``U V^T``, where ``U S V^T`` is the singular value decomposition of ``matrix``.
 
-    The Newton-Schulz iteration brings all singular values near 1, between about 0.7 and 1.2.
+    The Newton-Schulz iteration brings all singular values near 1.
     """
     a, b, c = NEWTON_SCHULZ
     is_wide = matrix.shape[0] <= matrix.shape[1]

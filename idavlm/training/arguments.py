@@ -112,5 +112,5 @@ class IDTrainingArguments(TrainingArguments):
             check_choice("freeze", module, MODULES)
             if module in self.module_learning_rates:
                 raise ValueError(
-                    f"freeze holds {module!r}, but module_learning_rates has a learning rate for it; remove one of them."
+                    f"freeze holds {module!r}, but module_learning_rates sets a rate for it; remove one of them."
                 )

@@ -25,7 +25,7 @@ TEXT_FIELDS = ("input_ids", "attention_mask", "labels", "token_identity_index", 
 """Batch fields of the language model; identity pretraining leaves them out."""
 
 MAX_BATCHES_WITHOUT_BOXES = 10
-"""Identity pretraining stops if its first batches, so many, hold no boxes: the data set has none."""
+"""Identity pretraining stops if this many batches at its start have no boxes."""
 
 
 class IDTrainer(Trainer):
@@ -169,6 +169,8 @@ class IDTrainer(Trainer):
         if model.training:
             self._check_boxes(batch["boxes"])
         outputs = model(**{name: value for name, value in batch.items() if name not in TEXT_FIELDS})
+        if outputs.get("auxiliary_loss") is None:
+            raise ValueError("stage='identity_pretraining' needs 'auxiliary_loss', which the model did not return.")
         if model.training:
             self._record_loss("identity_map_loss", outputs["identity_map_loss"])
         return self.args.loss_weights["identity"] * outputs["auxiliary_loss"], outputs
@@ -211,8 +213,8 @@ class IDTrainer(Trainer):
         self._pretraining_boxes += len(boxes)
         if not self._pretraining_boxes and self._pretraining_batches >= MAX_BATCHES_WITHOUT_BOXES:
             raise ValueError(
-                f"stage='identity_pretraining' needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have none; "
-                "add 'boxes' to the records of train_dataset."
+                f"stage='identity_pretraining' needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have "
+                "none; add 'boxes' to the records of train_dataset."
             )
 
     # --- Logging and evaluation --------------------------------------------------------------------------------------
