@@ -65,7 +65,7 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, **options) -> IDTrainer:
+def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, general: bool = True, **options) -> IDTrainer:
     processor = small_processor()
     set_seed(3)
     model = small_model(processor, detach_references=False)
@@ -89,7 +89,7 @@ def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, **options) 
         model,
         arguments,
         train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
-        general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode),
+        general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode) if general else None,
         processing_class=processor,
         optimizers=(muon_adamw(model, learning_rate=1e-3), None),
         callbacks=[Exact(folder / "losses.jsonl")],

@@ -70,7 +70,17 @@ def test_killed_and_resumed_runs_are_bit_equal_to_an_uninterrupted_one(data, tmp
 
 @pytest.mark.usefixtures("_one_thread")
 def test_runs_with_workers_and_accumulation_resume_bit_equal(data, tmp_path):
-    options = {"num_workers": 1, "gradient_accumulation_steps": 2}
+    check_resumption(data, tmp_path, num_workers=1, gradient_accumulation_steps=2)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("stage", ["instruction_tuning", "identity_pretraining"])
+def test_runs_on_identity_data_alone_resume_bit_equal(data, tmp_path, stage):
+    check_resumption(data, tmp_path, general=False, stage=stage)
+
+
+def check_resumption(data, tmp_path, **options):
+    """Resume from a checkpoint within the second epoch and compare with a run that was not interrupted."""
     build_trainer(data, tmp_path / "whole", **options).train()
     checkpoint = tmp_path / "whole" / "checkpoint-8"
     resumed = build_trainer(data, tmp_path / "again", **options)
