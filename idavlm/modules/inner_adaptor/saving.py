@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from idavlm.modules.inner_adaptor.adding import InnerAdaptor, add_inner_adaptors
+from idavlm.modules.inner_adaptor.adaptor import InnerAdaptor, add_inner_adaptors
 from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
 
 FILE_NAME = "inner_adaptors.safetensors"
