@@ -13,7 +13,10 @@ from tests.inner_adaptor_models import adapted, language_model, prompt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": [1, 4]}, r"layers=\[1, 4\]: 4 does not exist; pass distinct indices of the 4 layers of LlamaModel, 0 to 3"),
+        (
+            {"layers": [1, 4]},
+            r"layers=\[1, 4\]: 4 does not exist; pass distinct indices of the 4 layers of LlamaModel, 0 to 3",
+        ),
         ({"layers": [-1]}, r"layers=\[-1\]: -1 does not exist"),
         ({"layers": [1.5]}, r"1\.5 does not exist"),
         ({"layers": []}, r"layers=\[\]: the list is empty"),
@@ -88,7 +91,7 @@ def test_vocabulary_resized_afterwards(name):
 def test_layers_that_cannot_be_found():
     model = language_model()
     model.model.layers = nn.ModuleList([nn.ModuleList(model.model.layers[:3]), model.model.layers[3]])
-    message = r"LlamaForCausalLM: no nn.ModuleList of num_hidden_layers=4 layers.*'layers' of length 2, 'layers.0' of length 3"
+    message = r"LlamaForCausalLM: no nn.ModuleList of num_hidden_layers=4.*'layers' of length 2, 'layers.0' of length 3"
     with pytest.raises(ValueError, match=message):
         add_inner_adaptors(model, every=2)
     with pytest.raises(ValueError, match="language_model=Linear is not a transformers model"):
@@ -97,7 +100,7 @@ def test_layers_that_cannot_be_found():
 
 def test_parts_that_are_not_there():
     headless = LlamaModel(language_model().config)
-    with pytest.raises(ValueError, match="modules_to_copy contains 'lm_head', which LlamaModel does not have; leave it out"):
+    with pytest.raises(ValueError, match="contains 'lm_head', which LlamaModel does not have; leave it out"):
         add_inner_adaptors(headless, every=2, modules_to_copy=("lm_head",))
     add_inner_adaptors(headless, every=2)
     with torch.no_grad():
@@ -136,7 +139,7 @@ def test_loading_onto_what_they_do_not_belong_to(tmp_path):
     with pytest.raises(ValueError, match=r"another language model of the same sizes.*'2.mlp.up_proj.weight'"):
         load_adaptors(other, tmp_path)
     assert not hasattr(other, "inner_adaptor")
-    with pytest.raises(ValueError, match=r"saved with layers=\[1, 2\], but the model has layers=\[3\]"):
+    with pytest.raises(ValueError, match=r"saved with layers=\[1, 2\], but language_model has layers=\[3\]"):
         load_adaptors(adapted(layers=[3]), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.*save_adaptors"):
         load_adaptors(language_model(), tmp_path / "nowhere")

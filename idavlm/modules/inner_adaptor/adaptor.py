@@ -83,8 +83,8 @@ class InnerAdaptor(nn.ModuleDict):
         num_base_layers: number of layers of the language model; adaptor N has index ``num_base_layers + N`` in the
             cache.
         state: the active workflow.
-        hook_handles: handles of the hooks that run the adaptors. They are pickled with the model: on loading, torch then
-            registers later hooks under other ids.
+        hook_handles: handles of the hooks that run the adaptors. They are pickled with the model, because loading a
+            handle keeps torch from using its id for later hooks.
         tensor_names: the names in ``state_dict`` when the adaptors were added.
     """
 
@@ -166,12 +166,12 @@ def add_inner_adaptors(
             language_model(input_ids=input_ids)
 
     Without a selection, the first of ``workflows`` runs. In workflow ``"text"`` no adaptor runs: the output is
-    bit-identical to the base model. A cache belongs to the workflow that filled it. The active workflow is a property of
-    the model, shared by all threads.
+    bit-identical to the base model. A cache belongs to the workflow that filled it. The active workflow is a property
+    of the model, shared by all threads.
 
-    The adaptors run in forward hooks. The language model and its modules keep their classes, parameters and
-    ``state_dict`` keys; the model gains the submodule ``inner_adaptor`` (see :class:`InnerAdaptor`).
-    ``modules_to_copy`` costs one evaluation of the base module whose output is replaced.
+    The adaptors run in forward hooks of the layers. The language model and its modules keep their classes, parameters
+    and ``state_dict`` keys; the model gains the submodule ``inner_adaptor`` (see :class:`InnerAdaptor`).
+    ``output_hidden_states`` returns the hidden states after the adaptors, as the next layer reads them.
 
     Args:
         language_model: a transformers decoder, with or without its head. It is changed in place.
@@ -185,7 +185,7 @@ def add_inner_adaptors(
             the whole layer.
         modules_to_copy: further modules of which each workflow has a trainable copy: any of ``"embeddings"``,
             ``"norm"`` (after the last layer), ``"lm_head"`` and ``"connector"``. IAA copies all four. Copies of tied
-            embeddings and head are not tied.
+            embeddings and head are not tied. The base module is evaluated too, and its output replaced.
         connector: the module that maps image features to image tokens; required if ``modules_to_copy`` has
             ``"connector"``.
 

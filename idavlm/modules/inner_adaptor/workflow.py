@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from idavlm._compat import cache_in
-from idavlm.modules.inner_adaptor.decoder import TEXT, DecoderParts, enter_cache, ensure_cache_layer
+from idavlm.modules.inner_adaptor.decoder import TEXT, DecoderParts, ensure_cache_layer, enter_cache
 from idavlm.utils import check_choice
 
 
