@@ -1,4 +1,4 @@
-"""Inner adaptors: the base stays what it was; adaptors compute, cache, train, save and load as they say."""
+"""Inner adaptors: the base model is unchanged; adaptors compute, use caches, train, save and load as documented."""
 
 import copy
 import hashlib
@@ -18,7 +18,7 @@ CACHE = cache_name()
 
 
 def hashed(model: nn.Module) -> dict[str, str]:
-    """Of every tensor of the base, by name."""
+    """Hashes of the tensors of the base model, by name."""
     return {
         name: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
         for name, tensor in model.state_dict().items()
@@ -85,7 +85,7 @@ def test_only_adaptors_are_trained_and_each_workflow_alone():
     assert all(name.startswith("inner_adaptor.grounding.") for name in trained)
 
 
-def test_first_workflow_is_the_default_and_context_ends_where_it_ends():
+def test_first_workflow_is_the_default_and_a_context_restores_the_previous_one():
     model = adapted()
     multimodal, grounding, text = (logits(model, name) for name in ("multimodal", "grounding", "text"))
     assert not torch.equal(multimodal, grounding)
@@ -104,7 +104,7 @@ def test_first_workflow_is_the_default_and_context_ends_where_it_ends():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("composition", ["serial", "parallel"])
-def test_every_cache_gives_what_no_cache_gives(family, composition):
+def test_every_cache_computes_what_no_cache_computes(family, composition):
     """Prompts are longer than sliding windows."""
     model = adapted(family, composition=composition)
     expected = model.generate(prompt(), use_cache=False, **GREEDY)
@@ -112,7 +112,7 @@ def test_every_cache_gives_what_no_cache_gives(family, composition):
     caches = [DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=32)]
     for cache in caches:
         assert torch.equal(model.generate(prompt(), **{CACHE: cache}, **GREEDY), expected)
-        assert len(cache) == 6, "four layers of the base, two adaptors"
+        assert len(cache) == 6, "four base layers and two adaptors"
     for name in ("dynamic", "static"):
         options = {"cache_implementation": name, "disable_compile": True}
         assert torch.equal(model.generate(prompt(), **options, **GREEDY), expected)
@@ -128,7 +128,7 @@ def test_offloaded_caches(name):
 
 
 def test_layers_are_fetched_before_they_are_used():
-    """What an offloading cache needs, without a GPU: the adaptor's layer is asked for before it is updated."""
+    """What an offloading cache needs, without a GPU: the adaptor's cache layer is fetched before it is updated."""
     model, cache, fetched = adapted(), DynamicCache(), []
 
     class Layer(cache.layer_class_to_replicate):
@@ -158,7 +158,7 @@ def test_left_padding_and_beams(family):
 
 
 def test_a_conversation_changes_its_workflow():
-    """With a cache a workflow, each turn gives what reading the whole conversation gives."""
+    """With one cache per workflow, each turn computes what a pass over the whole conversation computes."""
     model, caches = adapted(), {}
     conversation = prompt(1, 6)
     for turn, workflow in enumerate(["multimodal", "grounding", "text", "multimodal", "text"]):
@@ -180,22 +180,22 @@ def test_a_conversation_changes_its_workflow():
 @pytest.mark.parametrize("composition", ["serial", "parallel"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(composition, use_reentrant):
-    """Also where another workflow is active when gradients are made."""
-    plain = adapted(composition=composition).train()
-    checkpointed = copy.deepcopy(plain)
+    """Also when another workflow is active in the backward pass."""
+    model = adapted(composition=composition).train()
+    checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     checkpointed.enable_input_require_grads()
     losses = []
-    for model in (plain, checkpointed):
-        with use_workflow(model, "grounding"):
-            losses.append(model(input_ids=prompt(), labels=prompt()).loss)
+    for each in (model, checkpointed):
+        with use_workflow(each, "grounding"):
+            losses.append(each(input_ids=prompt(), labels=prompt()).loss)
         losses[-1].backward()
     assert torch.equal(*losses)
-    pairs = zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True)
-    for (name, one), (_, other) in pairs:
-        assert (one.grad is not None) is name.startswith("inner_adaptor.grounding."), name
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, msg=name)
+    pairs = zip(model.named_parameters(), checkpointed.named_parameters(), strict=True)
+    for (name, expected), (_, parameter) in pairs:
+        assert (parameter.grad is not None) is name.startswith("inner_adaptor.grounding."), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
 
 
 def test_parallel_adaptors_start_as_the_base_and_are_added_by_their_gate():
@@ -230,22 +230,22 @@ def test_low_rank_adaptors_are_a_difference_of_weights(family):
     assert torch.equal(model.generate(prompt(), **GREEDY), model.generate(prompt(), use_cache=False, **GREEDY))
 
 
-def test_owned_modules_answer_in_their_workflow_only():
+def test_copied_modules_compute_in_their_workflow_only():
     connector = build_connector("linear", vision_hidden_size=12, hidden_size=32)
-    owned = ("embeddings", "norm", "lm_head", "connector")
-    model = adapted("gemma3_text", modules_to_copy=owned, connector=connector)
+    copied = ("embeddings", "norm", "lm_head", "connector")
+    model = adapted("gemma3_text", modules_to_copy=copied, connector=connector)
     features = torch.randn(2, 3, 12)
     outputs = {}
     for workflow in ("multimodal", "grounding", "text"):
         with use_workflow(model, workflow), torch.no_grad():
             outputs[workflow] = (model.get_input_embeddings()(prompt()), connector(features))
-    for one, other in (("multimodal", "grounding"), ("grounding", "text")):
-        assert not any(torch.equal(a, b) for a, b in zip(outputs[one], outputs[other], strict=True))
-    seen = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    for pair in (("multimodal", "grounding"), ("grounding", "text")):
+        assert not any(torch.equal(a, b) for a, b in zip(*(outputs[workflow] for workflow in pair), strict=True))
+    shapes = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     logits(model, "grounding")
     hook.remove()
-    assert seen == [(2, 10, 32)], "hooks on the base's head see what the workflow's own reads"
+    assert shapes == [(2, 10, 32)], "hooks of the base head get the inputs of the workflow's copy"
     assert torch.equal(outputs["text"][1], nn.functional.linear(features, connector.weight, connector.bias))
 
 
@@ -283,17 +283,17 @@ def test_compiled_in_every_workflow():
         whole = {"use_cache": False}
         torch.testing.assert_close(logits(compiled, workflow, **whole), logits(model, workflow, **whole))
     caches = [StaticCache(model.config, max_cache_len=16) for _ in range(2)]
-    for cache in caches:  # read the prompt as it is, then compile single tokens, as transformers does
+    for cache in caches:  # the prompt is not compiled, single tokens are, as in transformers
         logits(model, "grounding", **{CACHE: cache})
     for _ in range(2):
-        one = {"input_ids": prompt(2, 1)}
-        step = logits(compiled, "grounding", **{CACHE: caches[0]}, **one)
-        torch.testing.assert_close(step, logits(model, "grounding", **{CACHE: caches[1]}, **one))
+        token = {"input_ids": prompt(2, 1)}
+        step = logits(compiled, "grounding", **{CACHE: caches[0]}, **token)
+        torch.testing.assert_close(step, logits(model, "grounding", **{CACHE: caches[1]}, **token))
 
 
 @pytest.mark.parametrize("captured_before", [False, True])
 def test_hidden_states_are_those_that_the_next_layer_reads(captured_before):
-    """transformers captures them in hooks of its own, which it registers when they are first asked for."""
+    """transformers captures them in hooks, which it registers when they are first requested."""
     base = language_model()
     if captured_before:
         base(input_ids=prompt(), output_hidden_states=True)
@@ -304,7 +304,7 @@ def test_hidden_states_are_those_that_the_next_layer_reads(captured_before):
             states[workflow] = model(input_ids=prompt(), output_hidden_states=True).hidden_states
     assert len(states["multimodal"]) == len(states["text"]) == 1 + 4
     pairs = zip(states["multimodal"], states["text"], strict=True)
-    assert [torch.equal(one, other) for one, other in pairs] == [True] * 2 + [False] * 3
+    assert [torch.equal(*pair) for pair in pairs] == [True] * 2 + [False] * 3
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_saved_with_a_connector(tmp_path):
     assert torch.equal(*(connector(features) for connector in connectors))
 
 
-def test_deep_copies_are_models_of_their_own():
+def test_deep_copies_are_independent():
     model = adapted(modules_to_copy=("norm",))
     duplicate = copy.deepcopy(model)
     disturb(duplicate)

@@ -1,4 +1,4 @@
-"""What cannot be done says what was chosen, what is there and what to do."""
+"""Errors name the argument, the value and the remedy."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_wrong_choices(options, message):
     model = language_model()
     with pytest.raises(ValueError, match=message):
         add_inner_adaptors(model, **options)
-    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is as it was"
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is unchanged"
     assert not hasattr(model, "inner_adaptor")
 
 
@@ -64,7 +64,7 @@ def test_unknown_workflow():
         train_workflow(language_model(), "text")
 
 
-def test_workflow_is_no_argument_of_a_language_model():
+def test_workflow_is_not_an_argument_of_a_language_model():
     """Its forward method would ignore it."""
     model = adapted()
     message = r"workflow='grounding' is not an argument of LlamaForCausalLM.*with use_workflow\(model, 'grounding'\)"
@@ -83,9 +83,9 @@ def test_vocabulary_resized_afterwards(name):
         model(prompt())
     with use_workflow(model, "text"):
         assert model(prompt()).logits.shape[-1] == 80
-    other = adapted(modules_to_copy=("norm",))
-    other.resize_token_embeddings(80)
-    assert other(prompt() + 16).logits.shape[-1] == 80
+    resizable = adapted(modules_to_copy=("norm",))
+    resizable.resize_token_embeddings(80)
+    assert resizable(prompt() + 16).logits.shape[-1] == 80
 
 
 def test_layers_that_cannot_be_found():
@@ -98,7 +98,7 @@ def test_layers_that_cannot_be_found():
         add_inner_adaptors(nn.Linear(2, 2), every=2)
 
 
-def test_parts_that_are_not_there():
+def test_parts_that_do_not_exist():
     headless = LlamaModel(language_model().config)
     with pytest.raises(ValueError, match="contains 'lm_head', which LlamaModel does not have; leave it out"):
         add_inner_adaptors(headless, every=2, modules_to_copy=("lm_head",))
@@ -127,7 +127,7 @@ def test_weights_that_cannot_be_copied():
         add_inner_adaptors(partitioned, every=2)
 
 
-def test_loading_onto_what_they_do_not_belong_to(tmp_path):
+def test_loading_into_another_model(tmp_path):
     save_adaptors(adapted(), tmp_path)
     with pytest.raises(ValueError, match=r"trained on model_type=llama.*, but language_model is model_type=qwen2"):
         load_adaptors(language_model("qwen2"), tmp_path)

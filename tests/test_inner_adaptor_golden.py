@@ -1,4 +1,4 @@
-"""Inner adaptors compute what the release of IAA computes: golden tensors of ``iaa-tiny``, all three workflows."""
+"""Inner adaptors compute what the release of IAA computes: golden tensors of ``iaa-tiny`` in all three workflows."""
 
 import re
 
@@ -57,20 +57,20 @@ def model_and_connector(golden):
     )
     model = LlamaForCausalLM(config).eval()
     connector = build_connector("mlp2x_gelu", vision_hidden_size=48, hidden_size=32)
-    owned = ("embeddings", "norm", "lm_head", "connector")
-    add_inner_adaptors(model, layers=LAYERS, modules_to_copy=owned, connector=connector)
+    copied = ("embeddings", "norm", "lm_head", "connector")
+    add_inner_adaptors(model, layers=LAYERS, modules_to_copy=copied, connector=connector)
     state = {}
     for key, value in golden.items():
         if not key.startswith("expected."):
             for released, ours in KEYS.items():
                 key = re.sub(f"^{released}", ours, key)
             state[key] = value.float()
-    model.load_state_dict(state)  # strict: every released tensor has its place, and every place its tensor
+    model.load_state_dict(state)  # strict: the released tensors and the parameters correspond one to one
     return model, connector
 
 
 def prompt(golden, model, connector, workflow: str) -> torch.Tensor:
-    """Embeddings of the prompt, image features in the place of -200."""
+    """Embeddings of the prompt, with image features in place of token -200."""
     if workflow == "text":
         with use_workflow(model, "text"):
             return model.get_input_embeddings()(golden["expected.text_input_ids"])

@@ -93,8 +93,8 @@ def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: n
     for name, value in options.items():
         if inner_adaptor.options[name] != value:
             raise ValueError(
-                f"{file}: saved with {name}={value}, but language_model has {name}={inner_adaptor.options[name]}; load the "
-                "adaptors into a model without adaptors or with the same options."
+                f"{file}: saved with {name}={value}, but language_model has {name}={inner_adaptor.options[name]}; "
+                "load the adaptors into a model without adaptors, or with the same options."
             )
     inner_adaptor.load_state_dict(tensors)
     return language_model
@@ -115,16 +115,16 @@ def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
     return {"sizes": {name: getattr(config, name, None) for name in sizes}, "values": values}
 
 
-def _check_base(file: Path, saved: dict, given: dict) -> None:
+def _check_base(file: Path, saved: dict, present: dict) -> None:
     # A resized vocabulary does not change the layers.
-    if saved["sizes"] | {"vocab_size": given["sizes"]["vocab_size"]} != given["sizes"]:
+    if saved["sizes"] | {"vocab_size": present["sizes"]["vocab_size"]} != present["sizes"]:
         raise ValueError(
-            f"{file}: trained on {_listed(saved['sizes'])}, but language_model is {_listed(given['sizes'])}; "
+            f"{file}: trained on {_listed(saved['sizes'])}, but language_model is {_listed(present['sizes'])}; "
             "load the adaptors into the base model that they were trained with."
         )
     for name, values in saved["values"].items():
         # The tolerance covers rounding to another dtype. Quantised weights have no values to compare.
-        other = given["values"].get(name, values)
+        other = present["values"].get(name, values)
         if not torch.allclose(torch.tensor(values), torch.tensor(other), rtol=1e-2, atol=1e-6):
             raise ValueError(
                 f"{file}: trained on another language model of the same sizes; its layer weight {name!r} starts with "
