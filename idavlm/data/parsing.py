@@ -265,7 +265,7 @@ def _path(path: Any, field: str) -> str:
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise _SchemaError(f"{field}={value!r} must be a non-empty string.")
+        raise _SchemaError(f"{field}={value!r} must be a non-empty string without NUL characters.")
     return value
 
 
