@@ -62,7 +62,7 @@ def test_left_padding_and_sources():
         ([encoded(1, 1, pixel_values=torch.zeros(1, 1, 4, 4))], r"expected 3 as in \['I', 3, 'H', 'W'\]"),
         (
             [encoded(1, 1, image_roles=torch.tensor([0, 1]))],
-            r"\['image_roles'\] has shape \[2\]; expected 1 as in pixel",
+            r"\['image_roles'\] has shape \[2\]; expected 1 as",
         ),
         ([encoded(0, 1)], r"samples\[0\] has no tokens"),
         (

@@ -158,7 +158,7 @@ def test_qwen_text_is_converted_or_refused_but_never_lost(text):
         (
             "llava",
             {"conversations": turns("a", "b"), "image": 3},
-            "image is int '3'; expected (a path or )?(a list of )?paths",
+            "image is int '3'; expected a path",
         ),
         (
             "openai",

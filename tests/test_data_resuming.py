@@ -116,7 +116,7 @@ def test_a_state_of_another_loader_is_refused(change, name):
 
 def test_an_inconsistent_state_is_refused():
     state = dual().state_dict()
-    with pytest.raises(ValueError, match="step=99; an epoch has steps 0..13"):
+    with pytest.raises(ValueError, match=r"step=99; an epoch has steps 0\.\.13"):
         dual().load_state_dict({**state, "step": 99})
     with pytest.raises(ValueError, match="written by another version"):
         dual().load_state_dict({**state, "step": 4})

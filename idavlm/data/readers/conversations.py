@@ -29,7 +29,9 @@ def _read(record: Any, where: str, field: str, placeholder: str) -> dict[str, An
     images = record.get(field)
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list):
-        raise DataError(f"{field} is {type(images).__name__} {str(images)[:80]!r}; expected paths.", where=where)
+        raise DataError(
+            f"{field} is {type(images).__name__} {str(images)[:80]!r}; expected a path or a list of paths.", where=where
+        )
     if field == "images" and record.get("system"):
         turns = [("system", record["system"]), *turns]
     texts = [text_of(text, f"value of turn {number}", where) for number, (_, text) in enumerate(turns)]
