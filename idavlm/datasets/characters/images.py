@@ -1,4 +1,4 @@
-"""Whole pictures: characters or things on a background, under some light, with exact boxes."""
+"""Complete images: characters or objects on a background, under random light, with exact boxes."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,19 +7,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from idavlm.datasets.album import PixelBox
 from idavlm.datasets.characters.activities import Activity
 from idavlm.datasets.characters.body import figure
 from idavlm.datasets.characters.look import CharacterLook
 from idavlm.datasets.characters.objects import draw_thing, named_colour
 from idavlm.datasets.characters.places import PLACES, VARIANTS, background
-from idavlm.datasets.characters.shapes import Box, Drawn, Sketch
+from idavlm.datasets.characters.shapes import Drawn, Sketch
 
 OVERLAP = 0.1
-"""Share of their common width that neighbours in a crowded scene may hide of each other."""
+"""Maximum overlap of neighbours in a crowded scene, as a share of their total width."""
 
 
 class Placed(NamedTuple):
-    """A sketch with its place in the picture: ``x`` its origin, ``y`` its ground, in pixels."""
+    """A sketch with its position in the image: ``x`` of its origin and ``y`` of its ground, in pixels."""
 
     sketch: Sketch
     scale: float
@@ -28,49 +29,50 @@ class Placed(NamedTuple):
     mirror: bool
 
 
-def draw_people(
+def draw_characters(
     looks: Sequence[CharacterLook], activities: Sequence[Activity], rng: np.random.Generator, size: int
-) -> tuple[Image.Image, list[Box]]:
-    """Draw characters side by side, from left to right in the order given; one fills most of the picture.
+) -> tuple[Image.Image, list[PixelBox]]:
+    """Draw characters side by side, from left to right in the given order. A single character fills most of the image.
 
     Args:
-        looks: 1 to 4 characters.
-        activities: what each of them does.
-        rng: everything that differs between two pictures of the same ones.
-        size: width and height of the picture in pixels.
+        looks: looks of 1 to 4 characters.
+        activities: activity of each character.
+        rng: decides everything that differs between two images of the same characters.
+        size: width and height of the image in pixels.
 
     Returns:
-        The picture, RGB, and a box ``(x1, y1, x2, y2)`` for each character: the pixels that the figure with the
-        thing it holds covers at least by half, also where a neighbour hides some of them.
+        The image, RGB, and a box ``(x1, y1, x2, y2)`` per character. The box encloses the pixels of which the figure
+        and the object it holds cover at least half, including pixels that are hidden by a neighbour.
     """
     mirrors = [bool(rng.random() < 0.5) for _ in looks]
     sketches = [figure(look, activity, rng) for look, activity in zip(looks, activities, strict=True)]
-    places = place_people(sketches, mirrors, rng, size)
-    picture = _random_background(rng, size)
-    boxes: list[Box] = [(0, 0, 0, 0)] * len(places)
+    places = place_figures(sketches, mirrors, rng, size)
+    image = _random_background(rng, size)
+    boxes: list[PixelBox] = [(0, 0, 0, 0)] * len(places)
+    # Figures in front are drawn last.
     for number in sorted(range(len(places)), key=lambda number: places[number].y):
-        boxes[number] = tight_box(_paste(picture, places[number]), size)
-    return in_light(picture, rng), boxes
+        boxes[number] = tight_box(_paste(image, places[number]), size)
+    return in_light(image, rng), boxes
 
 
-def draw_things(thing: str, colour: str, count: int, place: str, rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw ``count`` things of one colour at a place, none hiding another."""
-    picture = background(place, int(rng.integers(VARIANTS)), size, rng)
+def draw_objects(thing: str, colour: str, count: int, place: str, rng: np.random.Generator, size: int) -> Image.Image:
+    """Draw ``count`` objects of one colour at a place, without overlap."""
+    image = background(place, int(rng.integers(VARIANTS)), size, rng)
     columns = rng.permutation(max(count, 2) if count < 4 else count)[:count]
-    slot = size / max(count, 2 if count < 4 else count)
+    column_width = size / max(count, 2 if count < 4 else count)
     for column in columns:
-        scale = min(slot, size * 0.42) / 30 * rng.uniform(0.85, 1.05)
-        x = (column + 0.5) * slot + rng.uniform(-0.5, 0.5) * max(slot - 28 * scale, 0)
+        scale = min(column_width, size * 0.42) / 30 * rng.uniform(0.85, 1.05)
+        x = (column + 0.5) * column_width + rng.uniform(-0.5, 0.5) * max(column_width - 28 * scale, 0)
         y = size * rng.uniform(0.74, 0.95)
         sketch = draw_thing(thing, named_colour(colour, rng))
-        _paste(picture, Placed(sketch, scale, x, y, bool(rng.random() < 0.5)))
-    return in_light(picture, rng)
+        _paste(image, Placed(sketch, scale, x, y, bool(rng.random() < 0.5)))
+    return in_light(image, rng)
 
 
-def place_people(
+def place_figures(
     sketches: Sequence[Sketch], mirrors: Sequence[bool], rng: np.random.Generator, size: int
 ) -> list[Placed]:
-    """Choose scale and place of every figure: inside the picture, side by side with little overlap."""
+    """Choose scale and position of every figure: inside the image, side by side with little overlap."""
     count = len(sketches)
     bounds = np.array([sketch.bounds() for sketch in sketches])
     lefts = np.where(mirrors, -bounds[:, 2], bounds[:, 0])
@@ -97,19 +99,19 @@ def place_people(
     return places
 
 
-def tight_box(drawn: Drawn, size: int) -> Box:
-    """Box of the pixels a drawn layer covers at least by half, cut at the edges of the picture."""
+def tight_box(drawn: Drawn, size: int) -> PixelBox:
+    """Box of the pixels of which a drawn layer covers at least half, clipped to the image."""
     x1, y1, x2, y2 = drawn.layer.getchannel("A").point(_HALF).getbbox()
     left, top = drawn.left, drawn.top
     return max(x1 + left, 0), max(y1 + top, 0), min(x2 + left, size), min(y2 + top, size)
 
 
-def in_light(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The picture under light of a random brightness, contrast and tint."""
+def in_light(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Return the image under light of random brightness, contrast and tint."""
     gains = rng.uniform(0.82, 1.14) * rng.uniform(0.94, 1.06, 3)
     lift = rng.uniform(0, 14)
     values = np.arange(256) * (gains[:, None] - lift / 255) + lift
-    return picture.point(np.clip(values, 0, 255).astype(int).ravel().tolist())
+    return image.point(np.clip(values, 0, 255).astype(int).ravel().tolist())
 
 
 def _random_background(rng: np.random.Generator, size: int) -> Image.Image:
@@ -117,20 +119,20 @@ def _random_background(rng: np.random.Generator, size: int) -> Image.Image:
     return background(place, int(rng.integers(VARIANTS)), size, rng)
 
 
-def _paste(picture: Image.Image, placed: Placed) -> Drawn:
-    """Paste a sketch and, below it on the ground, its shadow."""
+def _paste(image: Image.Image, placed: Placed) -> Drawn:
+    """Paste a sketch and its shadow on the ground."""
     drawn = placed.sketch.draw(placed.scale, (placed.x, placed.y), mirror=placed.mirror)
     wide, high = max(int(drawn.layer.width * 0.86), 4), max(int(placed.scale * 9), 3)
     shadow = _shadow().resize((wide, high), Image.Resampling.BILINEAR)
     at = int(drawn.left + drawn.layer.width / 2 - wide / 2), int(placed.y - high / 2)
-    picture.paste((24, 22, 44), (*at, at[0] + wide, at[1] + high), shadow)
-    picture.paste(drawn.layer, (drawn.left, drawn.top), drawn.layer)
+    image.paste((24, 22, 44), (*at, at[0] + wide, at[1] + high), shadow)
+    image.paste(drawn.layer, (drawn.left, drawn.top), drawn.layer)
     return drawn
 
 
 @lru_cache(maxsize=1)
 def _shadow() -> Image.Image:
-    """A soft ellipse, ``L``."""
+    """A soft ellipse, mode ``L``."""
     y, x = np.mgrid[-1:1:32j, -1:1:64j]
     soft = np.clip(1.15 - np.hypot(x, y), 0, 0.6) / 0.6
     return Image.fromarray((soft * 105).astype(np.uint8)).filter(ImageFilter.BoxBlur(1))

@@ -1,4 +1,4 @@
-"""OpenAI's chat messages: content as a string or as parts, pictures as ``image_url``."""
+"""OpenAI's chat messages: the content is a string or a list of parts, images are ``image_url`` parts."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from idavlm.data.readers.turns import new_record, text_of, turns_of
 
 
 def read_openai(record: Any, where: str) -> dict[str, Any]:
-    """``messages`` of ``{"role", "content"}``; the ``url`` of a picture is its path under the image root."""
+    """Read ``messages`` of ``{"role", "content"}``. The ``url`` of an image is its path below the image root."""
     messages = []
     for number, (role, content) in enumerate(turns_of(record, "messages", "role", "content", where)):
         if isinstance(content, list):

@@ -1,7 +1,7 @@
-"""Virtual people: new identities made of the photographs of training people.
+"""Subjects of the photographs, and virtual subjects: new identities made of the photographs of training subjects.
 
-A virtual person has the upper face of one person, the lower face of another, and a face shape of their own; all of
-it is the same in each of their photos, while pose, expression and light vary as they do in the photographs.
+A virtual subject has the upper face of one subject, the lower face of another, and a face shape of its own. All of
+these are the same in all its photos, while pose, expression and light vary as in the photographs.
 """
 
 from collections.abc import Mapping
@@ -11,30 +11,33 @@ from random import Random
 import numpy as np
 
 Photographs = Mapping[str, Mapping[str, np.ndarray]]
+"""Photographs ``[H, W]`` uint8 by subject and file."""
 
 GRID = 4
-"""Control points a side of the change of shape."""
+"""Control points per side of the deformation."""
 
 MAX_SHIFT = 0.06
-"""Largest shift of a control point, in shares of the photograph's height."""
+"""Maximum shift of a control point, as a share of the height of the photograph."""
 
 
 @dataclass(frozen=True)
-class Sitter:
-    """An identity: ``photos`` ``[H, W]`` uint8 by the photographs they come from."""
+class Subject:
+    """An identity: ``photos`` ``[H, W]`` uint8 by the file of the original photograph."""
 
     key: str
     photos: Mapping[str, np.ndarray]
 
 
-def virtual_people(photographs: Photographs, count: int, rng: Random) -> list[Sitter]:
-    """``count`` virtual people, of all pairs of people in turn.
+def virtual_subjects(photographs: Photographs, count: int, rng: Random) -> list[Subject]:
+    """Create ``count`` virtual subjects from all pairs of subjects in turn.
 
     Args:
-        photographs: of at least two people, all of one size.
+        photographs: photographs of at least two subjects, all of the same size.
+        count: number of virtual subjects.
+        rng: source of all random choices.
     """
-    people = list(photographs)
-    pairs = [(upper, lower) for upper in people for lower in people if upper != lower]
+    subjects = list(photographs)
+    pairs = [(upper, lower) for upper in subjects for lower in subjects if upper != lower]
     order = rng.sample(pairs, len(pairs))
     made = []
     for number in range(count):
@@ -45,12 +48,12 @@ def virtual_people(photographs: Photographs, count: int, rng: Random) -> list[Si
         for name, photo in photographs[upper].items():
             other = _best_match(photo, photographs[lower], seam)
             photos[name] = reshape(join(photo, other, seam), np.asarray(shifts) * MAX_SHIFT * photo.shape[0])
-        made.append(Sitter(f"{upper}-{lower}-{number}", photos))
+        made.append(Subject(f"{upper}-{lower}-{number}", photos))
     return made
 
 
 def join(upper: np.ndarray, lower: np.ndarray, seam: float) -> np.ndarray:
-    """The upper part of one photograph over the lower part of another, of the same brightness where they meet."""
+    """Join the upper part of one photograph with the lower part of another; the brightness is matched at the seam."""
     height = upper.shape[0]
     band = _band(height, seam)
     gain = np.clip(upper[band].mean() / max(lower[band].mean(), 1), 0.6, 1.6)
@@ -59,7 +62,7 @@ def join(upper: np.ndarray, lower: np.ndarray, seam: float) -> np.ndarray:
 
 
 def reshape(photo: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Move the points of a photograph ``[H, W]`` by ``shifts`` ``[2, GRID, GRID]`` pixels (down, right), smoothly."""
+    """Deform a photograph ``[H, W]`` smoothly by ``shifts`` ``[2, GRID, GRID]`` in pixels (down, right)."""
     height, width = photo.shape
     rows, columns = _smooth_weights(height), _smooth_weights(width)
     down, right = (rows @ shift @ columns.T for shift in shifts)
@@ -74,24 +77,24 @@ def reshape(photo: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 
 def _best_match(photo: np.ndarray, others: Mapping[str, np.ndarray], seam: float) -> np.ndarray:
-    """The photograph that fits best where the two are joined: most often the one of the same pose."""
+    """The photograph that fits best at the seam; usually one with the same pose."""
     band = _band(photo.shape[0], seam)
-    mine = photo[band].astype(np.float32)
+    seam_pixels = photo[band].astype(np.float32)
 
-    def misfit(other: np.ndarray) -> float:
-        theirs = other[band].astype(np.float32)
-        return float(np.abs(theirs - theirs.mean() - mine + mine.mean()).mean())
+    def distance(other: np.ndarray) -> float:
+        other_pixels = other[band].astype(np.float32)
+        return float(np.abs(other_pixels - other_pixels.mean() - seam_pixels + seam_pixels.mean()).mean())
 
-    return min(others.values(), key=misfit)
+    return min(others.values(), key=distance)
 
 
 def _band(height: int, seam: float) -> slice:
-    """Rows over which one photograph goes over into the other."""
+    """Rows in which the two photographs are blended."""
     return slice(round((seam - 0.07) * height), round((seam + 0.07) * height))
 
 
 def _smooth_weights(length: int) -> np.ndarray:
-    """``[length, GRID]`` weights of the control points along a side, each with a bell around it."""
+    """``[length, GRID]`` Gaussian weights of the control points along a side; each row sums to 1."""
     positions = np.linspace(0, 1, length)[:, None]
     weights = np.exp(-(((positions - np.linspace(0, 1, GRID)) * (GRID - 1)) ** 2))
     return weights / weights.sum(1, keepdims=True)

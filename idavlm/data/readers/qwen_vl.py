@@ -1,4 +1,4 @@
-"""Qwen-VL's inline pictures, ``<img>path</img>``; a line ``Kate is <img>path</img>`` introduces Kate (as IDA-VLM's)."""
+"""Qwen-VL's inline images, ``<img>path</img>``. The line ``Kate is <img>path</img>`` introduces Kate (IDA-VLM)."""
 
 import re
 from typing import Any
@@ -18,11 +18,12 @@ _NO_NAME = re.compile(
 
 
 def read_qwen_vl(record: Any, where: str) -> dict[str, Any]:
-    """``conversations`` of ``{"from": "user" | "assistant", "value"}``.
+    """Read ``conversations`` of ``{"from": "user" | "assistant", "value"}``.
 
-    A line of a user turn that is nothing but ``NAME is <img>path</img>`` becomes a photo of the identity NAME and
-    leaves the text; every other picture stays where it is (a scene, or a general image where nobody is introduced).
-    "This is", "Here is", "The picture is" and the like introduce nobody. ``<ref>``, ``<box>`` stay text.
+    A line of a user turn that consists of ``NAME is <img>path</img>`` is removed from the text, and its image becomes
+    a reference photo of the identity NAME. All other images keep their position: they are scenes if the record
+    introduces identities, and general images otherwise. Lines like "This is", "Here is" and "The image is" do not
+    introduce an identity. ``<ref>`` and ``<box>`` remain text.
     """
     identities: dict[str, list[str]] = {}
 
@@ -35,18 +36,18 @@ def read_qwen_vl(record: Any, where: str) -> dict[str, Any]:
     messages = []
     for number, (role, value) in enumerate(turns_of(record, "conversations", "from", "value", where)):
         text = text_of(value, f"value of turn {number}", where)
-        opened, closed, whole = text.count("<img>"), text.count("</img>"), len(_IMAGE.findall(text))
-        if not opened == closed == whole:
+        opened, closed, pairs = text.count("<img>"), text.count("</img>"), len(_IMAGE.findall(text))
+        if not opened == closed == pairs:
             raise DataError(
-                f"turn {number} has {opened} <img> but {closed} </img>, {whole} of them whole; pair them.",
+                f"turn {number} has {opened} <img> but {closed} </img>, {pairs} complete pairs; close every <img>.",
                 where=where,
                 kind="placeholders",
             )
         if role == "user":
             text = _REFERENCE.sub(introduce, text)
-        first, *others = _IMAGE.split(text)
-        content = text_part(first)
-        for image, after in zip(others[::2], others[1::2], strict=True):
+        before, *following = _IMAGE.split(text)
+        content = text_part(before)
+        for image, after in zip(following[::2], following[1::2], strict=True):
             content += [{"type": "image", "image": image.strip()}, *text_part(after)]
         messages.append({"role": role, "content": content})
     return new_record(record, messages, [{"name": name, "images": images} for name, images in identities.items()])
