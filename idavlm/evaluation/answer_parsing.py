@@ -1,4 +1,7 @@
-"""Which of several pictures (or lettered options) an answer chooses."""
+"""Parse the text of an answer: the number of an image, the letter of an option, yes or no.
+
+Boxes are parsed by :class:`idavlm.models.BoxFormat`.
+"""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ _VALUE = {
     "两": 2,
     **{letter: number for number, letter in enumerate("abcdefgh", 1)},
 }
-# Small letters are words more often than choices ("in the picture a woman ..."), and "I" is the pronoun.
+# Lower-case letters are words more often than choices ("in the picture a woman ..."), and "I" is a pronoun.
 _LETTER = r"(?:(?-i:[A-H])|(?-i:II|III|IV|V|VI|VII|VIII)|(?-i:I)(?=\s*(?:[.,;:)!]|\Z)))(?![\w'])"
 _CARDINAL = rf"(?:\d{{1,2}}(?![\d.]*\d|\s*%)|{'|'.join(_ONES)})"
 _NOUN = (
@@ -55,12 +58,16 @@ _NO_AFTER = re.compile(
     r"|^[^。;]{0,6}(?:不是|并非|没有|不对)",
     re.IGNORECASE,
 )
-# What stands behind a mention and is about another: "image 4, not image 1", "image 3 (not 1 or 2)".
+# Where the text after a mention turns to another image: "image 4, not image 1", "image 3 (not 1 or 2)".
 _NEXT = re.compile(
     r"[.;!?。\n(]|\bbut\b|\b(?:image|picture|photo|option)s?\b|图|,\s*(?:and\s+)?not\b|\band not\b"
     r"|\b(?:rather than|instead of|unlike)\b|而不是|,\s*不是|不是(?=图|第|照片|选项)",
     re.IGNORECASE,
 )
+
+_YES = r"yes|yeah|yep|true|correct|是的|是|对|有"
+_NO = r"no|nope|not|false|incorrect|isn't|aren't|doesn't|don't|cannot|can't|不是|不|没有|否"
+_YES_OR_NO = re.compile(rf"(?<![a-z])(?:(?P<no>{_NO})|(?P<yes>{_YES}))(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -70,35 +77,52 @@ class _Mention:
     end: int
     denied: bool
     joined: bool = False
-    """Whether it continues a list: the 2 of "Image 1 or 2"."""
+    """Whether the mention continues a list, such as the 2 of "Image 1 or 2"."""
 
 
-def parse_picture(text: str, *, count: int | None = None, name: str = "") -> int | None:
-    """Number, from 1, of the picture that ``text`` chooses; None where it chooses none, or more than one.
+def parse_image_number(text: str, *, count: int | None = None, name: str = "") -> int | None:
+    """Parse which of several numbered images ``text`` chooses.
 
-    Read are numbers, words and letters behind a noun ("Picture 3", "image three", "Option C"), ordinals ("the third
-    one"), Chinese (图三, 第3张), a text that is nothing but the number or letter, and "the answer is ...", which goes
-    before what precedes it. What is denied does not count: "Image 4, not Image 1" and "It is not Image 1, 2 or 3 but 4"
-    are 4. "Image 1 or 2" is no choice. Of several pictures in sentences of their own the one beside ``name`` counts,
-    else the first.
+    Recognised are numbers, words and letters after a noun ("Picture 3", "image three", "Option C"), ordinals ("the
+    third one"), Chinese forms (图三, 第3张), and a text that consists of a number or letter only. The text after "the
+    answer is" takes precedence over the text before it. Negated mentions are ignored: "Image 4, not Image 1" and "It is
+    not Image 1, 2 or 3 but 4" choose 4. A list of alternatives ("Image 1 or 2") chooses none. If several sentences
+    mention different images, the sentence that contains ``name`` decides, otherwise the first mention.
 
     Args:
-        text: what a model wrote.
-        count: how many pictures there were; a larger number is no choice.
-        name: who is looked for.
+        text: the answer of a model.
+        count: number of images; a larger number is not a valid choice.
+        name: name of the identity that is looked for.
+
+    Returns:
+        Number of the chosen image, starting at 1; None if the text chooses none, or more than one.
     """
     text = plain_answer(text)
-    for part in (last_answer(text), text):
-        value = _choice(part, name)
+    for candidate in (last_answer(text), text):
+        value = _choice(candidate, name)
         if value is not None:
             return value if 0 < value <= (count or value) else None
     return None
 
 
 def parse_letter(text: str, *, count: int | None = None) -> str | None:
-    """The option, "A", "B", ..., that ``text`` chooses; as :func:`parse_picture`."""
-    number = parse_picture(text, count=count)
+    """Parse the chosen option, "A", "B", ..., by the rules of :func:`parse_image_number`."""
+    number = parse_image_number(text, count=count)
     return None if number is None else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number - 1]
+
+
+def parse_yes_no(text: str) -> bool | None:
+    """True for yes, False for no, None if ``text`` contains neither.
+
+    The first matching word decides: "Yes, that is Kate, not Tom" is yes, "I don't see her" is no. The text after "the
+    answer is" takes precedence.
+    """
+    text = plain_answer(text)
+    for candidate in (last_answer(text), text):
+        word = _YES_OR_NO.search(candidate)
+        if word:
+            return word["yes"] is not None
+    return None
 
 
 def _choice(text: str, name: str) -> int | None:
@@ -106,22 +130,22 @@ def _choice(text: str, name: str) -> int | None:
     if alone:
         return _value(alone["value"])
     mentions = _mentions(text)
-    affirmed = [one for one in mentions if not one.denied]
+    affirmed = [mention for mention in mentions if not mention.denied]
     if not mentions:
         said = _SAID.search(text)
         return _value(said["value"]) if said else None
     if not affirmed:
         said = re.search(rf"(?:\bbut(?: it is| in)?|而是)\s*({_CARDINAL}|[{_CHINESE}])(?!\w)", text, re.IGNORECASE)
         return _value(said[1]) if said else None
-    if name and len({one.value for one in affirmed}) > 1:
-        beside = [one for one in affirmed if name.lower() in _clause_of(text, one).lower()]
-        if len({one.value for one in beside}) == 1:
-            return beside[0].value
+    if name and len({mention.value for mention in affirmed}) > 1:
+        with_name = [mention for mention in affirmed if name.lower() in _sentence_of(text, mention).lower()]
+        if len({mention.value for mention in with_name}) == 1:
+            return with_name[0].value
     group = [affirmed[0].value]
-    for one in affirmed[1:]:
-        if not one.joined:
+    for mention in affirmed[1:]:
+        if not mention.joined:
             break
-        group.append(one.value)
+        group.append(mention.value)
     return group[0] if len(set(group)) == 1 else None
 
 
@@ -146,13 +170,13 @@ def _mentions(text: str) -> list[_Mention]:
 
 
 def _is_denied(text: str, start: int, end: int) -> bool:
-    """By a "not" before the mention in its clause, or behind it: "image 1 is not her"."""
+    """Whether the clause negates the mention, before it ("not image 1") or after it ("image 1 is not her")."""
     if _NO_BEFORE.search(_CLAUSE.split(text[:start])[-1]):
         return True
     return bool(_NO_AFTER.match(_NEXT.split(text[end:], maxsplit=1)[0]))
 
 
-def _clause_of(text: str, mention: _Mention) -> str:
+def _sentence_of(text: str, mention: _Mention) -> str:
     start = max(text.rfind(mark, 0, mention.start) for mark in ".;\n。;") + 1
     ends = [place for mark in ".;\n。;" if (place := text.find(mark, mention.end)) >= 0]
     return text[start : min(ends, default=len(text))]

@@ -1,4 +1,4 @@
-"""Ask a model every question of an evaluation set and score what it answers, in memory."""
+"""Evaluate a model on evaluation samples in memory, during or after training."""
 
 import time
 from collections.abc import Sequence
@@ -21,25 +21,26 @@ def evaluate(
     max_new_tokens: int = 64,
     references: str = "right",
 ) -> EvaluationResult:
-    """:func:`generate_answers`, then :func:`score_answers`: for evaluation in and after training.
+    """Generate answers with :func:`generate_answers` and score them with :func:`score_answers`.
 
-    Matching, location and descriptions are generated. Questions with false answers are multiple choice: the answer is
-    the candidate of highest likelihood (sum over its tokens), and a tie is wrong.
+    Matching, location and descriptions are generated greedily. Questions with false answers are multiple choice: the
+    answer is the candidate with the highest log-likelihood (sum over its tokens); a tie counts as wrong.
 
     Args:
         model: as in :func:`generate_answers`.
-        processor: the same, with ``parse_box(text, image_size, name=...)``.
+        processor: as in :func:`generate_answers`, with ``parse_box(text, image_size, name=...)``.
         samples: evaluation samples: a list, or a :class:`idavlm.data.RecordDataset`. Ids may repeat.
-        batch_size: rows at once.
-        max_new_tokens: longest answer.
-        references: what the model is shown: the ``"right"`` photos, ``"none"``, or the ``"wrong"`` ones, of other
-            persons. Scored is always by ``samples``.
+        batch_size: samples per batch.
+        max_new_tokens: maximum length of an answer.
+        references: references that the model receives: ``"right"``, ``"none"``, or ``"wrong"`` (of other identities).
+            Scores always refer to the right answers. Whether ``samples`` suffice for ``"wrong"`` is checked before the
+            first answer; :func:`check_wrong_references` checks it before a training run.
 
     Returns:
-        Predictions in the order of ``samples``.
+        One prediction per sample, in the same order.
 
     Raises:
-        ValueError: a training sample, or a question without false answers.
+        ValueError: a training sample, a question without false answers, or too few identities for wrong references.
     """
     start = time.perf_counter()
     samples = list(samples)

@@ -1,4 +1,4 @@
-"""From names of a checkpoint to names of :class:`idavlm.IDAVLMForConditionalGeneration`, one tensor at a time."""
+"""Map the tensors of a checkpoint to those of :class:`idavlm.IDAVLMForConditionalGeneration`: names and values."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -14,12 +14,12 @@ ROWS_AT_A_TIME = 1024
 
 @dataclass(frozen=True)
 class Rule:
-    r"""What becomes of the tensors whose whole name matches ``pattern``.
+    r"""Conversion of the tensors whose full name matches ``pattern``.
 
     Attributes:
         pattern: regular expression.
-        targets: new name (``\1`` is a group of the pattern) to what is done with the tensor, None for nothing. Empty:
-            the tensor is left out on purpose.
+        targets: new name (``\1`` refers to a group of the pattern) -> transform of the tensor, or None to keep it. If
+            empty, the tensor is dropped.
     """
 
     pattern: str
@@ -27,13 +27,13 @@ class Rule:
 
 
 class KeyMap:
-    """Rules in order; the first that matches a name decides."""
+    """Applies the first matching rule to a name."""
 
     def __init__(self, rules: Iterable[Rule]):
         self._rules = [(re.compile(rule.pattern), rule.targets) for rule in rules]
 
     def __call__(self, name: str) -> dict[str, Transform | None] | None:
-        """New names of the tensor ``name``; None if no rule knows it."""
+        """New names of the tensor ``name`` with their transforms; None if no rule matches."""
         for pattern, targets in self._rules:
             match = pattern.fullmatch(name)
             if match is not None:
@@ -41,13 +41,13 @@ class KeyMap:
         return None
 
 
-def part(index: int, count: int) -> Transform:
-    """Block ``index`` of ``count`` equal blocks of rows."""
+def row_block(index: int, count: int) -> Transform:
+    """Select block ``index`` of ``count`` equal blocks of rows."""
     return lambda tensor: tensor.chunk(count)[index]
 
 
-def part_of_heads(index: int, num_heads: int) -> Transform:
-    """Of rows ``[q_h, k_h, v_h]`` for each head in turn, all q (0), k (1) or v (2)."""
+def head_rows(index: int, num_heads: int) -> Transform:
+    """Select all q (0), k (1) or v (2) rows of a fused projection whose rows are ``[q_h, k_h, v_h]`` per head."""
 
     def transform(tensor: Tensor) -> Tensor:
         return tensor.unflatten(0, (num_heads, 3, -1))[:, index].flatten(0, 1)
@@ -56,18 +56,19 @@ def part_of_heads(index: int, num_heads: int) -> Transform:
 
 
 def transposed(tensor: Tensor) -> Tensor:
+    """Transpose the last two dimensions."""
     return tensor.mT.contiguous()
 
 
-def with_rows(count: int) -> Transform:
-    """As many rows as ``count``: new ones are the mean of those there are, as transformers' resizing makes them.
+def resize_rows(count: int) -> Transform:
+    """Grow to ``count`` rows. New rows are the mean of the existing ones, as in ``resize_token_embeddings``.
 
-    In a head such a row's logit is the mean of all logits, so that greedy decoding never chooses it.
+    In an output head, the logit of such a row is the mean of all logits, so greedy decoding never selects it.
     """
 
     def transform(tensor: Tensor) -> Tensor:
-        lacking = count - len(tensor)
-        if lacking <= 0:
+        missing = count - len(tensor)
+        if missing <= 0:
             return tensor
         grown = tensor.new_empty(count, *tensor.shape[1:])
         if not tensor.is_meta:
