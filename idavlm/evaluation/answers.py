@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from idavlm.data.errors import DataError
-from idavlm.data.json_records import JsonRecords
+from idavlm.data.dataset import JsonRecords
 from idavlm.data.schema import Sample
 from idavlm.utils import drop_torn_line
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from idavlm.data.errors import DataError
-from idavlm.data.json_records import JsonRecords
+from idavlm.data.dataset import JsonRecords
 from idavlm.data.parsing import parse_sample
 from idavlm.data.schema import Sample
 
