@@ -154,7 +154,7 @@ def losses_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torc
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("by", ["transformers", "torch"])
 def test_checkpointing_recomputes_in_the_workflow_of_the_forward_pass(by, use_reentrant, options):
-    """torch's wrapper, as transformers before 5.22, recomputes a layer together with its hooks."""
+    """torch's wrapper, as transformers before 5.23, recomputes a layer together with its hooks."""
     model = build(options).train()
     checkpointed = copy.deepcopy(model)
     if by == "transformers":

@@ -38,7 +38,7 @@ class WorkflowState:
     def current(self) -> str:
         """The active workflow; while a backward pass recomputes modules, the workflow of its forward pass.
 
-        Gradient checkpointing runs hooks again where a layer's ``__call__`` is recomputed (transformers before 5.22,
+        Gradient checkpointing runs hooks again where a layer's ``__call__`` is recomputed (transformers before 5.23,
         torch's ``CheckpointWrapper``). The active workflow may have changed since the forward pass.
         """
         if not _in_backward():
