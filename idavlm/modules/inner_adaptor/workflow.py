@@ -45,8 +45,8 @@ class WorkflowState:
             return self.active
         if self.backward is None:
             raise RuntimeError(
-                "a module of a model with inner adaptors is recomputed before the backward pass has reached the decoder, "
-                "so its workflow is undefined; checkpoint the decoder layers, for example with "
+                "a module of a model with inner adaptors is recomputed before the backward pass has reached the "
+                "decoder, so its workflow is undefined; checkpoint the decoder layers, for example with "
                 "model.gradient_checkpointing_enable()."
             )
         return self.backward
