@@ -67,7 +67,7 @@ def test_unknown_workflow():
 def test_workflow_is_not_an_argument_of_a_language_model():
     """Its forward method would ignore it."""
     model = adapted()
-    message = r"workflow='grounding' is not an argument of LlamaForCausalLM.*with use_workflow\(model, 'grounding'\)"
+    message = r"workflow='grounding' is not an argument of LlamaModel.*with use_workflow\(model, 'grounding'\)"
     with pytest.raises(ValueError, match=message):
         model(prompt(), workflow="grounding")
     with pytest.raises(ValueError, match=r"not used by the model: \['workflow'\]"):

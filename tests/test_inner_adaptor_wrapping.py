@@ -84,6 +84,13 @@ def test_a_copy_is_independent_and_computes_the_same(duplicate, options):
         assert all(map(torch.equal, all_logits(pickled(copied)), all_logits(copied)))
 
 
+def test_a_copy_of_one_layer_contains_no_other_base_layer():
+    model = adapted()
+    size, layer = len(pickle.dumps(model.inner_adaptor)), model.model.layers[1]
+    parameters = sum(parameter.nbytes for parameter in layer.parameters())
+    assert len(pickle.dumps(layer)) < size + parameters + 10_000
+
+
 def test_a_whole_vlm_and_its_connector(processor, root):
     copied_modules = ("embeddings", "norm", "lm_head", "connector")
     model = small_model(
@@ -147,7 +154,7 @@ def losses_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torc
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("by", ["transformers", "torch"])
 def test_checkpointing_recomputes_in_the_workflow_of_the_forward_pass(by, use_reentrant, options):
-    """torch's wrapper, as transformers before 5.22, recomputes a layer together with its hooks."""
+    """torch's wrapper, as transformers before 5.23, recomputes a layer together with its hooks."""
     model = build(options).train()
     checkpointed = copy.deepcopy(model)
     if by == "transformers":
@@ -169,13 +176,13 @@ def test_checkpointing_recomputes_in_the_workflow_of_the_forward_pass(by, use_re
         torch.testing.assert_close(grad, expected[name], msg=name)
 
 
-def test_recomputation_in_an_unknown_workflow_is_an_error():
+def test_recomputation_in_an_undefined_workflow_is_an_error():
     model = adapted().train()
     embeds = model.get_input_embeddings()(prompt()).detach().requires_grad_(True)
     output = torch.utils.checkpoint.checkpoint(
         lambda x: model(inputs_embeds=x, use_cache=False).logits, embeds, use_reentrant=True
     )
-    with pytest.raises(RuntimeError, match=r"its workflow is unknown; checkpoint the decoder layers"):
+    with pytest.raises(RuntimeError, match=r"its workflow is undefined; checkpoint the decoder layers"):
         output.sum().backward()
 
 

@@ -1,7 +1,8 @@
 """Workflows: select which adaptors run, and the forward hooks that run them.
 
 Every hook is an object of a top-level class that refers to the model's :class:`InnerAdaptor`, so a model with hooks can
-be pickled and deep-copied. Base modules keep their class, parameters and names.
+be pickled and deep-copied. Base modules keep their classes, parameters and names. A deep copy of a single base layer
+contains the adaptors, because its hook refers to them.
 """
 
 import contextlib
@@ -37,15 +38,15 @@ class WorkflowState:
     def current(self) -> str:
         """The active workflow; while a backward pass recomputes modules, the workflow of its forward pass.
 
-        Gradient checkpointing runs hooks again where a layer's ``__call__`` is recomputed (transformers before 5.22,
+        Gradient checkpointing runs hooks again where a layer's ``__call__`` is recomputed (transformers before 5.23,
         torch's ``CheckpointWrapper``). The active workflow may have changed since the forward pass.
         """
         if not _in_backward():
             return self.active
         if self.backward is None:
             raise RuntimeError(
-                "a module of a model with inner adaptors is recomputed before the gradient of the decoder's output is "
-                "known, so its workflow is unknown; checkpoint the decoder layers, for example with "
+                "a module of a model with inner adaptors is recomputed before the backward pass has reached the "
+                "decoder, so its workflow is undefined; checkpoint the decoder layers, for example with "
                 "model.gradient_checkpointing_enable()."
             )
         return self.backward
@@ -113,30 +114,38 @@ class CopyHook:
 
 
 class DecoderHook:
-    """Hooks before and after the decoder: checks, and the record for recomputation."""
+    """Hooks before and after the decoder: checks of its arguments, and the record for recomputation."""
 
-    def __init__(self, inner_adaptor: nn.Module, language_model: nn.Module):
+    def __init__(self, inner_adaptor: nn.Module):
         self.inner_adaptor = inner_adaptor
-        self.language_model = language_model
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        state = self.inner_adaptor.state
-        if kwargs.get("workflow") is not None:
+        workflow = kwargs.get("workflow")
+        if workflow is not None:  # transformers passes unknown arguments on, and would ignore it
             raise ValueError(
-                f"workflow={kwargs['workflow']!r} is not an argument of {type(self.language_model).__name__}.forward; "
-                f"call it within `with use_workflow(model, {kwargs['workflow']!r}):`."
+                f"workflow={workflow!r} is not an argument of {type(decoder).__name__} or of a model around it; call "
+                f"the model within `with use_workflow(model, {workflow!r}):`."
             )
+        state = self.inner_adaptor.state
         state.begin_forward()
-        workflow = state.current()
-        if workflow != TEXT:
-            self.inner_adaptor.check_vocabulary("embeddings", self.language_model.get_input_embeddings())
-            self.inner_adaptor.check_vocabulary("lm_head", self.language_model.get_output_embeddings())
         cache = cache_in(args, kwargs)
         if cache is not None:
-            enter_cache(cache, workflow)
+            enter_cache(cache, state.current())
 
     def after(self, decoder: nn.Module, args: tuple, output) -> None:
         self.inner_adaptor.state.end_forward(output)
+
+
+class VocabularyHook:
+    """Forward pre-hook of the language model: refuses embeddings or a head that were resized after copying."""
+
+    def __init__(self, inner_adaptor: nn.Module):
+        self.inner_adaptor = inner_adaptor
+
+    def __call__(self, language_model: nn.Module, args: tuple) -> None:
+        if self.inner_adaptor.active != TEXT:
+            self.inner_adaptor.check_vocabulary("embeddings", language_model.get_input_embeddings())
+            self.inner_adaptor.check_vocabulary("lm_head", language_model.get_output_embeddings())
 
 
 def register_hooks(
@@ -158,7 +167,9 @@ def register_hooks(
         handles.append(parts.layers[index].register_forward_hook(AdaptorHook(inner_adaptor, position), **options))
     for name, module in copied.items():
         handles.append(module.register_forward_hook(CopyHook(inner_adaptor, name), **options))
-    hook = DecoderHook(inner_adaptor, language_model)
+    if inner_adaptor.vocabulary:
+        handles.append(language_model.register_forward_pre_hook(VocabularyHook(inner_adaptor)))
+    hook = DecoderHook(inner_adaptor)
     handles.append(parts.decoder.register_forward_pre_hook(hook.before, with_kwargs=True))
     handles.append(parts.decoder.register_forward_hook(hook.after))
     return handles
