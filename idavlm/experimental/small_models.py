@@ -52,7 +52,7 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[s
 
 
 def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token: str = "<image>"):
-    """A byte-level BPE tokenizer trained on ``texts``, with a chat template that marks the turns of the assistant.
+    """A byte-level BPE tokenizer trained on ``texts``, with a chat template that separates roles by special tokens.
 
     Every text can be encoded and decoded exactly. Words that are frequent in ``texts`` become single tokens.
 

@@ -290,7 +290,7 @@ def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tenso
 def last_complete_checkpoint(output_dir: str | Path) -> str:
     """The newest checkpoint in ``output_dir`` that was written completely.
 
-    A run that is killed while it writes a checkpoint leaves an incomplete one behind. The Trainer writes
+    A run that is killed while it writes a checkpoint leaves an incomplete checkpoint. The Trainer writes
     ``trainer_state.json`` last, so a checkpoint is complete if that file can be read.
 
     Raises:

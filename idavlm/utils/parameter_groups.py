@@ -38,7 +38,7 @@ def require_module(model: nn.Module, argument: str, module: str) -> None:
     """
     present = {module_of(name) for name, _ in model.named_parameters()}
     if module not in present:
-        choices = ", ".join(repr(name) for name in MODULES if name in present) or "none of the known modules"
+        choices = ", ".join(repr(name) for name in MODULES if name in present) or "none of these modules"
         raise ValueError(f"{argument} names {module!r}, which {type(model).__name__} does not have; it has {choices}.")
 
 
