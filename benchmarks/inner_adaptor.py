@@ -20,6 +20,7 @@ from benchmarks.id_former import flops
 from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_side
 from idavlm import add_inner_adaptors
 from idavlm._compat import cache_name
+from idavlm.modules.inner_adaptor import use_workflow
 from idavlm.utils.machine import describe_machine
 from idavlm.utils.markdown import markdown_table
 
@@ -46,21 +47,21 @@ def adapted(base: nn.Module, number: int) -> nn.Module:
     return add_inner_adaptors(copy.deepcopy(base), layers=layers, workflows=("multimodal",))
 
 
-def prefill(model: nn.Module, ids: Tensor, **options) -> Callable[[], Tensor]:
+def prefill(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     @torch.no_grad()
     def run() -> Tensor:
-        return model(input_ids=ids, use_cache=False, **options).logits
+        return model(input_ids=ids, use_cache=False).logits
 
     return run
 
 
-def decode(model: nn.Module, ids: Tensor, steps: int, **options) -> Callable[[], Tensor]:
+def decode(model: nn.Module, ids: Tensor, steps: int) -> Callable[[], Tensor]:
     @torch.no_grad()
     def run() -> Tensor:
         cache, logits = {cache_name(): DynamicCache(config=model.config)}, None
         for step in range(steps):
             token = ids[:, step : step + 1]
-            logits = model(input_ids=token, use_cache=True, **cache, **options).logits
+            logits = model(input_ids=token, use_cache=True, **cache).logits
         return logits
 
     return run
@@ -74,12 +75,13 @@ def text_rows(base: nn.Module, ids: Tensor, args: argparse.Namespace) -> list[li
     """The text workflow against the base; their logits must be equal to the bit."""
     model, rows = adapted(base, args.layers // 2), []
     for name, functions in {
-        "prefill": {"base": prefill(base, ids), "text": prefill(model, ids, workflow="text")},
-        "decode": {"base": decode(base, ids, args.steps), "text": decode(model, ids, args.steps, workflow="text")},
+        "prefill": {"base": prefill(base, ids), "text": prefill(model, ids)},
+        "decode": {"base": decode(base, ids, args.steps), "text": decode(model, ids, args.steps)},
     }.items():
-        assert torch.equal(*(function() for function in functions.values()))
-        times = time_side_by_side(functions, args.device, args.rounds)
-        peaks = {key: peak_megabytes(function, args.device) for key, function in functions.items()}
+        with use_workflow(model, "text"):
+            assert torch.equal(*(function() for function in functions.values()))
+            times = time_side_by_side(functions, args.device, args.rounds)
+            peaks = {key: peak_megabytes(function, args.device) for key, function in functions.items()}
         time_overhead, memory_overhead = (f"{100 * (x['text'] / x['base'] - 1):+.1f}%" for x in (times, peaks))
         rows.append(
             [

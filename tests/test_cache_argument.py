@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from idavlm import _compat as cache_argument
 from idavlm._compat import cache_in, cache_name, takes_cache
+from idavlm.modules.inner_adaptor import use_workflow
 from tests.inner_adaptor_models import adapted, prompt
 from tests.small_models import sample, small_model
 
@@ -52,13 +53,15 @@ def test_a_conversation_goes_on_from_its_cache(processor, root, name):
 def test_a_cache_of_another_workflow_is_refused(processor, way, whole):
     model = small_model(processor, inner_adaptors={"layers": [1]}) if whole else adapted()
     args, kwargs = given(way, DynamicCache())
-    model(prompt(), *args, **kwargs, workflow="grounding")
-    model(prompt(2, 1), *args, **kwargs, workflow="grounding")
-    with pytest.raises(ValueError, match=r"cache holds 11 tokens read in workflow 'grounding'.*'multimodal'"):
+    with use_workflow(model, "grounding"):
+        model(prompt(), *args, **kwargs)
+        model(prompt(2, 1), *args, **kwargs)
+    with pytest.raises(ValueError, match=r"cache holds 11 tokens of workflow 'grounding'.*'multimodal'"):
         model(prompt(2, 1), *args, **kwargs)
     if kwargs:
-        with pytest.raises(ValueError, match=r"cache holds 11 tokens read in workflow 'grounding'.*'text'"):
-            model.generate(prompt(2, 12), **kwargs, workflow="text", **GREEDY)
+        message = r"cache holds 11 tokens of workflow 'grounding'.*'text'"
+        with pytest.raises(ValueError, match=message), use_workflow(model, "text"):
+            model.generate(prompt(2, 12), **kwargs, **GREEDY)
 
 
 def test_the_new_name_comes_first():
