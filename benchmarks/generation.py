@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a checkpoint (default: an untrained small model)")
     parser.add_argument("--data", type=Path, help="evaluation records for --model (default: drawn characters)")
     parser.add_argument("--records", type=int, default=64, help="records per task (default: %(default)s)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="to compare (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the fastest counts (default: %(default)s)")
     args = parser.parse_args()

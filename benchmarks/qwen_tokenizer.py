@@ -67,13 +67,13 @@ def wrong(data: dict[str, list[str]], encode, decode, reference) -> Iterator[tup
 
 
 def main() -> None:
-    import tiktoken
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the file qwen.tiktoken")
     parser.add_argument("--strings", type=int, default=10_000, help="strings to compare (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the strings (default: %(default)s)")
     args = parser.parse_args()
+    import tiktoken
+
     ranks = read_ranks(args.path)
     special = {token: number for number, token in enumerate(SPECIAL_TOKENS, len(ranks))}
     reference = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
