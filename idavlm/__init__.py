@@ -18,7 +18,9 @@ _HOME_OF = {
     "IDFormer": "idavlm.modules",
     "IDTrainer": "idavlm.training",
     "IDTrainingArguments": "idavlm.training",
+    "IdentityEmbedding": "idavlm.modules",
     "IdentityTokens": "idavlm.modules",
+    "ImageIndexEmbedding": "idavlm.modules",
     "ImageRole": "idavlm.utils",
     "RecordDataset": "idavlm.data",
     "Resampler": "idavlm.modules",
@@ -26,8 +28,8 @@ _HOME_OF = {
     "add_inner_adaptors": "idavlm.modules",
     "build_connector": "idavlm.modules",
     "cross_attention": "idavlm.ops",
-    "identity_map_loss": "idavlm.ops",
-    "identity_patch_targets": "idavlm.ops",
+    "identity_map_loss": "idavlm.modules",
+    "identity_patch_targets": "idavlm.modules",
     "load_adaptors": "idavlm.modules",
     "parse_sample": "idavlm.data",
     "save_adaptors": "idavlm.modules",
@@ -42,7 +44,9 @@ __all__ = [
     "IDFormer",
     "IDTrainer",
     "IDTrainingArguments",
+    "IdentityEmbedding",
     "IdentityTokens",
+    "ImageIndexEmbedding",
     "ImageRole",
     "RecordDataset",
     "Resampler",
@@ -63,15 +67,19 @@ if TYPE_CHECKING:
     from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor
     from idavlm.modules import (
         CrossAttention,
+        IdentityEmbedding,
         IdentityTokens,
         IDFormer,
+        ImageIndexEmbedding,
         Resampler,
         add_inner_adaptors,
         build_connector,
+        identity_map_loss,
+        identity_patch_targets,
         load_adaptors,
         save_adaptors,
     )
-    from idavlm.ops import cross_attention, identity_map_loss, identity_patch_targets
+    from idavlm.ops import cross_attention
     from idavlm.training import IDTrainer, IDTrainingArguments
     from idavlm.utils import ImageRole
 

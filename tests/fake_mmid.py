@@ -1,4 +1,4 @@
-"""A miniature in MM-ID's own format, pictures included; names, texts and drawings are made up here."""
+"""A miniature benchmark in the format of MM-ID with drawn images; names and texts are invented."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ DOES = ("pouring tea", "reading a map", "waving", "asleep on a bench")
 
 
 def build_mmid(folder: Path, rounds: int = 2) -> Path:
-    """``folder/benchmark.json`` and its pictures; ``rounds`` times every type and film."""
+    """Write ``folder/benchmark.json`` and its images; ``rounds`` times every task and film."""
     items: list[dict] = []
     rng = Random(0)
     for _ in range(rounds):
@@ -30,15 +30,15 @@ def build_mmid(folder: Path, rounds: int = 2) -> Path:
 def _add_film(folder: Path, items: list[dict], film: str, number: int, rng: Random) -> None:
     one, two = PEOPLE[number], PEOPLE[number + 1]
     shot = len(items)
-    photos = {name: f"./images/{film}/{name}_shot_{shot:04d}_img_0_special.jpg" for name in (one, two)}
+    references = {name: f"./images/{film}/{name}_shot_{shot:04d}_img_0_special.jpg" for name in (one, two)}
     scenes = [f"./images/{film}/shot_{shot:04d}_img_{index}.jpg" for index in range(3)]
     boxes = {one: [30, 20, 130, 200], two: [180, 35, 300, 230]}
-    for name, path in photos.items():
+    for name, path in references.items():
         _draw(folder / path, {name: [10, 10, 110, 110]}, (120, 120))
     for path in scenes:
         _draw(folder / path, boxes, (320, 240))
     intro = f"{one} is <img>image_1</img>\n {two} is <img>image_2</img>\n"
-    base = {"image_1": photos[one], "image_2": photos[two], "image_3": scenes[0]}
+    base = {"image_1": references[one], "image_2": references[two], "image_3": scenes[0]}
     target = rng.choice([one, two])
     items.append(
         base
@@ -97,7 +97,7 @@ def _add_matching(folder: Path, items: list[dict], place: int, rng: Random) -> N
     paths = [f"./images/match/person/film{shot}/shot{index}.jpg" for index in range(5)]
     name = PEOPLE[rng.randrange(4)]
     for index, path in enumerate(paths):
-        _draw(folder / path, {name if index in (0, place + 1) else "somebody": [20, 10, 90, 90]}, (100, 100))
+        _draw(folder / path, {name if index in (0, place + 1) else "another": [20, 10, 90, 90]}, (100, 100))
     shown = " ".join(f"Image {index}: <img>image_{index}</img>\n" for index in range(1, 5))
     items.append(
         {f"image_{index}": path for index, path in enumerate(paths)}
@@ -112,9 +112,9 @@ def _add_matching(folder: Path, items: list[dict], place: int, rng: Random) -> N
 
 def _draw(path: Path, people: dict[str, list[int]], size: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new("RGB", size, "#e8e4da")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", size, "#e8e4da")
+    draw = ImageDraw.Draw(image)
     for name, box in people.items():
         colour = "#%06x" % (sum(ord(letter) * 7919**place for place, letter in enumerate(name)) % 0xC0C0C0)
         draw.ellipse(box, fill=colour)
-    picture.save(path)
+    image.save(path)

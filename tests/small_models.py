@@ -23,7 +23,7 @@ TEXTS = [
 
 
 def small_processor(**options) -> IDAVLMProcessor:
-    options = {"image_seq_length": 4, "box_format": "bins", **options}
+    options = {"image_seq_length": 4, "box_format": "bins32", **options}
     return IDAVLMProcessor(small_image_processor(64), small_tokenizer(TEXTS, vocab_size=320), **options)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from idavlm.evaluation import parse_letter, parse_picture, parse_yes_no
+from idavlm.evaluation import parse_image_number, parse_letter, parse_yes_no
 from idavlm.models import BoxFormat
 
 CHOICES = [
@@ -90,15 +90,15 @@ CHOICES = [
 
 @pytest.mark.parametrize(("text", "number"), CHOICES)
 def test_choices(text, number):
-    assert parse_picture(text) == number
+    assert parse_image_number(text) == number
 
 
 def test_choices_of_a_known_number_and_name():
-    assert parse_picture("Image 7", count=4) is None
-    assert parse_picture("Image 4", count=4) == 4
+    assert parse_image_number("Image 7", count=4) is None
+    assert parse_image_number("Image 4", count=4) == 4
     several = "Image 1 shows Tom. Image 2 shows Kate. Image 3 shows a dog."
-    assert parse_picture(several, name="Kate") == 2
-    assert parse_picture(several, name="Mia") == 1
+    assert parse_image_number(several, name="Kate") == 2
+    assert parse_image_number(several, name="Mia") == 1
     assert parse_letter("The answer is (C).") == "C"
     assert parse_letter("E", count=4) is None
 

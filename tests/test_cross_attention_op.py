@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from idavlm import cross_attention
 from idavlm.ops.cross_attention.segments import pad_segments, unpad_segments
-from tests.conftest import take_the_padded_way
+from tests.conftest import use_padded_sdpa
 
 IMPLEMENTATIONS = ("eager", "sdpa", "sdpa padded")
 
@@ -17,7 +17,7 @@ def run(implementation: str, *args, **kwargs):
     if implementation != "sdpa padded":
         return cross_attention(*args, attn_implementation=implementation, **kwargs)
     with pytest.MonkeyPatch.context() as patch:
-        take_the_padded_way(patch)
+        use_padded_sdpa(patch)
         return cross_attention(*args, attn_implementation="sdpa", **kwargs)
 
 

@@ -1,14 +1,13 @@
-"""Floor 2: whole models in transformers' conventions."""
+"""Whole models in the conventions of transformers: configuration, model, processor."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.image_features import ImageFeatures
-from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
+from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput, scatter_image_tokens
 from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig, QwenVisionModel
-from idavlm.models.scatter import scatter_image_tokens
 
 AutoConfig.register("qwen_vl_vision", QwenVisionConfig, exist_ok=True)
 AutoModel.register(QwenVisionConfig, QwenVisionModel, exist_ok=True)

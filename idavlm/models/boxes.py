@@ -1,47 +1,90 @@
-"""The text forms of boxes in use, to and from pixels of the original image."""
+"""The text forms of boxes: from pixels of the original image to text, and back."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from idavlm.models.box_numbers import find_box_numbers
-from idavlm.utils import check_choice
+from idavlm.utils import last_answer, plain_answer
+
+_NUMBER = r"-?(?:\d+(?:\.\d+)?|\.\d+)"
+_RUN = re.compile(rf"{_NUMBER}(?:\s*px)?(?:\s*[,;]\s*{_NUMBER}(?:\s*px)?)*(?!\s*%)")
+_SPACED = re.compile(rf"[\[({{]\s*{_NUMBER}(?:\s+{_NUMBER}){{3}}\s*[\])}}]")
+_ONLY_SPACED = re.compile(rf"\s*{_NUMBER}(?:\s+{_NUMBER}){{3}}[\s.]*")
+_TAGGED = re.compile(r"<box>(.*?)(?:</box>|\Z)|<\|box_start\|>(.*?)(?:<\|box_end\|>|\Z)", re.DOTALL)
+_WORDS = {
+    "x1": "x1|x_?min|left", "y1": "y1|y_?min|top", "x2": "x2|x_?max|right", "y2": "y2|y_?max|bottom",
+    "x": "x", "y": "y", "w": "w|width", "h": "h|height",
+}  # fmt: skip
+_KEY = re.compile(
+    "|".join(rf"(?P<{key}>(?<![\w])(?:{words})(?![\w])[\"']?\s*[:=]\s*{_NUMBER})" for key, words in _WORDS.items()),
+    re.IGNORECASE,
+)
+_NOT = re.compile(r"\b(?:not|isn't|no longer|instead of|rather than)\s+(?:\w+\s+){0,2}[\[(<{\s]*$", re.IGNORECASE)
+_GAP = 40  # largest number of characters between "top left (10, 20)" and "bottom right (30, 40)"
+_BINS = re.compile(r"bins([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class BoxNumbers:
+    """Four numbers found in a text, and the text between the previous box and them."""
+
+    numbers: tuple[float, float, float, float]
+    before: str
 
 
 @dataclass(frozen=True)
 class BoxReading:
-    """What was read: ``box`` in pixels, or None and why (``"none"``, ``"empty"``, ``"convention"``)."""
+    """Result of :meth:`BoxFormat.read`.
+
+    Attributes:
+        box: ``[x1, y1, x2, y2]`` in pixels, or None.
+        problem: why there is no box: ``"none"`` (no box in the text), ``"empty"`` (nothing of it lies in the image) or
+            ``"convention"`` (the numbers cannot be of this format).
+    """
 
     box: list[float] | None
     problem: str = ""
 
 
 class BoxFormat:
-    """How a box ``[x1, y1, x2, y2]`` is written.
+    """Text form of a box ``[x1, y1, x2, y2]``.
 
-    ============== ======================================== ======================================================
-    ``kind``       example                                  coordinates
-    ============== ======================================== ======================================================
+    ============== ============================================== ================================================
+    ``kind``       example                                        coordinates
+    ============== ============================================== ================================================
     ``"qwen"``     ``<ref>Kate</ref><box>(120,40),(630,980)</box>`` 0..999 of width and height (Qwen-VL, IDA-VLM)
-    ``"thousand"`` ``[120, 40, 630, 980]``                  the same
-    ``"unit"``     ``[0.120, 0.040, 0.630, 0.980]``         0..1 of width and height (LLaVA)
-    ``"square"``   ``[0.120, 0.245, 0.630, 0.715]``         0..1 of the image padded to a square, centred (IAA)
-    ``"pixels"``   ``[77, 19, 403, 470]``                   pixels of the image (Qwen2.5-VL, ground truth of MM-ID)
-    ``"bins"``     ``4 1 20 31``                            0..31 of width and height, for small models
-    ============== ======================================== ======================================================
+    ``"thousand"`` ``[120, 40, 630, 980]``                        0..999 of width and height
+    ``"unit"``     ``[0.120, 0.040, 0.630, 0.980]``               0..1 of width and height (LLaVA)
+    ``"square"``   ``[0.120, 0.245, 0.630, 0.715]``               0..1 of the image padded to a centred square (IAA)
+    ``"pixels"``   ``[77, 19, 403, 470]``                         pixels (Qwen2.5-VL, ground truth of MM-ID)
+    ``"bins32"``   ``4 1 20 31``                                  0..31 of width and height; any number of bins
+                                                                  (quantised coordinates, Pix2Seq)
+    ============== ============================================== ================================================
 
-    The kind is a fact of the model and never guessed: "[120, 40, 630, 980]" is one box in pixels, another in
-    thousandths.
+    The kind is a property of the model and never guessed: "[120, 40, 630, 980]" is one box in pixels and another one
+    in thousandths.
+
+    Args:
+        kind: see the table.
+
+    Raises:
+        ValueError: an unknown kind.
     """
 
-    KINDS = ("qwen", "thousand", "unit", "square", "pixels", "bins")
-    BINS = 32
+    KINDS = ("qwen", "thousand", "unit", "square", "pixels")
 
     def __init__(self, kind: str):
-        check_choice("box_format", kind, self.KINDS)
+        bins = _BINS.fullmatch(kind) if isinstance(kind, str) else None
+        if kind not in self.KINDS and (bins is None or int(bins[1]) < 2):
+            raise ValueError(
+                f"box_format={kind!r} is not known; choose one of {', '.join(map(repr, self.KINDS))}, or 'bins32' (any "
+                "number of bins from 2 for the 32)."
+            )
         self.kind = kind
+        self.num_bins = int(bins[1]) if bins else None
 
     def write(self, name: str, box: Sequence[float], image_size: Sequence[int]) -> str:
-        """The text of ``box`` (pixels) in an image of ``image_size`` (height, width)."""
+        """Return the text of ``box``, in pixels of an image of ``image_size`` (height, width)."""
         size, shift = self._frame(image_size)
         unit = [(value + offset) / side for value, offset, side in zip(box, shift * 2, size * 2, strict=True)]
         unit = [min(max(value, 0.0), 1.0) for value in unit]
@@ -51,40 +94,40 @@ class BoxFormat:
         x1, y1, x2, y2 = (round(value * number) for value, number in zip(unit, steps * 2, strict=True))
         if self.kind == "qwen":
             return f"<ref>{name}</ref><box>({x1},{y1}),({x2},{y2})</box>"
-        return f"{x1} {y1} {x2} {y2}" if self.kind == "bins" else f"[{x1}, {y1}, {x2}, {y2}]"
+        return f"{x1} {y1} {x2} {y2}" if self.num_bins else f"[{x1}, {y1}, {x2}, {y2}]"
 
     def parse(self, text: str, image_size: Sequence[int] | None, *, name: str = "") -> list[float] | None:
-        """The box in ``text``, in pixels of an image of ``image_size`` (height, width); None if there is none.
-
-        :meth:`read` says why not.
-        """
+        """Return the box in ``text`` in pixels, or None. :meth:`read` also says why there is none."""
         return self.read(text, image_size, name=name).box
 
     def read(self, text: str, image_size: Sequence[int] | None, *, name: str = "") -> BoxReading:
-        """As :meth:`parse`. Of several boxes the one that ``name`` stands before, else the first.
+        """Find a box in ``text``.
 
-        A box with its corners exchanged is put right; what leaves the image is cut off; what is empty then is none.
-        Numbers that cannot be of this kind (0.3 in thousandths or pixels, 300 in 0..1) are none either, never another
-        kind's.
+        Of several boxes, the one that follows ``name`` counts, otherwise the first. Exchanged corners are sorted, and
+        the part outside the image is cut off. Numbers that cannot be of this kind (0.3 in thousandths or pixels, 300 in
+        0..1) are reported as ``"convention"`` and never interpreted as another kind.
 
         Args:
-            text: what a model wrote; see :func:`idavlm.models.box_numbers.find_box_numbers` for what is read.
-            image_size: height and width; None will do for ``"pixels"``, which are not cut off then.
-            name: who is asked for.
+            text: the answer of a model; see :func:`find_boxes` for the forms that are recognised.
+            image_size: height and width of the image. None is allowed for ``"pixels"``; the box is not cut off then.
+            name: identity that the question is about.
 
         Raises:
-            ValueError: ``image_size`` is needed.
+            ValueError: ``image_size`` is None although the kind needs it.
         """
         if image_size is None and self.kind != "pixels":
-            raise ValueError(f"image_size=None, but boxes of kind {self.kind!r} count in parts of the image; give it.")
-        found = find_box_numbers(text, spaced=self.kind == "bins")
+            raise ValueError(
+                f"image_size=None, but boxes of kind {self.kind!r} are relative to the image; pass its height and "
+                "width."
+            )
+        found = find_boxes(text, spaced=self.num_bins is not None)
         if not found:
             return BoxReading(None, "none")
-        named = [one for one in found if name and name.lower() in one.before.lower()]
+        named = [box for box in found if name and name.lower() in box.before.lower()]
         numbers = (named or found)[0].numbers
-        if not self._plausible(numbers):
+        if not self._is_plausible(numbers):
             return BoxReading(None, "convention")
-        pixels = self._pixels(numbers, image_size)
+        pixels = self._to_pixels(numbers, image_size)
         x1, x2 = sorted((pixels[0], pixels[2]))
         y1, y2 = sorted((pixels[1], pixels[3]))
         height, width = image_size if image_size is not None else (float("inf"),) * 2
@@ -94,15 +137,18 @@ class BoxFormat:
 
     @property
     def _steps(self) -> int:
-        return {"unit": 1, "square": 1, "bins": self.BINS - 1}.get(self.kind, 999)
+        """Largest coordinate."""
+        if self.num_bins:
+            return self.num_bins - 1
+        return {"unit": 1, "square": 1}.get(self.kind, 999)
 
-    def _plausible(self, numbers: Sequence[float]) -> bool:
+    def _is_plausible(self, numbers: Sequence[float]) -> bool:
         if self.kind in ("unit", "square"):
             return max(numbers) <= 10
-        fractions = any(not number.is_integer() for number in numbers)
-        return not (fractions and max(numbers) <= 1)
+        has_fractions = any(not number.is_integer() for number in numbers)
+        return not (has_fractions and max(numbers) <= 1)
 
-    def _pixels(self, numbers: Sequence[float], image_size: Sequence[int] | None) -> list[float]:
+    def _to_pixels(self, numbers: Sequence[float], image_size: Sequence[int] | None) -> list[float]:
         if self.kind == "pixels":
             return list(numbers)
         size, shift = self._frame(image_size)
@@ -110,9 +156,89 @@ class BoxFormat:
         return [value * side - offset for value, offset, side in zip(unit, shift * 2, size * 2, strict=True)]
 
     def _frame(self, image_size: Sequence[int]) -> tuple[list[float], list[float]]:
-        """Width and height the coordinates count in, and where the image stands in that frame."""
+        """Return the width and height that coordinates refer to, and the offset of the image in that frame."""
         height, width = image_size
         if self.kind != "square":
             return [width, height], [0.0, 0.0]
         side = max(height, width)
         return [side, side], [(side - width) / 2, (side - height) / 2]
+
+
+def find_boxes(text: str, *, spaced: bool = False) -> list[BoxNumbers]:
+    """Find the four numbers of each box in the answer of a model, whatever the text around them.
+
+    Recognised are ``<box>(1,2),(3,4)</box>``, ``[1, 2, 3, 4]``, ``(1, 2) to (3, 4)``, ``1, 2, 3, 4``, ``[1 2 3 4]`` and
+    named numbers (``x1=1, y1=2, ...``, ``left: 1, top: 2, ...``; ``x, y, width, height`` are converted to corners). If
+    the text has box tags, only their content counts. If it says "the answer is", only what follows counts, provided it
+    holds a box. "not [1, 2, 3, 4]" does not count if there is another box.
+
+    Args:
+        text: the answer of a model.
+        spaced: whether four numbers that are separated by spaces only are a box, wherever they occur.
+    """
+    text = plain_answer(text)
+    found = _search(last_answer(text), spaced) or _search(text, spaced)
+    affirmed = [box for box in found if not _NOT.search(box.before)]
+    return affirmed or found
+
+
+def _search(text: str, spaced: bool) -> list[BoxNumbers]:
+    tags = list(_TAGGED.finditer(text))
+    if tags:
+        found, end = [], 0
+        for tag in tags:
+            inside = _plain(next(filter(None, tag.groups()), ""), spaced)
+            found += [BoxNumbers(box.numbers, text[end : tag.start()]) for box in inside[:1]]
+            end = tag.end()
+        return found
+    return _plain(text, spaced)
+
+
+def _plain(text: str, spaced: bool) -> list[BoxNumbers]:
+    if _ONLY_SPACED.fullmatch(text):
+        return [BoxNumbers(_numbers(text), "")]
+    spans = [(match.start(), match.end(), _numbers(match[0])) for match in _SPACED.finditer(text)]
+    runs = [(match.start(), match.end(), _numbers(match[0])) for match in _RUN.finditer(text)]
+    spans += [run for run in runs if len(run[2]) == 4]
+    pairs = [run for run in runs if len(run[2]) == 2 and text[: run[0]].rstrip()[-1:] in tuple("([{<")]
+    while len(pairs) > 1:
+        first, second = pairs[0], pairs[1]
+        between = text[first[1] : second[0]]
+        if len(between) <= _GAP and not re.search(r"\d|\n\n", between):
+            spans.append((first[0], second[1], first[2] + second[2]))
+            pairs = pairs[2:]
+        else:
+            pairs = pairs[1:]
+    if not spans:
+        spans = _named(text)
+    if not spans and spaced:
+        four = re.finditer(rf"(?<![\d.,]){_NUMBER}(?:\s+{_NUMBER}){{3}}", text)
+        spans = [(match.start(), match.end(), _numbers(match[0])) for match in four]
+    spans.sort()
+    ends = [0, *(end for _, end, _ in spans)]
+    return [BoxNumbers(numbers, text[end:start]) for end, (start, _, numbers) in zip(ends, spans, strict=False)]
+
+
+def _named(text: str) -> list[tuple[int, int, tuple]]:
+    """Find boxes whose numbers have names. A name that occurs again starts the next box."""
+    boxes: list[dict[str, tuple[int, int, float]]] = [{}]
+    for match in _KEY.finditer(text):
+        key = match.lastgroup
+        if key in boxes[-1]:
+            boxes.append({})
+        boxes[-1][key] = (match.start(), match.end(), _numbers(match[0].split("=")[-1].split(":")[-1])[0])
+    found = []
+    for box in boxes:
+        value = {key: number for key, (_, _, number) in box.items()}
+        if {"x1", "y1", "x2", "y2"} <= value.keys():
+            numbers = (value["x1"], value["y1"], value["x2"], value["y2"])
+        elif {"x", "y", "w", "h"} <= value.keys():
+            numbers = (value["x"], value["y"], value["x"] + value["w"], value["y"] + value["h"])
+        else:
+            continue
+        found.append((min(s for s, _, _ in box.values()), max(e for _, e, _ in box.values()), numbers))
+    return found
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in re.findall(_NUMBER, text))

@@ -1,4 +1,4 @@
-"""What a vision tower that no longer changes sees in pictures, computed once and kept on disk."""
+"""Features of a frozen vision tower, computed once per image and stored on disk."""
 
 import hashlib
 import json
@@ -15,22 +15,23 @@ from idavlm.utils import check_positive
 
 
 class ImageFeatures:
-    """A folder of features: mapped into memory, so that it may be larger than that and be shared by processes.
+    """A folder with the features of many images, mapped into memory and shared by processes.
 
-    ``features.bin`` holds ``[pictures, P, Cv]`` as they lie in memory; ``index.json`` whose they are, and of which
-    tower; ``shape`` is ``(pictures, P, Cv)``. Once the tower is frozen, training and evaluation read these in place of
-    pictures::
+    ``features.bin`` holds the features ``[images, P, Cv]``; ``index.json`` lists the images and identifies the vision
+    tower. With a frozen tower, training and evaluation can use them in place of image files::
 
-        ImageFeatures.write(folder, model, processor, samples)
-        processor.image_features = ImageFeatures(folder, model, processor)
+        processor.image_loader = ImageFeatures.write(folder, model, processor, samples)
 
     Args:
-        folder: what :meth:`write` has written.
-        model, processor: for whom; the tower and the preparation of pictures must be those of then.
+        folder: folder that :meth:`write` has written.
+        model, processor: the vision tower and the preparation of images must be those that made the features.
+
+    Attributes:
+        shape: ``(images, P, Cv)``.
 
     Raises:
-        FileNotFoundError: there is no whole set of features in ``folder``.
-        ValueError: the features are of another tower, or of pictures that were prepared otherwise.
+        FileNotFoundError: ``folder`` holds no complete set of features.
+        ValueError: the features come from another tower or another preparation of images.
     """
 
     def __init__(self, folder: str | Path, model, processor):
@@ -41,11 +42,11 @@ class ImageFeatures:
         content = json.loads(index.read_text())
         if content["tower"] != _fingerprint(model, processor):
             raise ValueError(
-                f"{folder} holds features of another vision tower, or of pictures that were prepared otherwise; write "
-                "them anew with this model and processor."
+                f"{folder} holds features of another vision tower, or of images that were prepared differently; write "
+                "them again with this model and processor."
             )
         self.shape = tuple(content["shape"])
-        self._rows = content["pictures"]
+        self._rows = content["images"]
         dtype = getattr(torch, content["dtype"])
         self._features = _mapped(self.folder / "features.bin", self.shape, dtype, write=False)
 
@@ -53,50 +54,54 @@ class ImageFeatures:
     def write(
         cls, folder: str | Path, model, processor, samples: Iterable[Sample], *, batch_size: int = 64
     ) -> "ImageFeatures":
-        """Let the model's vision tower see every picture of ``samples`` once.
+        """Compute the features of each image of ``samples`` once.
 
         Returns:
-            The features, opened.
+            The opened features.
 
         Raises:
-            DataError: a picture that cannot be read, by its name.
-            ValueError: patches that are no square grid; the model could not tell how they stand.
+            DataError: an image cannot be read; the message names it.
+            ValueError: the patches are not a square grid, so the model could not recover their positions.
         """
         check_positive(batch_size=batch_size)
         folder, sizes, features = Path(folder), [], None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").unlink(missing_ok=True)
-        pictures = list(dict.fromkeys((sample.image_root, path) for sample in samples for path in sample.images))
-        if not pictures:
-            raise ValueError("samples hold no pictures; give those that will be read.")
+        images = list(dict.fromkeys((sample.image_root, path) for sample in samples for path in sample.images))
+        if not images:
+            raise ValueError("samples hold no images; pass the samples whose images will be used.")
         was_training = model.training
         model.eval()
         try:
-            for start in range(0, len(pictures), batch_size):
-                loaded = [processor.load_image(*picture) for picture in pictures[start : start + batch_size]]
-                seen = _look(model, torch.stack([pixels for pixels, _ in loaded]))
+            for start in range(0, len(images), batch_size):
+                loaded = [processor.load_image(*image) for image in images[start : start + batch_size]]
+                batch = _compute(model, torch.stack([pixels for pixels, _ in loaded]))
                 if features is None:
-                    shape = (len(pictures), *seen.shape[1:])
-                    features = _mapped(folder / "features.bin", shape, seen.dtype, write=True)
-                features[start : start + len(seen)] = seen
+                    shape = (len(images), *batch.shape[1:])
+                    features = _mapped(folder / "features.bin", shape, batch.dtype, write=True)
+                features[start : start + len(batch)] = batch
                 sizes += [size for _, size in loaded]
         finally:
             model.train(was_training)
-        rows = {_key(*picture): [row, *size] for row, (picture, size) in enumerate(zip(pictures, sizes, strict=True))}
-        content = {"tower": _fingerprint(model, processor), "shape": shape, "pictures": rows}
+        rows = {_key(*image): [row, *size] for row, (image, size) in enumerate(zip(images, sizes, strict=True))}
+        content = {"tower": _fingerprint(model, processor), "shape": shape, "images": rows}
         content["dtype"] = str(features.dtype).removeprefix("torch.")
-        whole = folder / f"index.json.{os.getpid()}"  # written last: half a set has no index
-        whole.write_text(json.dumps(content))
-        whole.replace(folder / "index.json")
+        complete = folder / f"index.json.{os.getpid()}"  # written last: an incomplete set has no index
+        complete.write_text(json.dumps(content))
+        complete.replace(folder / "index.json")
         return cls(folder, model, processor)
 
     def __call__(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
-        """``[P, Cv]`` features of a picture, and the (height, width) of the original."""
+        """Return the features ``[P, Cv]`` of an image, and the (height, width) of the original.
+
+        Raises:
+            DataError: there are no features of this image.
+        """
         try:
             row, height, width = self._rows[_key(root, path)]
         except KeyError:
             raise DataError(
-                f"image {path!r} below {root} has no features in {self.folder}; write them of all samples.",
+                f"image {path!r} below {root} has no features in {self.folder}; write the features of all samples.",
                 kind="image",
                 file=path,
             ) from None
@@ -104,11 +109,11 @@ class ImageFeatures:
 
 
 @torch.no_grad()
-def _look(model, pixels: Tensor) -> Tensor:
-    seen, grid_size = model.image_features(pixels.to(model.device))
+def _compute(model, pixels: Tensor) -> Tensor:
+    features, grid_size = model.image_features(pixels.to(model.device))
     if grid_size is None or grid_size[0] != grid_size[1]:
-        raise ValueError(f"a picture is {grid_size} patches; features are kept of square grids alone.")
-    return seen.cpu()
+        raise ValueError(f"an image has a grid of {grid_size} patches; stored features need a square grid.")
+    return features.cpu()
 
 
 def _key(root: Path | None, path: str) -> str:
@@ -120,7 +125,7 @@ def _mapped(path: Path, shape: Iterable[int], dtype: torch.dtype, *, write: bool
 
 
 def _fingerprint(model, processor) -> str:
-    """Of all that features depend on."""
+    """Return a hash of everything that the features depend on."""
     digest = hashlib.sha256()
     for part in _parts(model, processor):
         digest.update(part)

@@ -1,47 +1,84 @@
-"""The identity-aware VLM: vision tower -> ID-Former or connector -> language model."""
+"""The identity-aware VLM: vision tower, ID-Former or connector, language model."""
 
-from contextlib import nullcontext
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-
-from idavlm._compat import takes_cache
-from idavlm.models.configuration import OPTIONS, IDAVLMConfig
-from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.joint import (
-    adapt_language_model,
-    connector_of,
-    identity_losses,
-    identity_targets,
-    initialise_lacking,
-    mark_names,
-    picture_slots_of,
-    ready_parts,
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
 )
-from idavlm.models.labelled_logits import IGNORE_INDEX, head_reads_only, next_tokens, targets_of
-from idavlm.models.name_marks import name_marks
-from idavlm.models.outputs import CACHE, IDAVLMOutput
-from idavlm.models.scatter import scatter_image_tokens
-from idavlm.models.vision import no_features, vision_features
-from idavlm.modules import Resampler
-from idavlm.modules.identity_map import with_known
-from idavlm.modules.inner_adaptor import WorkflowMixin, takes_workflow
-from idavlm.utils import ImageRole
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from idavlm._compat import cache_name, takes_cache
+from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.generation import ImageGenerationMixin
+from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
+from idavlm.models.image_batch import ImageBatch
+from idavlm.models.supervision import IdentityBoxes, supervision_losses, target_identity_map
+from idavlm.models.vision import features_width, no_features, vision_features
+from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
+from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes_workflow
+from idavlm.utils import IGNORE_INDEX
+
+CACHE = cache_name()
+CONFIG_OPTIONS = tuple(
+    name
+    for name in inspect.signature(IDAVLMConfig.__init__).parameters
+    if name not in ("self", "kwargs", "vision_config", "text_config", "connector", "connector_config", "image_token_id")
+)
+"""Arguments of :class:`IDAVLMConfig` that :meth:`IDAVLMForConditionalGeneration.from_parts` passes on to it."""
+
+
+@dataclass
+class IDAVLMOutput(CausalLMOutputWithPast):
+    """Output of :class:`IDAVLMForConditionalGeneration`.
+
+    Attributes:
+        loss: ``language_loss + auxiliary_loss``, if labels were passed.
+        logits: ``[B, T, vocabulary]``; None in training mode if labels were passed.
+        cache: cache of the language model; named ``past_key_values`` before transformers 5.24.
+        hidden_states: hidden states of the language model, if requested.
+        attentions: attention weights of the language model, if requested.
+        language_loss: mean next-token cross-entropy over labelled tokens.
+        identity_map_loss: see :meth:`idavlm.IDFormer.identity_map_loss`; if boxes were passed.
+        contrastive_loss: see :meth:`idavlm.IDFormer.contrastive_loss`; if boxes were passed and its weight is not 0.
+        auxiliary_loss: weighted sum of the two losses before; if boxes were passed.
+        image_hidden_states: ``[I, Q, C]`` image tokens.
+        identity_maps: tuple of identity maps, ``[I, P, G + 1]`` for each identity layer; if requested or if boxes were
+            passed.
+    """
+
+    language_loss: Tensor | None = None
+    identity_map_loss: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
+    image_hidden_states: Tensor | None = None
+    identity_maps: tuple[Tensor, ...] | None = None
 
 
 class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, WorkflowMixin):
     """An identity-aware vision-language model for training and generation.
 
-    Parts: ``vision_tower`` (any transformers vision model), ``id_former`` or ``connector``, ``language_model`` (any
-    transformers causal language model, with its head; with inner adaptors where the configuration has them, and then
-    ``forward`` and ``generate`` take ``workflow=``). Build one from a configuration, from parts (:meth:`from_parts`) or
-    from a checkpoint (``from_pretrained``).
+    Parts: ``vision_tower`` (any transformers vision model), ``id_former`` or ``connector``, ``image_index_embedding``
+    (if ``max_images`` is set) and ``language_model`` (any transformers causal language model with its head). If the
+    configuration has inner adaptors, the language model has them, and ``forward`` and ``generate`` take ``workflow=``.
+    Build a model from a configuration, from parts (:meth:`from_parts`) or from a checkpoint (``from_pretrained``).
 
     Args:
-        config: the configuration.
-        vision_tower: instance to use; built from the configuration if not given.
-        language_model: the same.
+        config: the configuration. Building a model does not change it.
+        vision_tower: instance to use; built from the configuration if None.
+        language_model: instance to use; built from the configuration if None.
+
+    Raises:
+        ValueError: the configuration is incomplete or does not fit the parts.
     """
 
     config_class = IDAVLMConfig
@@ -65,21 +102,19 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
     ):
         super().__init__(config)
         if config.image_token_id is None:
-            raise ValueError("image_token_id is not set; give the id of the tokenizer's image placeholder.")
+            raise ValueError("image_token_id is not set; pass the id of the tokenizer's image placeholder.")
         self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
-        self.id_former = self.connector = None
-        if config.connector == "id_former":
-            self.id_former = connector_of(config)
-        else:
-            self.connector = connector_of(config)
-        self.image_index_embedding = picture_slots_of(config)
+        joint = _build_joint(config)
+        self.id_former = joint if isinstance(joint, IDFormer) else None
+        self.connector = None if isinstance(joint, IDFormer) else joint
+        self.image_index_embedding = _build_image_index_embedding(config)
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
-        adapt_language_model(config, self.language_model, self.connector)
+        _prepare_inner_adaptors(config, self.language_model, self.connector)
         # from_pretrained builds on the meta device, where initial values are lost.
-        self._connector_was_built_empty = any(parameter.is_meta for parameter in self._joint.parameters())
-        # transformers would initialise layers of given parts that were replaced or wrapped after they were built.
+        self._joint_was_built_empty = any(parameter.is_meta for parameter in self._joint.parameters())
+        # Otherwise transformers would initialise layers of the passed parts that were replaced or wrapped.
         for part in (vision_tower, language_model):
             for module in part.modules() if part is not None else ():
                 module._is_hf_initialized = True
@@ -87,7 +122,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
 
     @property
     def _joint(self) -> nn.Module:
-        """What joins the two parts."""
+        """The ID-Former or the connector."""
         return self.connector if self.id_former is None else self.id_former
 
     @classmethod
@@ -96,32 +131,63 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         vision_tower: PreTrainedModel | str,
         language_model: PreTrainedModel | str,
         *,
-        image_token_id: int,
+        processor=None,
+        image_token_id: int | None = None,
         connector: str = "id_former",
         **options,
     ) -> "IDAVLMForConditionalGeneration":
         """Join a vision tower and a language model by a new ID-Former or connector.
 
         Args:
-            vision_tower: a model, or what ``AutoModel.from_pretrained`` takes.
-            language_model: a model, or what ``AutoModelForCausalLM.from_pretrained`` takes.
-            image_token_id: id of the image placeholder; the language model's embeddings must reach it.
-            connector: as in :class:`IDAVLMConfig`.
-            options: further arguments of :class:`IDAVLMConfig`; every other name goes to ``connector_config``, e.g.
+            vision_tower: a model, or the argument of ``AutoModel.from_pretrained``.
+            language_model: a causal language model, or the argument of ``AutoModelForCausalLM.from_pretrained``.
+            processor: an :class:`IDAVLMProcessor`. The model takes ``image_token_id`` from it, and its
+                ``image_seq_length`` from it if ``num_queries`` is not passed. If the processor has no
+                ``image_seq_length`` yet, it is set to that of the model, so the number is said once.
+            image_token_id: id of the image placeholder, if there is no processor. The embeddings of the language model
+                must contain it.
+            connector: see :class:`IDAVLMConfig`.
+            options: further arguments of :class:`IDAVLMConfig`. All other names go to ``connector_config``, for example
                 ``num_queries=64, num_heads=8``.
+
+        Raises:
+            ValueError: parts that do not fit each other, with the argument and the remedy.
         """
-        vision_tower, language_model = ready_parts(vision_tower, language_model, image_token_id)
+        if (processor is None) == (image_token_id is None):
+            raise ValueError(
+                f"image_token_id={image_token_id} and processor={processor if processor is None else 'given'}: pass "
+                "one of the two."
+            )
+        if processor is not None:
+            image_token_id = processor.image_token_id
+            length = "num_queries" if connector in ("id_former", "resampler") else "image_seq_length"
+            if processor.image_seq_length is not None:
+                options.setdefault(length, processor.image_seq_length)
+            if options.get(length) is None:
+                raise ValueError(f"{length} is not set; pass it, or build the processor with image_seq_length.")
+        vision_tower = _load_vision_tower(vision_tower)
+        language_model = _load_language_model(language_model, image_token_id)
+        present = getattr(language_model, "inner_adaptor", None)
+        if present is not None:
+            options.setdefault("inner_adaptors", dict(present.options))
         config = IDAVLMConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,
             connector=connector,
-            connector_config={name: value for name, value in options.items() if name not in OPTIONS},
+            connector_config={name: value for name, value in options.items() if name not in CONFIG_OPTIONS},
             image_token_id=image_token_id,
             dtype=language_model.dtype,
-            **{name: value for name, value in options.items() if name in OPTIONS},
+            **{name: value for name, value in options.items() if name in CONFIG_OPTIONS},
         )
+        if processor is not None:
+            if processor.image_seq_length not in (None, config.image_seq_length):
+                raise ValueError(
+                    f"num_queries={config.image_seq_length} but the processor has image_seq_length="
+                    f"{processor.image_seq_length}; pass one of the two, they are the same number."
+                )
+            processor.image_seq_length = config.image_seq_length
         model = cls(config, vision_tower, language_model)
-        # The copies of the connector that inner adaptors own, too.
+        # New parts: the adaptors include copies of the connector.
         for part in (model._joint, model.image_index_embedding, getattr(language_model, "inner_adaptor", None)):
             if part is not None:
                 part.to(device=language_model.device, dtype=language_model.dtype)
@@ -144,21 +210,21 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         return self.language_model.get_decoder()
 
     def train(self, mode: bool = True) -> "IDAVLMForConditionalGeneration":
-        """As usual; a vision tower that is frozen stays in evaluation mode, and so do its batch statistics."""
+        """Set the training mode. A frozen vision tower stays in evaluation mode, so its batch statistics stay."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             self.vision_tower.eval()
         return self
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: idavlm's modules initialise themselves when they are built."""
+        """Do nothing: the modules of idavlm initialise themselves when they are built."""
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As transformers'; then :func:`initialise_lacking` where the model was built without values."""
+        """Initialise as transformers does, then give new parts that a checkpoint lacks their initial values."""
         super().initialize_weights()
-        if self._connector_was_built_empty:
-            initialise_lacking(self.config, self._joint, self.image_index_embedding, self.language_model)
+        if self._joint_was_built_empty:
+            self._initialise_missing()
 
     def encode_images(
         self,
@@ -170,34 +236,34 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         *,
         output_identity_maps: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[int, int] | None]:
-        """Images to image tokens.
+        """Encode images to image tokens.
+
+        With ``identity_embedding="name"`` the tokens do not contain the embeddings of names, which need the prompt.
 
         Args:
             pixel_values: ``[I, 3, H, W]``; or
-            image_features: ``[I, P, Cv]`` of a square grid, made by the vision tower before (a frozen tower need not
-                run again).
-            image_roles: ``[I]`` see :class:`idavlm.ImageRole`; general images if not given.
+            image_features: ``[I, P, Cv]`` features that the vision tower computed before, on a square grid.
+            image_roles: ``[I]``, see :class:`idavlm.ImageRole`. Without it all images are general images.
             sample_index: ``[I]`` row of the batch each image belongs to; needed with ``image_roles``.
-            identity_index: ``[I]`` see :meth:`idavlm.IDFormer.forward`.
-            output_identity_maps: also give the identity maps.
+            identity_index: ``[I]``, see :meth:`idavlm.IDFormer.forward`.
+            output_identity_maps: also return the identity maps.
 
         Returns:
             ``[I, Q, C]`` tokens; the identity maps or None; rows and columns of the patches or None.
         """
-        features, grid_size = self._features(pixel_values, image_features)
-        roles = (image_roles, sample_index, identity_index)
-        image_tokens, maps = self._encode(features, grid_size, roles, output_identity_maps)
-        return image_tokens, maps, grid_size
+        images = self._image_batch(pixel_values, image_features, image_roles, sample_index, identity_index)
+        image_tokens, maps = self._encode(images, output_identity_maps=output_identity_maps)
+        return image_tokens, maps, images.grid_size
 
     def image_features(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
-        """``[I, P, Cv]`` features of the vision tower and their grid; without gradient where the tower is frozen.
+        """Return features ``[I, P, Cv]`` of the vision tower and their grid. A frozen tower runs without gradient.
 
-        Of no images (a batch of text alone) ``[0, 1, Cv]`` and None.
+        For zero images (a batch of text only) the result is ``[0, 1, Cv]`` and None.
         """
         if pixel_values.shape[0] == 0:
             return no_features(self.vision_tower, self.config), None
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(trained):
+        is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             return vision_features(
                 self.vision_tower,
                 pixel_values,
@@ -230,72 +296,74 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         output_identity_maps: bool = False,
         **kwargs,
     ) -> IDAVLMOutput:
-        """Read text and images; with ``labels`` also the losses. Images alone are read without the language model.
+        """Process text and images. With ``labels`` also compute the losses. Images alone skip the language model.
 
         Args:
-            input_ids: ``[B, T]`` with ``image_token_id`` wherever an image token goes.
-            attention_mask: ``[B, T]`` 1 = keep.
+            input_ids: ``[B, T]`` with ``image_token_id`` in the place of each image token.
+            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding.
             position_ids: ``[B, T]``.
-            cache: a transformers cache; ``past_key_values`` before transformers 5.24.
-            inputs_embeds: ``[B, T, C]`` in place of ``input_ids``, image tokens included: none are put in.
-            labels: ``[B, T]``, -100 where nothing is to be predicted. In training mode logits are then computed at
-                labels alone, which saves most of their memory, and not returned.
-            token_identity_index: ``[B, T]`` the identity a token is about, from its name on; -1 elsewhere. An ID-Former with
-                ``max_identities`` marks these tokens as it marks the identity's photos.
-            name_mask: ``[B, T]`` the names themselves; needed with images where ``names_as_marks``.
+            cache: a transformers cache; named ``past_key_values`` before transformers 5.24.
+            inputs_embeds: ``[B, T, C]`` instead of ``input_ids``. It includes the image tokens; none are inserted.
+            labels: ``[B, T]``, -100 where there is no target. In training mode the logits are then computed for
+                labelled tokens only, which saves most of their memory, and are not returned.
+            token_identity_index: ``[B, T]`` identity that a token is about, -1 for none. With a learned identity
+                embedding, the embedding is added to these tokens.
+            name_mask: ``[B, T]`` whether a token spells a name; needed with ``identity_embedding="name"``.
             pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
             image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
-            boxes: ``[N, 4]`` pixels of persons who have references: teach the identity attention.
+            boxes: ``[N, 4]`` pixels of identities that have references; they supervise the identity attention.
             box_image: ``[N]`` image of each box, counted over the batch.
             box_identity: ``[N]`` identity of each box within its sample.
-            teacher_forcing: where there are boxes, mark image tokens by these, not by the identity attention.
-            output_identity_maps: also give the identity maps.
-            kwargs: for the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
+            teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
+            output_identity_maps: also return the identity maps.
+            kwargs: arguments of the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
+
+        Raises:
+            ValueError: arguments that do not fit each other, with the argument and the remedy.
         """
         if input_ids is not None and inputs_embeds is not None:
-            raise ValueError("give either input_ids or inputs_embeds.")
+            raise ValueError("input_ids and inputs_embeds are both given; pass one of the two.")
+        has_images = pixel_values is not None or image_features is not None
+        if input_ids is None and inputs_embeds is None and not has_images:
+            raise ValueError("there is no input; pass input_ids, inputs_embeds, or images alone.")
+        text = None if input_ids is None else self.get_input_embeddings()(input_ids)
         image_tokens = maps = None
         losses: dict[str, Tensor] = {}
-        if pixel_values is not None or image_features is not None:
-            teaches = self.id_former is not None and boxes is not None
-            features, grid_size = self._features(pixel_values, image_features)
-            roles = (image_roles, sample_index, identity_index)
-            located = (boxes, box_image, box_identity, image_sizes)
-            targets = identity_targets(located, roles, features.shape[1], grid_size) if teaches else None
-            known = targets if teacher_forcing else None
-            wants_maps = output_identity_maps or teaches or self.config.names_as_marks
-            image_tokens, maps = self._encode(features, grid_size, roles, wants_maps, known)
-            if teaches:
-                losses = identity_losses(self.id_former, self.config, features, grid_size, roles, maps, targets)
-        if input_ids is not None:
-            slots = None if self.id_former is None else self.id_former.identity_embedding
-            inputs_embeds = mark_names(self.get_input_embeddings()(input_ids), token_identity_index, slots)
-            is_image = input_ids == self.config.image_token_id
-            if image_tokens is not None:
-                image_embeds = image_tokens * self.config.image_token_scale
-                if self.config.names_as_marks:
-                    seen = with_known(maps[-1], known)
-                    cells = self.id_former.resampler.query_grid
-                    names, nobody = (token_identity_index, name_mask), self.config.null_name_token_id
-                    if nobody is not None:  # a call of the module: its weight may be partitioned
-                        nobody = self.get_input_embeddings()(input_ids.new_tensor([nobody]))[0]
-                    marks = name_marks(inputs_embeds, names, roles, seen, grid_size, cells, nobody)
-                    image_embeds = image_embeds + marks
-                inputs_embeds = scatter_image_tokens(inputs_embeds, is_image, image_embeds)
-            elif cache is None and is_image.any():
-                raise ValueError(
-                    f"the text holds {int(is_image.sum())} image placeholders but 0 images; give pixel_values."
+
+        if has_images:
+            images = self._image_batch(pixel_values, image_features, image_roles, sample_index, identity_index)
+            is_supervised = self.id_former is not None and boxes is not None
+            targets = None
+            if is_supervised:
+                targets = target_identity_map(IdentityBoxes(boxes, box_image, box_identity, image_sizes), images)
+            image_tokens, maps = self._encode(
+                images,
+                target_identity_map=targets if teacher_forcing else None,
+                name_embeddings=self._name_embeddings(text, token_identity_index, name_mask, images),
+                output_identity_maps=output_identity_maps or is_supervised,
+            )
+            if is_supervised:
+                losses = supervision_losses(
+                    self.id_former,
+                    images,
+                    maps,
+                    targets,
+                    identity_map_loss_weight=self.config.identity_map_loss_weight,
+                    contrastive_loss_weight=self.config.contrastive_loss_weight,
                 )
+
+        if input_ids is not None:
+            text = self._embed_names(text, token_identity_index)
+            inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, cache)
         if inputs_embeds is None:
-            if image_tokens is None:
-                raise ValueError("give input_ids or inputs_embeds, or images alone.")
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
-        next_labels = None if labels is None else next_tokens(labels)
-        # As where a head is fused with the loss: in training there are no logits beside it.
+
+        targets = None if labels is None else next_token_targets(labels)
+        # As with a fused loss: in training mode there are no logits beside the loss.
         skip_logits = self.training and labels is not None
         head = self.get_output_embeddings()
-        with head_reads_only(head, next_labels != IGNORE_INDEX) if skip_logits else nullcontext():
+        with head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -305,8 +373,12 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             )
         loss, logits = None, outputs.logits
         if labels is not None:
-            options = {"shift_labels": targets_of(logits, next_labels), "vocab_size": logits.shape[-1]}
-            losses["language_loss"] = self.loss_function(logits=logits, labels=None, **options)
+            losses["language_loss"] = self.loss_function(
+                logits=logits,
+                labels=None,
+                shift_labels=targets_of_logits(logits, targets),
+                vocab_size=logits.shape[-1],
+            )
             loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
         return IDAVLMOutput(
             loss=loss,
@@ -319,33 +391,240 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             identity_maps=maps,
         )
 
-    def _features(self, pixel_values, image_features) -> tuple[Tensor, tuple[int, int] | None]:
+    def _image_batch(self, pixel_values, image_features, image_roles, sample_index, identity_index) -> ImageBatch:
         if (pixel_values is None) == (image_features is None):
-            raise ValueError("give either pixel_values or image_features.")
+            raise ValueError("pass either pixel_values or image_features.")
         features, grid_size = (image_features, None) if pixel_values is None else self.image_features(pixel_values)
         dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
-        return features.to(dtype), grid_size
+        return ImageBatch.build(
+            features.to(dtype),
+            grid_size,
+            image_roles,
+            sample_index,
+            identity_index,
+            has_id_former=self.id_former is not None,
+            has_image_index_embedding=self.image_index_embedding is not None,
+        )
 
     def _encode(
-        self, features, grid_size, roles, output_attentions, target_identity_map=None
+        self,
+        images: ImageBatch,
+        *,
+        target_identity_map: Tensor | None = None,
+        name_embeddings: tuple[Tensor, Tensor | None] | None = None,
+        output_identity_maps: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        image_roles, sample_index, identity_index = roles
-        if image_roles is None:
-            image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
-            if sample_index is None and self.image_index_embedding is None:
-                sample_index = torch.zeros(len(features), dtype=torch.long)
-        if sample_index is None and (self.id_former is not None or self.image_index_embedding is not None):
-            raise ValueError("images without sample_index: say which row of the batch each image belongs to.")
+        """Map features to image tokens, and return the identity maps or None."""
         maps = None
-        if isinstance(self.connector, Resampler):
-            image_tokens = self.connector(features, grid_size=grid_size)
-        elif self.id_former is None:
-            image_tokens = self.connector(features)
+        if self.id_former is not None:
+            image_tokens = self.id_former(
+                images.features,
+                images.image_roles,
+                images.sample_index,
+                images.identity_index,
+                grid_size=images.grid_size,
+                target_identity_map=target_identity_map,
+                name_embeddings=name_embeddings,
+                output_attentions=output_identity_maps,
+            )
+            if output_identity_maps:
+                image_tokens, maps = image_tokens
+        elif isinstance(self.connector, Resampler):
+            image_tokens = self.connector(images.features, grid_size=images.grid_size)
         else:
-            options = {"grid_size": grid_size, "output_attentions": output_attentions}
-            options["target_identity_map"] = target_identity_map
-            result = self.id_former(features, image_roles, sample_index, identity_index, **options)
-            image_tokens, maps = result if output_attentions else (result, None)
+            image_tokens = self.connector(images.features)
         if self.image_index_embedding is not None:
-            image_tokens = image_tokens + self.image_index_embedding.of(image_roles, sample_index)[:, None]
+            embeddings = self.image_index_embedding.embed_images(images.image_roles, images.sample_index)
+            image_tokens = image_tokens + embeddings[:, None]
         return image_tokens, maps
+
+    def _embed_names(self, text: Tensor, token_identity_index: Tensor | None) -> Tensor:
+        """Add learned identity embeddings to the text embeddings of tokens that are about an identity."""
+        embedding = None if self.id_former is None else self.id_former.identity_embedding
+        if embedding is None or token_identity_index is None:
+            return text
+        return add_learned_embeddings(text, token_identity_index, embedding.table())
+
+    def _name_embeddings(
+        self, text: Tensor | None, token_identity_index: Tensor | None, name_mask: Tensor | None, images: ImageBatch
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return the ``name_embeddings`` of :meth:`idavlm.IDFormer.forward` for a prompt, or None without need."""
+        if text is None or self.id_former is None or self.id_former.identity_embedding_type != "name":
+            return None
+        null = None
+        if self.config.null_name_token_id is not None:  # through the module: its weight may be partitioned
+            token = torch.tensor([self.config.null_name_token_id], device=text.device)
+            null = self.get_input_embeddings()(token)[0]
+        num_identities = count_identities(images)
+        if num_identities == 0:
+            return text.new_zeros(len(text), 0, text.shape[-1]), null
+        if token_identity_index is None or name_mask is None:
+            raise ValueError(
+                "identity_embedding='name' needs token_identity_index and name_mask with identities; encode and "
+                "collate of the processor make both."
+            )
+        return mean_name_embeddings(text, token_identity_index, name_mask, num_identities), null
+
+    def _insert_image_tokens(self, input_ids: Tensor, text: Tensor, image_tokens: Tensor | None, cache) -> Tensor:
+        is_image = input_ids == self.config.image_token_id
+        if image_tokens is not None:
+            return scatter_image_tokens(text, is_image, image_tokens)
+        if cache is None and is_image.any():
+            raise ValueError(
+                f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
+            )
+        return text
+
+    def _initialise_missing(self) -> None:
+        """Copy initial values into parameters that a checkpoint does not have, part by part."""
+
+        def new_adaptors() -> nn.Module:
+            self.language_model.tie_weights()  # a tied head has no values before
+            options = self.language_model.inner_adaptor.options
+            copies_connector = "connector" in options["modules_to_copy"]
+            return new_inner_adaptor(self.language_model, options, self.connector if copies_connector else None)
+
+        parts = [(self._joint, lambda: _build_joint(self.config))]
+        if self.image_index_embedding is not None:
+            parts.append((self.image_index_embedding, lambda: _build_image_index_embedding(self.config)))
+        if self.config.inner_adaptors is not None:
+            parts.append((self.language_model.inner_adaptor, new_adaptors))
+            self.language_model.requires_grad_(False)  # from_pretrained has replaced the frozen parameters
+            self.language_model.inner_adaptor.requires_grad_(True)
+        for part, build in parts:
+            missing = {
+                name: tensor
+                for name, tensor in part.state_dict(keep_vars=True).items()
+                if not getattr(tensor, "_is_hf_initialized", False)
+            }
+            initial = build().state_dict() if missing else {}
+            for name, tensor in missing.items():
+                tensor.copy_(initial[name])
+
+
+def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
+    """Replace the embeddings of placeholders, in order, by image tokens.
+
+    Args:
+        inputs_embeds: ``[B, T, C]``.
+        is_image: ``[B, T]`` bool, True at placeholders.
+        image_tokens: ``[I, Q, C]`` of all images of the batch, in the order of their placeholders.
+
+    Returns:
+        ``[B, T, C]``.
+
+    Raises:
+        ValueError: the number of placeholders differs from that of image tokens, or the widths differ.
+    """
+    placeholders, tokens = int(is_image.sum()), image_tokens.shape[0] * image_tokens.shape[1]
+    if placeholders != tokens:
+        raise ValueError(
+            f"the text holds {placeholders} image placeholders but there are {tokens} image tokens "
+            f"({image_tokens.shape[0]} images of {image_tokens.shape[1]}); give every image its placeholders, and "
+            "check image_seq_length of the processor and truncation."
+        )
+    if image_tokens.shape[-1] != inputs_embeds.shape[-1]:
+        raise ValueError(
+            f"image tokens are {image_tokens.shape[-1]} wide but the language model's embeddings are "
+            f"{inputs_embeds.shape[-1]}; set hidden_size or output_size of the connector to that of the language model."
+        )
+    return inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
+
+
+def next_token_targets(labels: Tensor) -> Tensor:
+    """Shift labels ``[B, T]`` to the target of each position; -100 at the last."""
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
+
+
+def targets_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Select from ``targets`` ``[B, T]`` those that ``logits`` belong to: all, or the labelled ones."""
+    is_complete = logits.shape[:2] == targets.shape
+    return (targets if is_complete else targets[targets != IGNORE_INDEX]).to(logits.device)
+
+
+@contextmanager
+def head_at_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Apply ``head`` to hidden states ``[B, T, C]`` at ``positions`` ``[B, T]`` only, as ``[1, N, C]``.
+
+    Most of a prompt is images, and vocabularies are large. What the language model does to its logits after the head,
+    such as scaling or capping, still happens.
+    """
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions.to(inputs[0].device)][None],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _build_joint(config: IDAVLMConfig) -> nn.Module:
+    """Build the ID-Former or the connector of a configuration."""
+    width = config.text_config.get_text_config().hidden_size
+    options = {"hidden_size": width, **config.connector_config, "vision_hidden_size": features_width(config)}
+    if config.image_seq_length is None:
+        needed = "num_queries" if config.connector in ("id_former", "resampler") else "image_seq_length"
+        raise ValueError(f"connector={config.connector!r} needs {needed}, the number of image tokens per image.")
+    if config.connector in ("id_former", "resampler"):
+        options["output_size"] = width
+        options["num_queries"] = config.image_seq_length
+        options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
+    if config.connector == "id_former":
+        return IDFormer(**options)
+    return build_connector(config.connector, **options)
+
+
+def _build_image_index_embedding(config: IDAVLMConfig) -> ImageIndexEmbedding | None:
+    if config.max_images is None:
+        return None
+    return ImageIndexEmbedding(config.max_images, config.text_config.get_text_config().hidden_size)
+
+
+def _prepare_inner_adaptors(config: IDAVLMConfig, language_model: nn.Module, connector: nn.Module | None) -> None:
+    """Add the inner adaptors of the configuration, unless the language model has these already."""
+    present = getattr(language_model, "inner_adaptor", None)
+    if present is not None:
+        if "connector" in present.options["modules_to_copy"]:
+            raise ValueError(
+                "the workflows of the language model hold copies of another connector; pass a language model without "
+                "adaptors, and inner_adaptors=... to from_parts or IDAVLMConfig."
+            )
+        if config.inner_adaptors != dict(present.options):
+            raise ValueError(
+                f"inner_adaptors={config.inner_adaptors} but the language model has inner adaptors with "
+                f"{dict(present.options)}; use from_parts, or pass a language model without adaptors."
+            )
+    elif config.inner_adaptors is not None:
+        copies_connector = "connector" in config.inner_adaptors.get("modules_to_copy", ())
+        add_inner_adaptors(language_model, **config.inner_adaptors, connector=connector if copies_connector else None)
+
+
+def _load_vision_tower(vision_tower: PreTrainedModel | str) -> PreTrainedModel:
+    if isinstance(vision_tower, str):
+        vision_tower = AutoModel.from_pretrained(vision_tower)
+    # Of a model of images and text, such as CLIP, the vision part, if its configuration builds that very class.
+    part = getattr(vision_tower, "vision_model", None)
+    if part is not None and MODEL_MAPPING.get(type(getattr(part, "config", None)), None) is type(part):
+        return part
+    return vision_tower
+
+
+def _load_language_model(language_model: PreTrainedModel | str, image_token_id: int) -> PreTrainedModel:
+    if isinstance(language_model, str):
+        language_model = AutoModelForCausalLM.from_pretrained(language_model)
+    name = type(language_model).__name__
+    if type(language_model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"language_model={name} is a whole vision-language model; pass its causal language model, for example one "
+            "that AutoModelForCausalLM.from_pretrained loads."
+        )
+    if language_model.get_output_embeddings() is None:
+        raise ValueError(
+            f"language_model={name} has no language modelling head; pass a causal language model, for example one that "
+            "AutoModelForCausalLM.from_pretrained loads."
+        )
+    vocabulary = language_model.get_input_embeddings().num_embeddings
+    if not 0 <= image_token_id < vocabulary:
+        raise ValueError(
+            f"image_token_id={image_token_id} lies outside the {vocabulary} embeddings of the language model; call "
+            "language_model.resize_token_embeddings(len(tokenizer)) first."
+        )
+    return language_model

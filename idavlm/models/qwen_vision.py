@@ -1,4 +1,4 @@
-"""Qwen-VL's vision transformer (arXiv 2308.12966), which IDA-VLM has too, as a model of transformers."""
+"""The vision transformer of Qwen-VL (arXiv 2308.12966) and IDA-VLM, as a transformers model."""
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,19 @@ from idavlm.utils import check_positive
 
 
 class QwenVisionConfig(PretrainedConfig):
-    """Sizes of :class:`QwenVisionModel`; the defaults are those of the release.
+    """Configuration of :class:`QwenVisionModel`; the defaults are those of the release.
 
     Args:
         hidden_size: width of a patch.
         intermediate_size: inner width of the feed-forward blocks.
-        num_hidden_layers: blocks.
-        num_attention_heads: must divide ``hidden_size``.
-        image_size: side of an image in pixels; others work, positions are resized.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of heads; must divide ``hidden_size``.
+        image_size: side of an image in pixels. Other sizes work; positions are then resized.
         patch_size: side of a patch in pixels.
-        num_positions: learned positions, a square number, whatever the image size.
-        hidden_act: of the feed-forward blocks.
-        layer_norm_eps: of all norms.
-        initializer_range: deviation of new weights.
+        num_positions: number of learned positions; a square number, independent of the image size.
+        hidden_act: activation of the feed-forward blocks.
+        layer_norm_eps: epsilon of all norms.
+        initializer_range: standard deviation of new weights.
     """
 
     model_type = "qwen_vl_vision"
@@ -49,7 +49,7 @@ class QwenVisionConfig(PretrainedConfig):
         if hidden_size % num_attention_heads:
             raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}.")
         if round(num_positions**0.5) ** 2 != num_positions:
-            raise ValueError(f"num_positions={num_positions} is no square; positions lie on a square grid.")
+            raise ValueError(f"num_positions={num_positions} is not a square number; positions lie on a square grid.")
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
@@ -65,7 +65,7 @@ class QwenVisionConfig(PretrainedConfig):
 
 
 class QwenVisionAttention(nn.Module):
-    """Multi-head self-attention. The release fuses its projections head by head; here they are three layers."""
+    """Multi-head self-attention. The release interleaves the three projections by head; here they are separate."""
 
     is_causal = False
 
@@ -111,10 +111,10 @@ class QwenVisionLayer(GradientCheckpointingLayer):
 
 
 class QwenVisionModel(PreTrainedModel):
-    """``[I, 3, H, W]`` pixels to ``[I, P, C]`` patches: no CLS token, no norm behind the last block.
+    """Maps pixels ``[I, 3, H, W]`` to patches ``[I, P, C]``. It has no CLS token and no norm after the last block.
 
-    The release's resampler, the norm behind it and the last projection belong to the connector
-    (:class:`idavlm.Resampler` with ``output_proj=True``).
+    The resampler of the release, its norm and its projection are a connector here (:class:`idavlm.Resampler` with
+    ``output_proj=True``).
     """
 
     config_class = QwenVisionConfig
@@ -147,12 +147,12 @@ class QwenVisionModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True, **kwargs
     ) -> BaseModelOutput | tuple:
-        """Read images of one size.
+        """Encode images of one size.
 
         Args:
             pixel_values: ``[I, 3, H, W]``, H and W multiples of ``patch_size``.
-            output_hidden_states: also give the hidden states before every block and behind the last.
-            return_dict: an object rather than a tuple.
+            output_hidden_states: also return the hidden states before each block and after the last.
+            return_dict: return an object instead of a tuple.
         """
         size = self.config.patch_size
         if pixel_values.dim() != 4 or pixel_values.shape[2] % size or pixel_values.shape[3] % size:

@@ -1,4 +1,4 @@
-"""Image features of any vision tower, as rows of patches."""
+"""Image features of any transformers vision tower, as sequences of patches."""
 
 import math
 
@@ -9,35 +9,35 @@ from torch import Tensor, nn
 def vision_features(
     vision_tower: nn.Module, pixel_values: Tensor, *, layer: int, select: str
 ) -> tuple[Tensor, tuple[int, int] | None]:
-    """Read one hidden state of a vision tower.
+    """Compute one hidden state of a vision tower.
 
-    Convolutional towers give a feature map ``[I, C, H, W]``, transformers a sequence with or without leading tokens.
+    Convolutional towers return a feature map ``[I, C, H, W]``, transformers a sequence with or without leading tokens.
 
     Args:
         vision_tower: a transformers vision model.
         pixel_values: ``[I, 3, H, W]``.
-        layer: -1 the tower's output, -2 the hidden state before, ...
+        layer: -1 for the output of the tower, -2 for the hidden state before, ...
         select: ``"patch"``, ``"cls"`` or ``"all"``, see :class:`IDAVLMConfig`.
 
     Returns:
-        ``[I, P, C]`` features row by row, and their rows and columns (None unless ``select`` is ``"patch"``).
+        ``[I, P, C]`` features row by row, and the rows and columns of the grid (None unless ``select`` is ``"patch"``).
 
     Raises:
-        ValueError: a tower without such a layer, or whose tokens are no grid of patches.
+        ValueError: the tower has no such layer, or its tokens are not a grid of patches.
     """
     dtype = next((p.dtype for p in vision_tower.parameters() if p.is_floating_point()), pixel_values.dtype)
-    # Channels last in memory: convolutions keep it so, and are faster, on a CPU up to twice as fast.
+    # Convolutions keep the memory format, and channels last is faster: up to twice as fast on a CPU.
     pixel_values = pixel_values.to(dtype, memory_format=torch.channels_last)
     if layer == -1:
         hidden = vision_tower(pixel_values).last_hidden_state
-        # timm's Swin and its like end with channels last.
+        # Some timm models, such as Swin, return channels last.
         if hidden.dim() == 4 and getattr(getattr(vision_tower, "timm_model", None), "output_fmt", "") == "NHWC":
             hidden = hidden.permute(0, 3, 1, 2)
     else:
         states = vision_tower(pixel_values, output_hidden_states=True).hidden_states
         if states is None or len(states) < -layer:
             raise ValueError(
-                f"vision_feature_layer={layer}: {type(vision_tower).__name__} gives "
+                f"vision_feature_layer={layer}: {type(vision_tower).__name__} has "
                 f"{len(states) if states is not None else 'no'} hidden states."
             )
         hidden = states[layer]
@@ -60,7 +60,7 @@ def vision_features(
 
 
 def _grid_size(vision_tower: nn.Module, num_tokens: int, image_size: torch.Size) -> tuple[int, int]:
-    """From the patch size where the tower has one; else the largest square that leaves at most 16 leading tokens."""
+    """Derive the grid from the patch size, or else from the largest square that leaves at most 16 leading tokens."""
     patch_size = getattr(vision_tower.config, "patch_size", None)
     if isinstance(patch_size, int):
         grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
@@ -69,14 +69,14 @@ def _grid_size(vision_tower: nn.Module, num_tokens: int, image_size: torch.Size)
     side = math.isqrt(num_tokens)
     if num_tokens - side * side > 16 or side == 0:
         raise ValueError(
-            f"{type(vision_tower).__name__} gives {num_tokens} tokens for an image of {image_size[1]} x "
-            f"{image_size[0]} pixels, and neither its patch_size nor a square tells the patches from leading tokens."
+            f"{type(vision_tower).__name__} returns {num_tokens} tokens for an image of {image_size[1]} x "
+            f"{image_size[0]} pixels; neither its patch_size nor a square number separates patches from leading tokens."
         )
     return side, side
 
 
 def no_features(vision_tower: nn.Module, config) -> Tensor:
-    """``[0, 1, C]`` features of no image; the tower's parameters have part in them, as on ranks that have images."""
+    """Return features ``[0, 1, C]`` of zero images. They depend on the parameters of the tower, as on other ranks."""
     parameters = [parameter for parameter in vision_tower.parameters() if parameter.is_floating_point()]
     features = parameters[0].new_zeros(0, 1, features_width(config))
     for parameter in parameters:
@@ -86,24 +86,24 @@ def no_features(vision_tower: nn.Module, config) -> Tensor:
 
 
 def features_width(config) -> int:
-    """Cv, the channels of what a model with this configuration reads of its vision tower."""
+    """Return the width Cv of the image features of a model with this configuration."""
     given = config.connector_config.get("vision_hidden_size")
     return given or output_width(config.vision_config, config.vision_feature_layer)
 
 
 def output_width(config, layer: int = -1) -> int:
-    """Channels of a tower's ``layer``, from its configuration."""
+    """Return the width of the hidden state ``layer`` of a tower, from its configuration."""
     width = getattr(config, "hidden_size", None)
     if isinstance(width, int):
         return width
     widths = getattr(config, "hidden_sizes", None)
     if isinstance(widths, (list, tuple)) and -layer <= len(widths):
         return widths[layer]
-    return _tried_width(config, layer)
+    return _measured_width(config, layer)
 
 
-def _tried_width(config, layer: int) -> int:
-    """The same, found out by running the tower without weights."""
+def _measured_width(config, layer: int) -> int:
+    """Return the width by running the tower on the meta device."""
     from transformers import AutoModel
 
     size = getattr(config, "image_size", None) or 224
@@ -119,5 +119,5 @@ def _tried_width(config, layer: int) -> int:
         raise ValueError(
             f"vision_config of type {type(config).__name__} has neither hidden_size nor hidden_sizes, and running the "
             f"tower on an image of {size[0]} x {size[1]} pixels fails ({error}); the connector needs the width of the "
-            "features: give vision_hidden_size."
+            "features: pass vision_hidden_size."
         ) from error

@@ -1,16 +1,19 @@
-"""Floor 1: ``nn.Module``s with parameters of their own."""
+"""``nn.Module``s with parameters of their own: the ID-Former, connectors, inner adaptors and their building blocks."""
 
+from idavlm.modules.attention import CrossAttention, FeedForward
 from idavlm.modules.connectors import build_connector
-from idavlm.modules.cross_attention import CrossAttention
-from idavlm.modules.id_former import IdentityTokens, IDFormer
-from idavlm.modules.identity_layer import IdentityLayer
-from idavlm.modules.image_index_embedding import ImageIndexEmbedding
+from idavlm.modules.id_former import IdentityLayer, IdentityTokens, IDFormer
+from idavlm.modules.identity_embedding import IdentityEmbedding, ImageIndexEmbedding
+from idavlm.modules.identity_map import NULL, identity_map_loss, identity_patch_targets
 from idavlm.modules.inner_adaptor import InnerAdaptor, add_inner_adaptors, load_adaptors, save_adaptors
 from idavlm.modules.resampler import Resampler
 
 __all__ = [
+    "NULL",
     "CrossAttention",
+    "FeedForward",
     "IDFormer",
+    "IdentityEmbedding",
     "IdentityLayer",
     "IdentityTokens",
     "ImageIndexEmbedding",
@@ -18,6 +21,8 @@ __all__ = [
     "Resampler",
     "add_inner_adaptors",
     "build_connector",
+    "identity_map_loss",
+    "identity_patch_targets",
     "load_adaptors",
     "save_adaptors",
 ]

@@ -1,4 +1,4 @@
-"""Connectors: from the vision tower's width to the language model's."""
+"""Connectors: project image features from the width of the vision tower to that of the language model."""
 
 import re
 
@@ -10,34 +10,34 @@ _MLP = re.compile(r"mlp([1-9]\d*)x_gelu(_norm)?")
 
 
 def build_connector(kind: str, *, vision_hidden_size: int, hidden_size: int, **options) -> nn.Module:
-    """Build the module that takes ``[I, P, Cv]`` image features to ``[I, P', C]``.
+    """Build a module that maps image features ``[I, P, Cv]`` to image tokens ``[I, P', C]``.
 
     ==================== ====================================================== =========================
     ``kind``             computes                                               source
     ==================== ====================================================== =========================
-    ``identity``         nothing; the widths must be equal
+    ``identity``         ``nn.Identity``; the widths must be equal
     ``linear``           ``Linear``                                             LLaVA
     ``mlpNx_gelu``       N ``Linear``, GELU between them                        LLaVA-1.5 (N = 2)
     ``mlpNx_gelu_norm``  N ``Linear`` + ``LayerNorm``, GELU between them        Yi-VL (N = 2)
     ``resampler``        :class:`Resampler`; ``options`` are its arguments      Qwen-VL
     ==================== ====================================================== =========================
 
-    The ``state_dict`` keys of the MLPs are those of the releases below ``mm_projector.``: layers numbered in a
-    ``nn.Sequential``.
+    The MLPs are ``nn.Sequential`` modules. Their ``state_dict`` keys equal those of the releases below
+    ``mm_projector.``.
 
     Args:
-        kind: as above.
-        vision_hidden_size: Cv.
-        hidden_size: C.
-        options: for the resampler, at least ``num_queries`` and ``num_heads``.
+        kind: see the table.
+        vision_hidden_size: width Cv of the image features.
+        hidden_size: width C of the image tokens.
+        options: arguments of the resampler, at least ``num_queries`` and ``num_heads``. The other kinds have none.
 
     Raises:
-        ValueError: an unknown ``kind``, widths that differ for ``identity``, options where there are none.
+        ValueError: an unknown ``kind``, unequal widths for ``identity``, or options for a kind without options.
     """
     if kind == "resampler":
         return Resampler(hidden_size=hidden_size, vision_hidden_size=vision_hidden_size, **options)
     if options:
-        raise ValueError(f"connector {kind!r} takes no options but got {', '.join(sorted(options))}; leave them out.")
+        raise ValueError(f"connector {kind!r} has no options but got {', '.join(sorted(options))}; leave them out.")
     if kind == "identity":
         if vision_hidden_size != hidden_size:
             raise ValueError(
@@ -50,8 +50,8 @@ def build_connector(kind: str, *, vision_hidden_size: int, hidden_size: int, **o
     match = _MLP.fullmatch(kind)
     if match is None:
         raise ValueError(
-            f"kind={kind!r} is no connector; choose 'identity', 'linear', 'mlp2x_gelu', 'mlp2x_gelu_norm' (any number "
-            "for the 2) or 'resampler'."
+            f"kind={kind!r} is not a connector; choose 'identity', 'linear', 'mlp2x_gelu', 'mlp2x_gelu_norm' (any "
+            "number for the 2) or 'resampler'."
         )
     layers: list[nn.Module] = []
     for depth in range(int(match[1])):

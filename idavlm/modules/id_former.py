@@ -1,72 +1,149 @@
-"""The ID-Former: image tokens of scenes that know the identities of reference photos (IDA-VLM, arXiv 2407.07577)."""
+"""The ID-Former: image tokens of scenes that carry the identities of reference photos (IDA-VLM, arXiv 2407.07577)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idavlm.modules.identity_contrastive_loss import identity_contrastive_loss, number_identities
+from idavlm.modules.attention import CrossAttention, FeedForward
 from idavlm.modules.identity_embedding import IdentityEmbedding
-from idavlm.modules.identity_layer import IdentityLayer
-from idavlm.modules.identity_map import identity_map, with_known
+from idavlm.modules.identity_map import (
+    NULL,
+    identity_contrastive_loss,
+    identity_map_from_attention,
+    identity_map_loss,
+    number_over_batch,
+    pool_identity_map,
+    teacher_forced_map,
+)
 from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys, select_images
 from idavlm.modules.resampler import Resampler
-from idavlm.ops.identity_supervision import IGNORE, NULL, identity_map_loss
-from idavlm.utils import ImageRole, check_choice, check_positive
+from idavlm.utils import IGNORE_INDEX, ImageRole, check_choice, check_positive
+
+GATES = ("zero_init", "tanh", "none")
+IDENTITY_EMBEDDINGS = (None, "learned", "name")
 
 
 @dataclass(frozen=True, eq=False)
 class IdentityTokens:
-    """One identity, encoded from R photos; keep it and use it for every frame.
+    """One identity, encoded from R reference photos. Encode it once and reuse it for any number of scenes.
 
     Attributes:
-        image_tokens: ``[R, Q, C]`` what the language model reads in place of the photos.
-        keys: ``[R, K, C]`` what scenes attend to: the same tokens, or the photos' patches.
+        image_tokens: ``[R, Q, C]`` tokens that the language model reads in place of the reference photos.
+        keys: ``[R, K, C]`` tokens or patches that scenes attend to.
     """
 
     image_tokens: Tensor
     keys: Tensor
 
     def to(self, *args, **kwargs) -> "IdentityTokens":
-        """A copy on another device or in another type; arguments as of ``Tensor.to``."""
+        """Copy to another device or dtype; takes the arguments of ``Tensor.to``."""
         return IdentityTokens(self.image_tokens.to(*args, **kwargs), self.keys.to(*args, **kwargs))
 
 
-class IDFormer(nn.Module):
-    """Turns patches of images into tokens; a scene's patches first look at the references of its sample.
+class IdentityLayer(nn.Module):
+    """One identity cross-attention: ``patches + g * attention(patches + position, keys, keys)``.
 
-    References and general images go through the plain :class:`Resampler`. Of a scene with references, the projected
-    patches ``x`` first become ``x + attention(x + position, t, t)``, where ``t`` are all reference tokens of the
-    sample, and are then resampled with the same queries and weights. A scene of a sample without references is
-    resampled plainly. The defaults are the released computation; every option is an ablation (``docs/id_former.md``).
+    ``gate`` decides how much the layer contributes at the start of training:
+
+    - ``"zero_init"`` (released): ``g = 1``, and the output projection of the attention starts at zero.
+    - ``"tanh"``: ``g = tanh(a)`` with a learned scalar ``a`` that starts at 0 (Flamingo).
+    - ``"none"``: ``g = 1`` and ordinary initialisation; the layer contributes from the first step.
+
+    Args:
+        hidden_size: width C.
+        num_heads: number of attention heads.
+        gate: see above.
+        feed_forward: add ``patches + g' * FeedForward(patches)`` after the attention, with a gate of the same kind.
+        intermediate_size: inner width of the feed-forward block. Defaults to ``4 * hidden_size``.
+        attn_implementation: backend, see :func:`idavlm.cross_attention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        gate: str = "zero_init",
+        feed_forward: bool = False,
+        intermediate_size: int | None = None,
+        attn_implementation: str = "sdpa",
+    ):
+        super().__init__()
+        check_choice("gate", gate, GATES)
+        self.attention = CrossAttention(
+            hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
+        )
+        self.feed_forward = (
+            FeedForward(hidden_size, intermediate_size, zero_init=gate == "zero_init") if feed_forward else None
+        )
+        if gate == "zero_init":
+            nn.init.zeros_(self.attention.out_proj.weight)
+        self.attention_gate = nn.Parameter(torch.zeros(())) if gate == "tanh" else None
+        self.feed_forward_gate = nn.Parameter(torch.zeros(())) if gate == "tanh" and feed_forward else None
+
+    def forward(
+        self, patches: Tensor, keys: Tensor, *, query_bias: Tensor, output_attentions: bool = False, **segments
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from the patches of scenes to the references of their samples.
+
+        Args:
+            patches: ``[S, P, C]`` patches of scenes, grouped into N samples by ``cu_seqlens_q``.
+            keys: ``[T, C]`` packed reference tokens, grouped by ``cu_seqlens_k``.
+            query_bias: ``[P, C]`` projected positions of the patches.
+            output_attentions: also return the attention weights, summed over groups of keys: ``[S * P, H, G + 1]``.
+            segments: from :func:`idavlm.modules.image_groups.attention_segments`.
+
+        Returns:
+            ``[S, P, C]`` patches, and the weights or None.
+        """
+        result = self.attention(patches, keys, query_bias=query_bias, output_attentions=output_attentions, **segments)
+        attended, attentions = result if output_attentions else (result, None)
+        patches = patches + _gated(attended, self.attention_gate)
+        if self.feed_forward is not None:
+            patches = patches + _gated(self.feed_forward(patches), self.feed_forward_gate)
+        return patches, attentions
+
+
+class IDFormer(nn.Module):
+    """Turns the patches of images into tokens; the patches of scenes first attend to the references of their sample.
+
+    References and general images pass through the :class:`Resampler`. In a scene of a sample with references, the
+    projected patches ``x`` become ``x + attention(x + position, t, t)``, where ``t`` are all reference tokens of the
+    sample. They are then resampled with the same queries and weights. A scene of a sample without references is
+    resampled as a general image. The defaults are the released computation; every option is an ablation.
 
     ``state_dict`` keys: ``resampler.*`` (see :class:`Resampler`); ``identity_layers.N.{attention,feed_forward}.*`` and
     ``identity_layers.N.{attention,feed_forward}_gate`` (see :class:`IdentityLayer`); ``identity_embedding.weight``;
     ``null_token``. Options that are off have no keys.
 
     Args:
-        hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
-        num_queries: Q, tokens an image; a square number.
-        num_heads: attention heads. The release has ``hidden_size / 128``.
-        vision_hidden_size: Cv, width of the patches. Where it is not given or equals ``hidden_size``, patches go in
-            unprojected.
-        attn_implementation: see :func:`idavlm.ops.cross_attention`.
-        detach_references: keep gradients of scenes out of the reference tokens they look at.
-        num_identity_layers: depth of the identity cross-attention.
-        num_identity_heads: heads of the identity cross-attention; ``num_heads`` if not given. With one, all of an
-            embedding decides who somebody is.
-        gate: ``"zero_init"``, ``"tanh"`` or ``"none"``: how open an identity layer starts, see :class:`IdentityLayer`.
-        feed_forward: ``"none"``; ``"identity"``: behind each identity cross-attention; ``"all"``: behind the
-            resampler's as well, as in the paper's figure.
-        intermediate_size: inner width of the feed-forward blocks; ``4 * hidden_size`` if not given.
-        identity_keys: ``"tokens"``: scenes attend to resampled reference tokens; ``"patches"``: to projected patches.
-        max_identities: learned embeddings that mark identity 0, 1, ... of a sample, so that a language model can
-            tell who is meant; 0 for none. They are added to the image tokens of the identity's photos, and to every
-            token of a scene by the share of attention that the patches in its query's cell of the grid pay to the
-            identity; :class:`idavlm.IDAVLMForConditionalGeneration` adds them to its name in the prompt as well.
-        token_norm, token_positions, output_proj, output_size: see :class:`Resampler`.
-        null_token: a learned key in every sample that patches may attend to instead of any reference. With it the
-            identity map can say "nobody".
+        hidden_size: width C of the tokens; divisible by 4 and by ``num_heads``.
+        num_queries: number Q of tokens per image; a square number.
+        num_heads: number of attention heads. The release has ``hidden_size / 128``.
+        vision_hidden_size: width Cv of the patches. If it is None or equals ``hidden_size``, patches are not projected.
+        attn_implementation: backend, see :func:`idavlm.cross_attention`.
+        detach_references: stop gradients from scenes to the reference tokens that they attend to.
+        num_identity_layers: number of identity cross-attention layers.
+        num_identity_heads: number of heads of the identity cross-attention. Defaults to ``num_heads``.
+        gate: ``"zero_init"``, ``"tanh"`` or ``"none"``, see :class:`IdentityLayer`.
+        feed_forward: ``"none"``; ``"identity"`` after each identity cross-attention; ``"all"`` after the resampler's
+            cross-attention as well, as in the paper's figure.
+        intermediate_size: inner width of the feed-forward blocks. Defaults to ``4 * hidden_size``.
+        identity_keys: scenes attend to resampled reference ``"tokens"`` or to projected reference ``"patches"``.
+        null_token: add a learned key to each sample, which a patch attends to if it shows no reference. The identity
+            map can then say "null".
+        identity_embedding: embedding that tells the identities of a sample apart. It is added to the tokens of each
+            reference, and to each token of a scene in proportion to the identity map of the token's cell. None: no
+            embedding (as released). ``"learned"``: an :class:`IdentityEmbedding`. ``"name"``: the embedding of the
+            identity's name in the language model, which :meth:`forward` receives as ``name_embeddings``.
+        max_identities: largest number of identities in a sample; needed for ``identity_embedding="learned"``.
+        token_position_embedding, output_proj, output_size: see :class:`Resampler`.
+
+    Raises:
+        ValueError: options that do not fit each other, with the argument and the remedy.
     """
 
     def __init__(
@@ -84,21 +161,30 @@ class IDFormer(nn.Module):
         feed_forward: str = "none",
         intermediate_size: int | None = None,
         identity_keys: str = "tokens",
-        max_identities: int = 0,
         null_token: bool = False,
-        token_norm: bool = False,
-        token_positions: bool | str = False,
+        identity_embedding: str | None = None,
+        max_identities: int | None = None,
+        token_position_embedding: str | None = None,
         output_proj: bool = False,
         output_size: int | None = None,
     ):
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         check_positive(num_identity_layers=num_identity_layers, num_identity_heads=num_identity_heads)
-        check_positive(intermediate_size=intermediate_size)
-        check_positive(max_identities=max_identities or None)
+        check_positive(intermediate_size=intermediate_size, max_identities=max_identities)
         check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
         check_choice("identity_keys", identity_keys, ("tokens", "patches"))
+        check_choice("identity_embedding", identity_embedding, IDENTITY_EMBEDDINGS)
+        if (identity_embedding == "learned") != (max_identities is not None):
+            raise ValueError(
+                f"identity_embedding={identity_embedding!r} and max_identities={max_identities}: a learned embedding "
+                "needs max_identities, and nothing else has it; pass identity_embedding='learned' and max_identities "
+                "together, or neither."
+            )
+        self._config = config
         self.detach_references = detach_references
         self.identity_keys = identity_keys
+        self.identity_embedding_type = identity_embedding
         self.resampler = Resampler(
             hidden_size=hidden_size,
             num_queries=num_queries,
@@ -106,8 +192,7 @@ class IDFormer(nn.Module):
             vision_hidden_size=vision_hidden_size,
             feed_forward=feed_forward == "all",
             intermediate_size=intermediate_size,
-            token_norm=token_norm,
-            token_positions=token_positions,
+            token_position_embedding=token_position_embedding,
             output_proj=output_proj,
             output_size=output_size,
             attn_implementation=attn_implementation,
@@ -123,11 +208,21 @@ class IDFormer(nn.Module):
             )
             for _ in range(num_identity_layers)
         )
-        width = self.resampler.output_size
-        self.identity_embedding = IdentityEmbedding(max_identities, width) if max_identities else None
+        self.identity_embedding = (
+            IdentityEmbedding(max_identities, self.resampler.output_size) if identity_embedding == "learned" else None
+        )
         self.null_token = nn.Parameter(torch.empty(1, hidden_size)) if null_token else None
         if self.null_token is not None:
             nn.init.trunc_normal_(self.null_token, std=0.02)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "IDFormer":
+        """Build an ID-Former from a dictionary of its arguments, as :meth:`to_config` returns it."""
+        return cls(**config)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the arguments of this ID-Former as a dictionary that can be written as JSON."""
+        return dict(self._config)
 
     def forward(
         self,
@@ -138,57 +233,62 @@ class IDFormer(nn.Module):
         *,
         grid_size: tuple[int, int] | None = None,
         target_identity_map: Tensor | None = None,
+        name_embeddings: tuple[Tensor, Tensor | None] | None = None,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Encode the images of a batch, whatever their roles.
+        """Encode all images of a batch, whatever their roles.
 
         Args:
             image_features: ``[I, P, Cv]`` patches of all images of the batch, row by row.
-            image_roles: ``[I]`` integers, see :class:`idavlm.ImageRole`. This and the next two are read on the host:
-                on the CPU they cost no synchronisation.
-            sample_index: ``[I]`` the sample (row of the batch) each image belongs to; never falls. Within a sample
-                roles may stand in any order.
-            identity_index: ``[I]`` for references, the identity within its sample, 0, 1, ...: several photos of one
-                person share it. Where it is not given every reference is an identity of its own.
-            grid_size: rows and columns of patches; the square of ``P`` if not given.
-            target_identity_map: ``[I, P]`` whom each patch shows, as ``targets`` of :meth:`identity_map_loss`: slots mark by
-                these where they know, not by the attention (teacher forcing).
-            output_attentions: also return the identity attention maps.
+            image_roles: ``[I]`` integers, see :class:`ImageRole`. This tensor and the next two are read on the host;
+                keep them on the CPU to avoid a synchronisation.
+            sample_index: ``[I]`` sample (row of the batch) of each image; must not decrease. Within a sample the roles
+                may stand in any order.
+            identity_index: ``[I]`` for references, the identity within its sample: 0, 1, ... Several references of one
+                identity share it. Without it, each reference is an identity of its own.
+            grid_size: rows and columns of the patches. Defaults to the square grid of P patches.
+            target_identity_map: ``[I, P]`` ground truth for teacher forcing, see :func:`identity_patch_targets`. The
+                identity embedding follows it instead of the predicted map, except where it is ``IGNORE_INDEX``.
+            name_embeddings: for ``identity_embedding="name"``: ``[B, G, output_size]`` embeddings of the names of each
+                sample's identities, and the embedding ``[output_size]`` for null, or None for zeros. Without
+                ``name_embeddings`` the tokens carry no identity embedding.
+            output_attentions: also return the identity maps.
 
         Returns:
-            ``[I, Q, C]`` image tokens in the order of the images. With ``output_attentions`` a pair of it and a tuple
-            with one map a layer, ``[I, P, G + 1]`` float32: the share of attention, mean over heads, that a patch
-            pays to each of the (at most) G identities of its sample, and in the last column to nobody. Rows sum to 1;
-            images that look at no reference pay all to nobody.
+            ``[I, Q, output_size]`` image tokens in the order of the images. With ``output_attentions`` a pair of the
+            tokens and a tuple with one identity map per identity layer, ``[I, P, G + 1]`` float32: the share of
+            attention, averaged over heads, that a patch pays to each identity of its sample, and in the last column to
+            null. Rows sum to 1. G is the largest number of identities in a sample. Images that attend to no reference
+            have all of it in the last column.
 
         Raises:
-            ValueError: ``image_features`` of another shape than ``[I, P, Cv]``; a role outside 0..2; a
-                ``sample_index`` that falls; index tensors of another length than I; more identities than slots.
+            ValueError: ``image_features`` is not ``[I, P, Cv]``, a role is outside 0..2, ``sample_index`` decreases,
+                an index tensor does not have I entries, or a sample has more than ``max_identities`` identities.
         """
         grid_size = self.resampler.check_features(image_features, grid_size)
         groups = group_images(
             image_roles, sample_index, identity_index, num_images=len(image_features), device=image_features.device
         )
-        patches = self.resampler.project(select_images(image_features, groups.order))
+        patches = self.resampler.project_patches(select_images(image_features, groups.order))
         key_bias = self.resampler.key_bias(grid_size)
-        plain, scenes = patches.split([groups.num_independent, len(patches) - groups.num_independent])
-        plain_tokens = self.resampler.read(plain, key_bias)
-        keys = self._identity_keys(plain, plain_tokens).index_select(0, groups.references)
-        plain_tokens = self.resampler.finish(plain_tokens)
-        if self.identity_embedding is not None:
-            marks = self.identity_embedding.of(groups.identities)[:, None].expand(-1, plain_tokens.shape[1], -1)
-            plain_tokens = plain_tokens.index_add(0, groups.references, marks.to(plain_tokens.dtype))
-        scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
-        image_tokens = torch.cat([plain_tokens, self.resampler.finish(self.resampler.read(scenes, key_bias))])
-        image_tokens = self._mark(select_images(image_tokens, groups.inverse), maps, grid_size, target_identity_map)
+        independent, scenes = patches.split([groups.num_independent, len(patches) - groups.num_independent])
+        independent_tokens = self.resampler.resample(independent, key_bias)
+        keys = self._identity_keys(independent, independent_tokens).index_select(0, groups.references)
+        scenes, maps = self._attend_to_references(scenes, grid_size, keys, groups, output_attentions)
+        image_tokens = torch.cat([independent_tokens, self.resampler.resample(scenes, key_bias)])
+        image_tokens = select_images(self.resampler.project_tokens(image_tokens), groups.inverse)
+        image_tokens = self._add_identity_embedding(
+            image_tokens, maps, grid_size, groups, sample_index, target_identity_map, name_embeddings
+        )
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def encode_references(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> IdentityTokens:
-        """Encode the R photos ``[R, P, Cv]`` of one identity, once, for :meth:`forward_scenes`."""
+        """Encode the R reference photos ``[R, P, Cv]`` of one identity for :meth:`forward_scenes`."""
         grid_size = self.resampler.check_features(image_features, grid_size)
-        patches = self.resampler.project(image_features)
-        image_tokens = self.resampler.read(patches, self.resampler.key_bias(grid_size))
-        return IdentityTokens(self.resampler.finish(image_tokens), self._identity_keys(patches, image_tokens))
+        patches = self.resampler.project_patches(image_features)
+        image_tokens = self.resampler.resample(patches, self.resampler.key_bias(grid_size))
+        keys = self._identity_keys(patches, image_tokens)
+        return IdentityTokens(self.resampler.project_tokens(image_tokens), keys)
 
     def forward_scenes(
         self,
@@ -196,48 +296,78 @@ class IDFormer(nn.Module):
         identities: list[IdentityTokens],
         *,
         grid_size: tuple[int, int] | None = None,
+        name_embeddings: tuple[Tensor, Tensor | None] | None = None,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Encode scenes that all look at the same identities, such as the frames of a video.
+        """Encode scenes that all attend to the same identities, such as the frames of a video.
 
-        Equal to :meth:`forward` on one sample of the identities' photos, in the order of the list, and these scenes.
+        Equal to :meth:`forward` on one sample that consists of the references, in the order of the list, and of these
+        scenes.
 
         Args:
             image_features: ``[I, P, Cv]`` patches of the scenes.
             identities: from :meth:`encode_references`; may be empty. Their order numbers them 0, 1, ...
-            grid_size: as in :meth:`forward`.
-            output_attentions: as in :meth:`forward`.
+            grid_size: see :meth:`forward`.
+            name_embeddings: see :meth:`forward`; the first has shape ``[1, G, output_size]``.
+            output_attentions: see :meth:`forward`.
 
         Returns:
-            ``[I, Q, C]`` image tokens of the scenes; a pair with ``output_attentions``.
+            ``[I, Q, output_size]`` image tokens of the scenes. With ``output_attentions`` a pair of the tokens and the
+            identity maps.
         """
         grid_size = self.resampler.check_features(image_features, grid_size)
-        patches = self.resampler.project(image_features)
-        self._check_bank(identities)
-        photos = [len(identity.keys) for identity in identities]
-        num_scenes = len(patches) if sum(photos) else 0  # without photos there is nobody to look at
+        patches = self.resampler.project_patches(image_features)
+        self._check_identities(identities)
+        num_references = [len(identity.keys) for identity in identities]
+        num_scenes = len(patches) if sum(num_references) else 0  # without references there is nothing to attend to
         groups = ImageGroups(
             order=None,
             inverse=None,
             num_independent=len(patches) - num_scenes,
-            identities=tuple(number for number, count in enumerate(photos) for _ in range(count)),
-            references_per_sample=(sum(photos),),
+            identities=tuple(number for number, count in enumerate(num_references) for _ in range(count)),
+            references_per_sample=(sum(num_references),),
             scenes_per_sample=(num_scenes,),
         )
         keys = torch.cat([identity.keys for identity in identities]) if identities else patches[:0]
-        plain, scenes = patches.split([groups.num_independent, num_scenes])
-        scenes, maps = self._recognise(scenes, grid_size, keys, groups, output_attentions)
-        image_tokens = self.resampler.read(torch.cat([plain, scenes]), self.resampler.key_bias(grid_size))
-        image_tokens = self._mark(self.resampler.finish(image_tokens), maps, grid_size)
+        independent, scenes = patches.split([groups.num_independent, num_scenes])
+        scenes, maps = self._attend_to_references(scenes, grid_size, keys, groups, output_attentions)
+        tokens = self.resampler.resample(torch.cat([independent, scenes]), self.resampler.key_bias(grid_size))
+        image_tokens = self._add_identity_embedding(
+            self.resampler.project_tokens(tokens),
+            maps,
+            grid_size,
+            groups,
+            torch.zeros(len(patches), dtype=torch.long),
+            None,
+            name_embeddings,
+        )
         return (image_tokens, maps) if output_attentions else image_tokens
 
     def reference_tokens(self, identities: list[IdentityTokens]) -> Tensor:
-        """What a language model reads for a bank of identities, as in :meth:`forward`: ``[R, Q, C]`` of all photos."""
+        """Return the tokens ``[R, Q, output_size]`` that the language model reads for the references of a bank.
+
+        Equal to the tokens of :meth:`forward` for these references; a learned identity embedding is included.
+        """
         tokens = torch.cat([identity.image_tokens for identity in identities])
         if self.identity_embedding is None:
             return tokens
+        self.identity_embedding.check(len(identities))
         numbers = [number for number, identity in enumerate(identities) for _ in identity.image_tokens]
-        return tokens + self.identity_embedding.of(numbers)[:, None]
+        return tokens + self.identity_embedding(torch.tensor(numbers, device=tokens.device))[:, None]
+
+    def identity_map_loss(self, identity_maps: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Supervise the identity maps: mean over layers of :func:`idavlm.identity_map_loss`.
+
+        Without ``null_token`` the attention is a distribution over references only and cannot express null. NULL
+        targets are then left out, and only patches that show a reference are supervised.
+
+        Args:
+            identity_maps: from :meth:`forward` with ``output_attentions=True``.
+            targets: ``[I, P]``, for example from :func:`idavlm.identity_patch_targets`.
+        """
+        if self.null_token is None:
+            targets = targets.masked_fill(targets == NULL, IGNORE_INDEX)
+        return torch.stack([identity_map_loss(layer, targets) for layer in identity_maps]).mean()
 
     def contrastive_loss(
         self,
@@ -249,22 +379,22 @@ class IDFormer(nn.Module):
         *,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Supervise the identity attention over the references of the whole batch.
+        """Supervise the first identity layer over the references of the whole batch.
 
-        Every patch that shows a known identity attends, in the first identity layer, to the references of all samples;
-        the loss is the mean ``-log`` of the attention it pays to its own identity. With many identities to be told
-        apart this teaches a model from scratch several times as fast as :meth:`identity_map_loss` alone, which offers a
-        patch only the few of its sample. A person who is in two samples of a batch counts as two.
+        Each patch that shows an identity attends to the references of all samples. The loss is the mean negative log
+        share of attention that it pays to its own identity. With many identities to tell apart, a model that starts
+        from scratch learns several times as fast as from :meth:`identity_map_loss` alone. An individual that occurs in
+        two samples of a batch counts as two identities.
 
         Args:
-            image_features, image_roles, sample_index, identity_index, grid_size: as in :meth:`forward`.
-            targets: ``[I, P]``, e.g. from :func:`idavlm.identity_patch_targets`; only patches of identities count.
+            image_features, image_roles, sample_index, identity_index, grid_size: see :meth:`forward`.
+            targets: ``[I, P]``, for example from :func:`idavlm.identity_patch_targets`. Only identities count.
 
         Returns:
-            The loss; 0 where no patch is labelled with an identity.
+            The loss; 0 if no patch is labelled with an identity.
         """
         grid_size = self.resampler.check_features(image_features, grid_size)
-        patches = self.resampler.project(image_features)
+        patches = self.resampler.project_patches(image_features)
         image, patch = (targets >= 0).nonzero(as_tuple=True)
         sample_index, identity_index = sample_index.to(patches.device), identity_index.to(patches.device)
         is_reference = image_roles.to(patches.device) == ImageRole.REFERENCE
@@ -272,54 +402,29 @@ class IDFormer(nn.Module):
             return patches.sum() * 0
         references = patches[is_reference]
         key_bias = self.resampler.key_bias(grid_size)
-        tokens = self.resampler.read(references, key_bias) if self._reads_tokens else None
+        tokens = self.resampler.resample(references, key_bias) if self.identity_keys == "tokens" else None
         keys = self._identity_keys(references, tokens).flatten(0, 1)
         attention = self.identity_layers[0].attention
-        query_bias = self.resampler.on_patches(attention.query_bias(self.resampler.position), grid_size)
-        nobody = keys[:0] if self.null_token is None else self.null_token
-        numbers = number_identities(
+        query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
+        null = keys[:0] if self.null_token is None else self.null_token
+        numbers = number_over_batch(
             torch.cat([sample_index[is_reference], sample_index[image]]),
             torch.cat([identity_index[is_reference], targets[image, patch]]),
         )
         owner, target = numbers.split([len(references), len(image)])
         return identity_contrastive_loss(
             attention.queries(patches[image, patch], query_bias[patch]),
-            attention.keys(torch.cat([nobody, keys])),
+            attention.keys(torch.cat([null, keys])),
             owner,
             target,
-            num_null=len(nobody),
+            num_null=len(null),
         )
 
-    def identity_map_loss(self, identity_maps: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        """Supervise the identity attention maps: mean over layers of :func:`idavlm.identity_map_loss`.
-
-        Without ``null_token`` the attention is a distribution over references only and cannot say "nobody": those
-        patches are then left out, and only patches that show a reference teach.
-
-        Args:
-            identity_maps: from :meth:`forward` with ``output_attentions=True``.
-            targets: ``[I, P]``, e.g. from :func:`idavlm.identity_patch_targets`.
-        """
-        if self.null_token is None:
-            targets = targets.masked_fill(targets == NULL, IGNORE)
-        return torch.stack([identity_map_loss(layer, targets) for layer in identity_maps]).mean()
-
-    @property
-    def _reads_tokens(self) -> bool:
-        return self.identity_keys == "tokens"
-
-    def _mark(self, image_tokens: Tensor, maps: tuple[Tensor, ...], grid_size: tuple[int, int], known=None) -> Tensor:
-        """Add the slots of the identities that the cell of each token looks at, or is known to show."""
-        if self.identity_embedding is None:
-            return image_tokens
-        seen = with_known(maps[-1], known)
-        return image_tokens + self.identity_embedding.of_cells(seen, grid_size, self.resampler.query_grid)
-
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
-        keys = image_tokens if self._reads_tokens else patches
+        keys = image_tokens if self.identity_keys == "tokens" else patches
         return keys.detach() if self.detach_references else keys
 
-    def _check_bank(self, identities: list[IdentityTokens]) -> None:
+    def _check_identities(self, identities: list[IdentityTokens]) -> None:
         for number, identity in enumerate(identities):
             expected = (*identities[0].keys.shape[1:2], self.resampler.hidden_size)
             if identity.keys.dim() != 3 or identity.keys.shape[1:] != expected:
@@ -328,7 +433,7 @@ class IDFormer(nn.Module):
                     f"[R, {', '.join(map(str, expected))}]: encode all of them with this IDFormer, at one image size."
                 )
 
-    def _recognise(
+    def _attend_to_references(
         self,
         scenes: Tensor,
         grid_size: tuple[int, int],
@@ -336,15 +441,67 @@ class IDFormer(nn.Module):
         groups: ImageGroups,
         output_attentions: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Patches of scenes ``[S, P, C]`` look at keys ``[R, K, C]``, each at those of its own sample."""
+        """Let the patches of scenes ``[S, P, C]`` attend to the keys ``[R, K, C]`` of their own sample."""
+        has_null = self.null_token is not None
         packed = pack_keys(keys, groups, null_token=self.null_token)
-        lengths, nobody = {"num_patches": scenes.shape[1], "key_length": keys.shape[1]}, self.null_token is not None
-        segments = attention_segments(groups, **lengths, null_token=nobody, device=scenes.device)
-        output_attentions = output_attentions or self.identity_embedding is not None
+        segments = attention_segments(
+            groups, num_patches=scenes.shape[1], key_length=keys.shape[1], null_token=has_null, device=scenes.device
+        )
+        needs_maps = output_attentions or self.identity_embedding_type is not None
         maps = []
         for layer in self.identity_layers:
-            query_bias = self.resampler.on_patches(layer.attention.query_bias(self.resampler.position), grid_size)
-            scenes, sums = layer(scenes, packed, query_bias=query_bias, output_attentions=output_attentions, **segments)
-            if output_attentions:
-                maps.append(identity_map(sums, groups, scenes.shape[1]))
+            query_bias = layer.attention.query_bias(self.resampler.position)
+            query_bias = self.resampler.resize_to_patches(query_bias, grid_size)
+            scenes, sums = layer(scenes, packed, query_bias=query_bias, output_attentions=needs_maps, **segments)
+            if needs_maps:
+                maps.append(identity_map_from_attention(sums, groups, scenes.shape[1]))
         return scenes, tuple(maps)
+
+    def _add_identity_embedding(
+        self,
+        image_tokens: Tensor,
+        maps: tuple[Tensor, ...],
+        grid_size: tuple[int, int],
+        groups: ImageGroups,
+        sample_index: Tensor,
+        target_identity_map: Tensor | None,
+        name_embeddings: tuple[Tensor, Tensor | None] | None,
+    ) -> Tensor:
+        """Add the embeddings of the identities to tokens ``[I, Q, C]``, in the order of the batch.
+
+        A token of a reference gets the embedding of its identity. A token of another image gets the embeddings of all
+        identities, weighted by the identity map of its cell, and the null embedding for the rest.
+        """
+        if self.identity_embedding is not None:
+            embeddings, null = self.identity_embedding.table(), None
+        elif name_embeddings is not None:
+            embeddings, null = name_embeddings
+            embeddings = embeddings[sample_index.to(embeddings.device)]  # [I, G, C]
+        else:
+            return image_tokens
+        identity_map = teacher_forced_map(maps[-1], target_identity_map)
+        num_identities = identity_map.shape[-1] - 1
+        if self.identity_embedding is not None:
+            self.identity_embedding.check(num_identities)
+        elif num_identities > embeddings.shape[1]:
+            raise ValueError(
+                f"name_embeddings has {embeddings.shape[1]} names per sample but a sample has {num_identities} "
+                "identities; pass the name of each identity."
+            )
+        num_columns = embeddings.shape[-2]
+        if num_columns == 0:
+            shares = image_tokens.new_zeros(*image_tokens.shape[:2], 0)
+        else:
+            shares = pool_identity_map(identity_map, grid_size, self.resampler.query_grid, num_columns)
+        if groups.references is not None and len(groups.references) and num_columns:
+            identities = torch.tensor(groups.identities, device=shares.device)
+            own = F.one_hot(identities, num_columns).to(shares)[:, None].expand(-1, shares.shape[1], -1)
+            packed = select_images(shares, groups.order).index_copy(0, groups.references, own)
+            shares = select_images(packed, groups.inverse)
+        shares = shares.to(embeddings.dtype)
+        image_tokens = image_tokens + shares @ embeddings
+        return image_tokens if null is None else image_tokens + (1 - shares.sum(-1, keepdim=True)) * null
+
+
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else gate.tanh() * x

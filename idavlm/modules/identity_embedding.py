@@ -1,58 +1,82 @@
-"""Learned marks that tell the identities of a sample from one another."""
-
-from collections.abc import Sequence
+"""Learned embeddings that tell the identities of a sample apart, and the images of a sample."""
 
 import torch
 from torch import Tensor, nn
 
-from idavlm.modules.identity_map import cell_shares
+from idavlm.utils import ImageRole
 
 
 class IdentityEmbedding(nn.Embedding):
-    """One embedding ``[C]`` for identity 0, 1, ... of a sample, whoever that is.
+    """One learned embedding for identity 0, 1, ... of a sample.
+
+    An embedding belongs to the number of an identity within its sample, not to a particular individual. An
+    :class:`IDFormer` adds it to the reference tokens of the identity, and to the tokens of a scene in proportion to the
+    identity map. :class:`IDAVLMForConditionalGeneration` adds it to the name of the identity in the prompt as well, so
+    that the language model can connect the three.
 
     Args:
-        num_slots: the most identities a sample may have.
-        hidden_size: C.
+        max_identities: largest number of identities in a sample.
+        hidden_size: width C.
+        init_std: standard deviation of the initial embeddings. The default is twice the root mean square of normalised
+            tokens, since the identity map dilutes the embedding.
     """
 
-    STRENGTH = 2.0
-    """Root mean square of a new mark: twice that of normalised tokens, as marks are diluted by shares of attention."""
+    def __init__(self, max_identities: int, hidden_size: int, *, init_std: float = 2.0):
+        super().__init__(max_identities, hidden_size)
+        nn.init.normal_(self.weight, std=init_std)
 
-    def __init__(self, num_slots: int, hidden_size: int):
-        super().__init__(num_slots, hidden_size)
-        nn.init.normal_(self.weight, std=self.STRENGTH)
+    def table(self) -> Tensor:
+        """Return all embeddings ``[G, C]``. Unlike ``weight``, they are whole under ZeRO-3 and FSDP."""
+        return self(torch.arange(self.num_embeddings, device=self.weight.device))
 
-    def of(self, identities: Sequence[int]) -> Tensor:
-        """``[R, C]`` marks of identities, counted within their sample.
+    def check(self, num_identities: int) -> None:
+        """Check that a sample has at most ``max_identities`` identities.
 
         Raises:
-            ValueError: there are not so many slots.
+            ValueError: the sample has more.
         """
-        self._check(max(identities, default=0))
-        return self(torch.tensor(identities, dtype=torch.long).to(self.weight.device))
+        if num_identities > self.num_embeddings:
+            raise ValueError(
+                f"a sample has {num_identities} identities but max_identities={self.num_embeddings}; build the "
+                f"IDFormer with max_identities={num_identities} or more, or with identity_embedding=None."
+            )
 
-    def of_cells(self, identity_map: Tensor, grid_size: tuple[int, int], cells: tuple[int, int]) -> Tensor:
-        """Marks by what the patches of each cell look at.
+
+class ImageIndexEmbedding(nn.Embedding):
+    """One learned embedding for the first, second, ... image of a sample; references are not counted.
+
+    The prompt says "Picture 2: <image>". This embedding marks the tokens of that image directly, so the language model
+    need not carry the number over from the text. Flamingo (arXiv 2204.14198) numbers video frames in the same way.
+
+    Args:
+        max_images: largest number of images in a sample, references excluded.
+        hidden_size: width C.
+        init_std: standard deviation of the initial embeddings.
+    """
+
+    def __init__(self, max_images: int, hidden_size: int, *, init_std: float = 1.0):
+        super().__init__(max_images, hidden_size)
+        nn.init.normal_(self.weight, std=init_std)
+
+    def embed_images(self, image_roles: Tensor, sample_index: Tensor) -> Tensor:
+        """Return the embedding of each image of a batch, ``[I, C]``; zeros for references.
 
         Args:
-            identity_map: ``[I, P, G + 1]`` shares of attention, the last to nobody.
-            grid_size: rows and columns of the patches.
-            cells: rows and columns of a coarser grid over the image.
-
-        Returns:
-            ``[I, cells, C]``: the slots, each by the mean share of its identity.
+            image_roles: ``[I]``, see :class:`ImageRole`. Read on the host.
+            sample_index: ``[I]``, the sample of each image. Read on the host.
 
         Raises:
-            ValueError: there are not so many slots.
+            ValueError: a sample has more images than ``max_images``.
         """
-        self._check(identity_map.shape[-1] - 2)
-        shares = cell_shares(identity_map, grid_size, cells, self.num_embeddings)
-        return shares.to(self.weight.dtype) @ self.weight
-
-    def _check(self, highest: int) -> None:
-        if highest >= self.num_embeddings:
+        roles, samples = image_roles.cpu(), sample_index.cpu()
+        is_counted = roles != ImageRole.REFERENCE
+        same_sample = samples[:, None] == samples[None]
+        index = (same_sample & is_counted[None]).tril().sum(1) - 1
+        most = int(index.max()) + 1 if len(index) else 0
+        if most > self.num_embeddings:
             raise ValueError(
-                f"a sample has identity {highest} but max_identities={self.num_embeddings}; build the IDFormer "
-                f"with at least {highest + 1} slots, or with 0 for none."
+                f"a sample has {most} images (references not counted) but max_images={self.num_embeddings}; build the "
+                f"model with max_images={most} or more, or with max_images=None."
             )
+        embeddings = self(index.clamp(min=0).to(self.weight.device))
+        return embeddings * is_counted.to(self.weight.device)[:, None]

@@ -1,50 +1,254 @@
-"""From attention of scenes to identities to one map an image: which patch looks at whom."""
+"""The identity map: the share of attention that each patch pays to each identity, and how boxes supervise it."""
+
+import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from idavlm.modules.image_groups import ImageGroups, select_images
-from idavlm.ops.identity_supervision import IGNORE, NULL
+from idavlm.utils import IGNORE_INDEX, ImageRole
+
+NULL = -1
+"""Target of a patch that shows no reference. It indexes the last column of an identity map."""
 
 
-def identity_map(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
-    """Mean over heads, in the order of the batch's images.
+def identity_map_from_attention(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
+    """Average the attention of scenes over heads and arrange it in the order of the batch.
 
     Args:
-        sums: ``[S * P, H, G + 1]`` attention that each patch of a scene pays to each identity, and to nobody.
-        groups: the images these belong to.
-        num_patches: P, queries a scene.
+        sums: ``[S * P, H, G + 1]`` attention of each patch of the S scenes, summed over the keys of each identity and,
+            in the last column, over the null token.
+        groups: the images of the batch.
+        num_patches: number P of patches per image.
 
     Returns:
-        ``[I, P, G + 1]`` shares that sum to 1; the last column is nobody's.
+        ``[I, P, G + 1]`` shares that sum to 1. Images that attend to no reference have all of it in the last column.
     """
-    scenes = sums.mean(1).unflatten(0, (-1, num_patches))
+    scenes = rearrange(sums.mean(1), "(s p) g -> s p g", p=num_patches)
     num_columns = sums.shape[-1]
-    plain = F.one_hot(torch.full((groups.num_independent, num_patches), num_columns - 1), num_columns)
-    return select_images(torch.cat([plain.to(scenes), scenes]), groups.inverse)
+    independent = F.one_hot(torch.full((groups.num_independent, num_patches), num_columns - 1), num_columns)
+    return select_images(torch.cat([independent.to(scenes), scenes]), groups.inverse)
 
 
-def with_known(identity_map: Tensor, known: Tensor | None) -> Tensor:
-    """``identity_map`` ``[I, P, G + 1]``, all on the identity in ``known`` ``[I, P]`` where that is not ``IGNORE``."""
-    if known is None:
+def teacher_forced_map(identity_map: Tensor, target_identity_map: Tensor | None) -> Tensor:
+    """Replace the predicted identity map by the ground truth wherever there is a target.
+
+    Args:
+        identity_map: ``[I, P, G + 1]``.
+        target_identity_map: ``[I, P]`` identity, :data:`NULL` or ``IGNORE_INDEX`` (-100: keep the prediction). None
+            keeps the whole prediction.
+
+    Returns:
+        ``[I, P, G + 1]``.
+    """
+    if target_identity_map is None:
         return identity_map
     columns = identity_map.shape[-1]
-    certain = F.one_hot(known.masked_fill(known == NULL, columns - 1).clamp(min=0), columns).to(identity_map)
-    return torch.where((known == IGNORE)[..., None], identity_map, certain)
+    classes = target_identity_map.masked_fill(target_identity_map == NULL, columns - 1).clamp(min=0)
+    ground_truth = F.one_hot(classes, columns).to(identity_map)
+    return torch.where((target_identity_map == IGNORE_INDEX)[..., None], identity_map, ground_truth)
 
 
-def cell_shares(
-    identity_map: Tensor, grid_size: tuple[int, int], cells: tuple[int, int], num_identities: int
+def pool_identity_map(
+    identity_map: Tensor, grid_size: tuple[int, int], token_grid: tuple[int, int], num_identities: int
 ) -> Tensor:
-    """``[I, cells, num_identities]``: the mean share of each identity in each cell of a coarser grid over the image.
+    """Average the identity map over the cell of each token.
 
     Args:
         identity_map: ``[I, P, G + 1]``.
         grid_size: rows and columns of the patches.
-        cells: rows and columns of the coarser grid.
-        num_identities: at least 1, and G; behind the first G are zeros.
+        token_grid: rows and columns of the tokens, a coarser grid over the same image.
+        num_identities: at least 1 and at least G; the columns after the first G are zeros.
+
+    Returns:
+        ``[I, Q, num_identities]`` shares of attention; the null share is left out.
     """
     identities = F.pad(identity_map[..., :-1], (0, num_identities - identity_map.shape[-1] + 1))
-    shares = identities.transpose(1, 2).unflatten(2, grid_size)
-    return F.adaptive_avg_pool2d(shares, cells).flatten(2).transpose(1, 2)
+    shares = rearrange(identities, "i (h w) g -> i g h w", h=grid_size[0])
+    return rearrange(F.adaptive_avg_pool2d(shares, token_grid), "i g h w -> i (h w) g")
+
+
+def identity_patch_targets(
+    boxes: Tensor,
+    box_image: Tensor,
+    box_identity: Tensor,
+    image_sizes: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    image_roles: Tensor | None = None,
+    min_coverage: float = 0.5,
+) -> Tensor:
+    """Label each patch with the identity whose box covers it.
+
+    The coverage of a patch by a box is ``intersection / min(patch area, box area)``, so a box smaller than a patch can
+    cover it. A patch belongs to the one identity that covers at least ``min_coverage`` of it. It is ``IGNORE_INDEX`` if
+    two identities do, or if a box covers only a smaller part of it. All other patches are :data:`NULL`.
+
+    Args:
+        boxes: ``[N, 4]`` pixels ``[x1, y1, x2, y2]`` of the original image.
+        box_image: ``[N]`` index of each box's image in the batch.
+        box_identity: ``[N]`` index of the identity within its sample, as ``identity_index`` of :class:`IDFormer`.
+            Leave out boxes of identities without a reference: for the model they are null.
+        image_sizes: ``[I, 2]`` height and width of the original images in pixels.
+        grid_size: rows and columns of the patches, which cover the whole image.
+        image_roles: ``[I]``. If given, only scenes are labelled, and a box in another image is an error.
+        min_coverage: threshold in (0, 1].
+
+    Returns:
+        ``[I, P]`` int64 targets, patches row by row.
+
+    Raises:
+        ValueError: shapes, indices or boxes that do not fit.
+    """
+    boxes = boxes if boxes.is_floating_point() else boxes.float()
+    num_images, num_boxes = image_sizes.shape[0], boxes.shape[0]
+    _check_boxes(boxes, box_image, box_identity, image_sizes, image_roles)
+    if not 0 < min_coverage <= 1:
+        raise ValueError(f"min_coverage={min_coverage} must lie in (0, 1].")
+    rows, columns = grid_size
+    device = boxes.device
+    height, width = image_sizes[box_image].to(boxes.dtype).unbind(-1)
+    x1, y1, x2, y2 = (boxes / torch.stack([width, height, width, height], -1)).clamp(0, 1).unbind(-1)
+
+    def overlap(low: Tensor, high: Tensor, cells: int) -> Tensor:
+        """``[N, cells]`` length shared by ``low..high`` and each of the cells that divide 0..1."""
+        edges = torch.linspace(0, 1, cells + 1, device=device, dtype=boxes.dtype)
+        return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp(min=0)
+
+    intersection = overlap(y1, y2, rows)[:, :, None] * overlap(x1, x2, columns)[:, None, :]
+    area = ((x2 - x1) * (y2 - y1)).clamp(max=1 / (rows * columns))
+    coverage = intersection.flatten(1) / area.clamp(min=torch.finfo(boxes.dtype).tiny)[:, None]
+
+    num_identities = int(box_identity.max()) + 1 if num_boxes else 0
+    claims = boxes.new_zeros(num_images * num_identities, rows * columns)
+    cell = (box_image * num_identities + box_identity).long()[:, None].expand_as(coverage)
+    claims = claims.scatter_reduce(0, cell, coverage, "amax").view(num_images, num_identities, rows * columns)
+    # Slightly below the threshold, so that rounding does not decide about patches that are covered by exactly one half.
+    claimed = claims >= min_coverage - 1e-4
+    targets = torch.full((num_images, rows * columns), NULL, device=device)
+    targets[(claims > 1e-4).any(1)] = IGNORE_INDEX
+    single = claimed.sum(1) == 1
+    if num_identities:
+        targets[single] = claimed.int().argmax(1)[single]
+    if image_roles is not None:
+        targets[image_roles.to(device) != ImageRole.SCENE] = IGNORE_INDEX
+    return targets
+
+
+def identity_map_loss(identity_map: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log share of attention that each labelled patch pays to its target; 0 without labelled patches.
+
+    Images that attend to no reference do not count.
+
+    Args:
+        identity_map: ``[I, P, G + 1]``, a map of :class:`IDFormer`: one column per identity, the last for null.
+        targets: ``[I, P]`` identity 0..G-1, :data:`NULL` (-1) or ``IGNORE_INDEX`` (-100).
+
+    Without ``null_token`` the last column is 0 for every patch of an image with references, so NULL cannot be learned.
+    :meth:`IDFormer.identity_map_loss` leaves those patches out.
+
+    Returns:
+        Scalar float32 loss.
+
+    Raises:
+        ValueError: shapes that do not fit, or a target identity that has no reference in the sample of the image.
+    """
+    if identity_map.dim() != 3 or identity_map.shape[:2] != targets.shape:
+        raise ValueError(
+            f"identity_map has shape {tuple(identity_map.shape)} and targets {tuple(targets.shape)}; "
+            "expected [I, P, G + 1] and [I, P]."
+        )
+    num_identities = identity_map.shape[-1] - 1
+    present = (identity_map.detach()[..., :-1] != 0).any(1)
+    allowed = F.pad(present, (0, 1), value=True)
+    labelled = targets != IGNORE_INDEX
+    column = targets.masked_fill(~labelled | (targets == NULL), num_identities)
+    outside = (column < 0) | (column > num_identities)
+    wrong = outside | ~allowed.gather(1, column.masked_fill(outside, num_identities)) | (targets == num_identities)
+    if wrong.any():
+        image, patch = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"targets[{image}, {patch}]={int(targets[image, patch])}, but image {image} has no reference of that "
+            f"identity (it has {present[image].nonzero().flatten().tolist()}); use -1 for NULL and -100 to leave the "
+            "patch out."
+        )
+    share = identity_map.float().gather(-1, column[..., None]).squeeze(-1)
+    nll = -share.clamp(min=torch.finfo(torch.float32).tiny).log()
+    counted = labelled & present.any(-1, keepdim=True)
+    return (nll * counted).sum() / counted.sum().clamp(min=1)
+
+
+def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tensor, *, num_null: int) -> Tensor:
+    """Mean negative log attention that patches pay to their identity among all identities of the batch, in float32.
+
+    :func:`identity_map_loss` compares a patch with the few identities of its sample. This loss compares it with the
+    references of all samples, which is a harder task.
+
+    Args:
+        q: ``[N, H, D]`` projected patches.
+        k: ``[num_null + R * L, H, D]`` projected keys: the null token, then L keys for each of the R references.
+        owner: ``[R]`` identity of each reference, numbered over the batch.
+        target: ``[N]`` identity that each patch shows. It has a reference in the batch.
+        num_null: 0 or 1, number of null tokens.
+
+    Returns:
+        Scalar loss; attention is averaged over heads before the logarithm.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("nhd,khd->hnk", q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype))
+        null, references = scores[..., :num_null], scores[..., num_null:]
+        references = rearrange(references, "h n (r l) -> h n r l", r=len(owner)).logsumexp(-1)
+        correct = references.masked_fill(owner != target[:, None], -torch.inf).logsumexp(-1)
+        log_share = correct - torch.cat([null, references], -1).logsumexp(-1)
+        return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
+
+
+def number_over_batch(sample_index: Tensor, identity_index: Tensor) -> Tensor:
+    """Number identities over the batch: the same identity index in different samples gives different numbers."""
+    return sample_index * (int(identity_index.max()) + 1 if len(identity_index) else 1) + identity_index
+
+
+def _check_boxes(
+    boxes: Tensor, box_image: Tensor, box_identity: Tensor, image_sizes: Tensor, image_roles: Tensor | None
+) -> None:
+    num_boxes, num_images = boxes.shape[0], image_sizes.shape[0]
+    if boxes.dim() != 2 or boxes.shape[-1] != 4:
+        raise ValueError(f"boxes has shape {tuple(boxes.shape)}; expected [N, 4] pixels [x1, y1, x2, y2].")
+    if image_sizes.dim() != 2 or image_sizes.shape[-1] != 2:
+        raise ValueError(f"image_sizes has shape {tuple(image_sizes.shape)}; expected [I, 2] heights and widths.")
+    for name, index in (("box_image", box_image), ("box_identity", box_identity)):
+        if index.shape != (num_boxes,) or index.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(index.shape)}, dtype {index.dtype}; expected [{num_boxes}] integers."
+            )
+    if image_roles is not None and image_roles.shape != (num_images,):
+        raise ValueError(
+            f"image_roles has shape {tuple(image_roles.shape)}; image_sizes describes {num_images} images."
+        )
+    for number, (box, image, identity) in enumerate(
+        zip(boxes.tolist(), box_image.tolist(), box_identity.tolist(), strict=True)
+    ):
+        if not 0 <= image < num_images:
+            raise ValueError(
+                f"box_image[{number}]={image} is out of range; the batch has {num_images} images, numbered from 0."
+            )
+        if image_roles is not None and image_roles[image] != ImageRole.SCENE:
+            raise ValueError(
+                f"box_image[{number}]={image} has role {int(image_roles[image])}; boxes belong to scenes (1)."
+            )
+        if identity < 0:
+            raise ValueError(
+                f"box_identity[{number}]={identity} must be at least 0; leave out boxes of identities without a "
+                "reference."
+            )
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"boxes[{number}]={box} is empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2.")
+        height, width = image_sizes[image].tolist()
+        if box[2] <= 0 or box[3] <= 0 or box[0] >= width or box[1] >= height:
+            raise ValueError(
+                f"boxes[{number}]={box} lies outside its image of {width} x {height} pixels; are the boxes in pixels "
+                "of the original image?"
+            )

@@ -1,4 +1,4 @@
-"""Which images are read alone, and which look at whose references: worked out once a batch, as indices."""
+"""The images of a batch, grouped once on the host into the indices of one ragged pass over scenes and references."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from idavlm.utils import ImageRole, outside_compile
 class ImageGroups:
     """Indices that turn a batch of images into one ragged pass, and back.
 
-    In packed order the plain images (references, general images, scenes whose sample has no reference) stand first,
-    the scenes that look at references behind them; each in the order of the batch.
+    The packed order starts with the images that are resampled independently: references, general images and scenes of
+    samples without references. The scenes that attend to references follow. Both parts keep the order of the batch.
 
     Attributes:
-        order: ``[I]`` batch index of each packed image, or None where both orders are the same.
-        inverse: ``[I]`` packed index of each image of the batch, or None.
-        num_independent: number of plain images.
-        identities: identity of each of the R references, sample by sample, counted within its sample.
-        references_per_sample: one count for each of the N samples that have images.
-        scenes_per_sample: the same for the scenes that look at references.
-        references: ``[R]`` packed index of every reference, or None where they are not among the images.
+        order: ``[I]`` batch index of each packed image, or None if both orders are equal.
+        inverse: ``[I]`` packed index of each image of the batch, or None if both orders are equal.
+        num_independent: number of images that are resampled independently.
+        identities: identity of each of the R references within its sample, sample by sample.
+        references_per_sample: number of references for each of the N samples that have images.
+        scenes_per_sample: number of scenes that attend to references, for each of these samples.
+        references: ``[R]`` packed index of each reference, or None if the references are not among the images.
     """
 
     order: Tensor | None
@@ -47,7 +47,7 @@ def group_images(
 ) -> ImageGroups:
     """Check roles, samples and identities of a batch and group its images.
 
-    The three tensors are read on the host: keep them on the CPU and nothing waits for the GPU.
+    The three tensors are read on the host. Keep them on the CPU to avoid a synchronisation with the GPU.
 
     Raises:
         ValueError: see :meth:`IDFormer.forward`.
@@ -61,15 +61,15 @@ def group_images(
     references_per_sample = [0] * len(numbers)
     for sample, reference in zip(samples, is_reference, strict=True):
         references_per_sample[sample] += reference
-    looks = [
+    attends = [
         role == ImageRole.SCENE and references_per_sample[sample] > 0
         for role, sample in zip(roles, samples, strict=True)
     ]
     scenes_per_sample = [0] * len(numbers)
-    for sample, scene in zip(samples, looks, strict=True):
+    for sample, scene in zip(samples, attends, strict=True):
         scenes_per_sample[sample] += scene
 
-    order = sorted(range(num_images), key=looks.__getitem__)
+    order = sorted(range(num_images), key=attends.__getitem__)
     inverse = sorted(range(num_images), key=order.__getitem__)
     in_order = order == list(range(num_images))
     references = [inverse[image] for image in range(num_images) if is_reference[image]]
@@ -85,7 +85,7 @@ def group_images(
     return ImageGroups(
         order=None if in_order else tensor(order),
         inverse=None if in_order else tensor(inverse),
-        num_independent=num_images - sum(looks),
+        num_independent=num_images - sum(attends),
         references=tensor(references),
         identities=tuple(identities),
         references_per_sample=tuple(references_per_sample),
@@ -94,42 +94,42 @@ def group_images(
 
 
 def select_images(images: Tensor, index: Tensor | None) -> Tensor:
-    """``images[index]``; None, as in :class:`ImageGroups`, leaves their order as it is."""
+    """Return ``images[index]``; None keeps the order, as in :class:`ImageGroups`."""
     return images if index is None else images.index_select(0, index)
 
 
 @outside_compile
 def pack_keys(keys: Tensor, groups: ImageGroups, *, null_token: Tensor | None) -> Tensor:
-    """Keys ``[R, K, C]`` of all references as one sequence ``[T, C]``, sample by sample.
+    """Pack the keys ``[R, K, C]`` of all references into one sequence ``[T, C]``, sample by sample.
 
     Args:
-        keys: tokens or patches of every reference.
+        keys: tokens or patches of the references.
         groups: the images of the batch.
-        null_token: ``[1, C]``, stands before the keys of every sample.
+        null_token: ``[1, C]``, inserted before the keys of each sample, or None.
     """
     if null_token is None:
         return keys.flatten(0, 1)
     samples = (sample.flatten(0, 1) for sample in keys.split(groups.references_per_sample))
     parts = [part for sample in samples for part in (null_token, sample)]
-    return torch.cat([keys.flatten(0, 1)[:0], null_token[:0], *parts])  # in the graph even without a sample
+    return torch.cat([keys.flatten(0, 1)[:0], null_token[:0], *parts])  # part of the graph even without a sample
 
 
 @outside_compile
 def attention_segments(
     groups: ImageGroups, *, num_patches: int, key_length: int, null_token: bool, device: torch.device
 ) -> dict[str, Tensor | int]:
-    """Segment arguments of the identity cross-attention: each sample's scenes look at each sample's references.
+    """Return the segment arguments of the identity cross-attention: scenes attend to references of their own sample.
 
     Args:
         groups: the images of the batch.
-        num_patches: queries a scene.
-        key_length: keys a reference.
-        null_token: whether each sample's keys begin with the key of nobody.
-        device: where the tensors go.
+        num_patches: number of queries per scene.
+        key_length: number of keys per reference.
+        null_token: whether the keys of each sample start with the null token.
+        device: device of the returned tensors.
 
     Returns:
-        ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k`` of :func:`idavlm.ops.cross_attention`,
-        and its ``key_groups``: the identities of a sample, and behind the most that any has, nobody.
+        ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``, ``key_groups`` and ``num_key_groups`` of
+        :func:`idavlm.cross_attention`. The key groups are the identities of a sample; the last group is null.
     """
     extra_keys = int(null_token)
     segments: dict[str, Tensor | int] = {}
@@ -155,33 +155,34 @@ def _check_roles_and_samples(roles: list[int], samples: list[int]) -> None:
     for image, role in enumerate(roles):
         if not 0 <= role <= 2:
             raise ValueError(
-                f"image_roles[{image}]={role} is no role; use 0 (reference), 1 (scene) or 2 (general), see ImageRole."
+                f"image_roles[{image}]={role} is not a role; use 0 (reference), 1 (scene) or 2 (general), see "
+                "ImageRole."
             )
     for image in range(len(samples)):
         if samples[image] < (samples[image - 1] if image else 0):
             raise ValueError(
                 f"sample_index[{image}]={samples[image]} follows {samples[image - 1] if image else 'the start'}; it "
-                "counts from 0 and never falls: sort the images of the batch by sample."
+                "starts at 0 or above and must not decrease: sort the images of the batch by sample."
             )
 
 
 def _identities(identity_index: list[int], samples: list[int], is_reference: list[bool]) -> list[int]:
-    """The identities of the references alone."""
+    """Check and return the identities of the references."""
     references = [image for image, reference in enumerate(is_reference) if reference]
-    photos = Counter(samples[image] for image in references)
+    num_references = Counter(samples[image] for image in references)
     for image in references:
-        if not 0 <= identity_index[image] < photos[samples[image]]:
+        if not 0 <= identity_index[image] < num_references[samples[image]]:
             raise ValueError(
                 f"identity_index[{image}]={identity_index[image]} belongs to a reference of a sample with "
-                f"{photos[samples[image]]} references; number the identities of each sample 0, 1, ... (images that "
-                "are no references may hold anything)."
+                f"{num_references[samples[image]]} references; number the identities of each sample 0, 1, ... (the "
+                "value does not matter for other images)."
             )
     return [identity_index[image] for image in references]
 
 
 def _integers(name: str, values: Tensor, num_images: int) -> list[int]:
     if not isinstance(values, Tensor):
-        raise ValueError(f"{name} is a {type(values).__name__}; give a tensor of [{num_images}] integers.")
+        raise ValueError(f"{name} is a {type(values).__name__}; pass a tensor of [{num_images}] integers.")
     if values.is_floating_point() or values.shape != (num_images,):
         raise ValueError(
             f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}; image_features has {num_images} images, "

@@ -1,12 +1,13 @@
-"""The resampler: learned queries read an image's patches into a fixed number of tokens."""
+"""The resampler: learned queries summarise the patches of an image as a fixed number of tokens."""
 
 import torch
 from torch import Tensor, nn
 
-from idavlm.modules.cross_attention import CrossAttention
-from idavlm.modules.feed_forward import FeedForward
+from idavlm.modules.attention import CrossAttention, FeedForward
 from idavlm.modules.positions import one_hot_positions_2d, resize_positions, sincos_positions_2d, square_grid
 from idavlm.utils import check_choice, check_positive
+
+POSITION_EMBEDDINGS = (None, "sincos", "one_hot")
 
 
 class Resampler(nn.Module):
@@ -14,33 +15,34 @@ class Resampler(nn.Module):
 
     ``x = input_norm(input_proj(image_features))``;
     ``tokens = attention(query_norm(query) + position, x + resized position, x)``.
-    The queries lie on a square grid with fixed 2-D sine-cosine positions, resized to the grid of the patches for the
-    keys; values carry no positions. The queries are projected once, however many images there are.
+    The queries lie on a square grid with fixed 2-D sine-cosine positions. The positions are resized to the grid of the
+    patches for the keys; values carry no positions. The queries are projected once, however many images there are.
 
     ``state_dict`` keys: ``query`` ``[Q, C]``; ``query_position`` ``[Q, C]`` (buffer); ``query_norm.*``;
-    ``input_proj.weight`` ``[C, Cv]`` (only with ``vision_hidden_size``); ``input_norm.*``; ``attention.*`` (see
+    ``input_proj.weight`` ``[C, Cv]`` (only if the widths differ); ``input_norm.*``; ``attention.*`` (see
     :class:`CrossAttention`); ``feed_forward.*`` (only with ``feed_forward=True``); ``token_norm.*`` (only with
-    ``token_norm=True``); ``output_norm.*`` and ``output_proj.weight`` ``[output_size, C]`` (only with
+    ``token_position_embedding``); ``output_norm.*`` and ``output_proj.weight`` ``[output_size, C]`` (only with
     ``output_proj=True``).
 
     Args:
-        hidden_size: C, width of the tokens; divisible by 4 and by ``num_heads``.
-        num_queries: Q, tokens an image; a square number.
-        num_heads: attention heads.
-        vision_hidden_size: Cv, width of the patches. Where it is not given or equals ``hidden_size``, patches go in
-            unprojected, as released.
-        feed_forward: add ``tokens + FeedForward(tokens)``, drawn in the paper's figure, absent from the release.
-        intermediate_size: inner width of the feed-forward block; ``4 * hidden_size`` if not given.
-        token_norm: normalise the tokens, before positions and marks are added: attention to patches of a trained tower
-            gives them any strength, and a mark would drown. As released they are not.
-        token_positions: add to every token where its query lies, so that a language model can tell where in the image
-            it reads: True adds ``query_position``, whose neighbours are alike; ``"one_hot"`` a direction of its own for
-            every row and column, which a frozen language model tells apart sooner. As released they have none.
-        output_proj: what the release has behind the resampler: a norm and a linear layer of the tokens that go to the
-            language model. Scenes of an ID-Former look at references as they are before it.
-        output_size: width of the tokens that go to the language model, where it is another one than C: a narrow module
-            before a wide language model is fast, and learns from little. It needs ``output_proj``.
-        attn_implementation: see :func:`idavlm.ops.cross_attention`.
+        hidden_size: width C of the tokens; divisible by 4 and by ``num_heads``.
+        num_queries: number Q of tokens per image; a square number.
+        num_heads: number of attention heads.
+        vision_hidden_size: width Cv of the patches. If it is None or equals ``hidden_size``, patches are not projected,
+            as in the release.
+        feed_forward: add ``tokens + FeedForward(tokens)``, which the paper's figure shows and the release lacks.
+        intermediate_size: inner width of the feed-forward block. Defaults to ``4 * hidden_size``.
+        token_position_embedding: ``None`` (as released), ``"sincos"`` or ``"one_hot"``. Normalises the tokens and adds
+            the fixed 2-D position of each query, so that the language model can tell where in the image a token comes
+            from. ``"one_hot"`` uses orthogonal codes for rows and columns, see :func:`one_hot_positions_2d`.
+        output_proj: normalise and project the tokens for the language model, as the release does. The references that
+            scenes attend to in an ID-Former are the tokens before this projection.
+        output_size: width of the projected tokens. Defaults to C. A narrow module in front of a wide language model is
+            fast and needs little data. Needs ``output_proj``.
+        attn_implementation: backend, see :func:`idavlm.cross_attention`.
+
+    Raises:
+        ValueError: sizes that do not fit each other, with the argument and the remedy.
     """
 
     def __init__(
@@ -52,8 +54,7 @@ class Resampler(nn.Module):
         vision_hidden_size: int | None = None,
         feed_forward: bool = False,
         intermediate_size: int | None = None,
-        token_norm: bool = False,
-        token_positions: bool | str = False,
+        token_position_embedding: str | None = None,
         output_proj: bool = False,
         output_size: int | None = None,
         attn_implementation: str = "sdpa",
@@ -61,20 +62,20 @@ class Resampler(nn.Module):
         super().__init__()
         check_positive(hidden_size=hidden_size, num_queries=num_queries, vision_hidden_size=vision_hidden_size)
         check_positive(output_size=output_size)
-        check_choice("token_positions", token_positions, (False, True, "one_hot"))
+        check_choice("token_position_embedding", token_position_embedding, POSITION_EMBEDDINGS)
         self.hidden_size = hidden_size
         self.output_size = output_size or hidden_size
         if self.output_size != hidden_size and not output_proj:
             raise ValueError(
-                f"output_size={output_size} but hidden_size={hidden_size} and no output_proj; set output_proj=True, "
-                "which takes tokens from one width to the other."
+                f"output_size={output_size} differs from hidden_size={hidden_size}, which needs a projection; set "
+                "output_proj=True."
             )
         self.num_queries = num_queries
         self.vision_hidden_size = vision_hidden_size or hidden_size
-        self.token_positions = token_positions
+        self.token_position_embedding = token_position_embedding
         self.query_grid = square_grid("num_queries", num_queries)
-        if token_positions == "one_hot":
-            one_hot_positions_2d(hidden_size, self.query_grid)  # too narrow is an error now, not at the first batch
+        if token_position_embedding == "one_hot":
+            one_hot_positions_2d(hidden_size, self.query_grid)  # too narrow: an error now, not at the first batch
         self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.register_buffer("query_position", sincos_positions_2d(hidden_size, self.query_grid))
         self.query_norm = nn.LayerNorm(hidden_size, eps=1e-6)
@@ -88,26 +89,30 @@ class Resampler(nn.Module):
             hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
         )
         self.feed_forward = FeedForward(hidden_size, intermediate_size) if feed_forward else None
-        self.token_norm = nn.LayerNorm(hidden_size, eps=1e-6) if token_norm else None
+        self.token_norm = nn.LayerNorm(hidden_size, eps=1e-6) if token_position_embedding else None
         self.output_norm = nn.LayerNorm(hidden_size, eps=1e-6) if output_proj else None
         self.output_proj = nn.Linear(hidden_size, self.output_size, bias=False) if output_proj else None
         nn.init.trunc_normal_(self.query, std=0.02)
 
     def forward(self, image_features: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """Read every image on its own.
+        """Resample each image independently.
 
         Args:
             image_features: ``[I, P, Cv]`` patches, row by row.
-            grid_size: rows and columns of patches; the square of ``P`` if not given.
+            grid_size: rows and columns of the patches. Defaults to the square grid of P patches.
 
         Returns:
-            ``[I, Q, C]`` image tokens (``output_size`` wide).
+            ``[I, Q, output_size]`` image tokens.
         """
         grid_size = self.check_features(image_features, grid_size)
-        return self.finish(self.read(self.project(image_features), self.key_bias(grid_size)))
+        return self.project_tokens(self.resample(self.project_patches(image_features), self.key_bias(grid_size)))
 
     def check_features(self, image_features: Tensor, grid_size: tuple[int, int] | None) -> tuple[int, int]:
-        """Check ``image_features`` and give the rows and columns of its patches."""
+        """Check the shape of ``image_features`` and return the rows and columns of the patches.
+
+        Raises:
+            ValueError: the shape is not ``[I, P, Cv]``, or ``grid_size`` does not have P cells.
+        """
         if image_features.dim() != 3 or image_features.shape[-1] != self.vision_hidden_size:
             raise ValueError(
                 f"image_features has shape {tuple(image_features.shape)}; expected [I, P, {self.vision_hidden_size}], "
@@ -122,47 +127,51 @@ class Resampler(nn.Module):
         if grid_size[0] * grid_size[1] != num_patches:
             raise ValueError(
                 f"grid_size={tuple(grid_size)} has {grid_size[0] * grid_size[1]} cells but image_features has "
-                f"{num_patches} patches; give the rows and columns of the patches."
+                f"{num_patches} patches; pass the rows and columns of the patches."
             )
         return tuple(grid_size)
 
     @property
     def position(self) -> Tensor:
-        """``query_position`` in the type of the parameters, which mixed precision may have changed alone."""
+        """``query_position`` in the dtype of the parameters; mixed precision may have converted only these."""
         return self.query_position.to(self.query.dtype)
 
     @property
     def token_position(self) -> Tensor:
-        """``[Q, C]`` what ``token_positions`` adds."""
-        if self.token_positions != "one_hot":
+        """The position ``[Q, C]`` that ``token_position_embedding`` adds to the tokens."""
+        if self.token_position_embedding == "sincos":
             return self.position
-        like = {"dtype": self.query.dtype, "device": self.query.device}
-        return one_hot_positions_2d(self.hidden_size, self.query_grid, **like)
+        return one_hot_positions_2d(self.hidden_size, self.query_grid, dtype=self.query.dtype, device=self.query.device)
 
-    def on_patches(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """Resize ``x`` ``[Q, C]`` from the grid of the queries to the patches' ``[P, C]``."""
+    def resize_to_patches(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Resize ``[Q, C]`` from the grid of the queries to the grid of the patches, ``[P, C]``."""
         return resize_positions(x, self.query_grid, grid_size)
 
-    def project(self, image_features: Tensor) -> Tensor:
-        """``[I, P, Cv] -> [I, P, C]`` projected and normalised patches."""
+    def project_patches(self, image_features: Tensor) -> Tensor:
+        """Project and normalise patches, ``[I, P, Cv]`` to ``[I, P, C]``."""
         return self.input_norm(self.input_proj(image_features))
 
     def key_bias(self, grid_size: tuple[int, int]) -> Tensor:
-        """Positions of the patches, projected for the keys: ``[P, C]``.
+        """Return the positions of the patches, projected for the keys, ``[P, C]``.
 
-        Projecting and resizing commute; the grid of the queries is the smaller one, so it is projected.
+        Projection and resizing commute. The grid of the queries is usually smaller, so it is projected first.
         """
-        return self.on_patches(self.attention.key_bias(self.position), grid_size)
+        return self.resize_to_patches(self.attention.key_bias(self.position), grid_size)
 
-    def read(self, patches: Tensor, key_bias: Tensor) -> Tensor:
-        """``[I, P, C]`` projected patches with the :meth:`key_bias` of their grid to ``[I, Q, C]`` tokens."""
+    def resample(self, patches: Tensor, key_bias: Tensor) -> Tensor:
+        """Resample projected patches ``[I, P, C]`` to tokens ``[I, Q, C]``, before the output projection.
+
+        Args:
+            patches: from :meth:`project_patches`.
+            key_bias: from :meth:`key_bias`, for the grid of these patches.
+        """
         tokens = self.attention(self.query_norm(self.query) + self.position, patches, key_bias=key_bias)
         if self.feed_forward is not None:
             tokens = tokens + self.feed_forward(tokens)
-        if self.token_norm is not None:
-            tokens = self.token_norm(tokens)
-        return tokens + self.token_position if self.token_positions else tokens
+        if self.token_position_embedding is not None:
+            tokens = self.token_norm(tokens) + self.token_position
+        return tokens
 
-    def finish(self, tokens: Tensor) -> Tensor:
-        """What :meth:`read` gives, as the language model gets it: ``[I, Q, output_size]``."""
+    def project_tokens(self, tokens: Tensor) -> Tensor:
+        """Apply the output projection, if there is one: ``[I, Q, C]`` to ``[I, Q, output_size]``."""
         return tokens if self.output_proj is None else self.output_proj(self.output_norm(tokens))

@@ -1,4 +1,4 @@
-"""Hair, in front of the face and behind the body."""
+"""Hair: the part in front of the face and the part at the back of the body."""
 
 from idavlm.datasets.characters.look import CharacterLook
 from idavlm.datasets.characters.shapes import Sketch, arc, shade

@@ -18,13 +18,13 @@ DARK = (44, 30, 34)
 
 @dataclass(frozen=True)
 class Expression:
-    """What a face does in one picture."""
+    """Expression of a face in one image."""
 
     mouth: str
     blink: bool
     brow_lift: float
     look: float
-    """Where the face points: -1 left .. 1 right."""
+    """Direction of the face: -1 left, 1 right."""
     gaze_down: bool
 
     @classmethod
