@@ -32,7 +32,7 @@ VICUNA = (
     "{% else %}{{ 'ASSISTANT: ' + message['content'] + '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
 )
-PLAIN = (
+NO_SPECIAL_TOKENS = (
     "{% for message in messages %}{{ '### ' + message['role'] + ':\n' + message['content'] + '\n###\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
@@ -93,9 +93,9 @@ def labelled(tokenizer, messages=CHAT, **options):
         (MARKED, "", "<|im_end|>"),
         (MISTRAL, " ", "</s>"),
         (PHI, "", "<|end|>"),
-        (PLAIN, "", "\n###\n"),
+        (NO_SPECIAL_TOKENS, "", "\n###\n"),
     ],
-    ids=["chatml", "marked", "mistral", "phi", "plain"],
+    ids=["chatml", "marked", "mistral", "phi", "no_special_tokens"],
 )
 def test_labels_are_the_answers_and_their_ends(tokenizer, template, start, end):
     tokenizer.chat_template = template
@@ -133,7 +133,12 @@ def test_a_system_turn_and_stripped_content(tokenizer):
 
 
 def test_a_question_after_the_last_answer_is_not_labelled(tokenizer):
-    for template, end in ((CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (PLAIN, "\n###\n"), (PHI, "<|end|>")):
+    for template, end in (
+        (CHATML, "<|im_end|>"),
+        (MARKED, "<|im_end|>"),
+        (NO_SPECIAL_TOKENS, "\n###\n"),
+        (PHI, "<|end|>"),
+    ):
         assert labelled(tokenizer, CHAT[:3], chat_template=template) == ["[12, 3, 40, 5]" + end]
     fails(tokenizer, "turn 1 changes if another turn follows", CHAT[:3], chat_template=THINKING)
 
@@ -163,7 +168,7 @@ class Slow:
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_labels(tokenizer):
-    for template in (CHATML, MISTRAL, PLAIN):
+    for template in (CHATML, MISTRAL, NO_SPECIAL_TOKENS):
         tokenizer.chat_template = template
         assert render_chat(Slow(tokenizer), CHAT) == render_chat(tokenizer, CHAT)
     with pytest.raises(DataError, match="needs a fast tokenizer"):

@@ -213,9 +213,7 @@ def test_a_name_with_boxes_in_two_images_needs_the_image():
     other = {"type": "image", "image": "s/10.jpg"}
     record = changed(TRAINING, "messages.1.content.2", other)
     record = changed(record, "boxes.2", {"name": "Kate", "image": "s/10.jpg", "box": [1, 2, 3, 4]})
-    with pytest.raises(
-        DataError, match=r"has boxes in several images \(s/9.jpg, s/10.jpg\); add .image."
-    ):
+    with pytest.raises(DataError, match=r"has boxes in several images \(s/9.jpg, s/10.jpg\); add .image."):
         parse_sample(record)
     sample = parse_sample(changed(record, "messages.2.content.0.image", "s/10.jpg"))
     assert sample.messages[2].content[0].image == "s/10.jpg"

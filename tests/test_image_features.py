@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from idavlm.evaluation.examples import identity_maps
+from idavlm.evaluation import identity_maps
 
 from idavlm.data import DataError, parse_sample
 from idavlm.evaluation import evaluate

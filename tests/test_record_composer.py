@@ -60,7 +60,7 @@ def training(source):
 
 @pytest.fixture(scope="module")
 def evaluation(source):
-    return list(RecordComposer(source, Random(2), own_names({f"p{i}": f"Person {i}" for i in range(9)})).evaluation(40))
+    return list(RecordComposer(source, Random(2), own_names({f"p{i}": f"Name {i}" for i in range(9)})).evaluation(40))
 
 
 def test_every_record_obeys_the_schema(training, evaluation):
@@ -189,7 +189,7 @@ def test_names_are_drawn_per_record_or_fixed(source, training, evaluation):
     named = Counter((key, name) for record in training for name, key in identities_by_name(source, record).items())
     assert len({name for key, name in named if key == "p0"}) > 15
     for record in evaluation:
-        assert all(name == f"Person {key[1:]}" for name, key in identities_by_name(source, record).items())
+        assert all(name == f"Name {key[1:]}" for name, key in identities_by_name(source, record).items())
 
 
 def test_records_are_a_function_of_the_seed(source):

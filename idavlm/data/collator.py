@@ -44,7 +44,7 @@ Batch field              Shape              Meaning
 ``image_features``       ``[I, P, Cv]``     output of the vision tower, in place of ``pixel_values``
 ``image_roles``          ``[I]``            0 reference, 1 scene, 2 general image (``ImageRole``)
 ``sample_index``         ``[I]``            row of the batch that an image belongs to (added by the collator)
-``identity_index``       ``[I]``            identity of a reference within its sample; not used for other images
+``identity_index``       ``[I]``            identity of a reference within its sample; 0 for other images
 ``image_sizes``          ``[I, 2]``         height and width of the original image in pixels
 ``boxes``                ``[N, 4]``         ``[x1, y1, x2, y2]`` in pixels of the original image, of the identities that
                                             have references

@@ -91,7 +91,7 @@ def draw_extra_front(sketch: Sketch, look: CharacterLook, joints: Joints) -> Non
         sketch.limb(torso.at(0.1, 0.03), torso.at(0.9, 0.03), 4, shade(colour, 0.85))
 
 
-def _plain(sketch: Sketch, torso: Torso, second: Colour, look: CharacterLook) -> None:
+def _solid(sketch: Sketch, torso: Torso, second: Colour, look: CharacterLook) -> None:
     sketch.polygon(torso.patch(0, 0.9, 1, 1), shade(look.shirt_colour, 0.8))
 
 
@@ -166,7 +166,7 @@ def _zigzag(sketch: Sketch, torso: Torso, second: Colour, look: CharacterLook) -
 
 
 _PATTERNS = {
-    "plain": _plain,
+    "solid": _solid,
     "stripes": _stripes,
     "bars": _bars,
     "dots": _dots,

@@ -31,7 +31,7 @@ HATS = ("none", "cap", "beanie", "top hat", "crown", "sun hat", "wizard hat", "h
 BEARDS = ("none", "moustache", "goatee", "full")
 GLASSES = ("none", "round", "square", "sunglasses")
 SHIRT_PATTERNS = (
-    *("plain", "stripes", "bars", "dots", "checks", "sash", "halves"),
+    *("solid", "stripes", "bars", "dots", "checks", "sash", "halves"),
     *("hoop", "jacket", "overalls", "star", "zigzag"),
 )
 LOWER_GARMENTS = ("trousers", "shorts", "skirt", "robe")
