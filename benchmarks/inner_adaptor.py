@@ -9,6 +9,7 @@ memory of activations; weights have a column of their own.
 """
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -20,8 +21,8 @@ from benchmarks.id_former import flops
 from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_side
 from idavlm import add_inner_adaptors
 from idavlm._compat import cache_name
-from idavlm.utils.machine import describe_machine
-from idavlm.utils.markdown import markdown_table
+from idavlm.modules.inner_adaptor import use_workflow
+from idavlm.utils import describe_machine, markdown_table
 
 
 def build_base(args: argparse.Namespace) -> nn.Module:
@@ -46,24 +47,33 @@ def adapted(base: nn.Module, number: int) -> nn.Module:
     return add_inner_adaptors(copy.deepcopy(base), layers=layers, workflows=("multimodal",))
 
 
-def prefill(model: nn.Module, ids: Tensor, **options) -> Callable[[], Tensor]:
+def prefill(model: nn.Module, ids: Tensor, workflow: str | None = None) -> Callable[[], Tensor]:
+    """One pass over the prompts without a cache."""
+
     @torch.no_grad()
     def run() -> Tensor:
-        return model(input_ids=ids, use_cache=False, **options).logits
+        with _in_workflow(model, workflow):
+            return model(input_ids=ids, use_cache=False).logits
 
     return run
 
 
-def decode(model: nn.Module, ids: Tensor, steps: int, **options) -> Callable[[], Tensor]:
+def decode(model: nn.Module, ids: Tensor, steps: int, workflow: str | None = None) -> Callable[[], Tensor]:
+    """``steps`` passes over one token per prompt, with a cache."""
+
     @torch.no_grad()
     def run() -> Tensor:
         cache, logits = {cache_name(): DynamicCache(config=model.config)}, None
-        for step in range(steps):
-            token = ids[:, step : step + 1]
-            logits = model(input_ids=token, use_cache=True, **cache, **options).logits
+        with _in_workflow(model, workflow):
+            for step in range(steps):
+                logits = model(input_ids=ids[:, step : step + 1], use_cache=True, **cache).logits
         return logits
 
     return run
+
+
+def _in_workflow(model: nn.Module, workflow: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if workflow is None else use_workflow(model, workflow)
 
 
 def weight_megabytes(model: nn.Module) -> float:

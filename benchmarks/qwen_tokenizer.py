@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from idavlm.conversion.qwen_tokenizer import SPECIAL_TOKENS, SPLIT, qwen_tokenizer, read_ranks
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import markdown_table
 
 ROOT = Path(__file__).parent.parent
 
