@@ -16,8 +16,7 @@ import torch
 from transformers import AutoProcessor
 
 from idavlm import IDAVLMForConditionalGeneration, RecordDataset
-from idavlm.utils import ImageRole
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import ImageRole, markdown_table
 
 
 @torch.no_grad()

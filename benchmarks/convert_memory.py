@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import markdown_table
 
 SIZES = {"hidden": 4096, "inner": 11008, "vocab": 151936, "width": 1664, "mlp": 8192, "heads": 16, "queries": 256}
 RANKS = 151643

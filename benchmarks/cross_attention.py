@@ -32,8 +32,7 @@ from benchmarks.measure import (
     tolerance,
 )
 from idavlm import cross_attention
-from idavlm.utils.machine import describe_machine
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import describe_machine, markdown_table
 
 OURS = ("triton", "sdpa")
 CASES = ("pool", "recognise", "long", "small")

@@ -20,8 +20,7 @@ from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, RecordDatase
 from idavlm.datasets.characters import build_characters
 from idavlm.evaluation import Answer, generate_answers
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.utils.machine import describe_machine
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import describe_machine, markdown_table
 
 CHARACTERS = {
     "num_train": 12,
@@ -38,7 +37,7 @@ CHARACTERS = {
 def untrained(samples: list) -> tuple[IDAVLMForConditionalGeneration, IDAVLMProcessor]:
     """A model of the size of examples/train_idformer.py with random weights, and its processor."""
     torch.manual_seed(0)
-    processor = small_processor(samples, image_size=64, num_queries=16)
+    processor = small_processor(samples, image_size=64)
     model = IDAVLMForConditionalGeneration.from_parts(
         small_vision_tower(hidden_size=128),
         small_language_model(processor.tokenizer, hidden_size=128),
@@ -58,7 +57,9 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a checkpoint (default: an untrained small model)")
     parser.add_argument("--data", type=Path, help="evaluation records for --model (default: drawn characters)")
     parser.add_argument("--records", type=int, default=64, help="records per task (default: %(default)s)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="to compare (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements; the fastest counts (default: %(default)s)")
     args = parser.parse_args()

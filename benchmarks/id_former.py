@@ -19,9 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_side, tolerance
 from benchmarks.released import ReleasedIDFormer, to_idavlm
 from idavlm import IDFormer
-from idavlm.utils import ImageRole
-from idavlm.utils.machine import describe_machine
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import ImageRole, describe_machine, markdown_table
 
 SMALL = {"hidden_size": 1024, "num_heads": 8, "num_queries": 64, "vision_hidden_size": 1024}
 RELEASED = {"hidden_size": 4096, "num_heads": 32, "num_queries": 256, "vision_hidden_size": 1664}

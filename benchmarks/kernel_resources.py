@@ -31,7 +31,7 @@ from idavlm.ops.cross_attention.triton.bwd_dq import bwd_dq
 from idavlm.ops.cross_attention.triton.fwd import fwd
 from idavlm.ops.cross_attention.triton.tiling import DEFAULT_TILINGS, TMA_TILINGS, Tile, compiler_options
 from idavlm.ops.cross_attention.triton_backend import GROUPS_PER_PASS
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import markdown_table
 
 KERNELS = {
     "fwd": fwd,

@@ -14,15 +14,14 @@ from transformers import set_seed
 from idavlm import IDAVLMForConditionalGeneration, IDTrainer, IDTrainingArguments, RecordDataset
 from idavlm.datasets.characters import build_characters
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.utils.machine import describe_machine
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import describe_machine, markdown_table
 
 
 def train(implementation: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], str]:
     """The logged losses of one run, and the machine that it ran on."""
     set_seed(0)
     data = RecordDataset(folder / "train.jsonl")
-    processor = small_processor(data, image_size=64, num_queries=16)
+    processor = small_processor(data, image_size=64)
     data.encode = processor.encode
     model = IDAVLMForConditionalGeneration.from_parts(
         small_vision_tower(hidden_size=128),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from idavlm.conversion.qwen_tokenizer import SPECIAL_TOKENS, SPLIT, qwen_tokenizer, read_ranks
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import markdown_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,13 +67,13 @@ def wrong(data: dict[str, list[str]], encode, decode, reference) -> Iterator[tup
 
 
 def main() -> None:
-    import tiktoken
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the file qwen.tiktoken")
     parser.add_argument("--strings", type=int, default=10_000, help="strings to compare (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the strings (default: %(default)s)")
     args = parser.parse_args()
+    import tiktoken
+
     ranks = read_ranks(args.path)
     special = {token: number for number, token in enumerate(SPECIAL_TOKENS, len(ranks))}
     reference = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)

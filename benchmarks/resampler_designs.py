@@ -16,8 +16,7 @@ from torch import Tensor
 
 from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_side, tolerance
 from idavlm import Resampler
-from idavlm.utils.machine import describe_machine
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import describe_machine, markdown_table
 
 
 def library(resampler: Resampler, x: Tensor, key_bias: Tensor) -> Tensor:

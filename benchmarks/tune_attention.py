@@ -30,7 +30,7 @@ from idavlm.ops.cross_attention.triton.tiling import (
     save_tiling,
     tuning_file,
 )
-from idavlm.utils.machine import describe_machine
+from idavlm.utils import describe_machine
 
 BLOCKS_Q, BLOCKS_K, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from idavlm.data.errors import DataError
 from idavlm.data.dataset import JsonRecords
+from idavlm.data.errors import DataError
 from idavlm.data.schema import Sample
 from idavlm.utils import drop_torn_line
 

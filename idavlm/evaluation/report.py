@@ -1,21 +1,17 @@
 """Reports of a training run and the tables they consist of: means over seeds, or means with confidence intervals."""
 
 import json
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-
-import torch
 
 from idavlm.data.schema import TASK_TYPES
 from idavlm.evaluation.bootstrap import bootstrap_mean
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet
 from idavlm.evaluation.plots import LogHistory, plot_bars, plot_curves
 from idavlm.evaluation.results import EvaluationResult, Prediction, metrics_of
-from idavlm.utils import markdown_table
+from idavlm.utils import describe_machine, markdown_table
 
 Label = Callable[[Prediction], str]
 
@@ -67,7 +63,7 @@ def write_report(
         settings: name -> value, printed as a table.
         command: the command that reproduces the run.
         seconds: duration of the whole run.
-        machine: description of the hardware; by default :func:`describe_machine`.
+        machine: description of the hardware; by default :func:`idavlm.utils.describe_machine`.
 
     Returns:
         The path of ``report.md``.
@@ -198,18 +194,6 @@ def interval_table(results: Mapping[str, EvaluationResult], label: Label, *, fir
             cells = ["-" if group is None else f"{group['unparsed'] / group['n']:.3f}" for group in groups]
             rows.append([head, "unparsed", max(group["n"] for group in found), *cells, "-"])
     return markdown_table([first, "metric", "n", *summaries, "chance"], rows)
-
-
-def describe_machine() -> str:
-    """Processor or GPU, number of threads and versions."""
-    name = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    elif os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}"
 
 
 def format_seconds(seconds: float) -> str:

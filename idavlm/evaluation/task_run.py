@@ -9,11 +9,12 @@ from idavlm.evaluation.answers import Answer, load_answers
 from idavlm.evaluation.baselines import check_wrong_references
 from idavlm.evaluation.bootstrap import RESAMPLES
 from idavlm.evaluation.generation import generate_answers
-from idavlm.evaluation.report import describe_machine, interval_summary, interval_table
+from idavlm.evaluation.report import interval_summary, interval_table
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.image_files import with_images
+from idavlm.utils import describe_machine
 
 VARIANT_FOLDERS = {"right": "", "none": "no-references", "wrong": "wrong-references"}
 VARIANT_NAMES = {"right": "right references", "none": "no references", "wrong": "wrong references"}

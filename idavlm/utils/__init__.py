@@ -6,6 +6,7 @@ from idavlm.utils.compiling import outside_compile
 from idavlm.utils.files import drop_torn_line
 from idavlm.utils.ignore_index import IGNORE_INDEX
 from idavlm.utils.image_roles import ImageRole
+from idavlm.utils.machine import describe_machine
 from idavlm.utils.markdown import markdown_table
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ImageRole",
     "check_choice",
     "check_positive",
+    "describe_machine",
     "drop_torn_line",
     "last_answer",
     "markdown_table",
