@@ -145,12 +145,12 @@ def test_parts_in_other_folders(llava, tmp_path, capsys):
     (llava / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (llava / "tokenizer_config.json").unlink()
     tower = shutil.copytree(llava / "clip-vision-tiny", tmp_path / "tower")
-    refused(llava, r"no tokenizer that can be read.*--tokenizer", vision_tower=tower)
+    refused(llava, r"no tokenizer that can be loaded.*--tokenizer", vision_tower=tower)
     assert main(["convert", str(llava), str(tmp_path / "out"), "--vision-tower", str(tower)]) == 2
     assert "idavlm convert: " in capsys.readouterr().err
 
 
-def test_the_tokenizer_must_be_the_checkpoints(tmp_path):
+def test_the_tokenizer_must_belong_to_the_checkpoint(tmp_path):
     ida_vlm = released("ida-vlm", tmp_path)
     lines = (ida_vlm / "qwen.tiktoken").read_text().splitlines()
     (ida_vlm / "qwen.tiktoken").write_text("\n".join(lines[:-1]))
@@ -161,7 +161,7 @@ def test_the_tokenizer_must_be_the_checkpoints(tmp_path):
     refused(ida_vlm, r"expected the ranks 0, 1, 2, \.\.\. in order and all 256 bytes")
 
 
-def test_it_overwrites_nothing_and_looks_for_room_first(llava, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_and_disk_space_is_checked_first(llava, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")

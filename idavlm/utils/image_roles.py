@@ -1,14 +1,15 @@
-"""What an image is in its sample."""
+"""Roles of images in a sample."""
 
 from enum import IntEnum
 
 
 class ImageRole(IntEnum):
-    """Role of an image, written by the data reader and carried in ``image_roles``; never inferred later.
+    """Role of an image. It is set by the data reader, stored in ``image_roles`` and never inferred later.
 
-    REFERENCE: a photo that introduces a named identity ("Kate is <image>").
-    SCENE: an image of a sample with references, in which those identities are looked for.
-    GENERAL: an image of a sample without references.
+    Attributes:
+        REFERENCE: photo that introduces a named identity ("Kate is <image>").
+        SCENE: image of a sample with references, in which these identities are searched.
+        GENERAL: image of a sample without references.
     """
 
     REFERENCE = 0
