@@ -9,6 +9,7 @@ memory of activations; weights have a column of their own.
 """
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -21,8 +22,7 @@ from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_sid
 from idavlm import add_inner_adaptors
 from idavlm._compat import cache_name
 from idavlm.modules.inner_adaptor import use_workflow
-from idavlm.utils.machine import describe_machine
-from idavlm.utils.markdown import markdown_table
+from idavlm.utils import describe_machine, markdown_table
 
 
 def build_base(args: argparse.Namespace) -> nn.Module:
@@ -47,24 +47,33 @@ def adapted(base: nn.Module, number: int) -> nn.Module:
     return add_inner_adaptors(copy.deepcopy(base), layers=layers, workflows=("multimodal",))
 
 
-def prefill(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+def prefill(model: nn.Module, ids: Tensor, workflow: str | None = None) -> Callable[[], Tensor]:
+    """One pass over the prompts without a cache."""
+
     @torch.no_grad()
     def run() -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits
+        with _in_workflow(model, workflow):
+            return model(input_ids=ids, use_cache=False).logits
 
     return run
 
 
-def decode(model: nn.Module, ids: Tensor, steps: int) -> Callable[[], Tensor]:
+def decode(model: nn.Module, ids: Tensor, steps: int, workflow: str | None = None) -> Callable[[], Tensor]:
+    """``steps`` passes over one token per prompt, with a cache."""
+
     @torch.no_grad()
     def run() -> Tensor:
         cache, logits = {cache_name(): DynamicCache(config=model.config)}, None
-        for step in range(steps):
-            token = ids[:, step : step + 1]
-            logits = model(input_ids=token, use_cache=True, **cache).logits
+        with _in_workflow(model, workflow):
+            for step in range(steps):
+                logits = model(input_ids=ids[:, step : step + 1], use_cache=True, **cache).logits
         return logits
 
     return run
+
+
+def _in_workflow(model: nn.Module, workflow: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if workflow is None else use_workflow(model, workflow)
 
 
 def weight_megabytes(model: nn.Module) -> float:
@@ -75,13 +84,12 @@ def text_rows(base: nn.Module, ids: Tensor, args: argparse.Namespace) -> list[li
     """The text workflow against the base; their logits must be equal to the bit."""
     model, rows = adapted(base, args.layers // 2), []
     for name, functions in {
-        "prefill": {"base": prefill(base, ids), "text": prefill(model, ids)},
-        "decode": {"base": decode(base, ids, args.steps), "text": decode(model, ids, args.steps)},
+        "prefill": {"base": prefill(base, ids), "text": prefill(model, ids, workflow="text")},
+        "decode": {"base": decode(base, ids, args.steps), "text": decode(model, ids, args.steps, workflow="text")},
     }.items():
-        with use_workflow(model, "text"):
-            assert torch.equal(*(function() for function in functions.values()))
-            times = time_side_by_side(functions, args.device, args.rounds)
-            peaks = {key: peak_megabytes(function, args.device) for key, function in functions.items()}
+        assert torch.equal(*(function() for function in functions.values()))
+        times = time_side_by_side(functions, args.device, args.rounds)
+        peaks = {key: peak_megabytes(function, args.device) for key, function in functions.items()}
         time_overhead, memory_overhead = (f"{100 * (x['text'] / x['base'] - 1):+.1f}%" for x in (times, peaks))
         rows.append(
             [

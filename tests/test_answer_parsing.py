@@ -1,4 +1,4 @@
-"""Awkward answers, read as a person would read them."""
+"""Parsing of unusual answers."""
 
 import pytest
 
@@ -164,7 +164,7 @@ def test_boxes_in_pixels(text, box):
 @pytest.mark.parametrize("kind", ["qwen", "thousand"])
 @pytest.mark.parametrize(("text", "box"), [one for one in BOXES if one[1] in (KATE, TOM)])
 def test_the_same_in_thousandths(kind, text, box):
-    """Only the numbers' meaning differs: a picture of 999 x 999 has thousandths for pixels."""
+    """Only the meaning of numbers differs: in an image of 999 x 999 pixels, thousandths are pixels."""
     assert BoxFormat(kind).parse(text, (999, 999), name="Kate") == box
 
 
@@ -177,7 +177,7 @@ def test_the_same_in_thousandths(kind, text, box):
         ("square", "[0.1, 0.0, 0.2, 0.1]", "empty"),
     ],
 )  # fmt: skip
-def test_numbers_of_another_convention_are_not_read_as_this_one(kind, text, problem):
+def test_numbers_of_another_box_format_are_rejected(kind, text, problem):
     reading = BoxFormat(kind).read(text, SIZE)
     assert (reading.box, reading.problem) == (None, problem)
 

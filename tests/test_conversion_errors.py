@@ -117,7 +117,7 @@ def test_unknown_formats_and_folders(llava, tmp_path):
     change(llava, lambda weights: [weights.pop(name) for name in list(weights) if "mm_projector" in name])
     refused(
         llava,
-        r"unknown format. Found model_type='llava_llama'.*39 \(lm_head\.weight, .*Supported formats: Qwen-VL, IDA-VLM",
+        r"unknown format. Found model_type='llava_llama'.*39 \(lm_head\.weight, .*formats: Qwen-VL, IDA-VLM",
     )
     (llava / "pytorch_model.bin").unlink()
     refused(llava, r"no weight files; expected one of model\.safetensors, pytorch_model\.bin")
@@ -140,17 +140,17 @@ def test_a_configuration_that_lacks_something(tmp_path):
 
 def test_parts_in_other_folders(llava, tmp_path, capsys):
     configure(llava, mm_vision_tower="openai/clip-vit-large-patch14-336")
-    refused(llava, r"its vision tower 'openai/clip-vit-large-patch14-336' is not a folder.*--vision-tower")
+    refused(llava, r"its vision tower 'openai/clip-vit-large-patch14-336' is not a local folder.*--vision-tower")
     refused(llava, r"vision_tower='.*nowhere' has no config\.json", vision_tower=tmp_path / "nowhere")
     (llava / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (llava / "tokenizer_config.json").unlink()
     tower = shutil.copytree(llava / "clip-vision-tiny", tmp_path / "tower")
-    refused(llava, r"no tokenizer that can be read.*--tokenizer", vision_tower=tower)
+    refused(llava, r"no tokenizer that can be loaded.*--tokenizer", vision_tower=tower)
     assert main(["convert", str(llava), str(tmp_path / "out"), "--vision-tower", str(tower)]) == 2
     assert "idavlm convert: " in capsys.readouterr().err
 
 
-def test_the_tokenizer_must_be_the_checkpoints(tmp_path):
+def test_the_tokenizer_must_belong_to_the_checkpoint(tmp_path):
     ida_vlm = released("ida-vlm", tmp_path)
     lines = (ida_vlm / "qwen.tiktoken").read_text().splitlines()
     (ida_vlm / "qwen.tiktoken").write_text("\n".join(lines[:-1]))
@@ -161,7 +161,7 @@ def test_the_tokenizer_must_be_the_checkpoints(tmp_path):
     refused(ida_vlm, r"expected the ranks 0, 1, 2, \.\.\. in order and all 256 bytes")
 
 
-def test_it_overwrites_nothing_and_looks_for_room_first(llava, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_and_disk_space_is_checked_first(llava, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
@@ -254,7 +254,7 @@ def test_dtype_is_applied_to_every_floating_tensor(llava, tmp_path):
     for path in (tmp_path / "out").glob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
-    with pytest.raises(ValueError, match="dtype='int7' is not known"):
+    with pytest.raises(ValueError, match="dtype='int7' is not supported"):
         convert(llava, tmp_path / "other", dtype="int7")
 
 

@@ -159,7 +159,7 @@ def _encode_images_once(model: nn.Module, inputs: dict[str, Tensor], samples: Se
     distinct = sorted(first.values())
     features, grid_size = model.image_features(inputs["pixel_values"][distinct])
     if grid_size is not None and grid_size[0] != grid_size[1]:
-        return inputs  # given features only, the model assumes a square grid
+        return inputs  # from features alone, the model would assume a square grid
     row_of = {number: row for row, number in enumerate(distinct)}
     rows = torch.tensor([row_of[first[path]] for path in paths], device=features.device)
     others = {name: value for name, value in inputs.items() if name != "pixel_values"}
@@ -230,7 +230,9 @@ def _check_samples(samples: Sequence[Sample], write_choices: bool) -> None:
         if sample.answer is None:
             raise ValueError(f"samples: {place} is a training sample; pass samples with 'type' and 'answer'.")
         if sample.id in ids:
-            raise ValueError(f"samples: id={sample.id!r} of {place} is not unique; give every sample its own id.")
+            raise ValueError(
+                f"samples: id={sample.id!r} of {place} is not unique; use a different id for every sample."
+            )
         ids.add(sample.id)
         if sample.task in CHOICE_TASKS and not sample.false_answers and not write_choices:
             raise ValueError(

@@ -37,7 +37,7 @@ def names_in(text: str, names: Iterable[str] | Mapping[str, str]) -> set[str]:
     """The ``names`` that occur in ``text`` as whole words; "Elvish Ranger" does not count as "Ranger".
 
     The search is case-sensitive: "Rose" is a name, "rose" is not. If ``names`` is a mapping of spellings to names
-    (:func:`name_spellings`), spellings are searched and the names they stand for are returned.
+    (:func:`name_spellings`), spellings are searched and the corresponding names are returned.
     """
     spellings = names if isinstance(names, Mapping) else {name: name for name in names}
     longest_first = sorted((name for name in spellings if name in text), key=len, reverse=True)

@@ -1,9 +1,9 @@
 """Tables in Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
-def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """Render a Markdown table. Vertical bars in cells are escaped, line breaks become spaces.
 
     Args:
@@ -11,7 +11,8 @@ def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -
         rows: cells of each row; anything that ``str`` accepts.
     """
 
-    def line(cells: Sequence[object]) -> str:
+    def line(cells: Iterable[object]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
+    header = list(header)
     return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])

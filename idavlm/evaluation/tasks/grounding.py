@@ -29,7 +29,7 @@ def load_grounding(data: Path, images: Path | None) -> list[Item]:
         phrase = field(record, ("sent", "expression", "phrase"), where)
         sample_id = str(record.get("id", record.get("question_id", number)))
         if sample_id in ids:
-            raise DataError(f"id={sample_id!r} is not unique; give every record its own id.", where=where)
+            raise DataError(f"id={sample_id!r} is not unique; use a different id for every record.", where=where)
         ids.add(sample_id)
         text = record.get("text") or f"Where is {phrase}?"
         sample = question_sample(sample_id, text, [image], task="location", where=where, root=root)
