@@ -1,11 +1,16 @@
 """idavlm: identity-aware vision-language models.
 
-Show a model reference photos of named characters and it recognises them in other images. The public names below are
-imported on first use, so ``import idavlm`` itself costs nothing.
+A model is shown reference photos of named identities (people, characters, pets, objects) and recognises them in other
+images. The public names below are imported on first use: ``import idavlm`` imports neither torch nor transformers.
+
+``import idavlm`` also registers the model, configuration and processor with the Auto classes of transformers, so that
+``AutoModelForImageTextToText``, ``AutoConfig`` and ``AutoProcessor`` load idavlm checkpoints.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from idavlm._auto_classes import register_when_imported
 
 __version__ = "0.1.0"
 
@@ -18,7 +23,9 @@ _HOME_OF = {
     "IDFormer": "idavlm.modules",
     "IDTrainer": "idavlm.training",
     "IDTrainingArguments": "idavlm.training",
+    "IdentityEmbedding": "idavlm.modules",
     "IdentityTokens": "idavlm.modules",
+    "ImageIndexEmbedding": "idavlm.modules",
     "ImageRole": "idavlm.utils",
     "RecordDataset": "idavlm.data",
     "Resampler": "idavlm.modules",
@@ -26,8 +33,8 @@ _HOME_OF = {
     "add_inner_adaptors": "idavlm.modules",
     "build_connector": "idavlm.modules",
     "cross_attention": "idavlm.ops",
-    "identity_map_loss": "idavlm.ops",
-    "identity_patch_targets": "idavlm.ops",
+    "identity_map_loss": "idavlm.modules",
+    "identity_patch_targets": "idavlm.modules",
     "load_adaptors": "idavlm.modules",
     "parse_sample": "idavlm.data",
     "save_adaptors": "idavlm.modules",
@@ -42,7 +49,9 @@ __all__ = [
     "IDFormer",
     "IDTrainer",
     "IDTrainingArguments",
+    "IdentityEmbedding",
     "IdentityTokens",
+    "ImageIndexEmbedding",
     "ImageRole",
     "RecordDataset",
     "Resampler",
@@ -63,15 +72,19 @@ if TYPE_CHECKING:
     from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor
     from idavlm.modules import (
         CrossAttention,
+        IdentityEmbedding,
         IdentityTokens,
         IDFormer,
+        ImageIndexEmbedding,
         Resampler,
         add_inner_adaptors,
         build_connector,
+        identity_map_loss,
+        identity_patch_targets,
         load_adaptors,
         save_adaptors,
     )
-    from idavlm.ops import cross_attention, identity_map_loss, identity_patch_targets
+    from idavlm.ops import cross_attention
     from idavlm.training import IDTrainer, IDTrainingArguments
     from idavlm.utils import ImageRole
 
@@ -84,3 +97,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_imported()
