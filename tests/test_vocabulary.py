@@ -23,7 +23,7 @@ FILES += [
 WORDS = {
     "identity, null token": r"\b(some|no|every)body\b|nobody_",
     "image": r"\bpictures?\b(?! \d| \{|:)|num_pictures?|picture_slots?|_pictures?\b|\bpictures?_",
-    "general image": r"\bplain images?\b|\bplain_images?\b|['\"]plain['\"]",
+    "general image": r"\bplain[ _]images?\b|\bnum_plain\b|\bis_plain\b",
     "identity embedding": r"\bslots?\b(?!=true)|\w+_slots?\b|names_as_marks|\bname_marks\b|identity marks?\b",
     "identity pretraining, instruction tuning": r"\b(looking|reading)[ _]stages?\b|stage=['\"](looking|reading)['\"]",
     "teacher forcing, target_identity_map": r"\bwith_known\b|\bknown_map\b|\bknown=",
@@ -31,10 +31,9 @@ WORDS = {
     "token_identity_index": r"\bname_identity\b",
     "name_mask": r"\bis_name\b",
     "modules_to_copy": r"\bowned=|\bowned_\w+|\w_owned\b|['\"]owned['\"]",
-    "backends": r"attention_ways|\bways ?=",
+    "backends": r"attention_ways|ways_that_run",
     "layer": r"\bfloor \d|\bfloors\b",
     "pass": r"\bgive \w+=",
-    "frozen": r"\bat rest\b",
     "training data, train, supervise": r"\blessons?\b|\bteach(es|ing)?\b|\btaught\b",
     "token_position_embedding": r"\btoken_norm\b|\btoken_positions\b",
     "contrastive_loss": r"\bcontrast_loss\w*",
@@ -44,8 +43,8 @@ WORDS = {
     "initial weights of output_proj": r"\bimage_token_scale\b",
     "identity_map_loss": r"\bidentity_attention_loss\b|\bidentity_supervision\b",
 }
-# Position in space, and the drawn world of the data sets.
-OUTSIDE_DATASETS = {"after": r"\bbehind\b"}
+# The data sets describe drawings: an object behind another one, a figure at rest.
+OUTSIDE_DATASETS = {"after": r"\bbehind\b", "frozen": r"\bat rest\b"}
 
 
 @pytest.mark.parametrize("replacement", [*WORDS, *OUTSIDE_DATASETS])
