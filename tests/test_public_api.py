@@ -64,7 +64,7 @@ def own(value: object) -> bool:
 
 
 def public_methods(cls: type) -> set[str]:
-    """Methods and properties that classes of idavlm add; what overrides a method of another library is documented there."""
+    """Methods and properties that idavlm adds; one that overrides a method of another library is documented there."""
     ours, theirs = set(), set()
     for base in cls.__mro__:
         if base.__module__.startswith("idavlm."):

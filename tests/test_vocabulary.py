@@ -35,7 +35,7 @@ WORDS = {
     "layer": r"\bfloor \d|\bfloors\b",
     "pass": r"\bgive \w+=",
     "training data, train, supervise": r"\blessons?\b|\bteach(es|ing)?\b|\btaught\b",
-    "token_position_embedding": r"\btoken_norm\b|\btoken_positions\b",
+    "token_position_embedding": r"(?<!\.)\btoken_(norm|positions)(=|: bool)",
     "contrastive_loss": r"\bcontrast_loss\w*",
     "stage": r"\bidentity_warmup_steps\b",
     "idavlm.experimental.muon": r"\bmuon_modules\b",
@@ -58,6 +58,6 @@ def test_replaced_words_do_not_come_back(replacement):
         if pattern.search(path.stem):
             found.append(name)
         for number, line in enumerate(path.read_text().lower().splitlines(), 1):
-            found += [f"{name}:{number}: {match}" for match in [pattern.search(line)] if match]
-    listed = "\n".join(re.sub(r"<re.Match.*match=(.*)>", r"\1", entry) for entry in found)
+            found += [f"{name}:{number}: {match[0]}" for match in pattern.finditer(line)]
+    listed = "\n".join(found)
     assert not found, f"write {replacement!r} instead, in {len(found)} places:\n{listed}"
