@@ -15,12 +15,12 @@ DATA, VISION, IDENTITY, LANGUAGE, OUTPUT = "#eef1f5", "#dfe9f7", "#fde6c8", "#d9
 EDGE = "#444444"
 
 
-def box(ax, x, y, title, text, colour, width=2.5, height=1.15):
+def box(ax, x, y, title, text, colour, width=2.5, height=1.25):
     """Draw a rounded box with a bold title and a line of explanation, centred at (x, y)."""
     corner = (x - width / 2, y - height / 2)
     ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0.03", fc=colour, ec=EDGE))
-    ax.text(x, y + 0.25, title, ha="center", va="center", fontsize=10, weight="bold")
-    ax.text(x, y - 0.17, text, ha="center", va="center", fontsize=8)
+    ax.text(x, y + 0.3, title, ha="center", va="center", fontsize=12, weight="bold")
+    ax.text(x, y - 0.2, text, ha="center", va="center", fontsize=9.5)
 
 
 def arrow(ax, start, end, text="", offset=(0.0, 0.15), align="center"):
@@ -28,7 +28,7 @@ def arrow(ax, start, end, text="", offset=(0.0, 0.15), align="center"):
     ax.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "lw": 1.4, "color": EDGE})
     if text:
         middle = ((start[0] + end[0]) / 2 + offset[0], (start[1] + end[1]) / 2 + offset[1])
-        ax.text(*middle, text, fontsize=8, color=EDGE, ha=align, va="center", style="italic")
+        ax.text(*middle, text, fontsize=9.5, color=EDGE, ha=align, va="center", style="italic")
 
 
 def main() -> None:
@@ -53,7 +53,8 @@ def main() -> None:
         xytext=(11.0, 5.38),
         arrowprops={"arrowstyle": "->", "lw": 1.2, "color": EDGE, "linestyle": "--"},
     )
-    ax.text(9.25, 4.78, "image_roles\nsample_index\nidentity_index", fontsize=8, color=EDGE, ha="right", style="italic")
+    labels = "image_roles\nsample_index\nidentity_index"
+    ax.text(9.1, 4.62, labels, fontsize=9.5, color=EDGE, ha="right", style="italic")
 
     box(ax, 3.9, 3.4, "scatter", "image tokens replace\nplaceholders", LANGUAGE)
     arrow(ax, (6.48, 3.4), (5.22, 3.4), "[I, Q, C]")
