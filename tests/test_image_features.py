@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from idavlm.evaluation import identity_maps
 
 from idavlm.data import DataError, parse_sample
-from idavlm.evaluation import evaluate
+from idavlm.evaluation import evaluate, identity_maps
 from idavlm.models import ImageFeatures
 from tests.small_models import sample, small_model, small_processor
 

@@ -1,4 +1,4 @@
-"""identity_embedding="name": embeddings of names on image tokens, by hand, in a model, and where they cannot be made."""
+"""identity_embedding="name": embeddings of names on image tokens, by hand and in a model; errors."""
 
 import pytest
 import torch
@@ -165,8 +165,7 @@ def test_errors(model, processor, root):
         small_model(processor, null_name_token_id=3)
     with pytest.raises(ValueError, match="identity_embedding='name' and max_identities=4"):
         small_model(processor, identity_embedding="name", max_identities=4)
+    features, index = torch.randn(3, 64, 32), torch.zeros(3, dtype=torch.long)
+    names = (torch.randn(1, 1, model.id_former.resampler.output_size), None)
     with pytest.raises(ValueError, match="name_embeddings has 1 names per sample but a sample has 2 identities"):
-        features = torch.randn(3, 64, 32)
-        names = (torch.randn(1, 1, model.id_former.resampler.output_size), None)
-        roles, index = torch.tensor([0, 0, 1]), torch.zeros(3, dtype=torch.long)
-        model.id_former(features, roles, index, name_embeddings=names)
+        model.id_former(features, torch.tensor([0, 0, 1]), index, name_embeddings=names)
