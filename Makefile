@@ -1,13 +1,30 @@
-# make test: sets up an environment and runs lint and tests.    make demo: sets up and runs the demonstration.
-# PYTHON picks the interpreter; CONSTRAINTS= installs without the versions pinned for machines without a GPU.
+# Targets create their environment in .venv on first use.
+#
+#   make test         lint, spelling and all tests
+#   make test-oldest  all tests with the lowest supported versions of the dependencies, in .venv-oldest
+#   make docs         the documentation site in site/; a warning is an error
+#   make format       fix what ruff can fix
+#   make demo         train the small example and write its report
+#   make bench        CPU benchmarks
+#   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU, in the environment of PYTHON
+#   make clean        remove environments, builds and caches
+#
+# PYTHON is the interpreter for new environments. CONSTRAINTS is a file of pinned versions; the default pins a CPU build
+# of torch. On a machine with a GPU, pass CONSTRAINTS= to install the newest versions.
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints-cpu.txt
+# The lowest supported torch is 2.11, which the GPU machines have. PyPI has CPU builds of few versions, so a machine
+# without a GPU tests the lowest supported versions of everything else with the torch that is pinned for it.
+OLDEST_TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+OLDEST := .venv-oldest
+PIP_INSTALL := -m pip install -q --disable-pip-version-check
+PIP := $(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
-.PHONY: test lint format demo bench gpu clean
+.PHONY: test test-oldest lint docs format demo bench gpu clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -15,6 +32,10 @@ test: lint
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell $(PROSE)
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -29,8 +50,8 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
 
-# All that is to be known of the attention kernels on a CUDA GPU, in PYTHON's own environment: are they right, which
-# tiles are fastest, how fast, do models train alike, is memory accessed properly (compute-sanitizer, of CUDA's toolkit).
+# Correctness of the attention kernels, their fastest tile sizes, their speed, the loss curves of models that use them,
+# and memory accesses (compute-sanitizer is part of the CUDA toolkit).
 WIDTHS ?= 64 128
 gpu:
 	$(PYTHON) -m pytest tests/test_triton_attention.py tests/test_attention_kernels.py
@@ -39,12 +60,21 @@ gpu:
 	$(PYTHON) -m benchmarks.loss_curves --bf16
 	compute-sanitizer $(PYTHON) -m pytest tests/test_triton_attention.py -k widths
 
-# torch by itself first: with it in place no other package pulls in a CUDA build.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest
+
+# torch is installed first: other packages then keep it and do not pull in a CUDA build.
 $(VENV)/installed: pyproject.toml setup.py constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e ".[dev]"
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml setup.py constraints-cpu.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP_INSTALL) torch==$(OLDEST_TORCH)
+	$(OLDEST)/bin/python $(PIP_INSTALL) torch==$(OLDEST_TORCH) -c constraints-oldest.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info runs .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Packaging entry point; the metadata stands in pyproject.toml."""
+"""Entry point for tools that do not read pyproject.toml, which holds all metadata."""
 
 from setuptools import setup
 

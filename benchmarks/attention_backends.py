@@ -1,4 +1,4 @@
-"""Ways to compute cross-attention of ragged segments, each a function of a :class:`Problem` to its output."""
+"""Backends of ragged cross-attention to compare: each is a function from a :class:`Problem` to the output."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from idavlm.ops.cross_attention import sdpa
 
 @dataclass(eq=False)
 class Problem:
-    """Inputs ``[tokens, H, D]``; ``shared``: all segments have the same queries, and ``q`` holds them once."""
+    """Packed inputs ``[T, H, D]``. With ``shared``, all segments use the same queries and ``q`` holds them once."""
 
     q: Tensor
     k: Tensor
@@ -36,33 +36,35 @@ class Problem:
 
     @property
     def packed_q(self) -> Tensor:
-        """Queries of all segments: a copy where they are shared, for those who know no other way."""
+        """Queries of all segments, for backends that need a copy of shared queries per segment."""
         return self.q.repeat(len(self.lengths_q), 1, 1) if self.shared else self.q
 
     @property
     def segments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        parts = self.packed_q.split(self.lengths_q), self.k.split(self.lengths_k), self.v.split(self.lengths_k)
-        return list(zip(*parts, strict=True))
+        lengths_q, lengths_k = self.lengths_q, self.lengths_k
+        return list(zip(self.packed_q.split(lengths_q), self.k.split(lengths_k), self.v.split(lengths_k), strict=True))
 
     @cached_property
     def block_mask(self):
         from torch.nn.attention.flex_attention import create_block_mask
 
-        owner_q, owner_k = (
+        segment_q, segment_k = (
             torch.repeat_interleave(torch.arange(len(x), device=self.q.device), torch.tensor(x, device=self.q.device))
             for x in (self.lengths_q, self.lengths_k)
         )
 
         def same_segment(batch, head, query, key):
-            return owner_q[query] == owner_k[key]
+            return segment_q[query] == segment_k[key]
 
-        return create_block_mask(same_segment, None, None, len(owner_q), len(owner_k), device=self.q.device)
+        return create_block_mask(same_segment, None, None, len(segment_q), len(segment_k), device=self.q.device)
 
     def _starts(self, lengths: list[int]) -> Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.q.device)
 
 
 def library(implementation: str) -> Callable[[Problem], Tensor]:
+    """:func:`idavlm.cross_attention` with ``attn_implementation=implementation``."""
+
     def run(problem: Problem) -> Tensor:
         queries = {} if problem.shared else {"cu_seqlens_q": problem.starts_q, "max_seqlen_q": max(problem.lengths_q)}
         out = cross_attention(
@@ -81,16 +83,17 @@ def library(implementation: str) -> Callable[[Problem], Tensor]:
 
 def triton(problem: Problem) -> Tensor:
     if problem.q.device.type == "cpu":
-        raise RuntimeError("the kernels need a GPU; interpreted on a CPU they tell nothing about speed")
+        raise RuntimeError("the kernels need a GPU; on a CPU they are interpreted, and their speed means nothing")
     return library("triton")(problem)
 
 
 def by_segment(problem: Problem) -> Tensor:
-    return torch.cat([_attend(*(x[None] for x in part))[0] for part in problem.segments])
+    """One SDPA call per segment."""
+    return torch.cat([_sdpa(*(x[None] for x in segment))[0] for segment in problem.segments])
 
 
 def released(problem: Problem) -> Tensor:
-    """As ``nn.MultiheadAttention`` with its weights returned: one segment after the other, the matrix written out."""
+    """As the released code: a loop over segments of ``nn.MultiheadAttention`` that returns its weights."""
     outputs = []
     for q, k, v in problem.segments:
         weights = torch.einsum("qhd,khd->hqk", q * q.shape[-1] ** -0.5, k).softmax(-1)
@@ -100,7 +103,7 @@ def released(problem: Problem) -> Tensor:
 
 
 def padded(backend: SDPBackend) -> Callable[[Problem], Tensor]:
-    """One SDPA call; with a mask, unless all segments have one length."""
+    """One padded SDPA call, with a mask unless all segments have the same length."""
 
     def run(problem: Problem) -> Tensor:
         q, k, v, num = problem.packed_q, problem.k, problem.v, len(problem.lengths_q)
@@ -118,6 +121,7 @@ def padded(backend: SDPBackend) -> Callable[[Problem], Tensor]:
 
 
 def bucketed(problem: Problem) -> Tensor:
+    """One SDPA call per pair of lengths."""
     buckets = defaultdict(list)
     segments = problem.segments
     for number, lengths in enumerate(zip(problem.lengths_q, problem.lengths_k, strict=True)):
@@ -125,7 +129,7 @@ def bucketed(problem: Problem) -> Tensor:
     outputs = [problem.q] * len(segments)
     for numbers in buckets.values():
         stacked = (torch.stack(parts) for parts in zip(*(segments[number] for number in numbers), strict=True))
-        for number, output in zip(numbers, _attend(*stacked), strict=True):
+        for number, output in zip(numbers, _sdpa(*stacked), strict=True):
             outputs[number] = output
     return torch.cat(outputs)
 
@@ -159,11 +163,11 @@ def flex(problem: Problem) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-WAYS: dict[str, Callable[[Problem], Tensor]] = {
+BACKENDS: dict[str, Callable[[Problem], Tensor]] = {
     "triton": triton,
     "sdpa": library("sdpa"),
     "released": released,
-    "one call a segment": by_segment,
+    "one call per segment": by_segment,
     "bucketed": bucketed,
     "padded, flash": padded(SDPBackend.FLASH_ATTENTION),
     "padded, efficient": padded(SDPBackend.EFFICIENT_ATTENTION),
@@ -176,5 +180,5 @@ WAYS: dict[str, Callable[[Problem], Tensor]] = {
 }
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)

@@ -1,9 +1,9 @@
-"""Memory that converting takes: a checkpoint with IDA-VLM's names and released shapes, random, fewer layers.
+"""Peak memory of a conversion, measured on a random checkpoint with the tensor names and shapes of IDA-VLM.
 
-Makes shards of about 2 GB, converts them in a process of its own, checks some of what came out, prints the peak and
-removes everything:
+    python -m benchmarks.convert_memory                                 # 7 language layers; needs 13 GB in /tmp
+    python -m benchmarks.convert_memory --layers 32 --vision-layers 48  # the full size; needs 41 GB
 
-    python -m benchmarks.convert_memory [--folder /tmp] [--layers 7] [--vision-layers 8] [--format bin]
+The checkpoint is written in shards, converted in a separate process, checked, and removed.
 """
 
 import argparse
@@ -23,6 +23,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from idavlm.utils import markdown_table
+
 SIZES = {"hidden": 4096, "inner": 11008, "vocab": 151936, "width": 1664, "mlp": 8192, "heads": 16, "queries": 256}
 RANKS = 151643
 CHILD = """
@@ -41,21 +43,21 @@ print(peak)
 
 
 def shapes(layers: int, vision_layers: int, sizes: dict[str, int]) -> dict[str, list[int]]:
-    """Names and shapes of an IDA-VLM of so many layers."""
+    """Names and shapes of the tensors of an IDA-VLM with this number of layers."""
     c, inner, width, mlp = (sizes[name] for name in ("hidden", "inner", "width", "mlp"))
-    found: dict[str, list[int]] = {"transformer.wte.weight": [sizes["vocab"], c]}
+    tensors: dict[str, list[int]] = {"transformer.wte.weight": [sizes["vocab"], c]}
     for number in range(layers):
         layer = f"transformer.h.{number}."
-        found |= {layer + "ln_1.weight": [c], layer + "ln_2.weight": [c]}
-        found |= {layer + "attn.c_attn.weight": [3 * c, c], layer + "attn.c_attn.bias": [3 * c]}
-        found |= {layer + "attn.c_proj.weight": [c, c], layer + "mlp.c_proj.weight": [c, inner]}
-        found |= {layer + "mlp.w1.weight": [inner, c], layer + "mlp.w2.weight": [inner, c]}
-    found |= {"transformer.ln_f.weight": [c], "lm_head.weight": [sizes["vocab"], c]}
+        tensors |= {layer + "ln_1.weight": [c], layer + "ln_2.weight": [c]}
+        tensors |= {layer + "attn.c_attn.weight": [3 * c, c], layer + "attn.c_attn.bias": [3 * c]}
+        tensors |= {layer + "attn.c_proj.weight": [c, c], layer + "mlp.c_proj.weight": [c, inner]}
+        tensors |= {layer + "mlp.w1.weight": [inner, c], layer + "mlp.w2.weight": [inner, c]}
+    tensors |= {"transformer.ln_f.weight": [c], "lm_head.weight": [sizes["vocab"], c]}
     visual = "transformer.visual."
-    found |= {visual + "positional_embedding": [256, width], visual + "conv1.weight": [width, 3, 14, 14]}
-    found |= {visual + "proj": [c, c]}
+    tensors |= {visual + "positional_embedding": [256, width], visual + "conv1.weight": [width, 3, 14, 14]}
+    tensors |= {visual + "proj": [c, c]}
     for name, size in (("ln_pre", width), ("ln_post", c), ("attn_pool.ln_q", c), ("attn_pool.ln_kv", c)):
-        found |= {f"{visual}{name}.weight": [size], f"{visual}{name}.bias": [size]}
+        tensors |= {f"{visual}{name}.weight": [size], f"{visual}{name}.bias": [size]}
     for number in range(vision_layers):
         block = f"{visual}transformer.resblocks.{number}."
         for name, rows, columns in (
@@ -64,28 +66,28 @@ def shapes(layers: int, vision_layers: int, sizes: dict[str, int]) -> dict[str, 
             ("mlp.c_fc", mlp, width),
             ("mlp.c_proj", width, mlp),
         ):
-            found |= {f"{block}{name}.weight": [rows, columns], f"{block}{name}.bias": [rows]}
-        found |= {f"{block}ln_{n}.{kind}": [width] for n in (1, 2) for kind in ("weight", "bias")}
+            tensors |= {f"{block}{name}.weight": [rows, columns], f"{block}{name}.bias": [rows]}
+        tensors |= {f"{block}ln_{n}.{kind}": [width] for n in (1, 2) for kind in ("weight", "bias")}
     pool = visual + "attn_pool."
-    found |= {pool + "pos_embed": [sizes["queries"], c], pool + "query": [sizes["queries"], c]}
-    found |= {pool + "kv_proj.weight": [c, width]}
+    tensors |= {pool + "pos_embed": [sizes["queries"], c], pool + "query": [sizes["queries"], c]}
+    tensors |= {pool + "kv_proj.weight": [c, width]}
     for name in ("attn", "attn1"):
-        found |= {f"{pool}{name}.in_proj_weight": [3 * c, c], f"{pool}{name}.in_proj_bias": [3 * c]}
-        found |= {f"{pool}{name}.out_proj.weight": [c, c], f"{pool}{name}.out_proj.bias": [c]}
-    return found
+        tensors |= {f"{pool}{name}.in_proj_weight": [3 * c, c], f"{pool}{name}.in_proj_bias": [3 * c]}
+        tensors |= {f"{pool}{name}.out_proj.weight": [c, c], f"{pool}{name}.out_proj.bias": [c]}
+    return tensors
 
 
 def make_checkpoint(folder: Path, args: argparse.Namespace, sizes: dict[str, int]) -> list[int]:
-    """Write the checkpoint; bytes of each shard."""
-    wanted = shapes(args.layers, args.vision_layers, sizes)
+    """Write the checkpoint and return the size of each shard in bytes."""
+    all_shapes = shapes(args.layers, args.vision_layers, sizes)
     shards: list[dict[str, list[int]]] = [{}]
-    for name, shape in wanted.items():
-        held = sum(math.prod(other) for other in shards[-1].values())
-        if held and 2 * (held + math.prod(shape)) > args.shard_gb * 1.05e9:
+    for name, shape in all_shapes.items():
+        size = sum(math.prod(other) for other in shards[-1].values())
+        if size and 2 * (size + math.prod(shape)) > args.shard_gb * 1.05e9:
             shards.append({})
         shards[-1][name] = shape
     noise = torch.randn(2**20).bfloat16()
-    place, written = {}, []
+    weight_map, sizes_written = {}, []
     for number, shard in enumerate(shards, 1):
         stem, suffix = ("pytorch_model", "bin") if args.format == "bin" else ("model", "safetensors")
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
@@ -94,9 +96,9 @@ def make_checkpoint(folder: Path, args: argparse.Namespace, sizes: dict[str, int
             count = math.prod(shape)
             tensors[name] = noise.repeat(-(-count // len(noise)))[:count].view(shape)
         torch.save(tensors, path) if suffix == "bin" else save_file(tensors, path)
-        place |= dict.fromkeys(shard, path.name)
-        written.append(path.stat().st_size)
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+        weight_map |= dict.fromkeys(shard, path.name)
+        sizes_written.append(path.stat().st_size)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     visual = {"image_size": 448, "patch_size": 14, "width": sizes["width"], "layers": args.vision_layers}
     visual |= {"heads": sizes["heads"], "mlp_ratio": sizes["mlp"] / sizes["width"] + 1e-5}
     visual |= {"output_dim": sizes["hidden"], "n_queries": sizes["queries"], "image_start_id": RANKS + 214}
@@ -107,11 +109,11 @@ def make_checkpoint(folder: Path, args: argparse.Namespace, sizes: dict[str, int
     byte_strings = (bytes(token) for length in (1, 2, 3) for token in itertools.product(range(256), repeat=length))
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(byte_strings))
     (folder / "qwen.tiktoken").write_text("".join(itertools.islice(lines, RANKS)))
-    return written
+    return sizes_written
 
 
 def check(source: Path, out: Path, layers: int) -> None:
-    """Fused tensors of the last layer came out in their parts, to the bit."""
+    """Check that the fused projection of the last layer was split into q, k and v, bit for bit."""
     index = json.loads(next(source.glob("*.index.json")).read_text())["weight_map"]
     name = f"transformer.h.{layers - 1}.attn.c_attn.weight"
     path = source / index[name]
@@ -129,11 +131,11 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--layers", type=int, default=7)
-    parser.add_argument("--vision-layers", type=int, default=8)
-    parser.add_argument("--shard-gb", type=float, default=2.0)
-    parser.add_argument("--format", choices=("bin", "safetensors"), default="bin")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the checkpoints")
+    parser.add_argument("--layers", type=int, default=7, help="of the language model")
+    parser.add_argument("--vision-layers", type=int, default=8, help="of the vision tower")
+    parser.add_argument("--shard-gb", type=float, default=2.0, help="size of a shard in GB")
+    parser.add_argument("--format", choices=("bin", "safetensors"), default="bin", help="of the checkpoint")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder, prefix="convert_memory_"))
     try:
@@ -147,11 +149,15 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         check(folder / "source", folder / "out", args.layers)
         bound = 1.3 * max(written) + largest_tensor
-        print(f"shards: {', '.join(f'{size / 1e9:.2f}' for size in written)} GB; ", end="")
-        print(f"largest tensor {largest_tensor / 1e9:.2f} GB; {seconds:.0f} s")
-        print(f"peak resident {peak / 1e9:.2f} GB, mapped files included; without them {anonymous / 1e9:.2f} GB")
-        print(f"bound {bound / 1e9:.2f} GB (1.3 x the largest shard + the largest tensor): ", end="")
-        print("kept" if peak <= bound else "MISSED")
+        rows = [
+            ["largest shard", f"{max(written) / 1e9:.2f}"],
+            ["largest tensor", f"{largest_tensor / 1e9:.2f}"],
+            ["peak resident memory, with mapped files", f"{peak / 1e9:.2f}"],
+            ["peak resident memory, without mapped files", f"{anonymous / 1e9:.2f}"],
+            ["limit: 1.3 x largest shard + largest tensor", f"{bound / 1e9:.2f}"],
+        ]
+        print(f"{len(written)} shards converted in {seconds:.0f} s\n\n{markdown_table(['', 'GB'], rows)}\n")
+        print(f"The peak is {'within' if peak <= bound else 'ABOVE'} the limit.")
     finally:
         shutil.rmtree(folder)
 

@@ -1,12 +1,17 @@
-"""Ways to compute the attention of identity batches, forward and forward + backward.
+"""Time and memory of cross-attention backends on identity batches, forward and forward + backward.
 
     python -m benchmarks.cross_attention
     python -m benchmarks.cross_attention --device cuda --dtype bfloat16
 
-Without a GPU at sizes that take a minute. "speed" is against the best of the others (``triton`` and ``sdpa`` are this
-library's; the others are in ``benchmarks/attention_backends.py``). "of matmul" is the share of the rate at which one large
-matrix product runs here. The floor is the longer of two times: the multiplications at that rate, and every input read
-and output written once at the rate of a large copy.
+On a CPU the default sizes are small, so that it takes a minute. ``triton`` and ``sdpa`` are this library's backends;
+the others are in ``benchmarks/attention_backends.py``. Every backend is first checked against the float32 reference.
+Columns:
+
+- "speed": time of the fastest other backend divided by the time of this one;
+- "of matmul": share of the rate that one large matrix product reaches on this machine;
+- "roofline ms": the longer of two times, the matrix products at that rate, and the transfer of every input and output
+  once at the rate of a large copy;
+- "MB": the most memory that tensors made by the backend held at one time.
 """
 
 import argparse
@@ -17,28 +22,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.attention_backends import WAYS, Problem
+from benchmarks.attention_backends import BACKENDS, Problem
 from benchmarks.measure import (
     argument_parser,
     copy_rate,
-    describe_machine,
-    markdown_table,
     matmul_rate,
     peak_megabytes,
     time_side_by_side,
     tolerance,
 )
 from idavlm import cross_attention
+from idavlm.utils import describe_machine, markdown_table
 
 OURS = ("triton", "sdpa")
 CASES = ("pool", "recognise", "long", "small")
 
 
 def lengths_of(case: str, samples: int, queries: int, patches: int) -> tuple[list[int], list[int], bool]:
-    """Queries and keys of each segment, and whether queries are shared.
+    """Numbers of queries and of keys of each segment, and whether the queries are shared.
 
-    pool: learned queries read an image each. recognise: 1 to 4 scenes of patches look at 1 to 6 references. long: a
-    scene looks at 64 references. small: many short segments, some of them empty.
+    - pool: the learned queries of the resampler over the patches of each image;
+    - recognise: patches of 1 to 4 scenes over the tokens of 1 to 6 references;
+    - long: patches of one scene over the tokens of 64 references;
+    - small: many short segments, some of them empty.
     """
     draw = random.Random(0)
     if case == "pool":
@@ -63,7 +69,7 @@ def make_problem(case: str, args: argparse.Namespace) -> Problem:
 
 
 def work_of(problem: Problem, backward: bool) -> tuple[float, float]:
-    """Floating-point operations (2 products forward, 5 backward), and bytes that must be moved."""
+    """Floating-point operations (2 products forward, 5 backward), and bytes that must be transferred."""
     heads, dim = problem.q.shape[1:]
     pairs = sum(q * k for q, k in zip(problem.lengths_q, problem.lengths_k, strict=True))
     outputs = sum(problem.lengths_q) * heads * dim
@@ -82,33 +88,33 @@ def reference(problem: Problem) -> Tensor:
     return out.flatten(0, 1) if problem.shared else out
 
 
-def ways_that_run(problem: Problem, case: str) -> dict[str, Callable[[Problem], Tensor]]:
-    """Those that give the reference's result and a gradient; the others are named with their reason."""
+def available_backends(problem: Problem, case: str) -> dict[str, Callable[[Problem], Tensor]]:
+    """The backends that run here, have a gradient and match the reference; for the others the reason is printed."""
     with torch.no_grad():
         expected = reference(problem)
-    found = {}
-    for way, function in WAYS.items():
+    available = {}
+    for name, function in BACKENDS.items():
         try:
             out = function(problem)
             torch.autograd.grad(out.sum(), (problem.q, problem.k, problem.v))
         except (RuntimeError, ValueError, ImportError, AttributeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
-            print(f"{case}: {way} does not run here: {textwrap.shorten(reason, 120)}")
+            print(f"{case}: {name} does not run here: {textwrap.shorten(reason, 120)}")
             continue
         try:
             torch.testing.assert_close(out.detach(), expected, **tolerance(problem.q.dtype))
         except AssertionError as error:
-            print(f"{case}: {way} gives another result: {str(error).splitlines()[2]}")
+            print(f"{case}: {name} differs from the reference: {str(error).splitlines()[2]}")
             continue
-        found[way] = function
-    return found
+        available[name] = function
+    return available
 
 
 def measure_case(case: str, args: argparse.Namespace, rates: tuple[float, float]) -> list[list[object]]:
     problem = make_problem(case, args)
     inputs = (problem.q, problem.k, problem.v)
-    ways = ways_that_run(problem, case)
-    grad = torch.randn_like(next(iter(ways.values()))(problem))
+    backends = available_backends(problem, case)
+    grad = torch.randn_like(next(iter(backends.values()))(problem))
     rows = []
     for backward in (False, True):
 
@@ -118,22 +124,22 @@ def measure_case(case: str, args: argparse.Namespace, rates: tuple[float, float]
             if backward:
                 torch.autograd.grad(out, inputs, grad)
 
-        functions = {way: (lambda function=function: run(function)) for way, function in ways.items()}
+        functions = {name: (lambda function=function: run(function)) for name, function in backends.items()}
         times = time_side_by_side(functions, args.device, args.rounds)
-        best = min(time for way, time in times.items() if way not in OURS)
+        best_other = min(time for name, time in times.items() if name not in OURS)
         operations, moved = work_of(problem, backward)
-        floor = 1000 * max(operations / rates[0], moved / rates[1])
-        for way, function in functions.items():
-            rate = operations / times[way] * 1000
+        roofline = 1000 * max(operations / rates[0], moved / rates[1])
+        for name, function in functions.items():
+            rate = operations / times[name] * 1000
             rows.append(
                 [
                     f"{case}, {'forward + backward' if backward else 'forward'}",
-                    way,
-                    f"{times[way]:.2f}",
-                    f"{best / times[way]:.2f}x",
+                    name,
+                    f"{times[name]:.2f}",
+                    f"{best_other / times[name]:.2f}x",
                     f"{rate / 1e12:.3g}",
                     f"{rate / rates[0]:.0%}",
-                    f"{floor:.2f}",
+                    f"{roofline:.2f}",
                     f"{peak_megabytes(function, args.device):.0f}",
                 ]
             )
@@ -142,12 +148,12 @@ def measure_case(case: str, args: argparse.Namespace, rates: tuple[float, float]
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=5)
-    parser.add_argument("--samples", type=int, help="default 8; on a CPU 4")
-    parser.add_argument("--queries", type=int, help="tokens an image is read into; default 256; on a CPU 64")
-    parser.add_argument("--patches", type=int, help="patches an image; default 1024; on a CPU 256")
-    parser.add_argument("--num-heads", type=int, help="default 32; on a CPU 4")
-    parser.add_argument("--head-dim", type=int, help="default 128; on a CPU 64")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--samples", type=int, help="samples per batch (default: 8, on a CPU 4)")
+    parser.add_argument("--queries", type=int, help="queries per image (default: 256, on a CPU 64)")
+    parser.add_argument("--patches", type=int, help="patches per image (default: 1024, on a CPU 256)")
+    parser.add_argument("--num-heads", type=int, help="attention heads (default: 32, on a CPU 4)")
+    parser.add_argument("--head-dim", type=int, help="width of a head (default: 128, on a CPU 64)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="batches to measure (default: all)")
     args = parser.parse_args()
     small = args.device.type == "cpu"
     for name, sizes in {
@@ -163,7 +169,7 @@ def main() -> None:
         f"{args.patches} patches, {args.num_heads} heads of {args.head_dim}; matrix product {rates[0] / 1e12:.3g} "
         f"TFLOP/s, copy {rates[1] / 1e9:.3g} GB/s; median of {args.rounds} rounds\n"
     )
-    print(markdown_table(["case", "way", "ms", "speed", "TFLOP/s", "of matmul", "floor ms", "MB"], rows))
+    print(markdown_table(["case", "backend", "ms", "speed", "TFLOP/s", "of matmul", "roofline ms", "MB"], rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""IDFormer against the released computation: forward, forward + backward, peak memory.
+"""Time and peak memory of IDFormer and of the released computation, forward and forward + backward.
 
     python -m benchmarks.id_former              # CPU, float32
     python -m benchmarks.id_former --device cuda --dtype bfloat16 --samples 8
 
-Both have the same weights and are checked against each other first. Features need no gradient (frozen vision tower,
-as published); all parameters do. "multiplications" is the ratio of floating-point operations in matrix products, the
-most that a machine limited by them could gain.
+Both have the same weights, and their outputs are compared first. All parameters need gradients; the image features do
+not, since the vision tower is frozen as in the paper. "FLOPs" is the ratio of floating-point operations in matrix
+products: the largest speed-up possible where these limit the time.
 """
 
 import argparse
@@ -16,36 +16,32 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.measure import (
-    argument_parser,
-    describe_machine,
-    markdown_table,
-    peak_megabytes,
-    time_side_by_side,
-    tolerance,
-)
+from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_side, tolerance
 from benchmarks.released import ReleasedIDFormer, to_idavlm
 from idavlm import IDFormer
+from idavlm.utils import ImageRole, describe_machine, markdown_table
 
 SMALL = {"hidden_size": 1024, "num_heads": 8, "num_queries": 64, "vision_hidden_size": 1024}
 RELEASED = {"hidden_size": 4096, "num_heads": 32, "num_queries": 256, "vision_hidden_size": 1664}
 
 
 def batch(samples: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Roles and sample index of samples of so many references and scenes."""
-    roles = [role for references, scenes in samples for role in [0] * references + [1] * scenes]
+    """``image_roles`` and ``sample_index`` of samples with these numbers of references and scenes."""
+    roles = []
+    for references, scenes in samples:
+        roles += [ImageRole.REFERENCE] * references + [ImageRole.SCENE] * scenes
     index = [number for number, sample in enumerate(samples) for _ in range(sum(sample))]
     return torch.tensor(roles), torch.tensor(index)
 
 
 def ragged(samples: int) -> list[tuple[int, int]]:
-    """1..6 references and 1..4 scenes, the same draw each time."""
+    """Samples of 1 to 6 references and 1 to 4 scenes, the same in each run."""
     draw = random.Random(0)
     return [(draw.randint(1, 6), draw.randint(1, 4)) for _ in range(samples)]
 
 
 def build(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> tuple[ReleasedIDFormer, IDFormer]:
-    """Both, with the same random weights, no projection at zero."""
+    """Both modules with the same random weights, also for projections that are initialised with zeros."""
     torch.manual_seed(0)
     released = ReleasedIDFormer(**sizes)
     for parameter in released.parameters():
@@ -64,6 +60,7 @@ def forward_backward(module: torch.nn.Module, *inputs: Tensor) -> Callable[[], N
 
 
 def flops(function: Callable[[], object]) -> int:
+    """Floating-point operations in the matrix products of ``function``."""
     aten = torch.ops.aten
     cpu_attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -77,7 +74,7 @@ def flops(function: Callable[[], object]) -> int:
 
 
 def compare(name: str, functions: dict[str, Callable], device: torch.device, rounds: int) -> list[object]:
-    """One row: milliseconds and megabytes of released and IDFormer, and their ratios."""
+    """One row of the table, see ``main``."""
     times = time_side_by_side(functions, device, rounds)
     megabytes = {key: peak_megabytes(function, device) for key, function in functions.items()}
     return [
@@ -108,24 +105,26 @@ def measure_case(
 def measure_video(
     name: str, sizes: dict[str, int], num_patches: int, frames: int, args: argparse.Namespace
 ) -> list[object]:
-    """Frames that come one by one and share three references: the release encodes those again for every frame."""
+    """Frames that arrive one by one and share three references. The released code encodes these for every frame."""
     released, id_former = build(sizes, args.device, args.dtype)
     shape = (num_patches, sizes["vision_hidden_size"])
-    photos = torch.randn(3, *shape, device=args.device, dtype=args.dtype)
+    references = torch.randn(3, *shape, device=args.device, dtype=args.dtype)
     scenes = torch.randn(frames, 1, *shape, device=args.device, dtype=args.dtype)
-    bank = [id_former.encode_references(photo[None]) for photo in photos]
-    one = batch([(3, 1)])
+    identities = [id_former.encode_references(reference[None]) for reference in references]
+    roles, index = batch([(3, 1)])
     functions = {
-        "released": lambda: [released(torch.cat([photos, scene]), *one) for scene in scenes],
-        "IDFormer": lambda: [id_former.forward_scenes(scene, bank) for scene in scenes],
+        "released": lambda: [released(torch.cat([references, scene]), roles, index) for scene in scenes],
+        "IDFormer": lambda: [id_former.forward_scenes(scene, identities) for scene in scenes],
     }
     return compare(name, functions, args.device, args.rounds)
 
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=7)
-    parser.add_argument("--samples", type=int, default=8, help="samples at C 1024")
-    parser.add_argument("--released-samples", type=int, default=1, help="samples at C 4096; 0 leaves this size out")
+    parser.add_argument("--samples", type=int, default=8, help="samples at hidden size 1024 (default: %(default)s)")
+    parser.add_argument(
+        "--released-samples", type=int, default=1, help="samples at hidden size 4096; 0: none (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     rows = measure_case(f"C 1024, {args.samples} x (3 + 1)", SMALL, 256, [(3, 1)] * args.samples, args)
@@ -134,8 +133,8 @@ def main() -> None:
     if args.released_samples:
         samples = [(3, 1)] * args.released_samples
         rows += measure_case(f"C 4096, {args.released_samples} x (3 + 1)", RELEASED, 1024, samples, args)
-    header = ["case", "released ms", "IDFormer ms", "speed", "multiplications", "released MB", "IDFormer MB"]
-    print(f"{describe_machine(args.device)}; {args.dtype}; median of {args.rounds} rounds, taking turns\n")
+    header = ["case", "released ms", "IDFormer ms", "speed", "FLOPs", "released MB", "IDFormer MB"]
+    print(f"{describe_machine(args.device)}; {args.dtype}; median of {args.rounds} rounds\n")
     print(markdown_table(header, rows))
 
 

@@ -1,14 +1,15 @@
-"""What inner adaptors cost: the text workflow against the bare base, others against the number of layers.
+"""The cost of inner adaptors: the text workflow against the bare base model, other workflows by number of adaptors.
 
     python -m benchmarks.inner_adaptor              # CPU, float32
     python -m benchmarks.inner_adaptor --device cuda --dtype bfloat16 --hidden-size 4096 --layers 32 --length 1024
 
-"reading" is one pass over a prompt without a cache, "writing" a token at a time with one. "expected" is the ratio of
-floating-point operations in matrix products, which is what adaptors add; "over" is how far the measured ratio lies
-above it. Megabytes are the most that tensors made on the way held at one time; weights are counted by themselves.
+"prefill" is one pass over a prompt without a cache, "decode" one token at a time with a cache. "expected" is the ratio
+of floating-point operations in matrix products, and "overhead" the measured ratio relative to it. "MB" is the peak
+memory of activations; weights have a column of their own.
 """
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.id_former import flops
-from benchmarks.measure import argument_parser, describe_machine, markdown_table, peak_megabytes, time_side_by_side
+from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_side
 from idavlm import add_inner_adaptors
 from idavlm._compat import cache_name
+from idavlm.modules.inner_adaptor import use_workflow
+from idavlm.utils import describe_machine, markdown_table
 
 
 def build_base(args: argparse.Namespace) -> nn.Module:
-    """A Llama with random weights and a small vocabulary, so that layers are what is measured."""
+    """A Llama with random weights. Its vocabulary is small, so that the layers dominate the time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
@@ -38,84 +41,110 @@ def build_base(args: argparse.Namespace) -> nn.Module:
 
 
 def adapted(base: nn.Module, number: int) -> nn.Module:
-    """With so many adaptors, spread evenly, in workflow "multimodal"."""
-    count = len(base.model.layers)
-    layers = [round((place + 1) * count / number) - 1 for place in range(number)]
+    """A copy of the base with ``number`` evenly spaced inner adaptors in the workflow "multimodal"."""
+    num_layers = len(base.model.layers)
+    layers = [round((index + 1) * num_layers / number) - 1 for index in range(number)]
     return add_inner_adaptors(copy.deepcopy(base), layers=layers, workflows=("multimodal",))
 
 
-def reading(model: nn.Module, ids: Tensor, **options) -> Callable[[], Tensor]:
+def prefill(model: nn.Module, ids: Tensor, workflow: str | None = None) -> Callable[[], Tensor]:
+    """One pass over the prompts without a cache."""
+
     @torch.no_grad()
     def run() -> Tensor:
-        return model(input_ids=ids, use_cache=False, **options).logits
+        with _in_workflow(model, workflow):
+            return model(input_ids=ids, use_cache=False).logits
 
     return run
 
 
-def writing(model: nn.Module, ids: Tensor, steps: int, **options) -> Callable[[], Tensor]:
+def decode(model: nn.Module, ids: Tensor, steps: int, workflow: str | None = None) -> Callable[[], Tensor]:
+    """``steps`` passes over one token per prompt, with a cache."""
+
     @torch.no_grad()
     def run() -> Tensor:
         cache, logits = {cache_name(): DynamicCache(config=model.config)}, None
-        for place in range(steps):
-            token = ids[:, place : place + 1]
-            logits = model(input_ids=token, use_cache=True, **cache, **options).logits
+        with _in_workflow(model, workflow):
+            for step in range(steps):
+                logits = model(input_ids=ids[:, step : step + 1], use_cache=True, **cache).logits
         return logits
 
     return run
 
 
-def megabytes(model: nn.Module) -> float:
+def _in_workflow(model: nn.Module, workflow: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if workflow is None else use_workflow(model, workflow)
+
+
+def weight_megabytes(model: nn.Module) -> float:
     return sum(parameter.nbytes for parameter in model.parameters()) / 2**20
 
 
 def text_rows(base: nn.Module, ids: Tensor, args: argparse.Namespace) -> list[list[object]]:
-    """The text workflow does what the base does, to the bit, in the same time and memory."""
+    """The text workflow against the base; their logits must be equal to the bit."""
     model, rows = adapted(base, args.layers // 2), []
-    for name, way in (("reading", reading), ("writing", lambda *a, **o: writing(*a, args.steps, **o))):
-        functions = {"base": way(base, ids), "text": way(model, ids, workflow="text")}
+    for name, functions in {
+        "prefill": {"base": prefill(base, ids), "text": prefill(model, ids, workflow="text")},
+        "decode": {"base": decode(base, ids, args.steps), "text": decode(model, ids, args.steps, workflow="text")},
+    }.items():
         assert torch.equal(*(function() for function in functions.values()))
         times = time_side_by_side(functions, args.device, args.rounds)
         peaks = {key: peak_megabytes(function, args.device) for key, function in functions.items()}
-        over = [f"{100 * (of['text'] / of['base'] - 1):+.1f}%" for of in (times, peaks)]
-        rows.append([name, *(f"{time:.1f}" for time in times.values()), over[0]])
-        rows[-1] += [*(f"{peak:.2f}" for peak in peaks.values()), over[1]]
+        time_overhead, memory_overhead = (f"{100 * (x['text'] / x['base'] - 1):+.1f}%" for x in (times, peaks))
+        rows.append(
+            [
+                name,
+                *(f"{time:.1f}" for time in times.values()),
+                time_overhead,
+                *(f"{peak:.2f}" for peak in peaks.values()),
+                memory_overhead,
+            ]
+        )
     return rows
 
 
 def multimodal_rows(base: nn.Module, ids: Tensor, args: argparse.Namespace) -> list[list[object]]:
-    """Against the bare base, by the number of adaptors."""
+    """The multimodal workflow against the base, by number of adaptors."""
     numbers = [number for number in (1, 2, 4, 8, 16) if number <= args.layers]
     models = {number: adapted(base, number) for number in numbers}
-    functions = {0: reading(base, ids)} | {number: reading(models[number], ids) for number in numbers}
+    functions = {0: prefill(base, ids)} | {number: prefill(model, ids) for number, model in models.items()}
     times = time_side_by_side(functions, args.device, args.rounds)
     operations = {number: flops(function) for number, function in functions.items()}
     rows = []
     for number, function in functions.items():
         ratio, expected = times[number] / times[0], operations[number] / operations[0]
-        rows.append([number, f"{times[number]:.1f}", f"{ratio:.3f}x", f"{expected:.3f}x"])
-        rows[-1] += [f"{100 * (ratio / expected - 1):+.1f}%", f"{peak_megabytes(function, args.device):.2f}"]
-        rows[-1] += [f"{megabytes(models.get(number, base)):.0f}"]
+        rows.append(
+            [
+                number,
+                f"{times[number]:.1f}",
+                f"{ratio:.3f}x",
+                f"{expected:.3f}x",
+                f"{100 * (ratio / expected - 1):+.1f}%",
+                f"{peak_megabytes(function, args.device):.2f}",
+                f"{weight_megabytes(models.get(number, base)):.0f}",
+            ]
+        )
     return rows
 
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=15)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=16, help="tokens that are written")
+    parser.add_argument("--hidden-size", type=int, default=512, help="of the model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="of the model (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="prompts (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="tokens to decode (default: %(default)s)")
     args = parser.parse_args()
     print(describe_machine(args.device))
     print(
-        f"Llama of {args.layers} layers of width {args.hidden_size}, {args.dtype}; {args.batch} x {args.length} tokens "
-        f"read, {args.steps} written; medians of {args.rounds} rounds\n"
+        f"Llama of {args.layers} layers of width {args.hidden_size}, {args.dtype}; prefill of {args.batch} x "
+        f"{args.length} tokens, decoding of {args.steps}; median of {args.rounds} rounds\n"
     )
     base = build_base(args)
     ids = torch.randint(0, 1024, (args.batch, args.length), device=args.device)
-    header = ("text workflow", "base ms", "text ms", "over", "base MB", "text MB", "over")
+    header = ("text workflow", "base ms", "text ms", "overhead", "base MB", "text MB", "overhead")
     print(markdown_table(header, text_rows(base, ids, args)), end="\n\n")
-    header = ("adaptors, reading", "ms", "ratio", "expected", "over", "MB", "weights MB")
+    header = ("adaptors, prefill", "ms", "ratio", "expected", "overhead", "MB", "weights MB")
     print(markdown_table(header, multimodal_rows(base, ids, args)))
 
 

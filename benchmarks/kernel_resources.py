@@ -1,13 +1,13 @@
-"""Registers, spills and shared memory of the attention kernels, compiled ahead of time for GPUs that are not here.
+"""Registers, spills and shared memory of the attention kernels, compiled ahead of time. No GPU is needed.
 
     python -m benchmarks.kernel_resources
     python -m benchmarks.kernel_resources --every-option
 
-Every kernel, for every shipped tile (``idavlm/ops/cross_attention/triton/tiling.py``), with everything switched on:
-ragged, key bias, sums over groups. "values" is the pass of the kernel "keys" for the values alone, where they have one,
-"shared" the kernel "queries" for queries that all segments share, "specialised" the forward kernel with warps that only
-load. ``--every-option`` adds other combinations and float16. The figures are ptxas's own, read from the binary with
-cuobjdump; nothing runs.
+It compiles every kernel with every default tile (``idavlm/ops/cross_attention/triton/tiling.py``) and all options on:
+ragged segments, key bias, sums over groups. The columns are the fields of a ``Tiling``: ``bwd_dv`` is the pass of
+``bwd_dkdv`` for the values alone, ``bwd_dq_shared`` is ``bwd_dq`` for shared queries, ``fwd_warp_specialized`` is
+``fwd`` with load-only warps. ``--every-option`` adds other combinations of options, and float16. The figures are those
+of ptxas, read from the binary with cuobjdump.
 """
 
 import argparse
@@ -26,19 +26,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.measure import markdown_table
-from idavlm.ops.cross_attention.fused import GROUPS_A_PASS
-from idavlm.ops.cross_attention.triton import backward_keys, backward_queries, forward
-from idavlm.ops.cross_attention.triton.tiling import DESCRIBED, SHIPPED, compiler_options
-from idavlm.ops.cross_attention.triton.tuning import Tile
+from idavlm.ops.cross_attention.triton.bwd_dkdv import bwd_dkdv
+from idavlm.ops.cross_attention.triton.bwd_dq import bwd_dq
+from idavlm.ops.cross_attention.triton.fwd import fwd
+from idavlm.ops.cross_attention.triton.tiling import DEFAULT_TILINGS, TMA_TILINGS, Tile, compiler_options
+from idavlm.ops.cross_attention.triton_backend import GROUPS_PER_PASS
+from idavlm.utils import markdown_table
 
 KERNELS = {
-    "forward": forward.attend_forward,
-    "keys": backward_keys.attend_backward_keys,
-    "values": backward_keys.attend_backward_keys,
-    "queries": backward_queries.attend_backward_queries,
-    "shared": backward_queries.attend_backward_queries,
-    "specialised": forward.attend_forward,
+    "fwd": fwd,
+    "bwd_dkdv": bwd_dkdv,
+    "bwd_dv": bwd_dkdv,
+    "bwd_dq": bwd_dq,
+    "bwd_dq_shared": bwd_dq,
+    "fwd_warp_specialized": fwd,
 }
 INTEGERS = {"key_groups", "cu_seqlens_q", "cu_seqlens_k"}
 FLOATS = {"sums", "grad_sums", "lse", "delta"}
@@ -47,15 +48,29 @@ INPUTS = {"q", "k", "v", "key_bias", "out", "grad_out", "grad_k", "grad_v"}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile: for which GPU, width of a head, type of its inputs, tile, and what is switched on."""
+    """One kernel to compile.
+
+    Attributes:
+        kernel: a key of ``KERNELS``.
+        capability: of the GPU, times ten.
+        head_dim: width of a head.
+        dtype: of the inputs.
+        tile: the tile to compile with.
+        fuse_dq: ``bwd_dkdv`` also accumulates the gradient of the queries.
+        separate_dv: the gradient of the values has a pass of its own.
+        shared: all segments use the same queries.
+        ragged: segments differ in length.
+        groups: number of groups whose weights are summed.
+        bias: with a key bias.
+    """
 
     kernel: str
     capability: int
     head_dim: int
     dtype: str
     tile: Tile
-    joined: bool
-    split: bool
+    fuse_dq: bool
+    separate_dv: bool
     shared: bool
     ragged: bool
     groups: int
@@ -64,7 +79,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes of a multiprocessor, and its matrix instruction."""
+    """The resources of a multiprocessor that a compiled kernel uses, and its matrix instruction."""
 
     registers: int
     stack: int
@@ -75,23 +90,24 @@ class Resources:
 
 
 def cases(every_option: bool, quick: bool) -> list[Case]:
-    lighter = [(False, 0, False), (True, 0, False), (True, 16, False), (True, GROUPS_A_PASS, True)]
-    described = {(capability, 2, width): tiling for (capability, width), tiling in DESCRIBED.items()}
-    found = []
-    for (capability, itemsize, head_dim), tiling in [*SHIPPED.items(), *described.items()]:
-        if quick and head_dim < 128 and (itemsize == 4 or tiling.forward.tma):
-            continue  # float32 has the tile of 128, and less of everything
+    """The kernels to compile, see the flags of the same names."""
+    fewer_options = [(False, 0, False), (True, 0, False), (True, 16, False), (True, GROUPS_PER_PASS, True)]
+    tma_tilings = {(capability, 2, width): tiling for (capability, width), tiling in TMA_TILINGS.items()}
+    selected = []
+    for (capability, itemsize, head_dim), tiling in [*DEFAULT_TILINGS.items(), *tma_tilings.items()]:
+        if quick and head_dim < 128 and (itemsize == 4 or tiling.fwd.tma):
+            continue  # float32 uses the tile of head_dim 128 and needs fewer resources
         for dtype in ["fp32"] if itemsize == 4 else ["bf16", "fp16"] if every_option else ["bf16"]:
             for kernel in KERNELS:
-                tile, shared = getattr(tiling, kernel), kernel == "shared"
-                # Queries that segments share are a model's own, and read pictures: nobody sums their weights by group.
-                options = [(True, 0 if shared else GROUPS_A_PASS, True), *(lighter if every_option else ())]
-                if kernel == "specialised":
+                tile, shared = getattr(tiling, kernel), kernel == "bwd_dq_shared"
+                # Shared queries are those of the resampler, whose weights are never summed over groups.
+                options = [(True, 0 if shared else GROUPS_PER_PASS, True), *(fewer_options if every_option else ())]
+                if kernel == "fwd_warp_specialized":
                     options = [(True, 0, False), *([(False, 0, False)] if every_option else ())]
-                ways = tiling.joined, tiling.values is not None, shared
+                variant = tiling.fuse_dq, tiling.bwd_dv is not None, shared
                 for ragged, groups, bias in dict.fromkeys(options if tile else ()):
-                    found.append(Case(kernel, capability, head_dim, dtype, tile, *ways, ragged, groups, bias))
-    return found
+                    selected.append(Case(kernel, capability, head_dim, dtype, tile, *variant, ragged, groups, bias))
+    return selected
 
 
 def compile_case(case: Case) -> Resources:
@@ -107,10 +123,10 @@ def compile_case(case: Case) -> Resources:
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
-        "JOINED": case.joined,
-        "KEYS": case.kernel == "keys",
-        "VALUES": case.kernel == "values" or not case.split,
-        "TMA": 2 if case.kernel == "specialised" else 4 if tile.tma else 0,
+        "FUSE_DQ": case.fuse_dq,
+        "COMPUTE_DK": case.kernel == "bwd_dkdv",
+        "COMPUTE_DV": case.kernel == "bwd_dv" or not case.separate_dv,
+        "TMA": 2 if case.kernel == "fwd_warp_specialized" else 4 if tile.tma else 0,
     }
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -126,9 +142,9 @@ def compile_case(case: Case) -> Resources:
     )
     registers, stack = _usage(compiled.asm["cubin"])
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
-    found = [name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx]
+    instruction = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "fma")
     tma = "cp.async.bulk.tensor" in ptx
-    return Resources(registers, stack, metadata.shared, found[0] if found else "fma", tma, metadata.num_warps)
+    return Resources(registers, stack, metadata.shared, instruction, tma, metadata.num_warps)
 
 
 def _type_of(name: str, case: Case) -> str:
@@ -136,7 +152,7 @@ def _type_of(name: str, case: Case) -> str:
         return "constexpr"
     if name in INTEGERS:
         return "*i32"
-    if name in FLOATS or (name == "grad_q" and (case.shared or (case.kernel == "keys" and case.joined))):
+    if name in FLOATS or (name == "grad_q" and (case.shared or (case.kernel == "bwd_dkdv" and case.fuse_dq))):
         return "*fp32"
     if name in INPUTS or name == "grad_q":
         return f"*{case.dtype}"
@@ -144,18 +160,18 @@ def _type_of(name: str, case: Case) -> str:
 
 
 def _usage(binary: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of its stack, where spilled registers go."""
+    """Registers per thread, and bytes of its stack, to which registers are spilled."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return int(found[1]), int(found[2])
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(usage[1]), int(usage[2])
 
 
 def table(results: dict[Case, Resources], every_option: bool) -> str:
-    """One row a GPU, type and width (and combination of options), one column a kernel."""
+    """One row per GPU, dtype and head_dim (and combination of options), one column per kernel."""
     rows: dict[str, dict[str, str]] = {}
     for case, result in results.items():
         label = f"sm_{case.capability} {case.dtype} {case.head_dim}"
@@ -175,25 +191,27 @@ def table(results: dict[Case, Resources], every_option: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every-option", action="store_true", help="other combinations and float16 as well")
     parser.add_argument(
-        "--quick", action="store_true", help="leave out float32 and descriptors in heads narrower than 128"
+        "--every-option", action="store_true", help="also compile other combinations of options, and float16"
     )
-    parser.add_argument("--only", default="", help="cases whose description contains this, e.g. 'capability=90'")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument(
+        "--quick", action="store_true", help="skip float32 and tensor descriptors for head_dim below 128"
+    )
+    parser.add_argument("--only", default="", help="only cases whose description contains this, e.g. 'capability=90'")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET=1 interprets kernels, and this program compiles them; unset it.")
+        sys.exit("TRITON_INTERPRET=1 is set, but this program compiles kernels; unset it.")
     todo = [case for case in cases(args.every_option, args.quick) if args.only in str(case)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = dict(zip(todo, pool.map(compile_case, todo), strict=True))
-    print(f"triton {triton.__version__}; {len(todo)} kernels. Cells: queries x keys of a tile, warps, stages:")
-    print("registers a thread, bytes spilled, KB of shared memory, matrix instruction")
+    print(f"triton {triton.__version__}; {len(todo)} kernels. Cells: queries x keys of the tile, warps, stages:")
+    print("registers per thread, bytes spilled, KB of shared memory, matrix instruction")
     for name, tma in (("pointers", False), ("tensor descriptors", True)):
-        chosen = {case: result for case, result in results.items() if case.tile.tma == tma}
-        if chosen:
-            print(f"\nRead by {name}:\n\n{table(chosen, args.every_option)}")
+        selected = {case: result for case, result in results.items() if case.tile.tma == tma}
+        if selected:
+            print(f"\nTiles read through {name}:\n\n{table(selected, args.every_option)}")
     if args.json:
         args.json.write_text(json.dumps([asdict(case) | asdict(result) for case, result in results.items()]))
 

@@ -1,9 +1,9 @@
-"""Do attention implementations train alike? The same model, records and seed with each of them.
+"""Loss curves of the same training run with different attention backends.
 
-    python -m benchmarks.loss_curves --bf16        # on a GPU: SDPA, SDPA once more, the kernels
+    python -m benchmarks.loss_curves --bf16        # on a GPU: SDPA twice, and the kernels
 
-The model is that of examples/train_idformer.py, all of it trained at once. The second run of SDPA tells how far two
-runs of one computation drift apart; another implementation should lie no farther away.
+The model is that of examples/train_idformer.py, trained end to end. The second run with SDPA shows the run-to-run
+variance; the distance of another backend should not be larger.
 """
 
 import argparse
@@ -11,30 +11,33 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from benchmarks.measure import describe_machine, markdown_table
-from idavlm.data import RecordDataset
+from idavlm import IDAVLMForConditionalGeneration, IDTrainer, IDTrainingArguments, RecordDataset
 from idavlm.datasets.characters import build_characters
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.models import IDAVLMForConditionalGeneration
-from idavlm.training import IDTrainer, IDTrainingArguments
-
-OPTIONS = {"num_heads": 4, "gate": "none", "detach_references": False, "contrastive_loss_weight": 1.0}
-OPTIONS |= {"num_identity_heads": 1, "identity_keys": "patches", "null_token": True, "max_identities": 4}
+from idavlm.utils import describe_machine, markdown_table
 
 
-def losses(implementation: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], str]:
-    """What is logged of the loss, and the machine."""
+def train(implementation: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], str]:
+    """The logged losses of one run, and the machine that it ran on."""
     set_seed(0)
     data = RecordDataset(folder / "train.jsonl")
-    processor = small_processor(data, image_size=64, num_queries=16)
+    processor = small_processor(data, image_size=64)
     data.encode = processor.encode
     model = IDAVLMForConditionalGeneration.from_parts(
         small_vision_tower(hidden_size=128),
         small_language_model(processor.tokenizer),
-        image_token_id=processor.image_token_id,
-        num_queries=processor.image_seq_length,
+        processor=processor,
+        num_queries=16,
+        num_heads=4,
+        num_identity_heads=1,
+        identity_keys="patches",
+        identity_embedding="learned",
+        max_identities=4,
+        null_token=True,
+        gate="none",
+        detach_references=False,
+        contrastive_loss_weight=1.0,
         attn_implementation=implementation,
-        **OPTIONS,
     )
     arguments = IDTrainingArguments(
         str(args.out / "checkpoints"),
@@ -54,24 +57,28 @@ def losses(implementation: str, folder: Path, args: argparse.Namespace) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--implementations", nargs="+", default=["sdpa", "sdpa", "triton"])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--records", type=int, default=8000, help="to draw and train on")
-    parser.add_argument("--out", type=Path, default=Path("runs/loss_curves"))
+    parser.add_argument(
+        "--implementations", nargs="+", default=["sdpa", "sdpa", "triton"], help="backends (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
+    parser.add_argument("--records", type=int, default=8000, help="training records to draw (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/loss_curves"), help="folder of the data (default: %(default)s)"
+    )
     args = parser.parse_args()
     args.logging_steps = max(1, args.steps // 20)
     folder = build_characters(args.out / f"data-{args.records}", num_train_records=args.records)
-    runs = [losses(implementation, folder, args) for implementation in args.implementations]
+    runs = [train(implementation, folder, args) for implementation in args.implementations]
     print(f"\n{runs[0][1]}; {args.steps} steps, batch {args.batch_size}, {'bfloat16' if args.bf16 else 'float32'}\n")
     curves = [curve for curve, _ in runs]
     rows = [
-        [number * args.logging_steps, *(f"{loss:.4f}" for loss in row)]
-        for number, row in enumerate(zip(*curves, strict=True), 1)
+        [number * args.logging_steps, *(f"{loss:.4f}" for loss in losses)]
+        for number, losses in enumerate(zip(*curves, strict=True), 1)
     ]
-    apart = [sum(abs(a - b) for a, b in zip(curves[0], curve, strict=True)) / len(curve) for curve in curves]
-    rows.append(["mean distance to the first", *(f"{distance:.4f}" for distance in apart)])
+    distances = [sum(abs(a - b) for a, b in zip(curves[0], curve, strict=True)) / len(curve) for curve in curves]
+    rows.append(["mean distance to the first", *(f"{distance:.4f}" for distance in distances)])
     print(markdown_table(["step", *args.implementations], rows))
 
 

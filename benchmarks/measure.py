@@ -1,11 +1,10 @@
-"""Time, memory and multiplications of several functions, side by side in one run."""
+"""Measurements that the benchmarks share: time and memory of functions, and rates of the machine."""
 
 import argparse
-import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,46 +13,36 @@ from torch.utils._pytree import tree_leaves
 
 
 def argument_parser(doc: str, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+    """A parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)")
+    dtype = {"type": lambda name: getattr(torch, name), "default": torch.float32}
+    parser.add_argument("--dtype", **dtype, help="for example bfloat16 (default: float32)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measurements per function (default: %(default)s)")
     return parser
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    """How far results of two designs may lie apart before they are measured."""
+    """Tolerances for the check that two implementations compute the same before they are measured."""
     return dict.fromkeys(("atol", "rtol"), 1e-4 if dtype == torch.float32 else 3e-2)
-
-
-def describe_machine(device: torch.device) -> str:
-    """The processor, threads and versions that figures belong to."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        with open("/proc/cpuinfo") as file:
-            name = next((line.split(":")[1].strip() for line in file if "model name" in line), platform.processor())
-        name += f", {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def time_side_by_side(
     functions: dict[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, float]:
-    """Median milliseconds of each function; the functions take turns, so that noise falls on all alike."""
+    """Median milliseconds of each function. The functions take turns, so that noise affects all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 1):
         for name, function in functions.items():
             start = _now(device)
             function()
-            if round_:  # the first round warms up
+            if round_:  # the first round is a warm-up
                 times[name].append(1000 * (_now(device) - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one large matrix product on random numbers."""
+    """Floating-point operations per second of one large matrix product."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     milliseconds = time_side_by_side({"matmul": lambda: a @ b}, device, rounds=9)["matmul"]
@@ -61,7 +50,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second of one large copy, read and written counted."""
+    """Bytes per second of one large copy; bytes read and bytes written both count."""
     source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     milliseconds = time_side_by_side({"copy": lambda: target.copy_(source)}, device, rounds=9)["copy"]
@@ -69,7 +58,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def peak_megabytes(function: Callable[[], object], device: torch.device) -> float:
-    """Most memory that tensors made inside ``function`` held at one time."""
+    """Peak memory of the tensors that ``function`` creates, in MiB."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -82,20 +71,6 @@ def peak_megabytes(function: Callable[[], object], device: torch.device) -> floa
     return live.peak / 2**20
 
 
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Left-aligned first column, right-aligned figures."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-
-    def line(row: list[str]) -> str:
-        first, *figures = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        aligned = [first.strip().ljust(widths[0]), *figures]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = [("-" * (width - 1) + ":") if i else "-" * width for i, width in enumerate(widths)]
-    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
-
-
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -103,31 +78,31 @@ def _now(device: torch.device) -> float:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Counts the bytes of storages that operators return, for as long as they live."""
+    """Tracks the bytes of storages that operators allocate, until the storages are freed."""
 
     def __init__(self):
         super().__init__()
         self.current = self.peak = 0
-        self.known: set[int] = set()
+        self.tracked: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in given:
+                if storage._cdata not in self.tracked and storage._cdata not in inputs:
                     self._enter(storage)
         return result
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
+        self.tracked.add(key)
         self.current += size
         self.peak = max(self.peak, self.current)
 
         def leave() -> None:
-            self.known.discard(key)
+            self.tracked.discard(key)
             self.current -= size
 
         weakref.finalize(storage, leave)

@@ -1,7 +1,7 @@
-"""The released ID-Former restated from its description, as a baseline to measure and to check against.
+"""The released ID-Former, reimplemented from its description as a baseline to measure and to check against.
 
-A Python loop over the groups of images with one role, ``nn.MultiheadAttention`` with its attention matrix returned,
-queries repeated and projected for every image, references repeated for every scene.
+It loops in Python over the groups of images with one role, uses ``nn.MultiheadAttention`` and returns its attention
+matrix, repeats and projects the queries for every image, and repeats the references for every scene.
 """
 
 import math
@@ -26,7 +26,7 @@ class ReleasedIDFormer(nn.Module):
         self.ln_kv = nn.LayerNorm(hidden_size, eps=1e-6)
 
     def forward(self, image_features: Tensor, image_roles: Tensor, sample_index: Tensor) -> Tensor:
-        """``[I, P, Cv] -> [I, Q, C]``; within a sample references stand first."""
+        """``[I, P, Cv] -> [I, Q, C]``; in each sample the references must come before the scenes."""
         key_position = self._key_position(image_features.shape[1])
         patches = self.ln_kv(self.kv_proj(image_features)).permute(1, 0, 2)
         queries = self.ln_q(self.query)[:, None].repeat(1, patches.shape[1], 1)
@@ -58,9 +58,9 @@ class ReleasedIDFormer(nn.Module):
 
 
 def to_idavlm(released: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state_dict`` of the release's ``attn_pool`` as one of :class:`idavlm.IDFormer`.
+    """Convert the ``state_dict`` of the released ``attn_pool`` to one of :class:`idavlm.IDFormer`.
 
-    Without ``attn1`` and below ``resampler.`` it is one of :class:`idavlm.Resampler`.
+    Its keys that start with ``resampler.``, without this prefix, are those of :class:`idavlm.Resampler`.
     """
     renamed = {
         "pos_embed": "resampler.query_position",

@@ -1,11 +1,10 @@
-"""Measure tiles of the attention kernels on this GPU, and keep the fastest for every later process.
-
-From capability 9.0 on and in 16 bits every tile is measured twice: read by pointers, and by tensor descriptors.
+"""Measure tiles of the attention kernels on this GPU and store the fastest ones for later processes.
 
     python -m benchmarks.tune_attention --head-dim 128 --dtype bfloat16
 
-One kernel after the other, each tile first checked against the float32 reference. Where the result goes:
-``idavlm/ops/cross_attention/triton/tuning.py``.
+The tiles of one kernel after the other are varied. Each is first checked against the float32 reference. With 16-bit
+inputs and capability 9.0 or later every tile is measured twice, read through pointers and through tensor descriptors.
+``idavlm/ops/cross_attention/triton/tiling.py`` describes the file that the result is written to.
 """
 
 import argparse
@@ -18,110 +17,130 @@ import torch
 import triton
 
 from benchmarks.attention_backends import Problem
-from benchmarks.attention_backends import triton as attend
+from benchmarks.attention_backends import triton as triton_backend
 from benchmarks.cross_attention import CASES, make_problem, reference
-from benchmarks.measure import argument_parser, describe_machine, time_side_by_side, tolerance
+from benchmarks.measure import argument_parser, time_side_by_side, tolerance
 from idavlm.ops.cross_attention.triton import launch
-from idavlm.ops.cross_attention.triton.tiling import described_tiling, shipped_tiling
-from idavlm.ops.cross_attention.triton.tuning import KERNELS, Tile, Tiling, save_tiling, tuning_file
+from idavlm.ops.cross_attention.triton.tiling import (
+    KERNELS,
+    Tile,
+    Tiling,
+    default_tiling,
+    default_tma_tiling,
+    save_tiling,
+    tuning_file,
+)
+from idavlm.utils import describe_machine
 
 BLOCKS_Q, BLOCKS_K, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 
 
-def candidates(tiling: Tiling, described: Tiling | None) -> Iterator[tuple[str, list[Tiling]]]:
-    """Each kernel, and ``tiling`` with every tile for it. Then the choices of the backward, and warps that load.
+def candidates(tiling: Tiling, tma_tiling: Tiling | None) -> Iterator[tuple[str, list[Tiling]]]:
+    """For each field of a tiling its name, and ``tiling`` with all values to try for this field.
 
-    ``described``: shipped tiles to start from with tensor descriptors, None where there are none.
+    Args:
+        tiling: the best tiling found so far.
+        tma_tiling: the default tiling with tensor descriptors; None if the GPU does not support them.
     """
-    ways = (False, True) if described else (False,)
-    tiles = [Tile(*sizes, tma) for *sizes, tma in product(BLOCKS_Q, BLOCKS_K, WARPS, STAGES, ways)]
+    tma_values = (False, True) if tma_tiling else (False,)
+    tiles = [Tile(*sizes, tma) for *sizes, tma in product(BLOCKS_Q, BLOCKS_K, WARPS, STAGES, tma_values)]
     for kernel in KERNELS:
-        first = [getattr(tiling, kernel), *([getattr(described, kernel)] if described else [])]
+        first = [getattr(tiling, kernel), *([getattr(tma_tiling, kernel)] if tma_tiling else [])]
         yield kernel, [tiling._replace(**{kernel: tile}) for tile in (*first, *tiles)]
-    yield "values", [tiling._replace(values=tile) for tile in (None, tiling.keys, *tiles)]
-    yield "joined", [tiling._replace(joined=joined) for joined in (True, False)]
-    if described and described.specialised:
-        # As many warps as shipped: with others Triton leaves the loop as it is, or does not compile it.
-        warps = described.specialised.num_warps
-        loading = [tile for tile in tiles if tile.tma and tile.num_warps == warps and tile.block_q >= 64]
-        yield "specialised", [tiling._replace(specialised=tile) for tile in (None, described.specialised, *loading)]
+    yield "bwd_dv", [tiling._replace(bwd_dv=tile) for tile in (None, tiling.bwd_dkdv, *tiles)]
+    yield "fuse_dq", [tiling._replace(fuse_dq=fuse_dq) for fuse_dq in (True, False)]
+    if tma_tiling and tma_tiling.fwd_warp_specialized:
+        # The number of warps is that of the default. With others Triton does not specialise them, or fails to compile.
+        default = tma_tiling.fwd_warp_specialized
+        tiles = [tile for tile in tiles if tile.tma and tile.num_warps == default.num_warps and tile.block_q >= 64]
+        yield "fwd_warp_specialized", [tiling._replace(fwd_warp_specialized=tile) for tile in (None, default, *tiles)]
 
 
-def tune(start: Tiling, described: Tiling | None, time_of: Callable[[str, Tiling], float | None]) -> Tiling:
-    """Kernel by kernel the tiling for which ``time_of(kernel, tiling)`` is least; None says that it does not run."""
+def tune(start: Tiling, tma_tiling: Tiling | None, time_of: Callable[[str, Tiling], float | None]) -> Tiling:
+    """The fastest tiling, found field by field.
+
+    Args:
+        start: tiling to start from.
+        tma_tiling: as in :func:`candidates`.
+        time_of: takes the name of the varied field and a tiling; returns its time, or None if it does not run.
+    """
     best = start
-    for number in range(len(list(candidates(start, described)))):
-        kernel, choices = list(candidates(best, described))[number]
-        timed = [(time_of(kernel, choice), choice) for choice in choices]
-        running = [(time, choice) for time, choice in timed if time is not None]
+    for number in range(len(list(candidates(start, tma_tiling)))):
+        field, tilings = list(candidates(best, tma_tiling))[number]
+        timed = [(time_of(field, tiling), tiling) for tiling in tilings]
+        running = [(time, tiling) for time, tiling in timed if time is not None]
         if running:
             best = min(running, key=lambda pair: pair[0])[1]
     return best
 
 
 def timer(problems: dict[str, Problem], rounds: int) -> Callable[[str, Tiling], float | None]:
+    """The function ``time_of`` of :func:`tune` for these problems."""
     expected = {}
     for case, problem in problems.items():
         out = reference(problem)
         expected[case] = out.detach(), torch.autograd.grad(out.sum(), (problem.q, problem.k, problem.v))
 
-    def time_of(kernel: str, tiling: Tiling) -> float | None:
-        """Milliseconds of the problems that use the kernel, or None."""
-        if kernel in ("queries", "shared"):
-            tiling = tiling._replace(joined=False)
-        chosen = {case: p for case, p in problems.items() if p.shared or kernel != "shared"}
-        chosen = {case: p for case, p in chosen.items() if not p.shared or kernel != "queries"}
+    def time_of(field: str, tiling: Tiling) -> float | None:
+        """Milliseconds of the problems that use this field of the tiling, or None."""
+        if field in ("bwd_dq", "bwd_dq_shared"):
+            tiling = tiling._replace(fuse_dq=False)
+        cases = list(problems)
+        if field in ("bwd_dq", "bwd_dq_shared"):
+            cases = [case for case in cases if problems[case].shared == (field == "bwd_dq_shared")]
         try:
             with patch.object(launch, "tiling_for", lambda *tensors: tiling):
-                return sum(_time(problem, *expected[case], kernel, rounds) for case, problem in chosen.items())
+                return sum(_time(problems[case], *expected[case], field, rounds) for case in cases)
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, AssertionError) as error:
-            print(f"{kernel} {tiling}: {type(error).__name__}")
+            print(f"{field} {tiling}: {type(error).__name__}")
         except RuntimeError as error:
-            if "PassManager" not in str(error):  # what Triton raises for a tile that it cannot lower
+            if "PassManager" not in str(error):  # Triton's error for a tile that it cannot lower
                 raise
-            print(f"{kernel} {tiling}: not compiled")
+            print(f"{field} {tiling}: not compiled")
         return None
 
     return time_of
 
 
-def _time(problem: Problem, expected: torch.Tensor, expected_grads, kernel: str, rounds: int) -> float:
+def _time(problem: Problem, expected: torch.Tensor, expected_grads, field: str, rounds: int) -> float:
     inputs = (problem.q, problem.k, problem.v)
-    out = attend(problem)
+    out = triton_backend(problem)
     torch.testing.assert_close(out.detach(), expected, **tolerance(out.dtype))
-    if kernel in ("forward", "specialised"):
-        return time_side_by_side({kernel: lambda: attend(problem)}, out.device, rounds)[kernel]
+    if field in ("fwd", "fwd_warp_specialized"):
+        return time_side_by_side({field: lambda: triton_backend(problem)}, out.device, rounds)[field]
     grad = torch.ones_like(out)
-    for found, true in zip(torch.autograd.grad(out, inputs, grad, retain_graph=True), expected_grads, strict=True):
+    grads = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    for found, true in zip(grads, expected_grads, strict=True):
         close = (found - true).float().norm() <= 2e-2 * true.float().norm()
-        assert close, "another gradient than the reference's"
+        assert close, "the gradient differs from that of the reference"
 
     def backward() -> None:
         torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
-    return time_side_by_side({kernel: backward}, out.device, rounds)[kernel]
+    return time_side_by_side({field: backward}, out.device, rounds)[field]
 
 
 def main() -> None:
     parser = argument_parser(__doc__, rounds=7)
     parser.set_defaults(device=torch.device("cuda"), dtype=torch.bfloat16)
-    for name, default in {
-        "samples": 8, "queries": 256, "patches": 1024, "num_heads": 32, "head_dim": 128
-    }.items():  # fmt: skip
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--samples", type=int, default=8, help="samples per batch (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=256, help="queries per image (default: %(default)s)")
+    parser.add_argument("--patches", type=int, default=1024, help="patches per image (default: %(default)s)")
+    parser.add_argument("--num-heads", type=int, default=32, help="attention heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="width of a head (default: %(default)s)")
     args: argparse.Namespace = parser.parse_args()
     if args.device.type != "cuda" or not torch.cuda.is_available():
-        sys.exit("Tiles are measured on a CUDA GPU, and there is none here.")
+        sys.exit("Tiles are measured on a CUDA GPU, but none is available.")
     torch.manual_seed(0)
     problems = {case: make_problem(case, args) for case in CASES if case != "small"}
     width = max(32, triton.next_power_of_2(args.head_dim))
     itemsize = problems["pool"].q.element_size()
     capability = torch.cuda.get_device_capability(args.device)
-    start = shipped_tiling(capability, itemsize, width)
-    described = described_tiling(capability, width) if itemsize == 2 else None
-    best = tune(start, described, timer(problems, args.rounds))
+    start = default_tiling(capability, itemsize, width)
+    tma_tiling = default_tma_tiling(capability, width) if itemsize == 2 else None
+    best = tune(start, tma_tiling, timer(problems, args.rounds))
     save_tiling(torch.cuda.get_device_name(args.device), itemsize, width, best)
-    print(f"{describe_machine(args.device)}\nshipped {start}\nfastest {best}\nkept in {tuning_file()}")
+    print(f"{describe_machine(args.device)}\ndefault {start}\nfastest {best}\nwritten to {tuning_file()}")
 
 
 if __name__ == "__main__":

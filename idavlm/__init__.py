@@ -1,11 +1,16 @@
 """idavlm: identity-aware vision-language models.
 
-Show a model reference photos of named characters and it recognises them in other images. The public names below are
-imported on first use, so ``import idavlm`` itself costs nothing.
+A model is shown reference photos of named identities (people, characters, pets, objects) and recognises them in other
+images. The public names below are imported on first use: ``import idavlm`` imports neither torch nor transformers.
+
+``import idavlm`` also registers the model, configuration and processor with the Auto classes of transformers, so that
+``AutoModelForImageTextToText``, ``AutoConfig`` and ``AutoProcessor`` load idavlm checkpoints.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from idavlm._auto_classes import register_when_imported
 
 __version__ = "0.1.0"
 
@@ -92,3 +97,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_imported()

@@ -1,35 +1,50 @@
-"""The argument that holds the cache: what was ``past_key_values`` is ``cache`` from transformers 5.24 on."""
+"""Workarounds for versions of transformers. No other file of the package asks for a version.
+
+Each function names the versions that it is for; when ``pyproject.toml`` excludes them, the function can go.
+
+| function | works around |
+| --- | --- |
+| :func:`cache_name`, :func:`cache_in`, :func:`takes_cache` | transformers < 5.24 names the cache ``past_key_values`` |
+| :func:`auto_image_processor` | transformers < 5.18: ``AutoImageProcessor`` needs torchvision |
+| :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
+| :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
+"""
 
 import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 NEW, OLD = "cache", "past_key_values"
 
 
 @functools.cache
 def cache_name() -> str:
-    """What the installed transformers calls it."""
+    """Name of the cache argument and output field: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return NEW if NEW in {field.name for field in fields(CausalLMOutputWithPast)} else OLD
 
 
-def cache_in(args: tuple, kwargs: dict):
-    """The transformers cache among the arguments of a model or layer, by either name or by its place, or None."""
-    for name in (NEW, OLD):  # where both are given, transformers ignores the old one
+def cache_in(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The transformers cache among the arguments of a model or a layer, or None.
+
+    It is found by either name, or by its type among the positional arguments. If both names are passed, the new one
+    counts, as in transformers.
+    """
+    for name in (NEW, OLD):
         if kwargs.get(name) is not None:
             return kwargs[name]
     return next((value for value in args if hasattr(value, "get_seq_length") and hasattr(value, "layers")), None)
 
 
 def takes_cache(method: Callable) -> Callable:
-    """Let a method with a parameter ``cache`` take it as transformers' own models do.
+    """Decorate a method with a parameter ``cache`` so that it accepts the names that transformers' own models accept.
 
-    That is as ``past_key_values`` before 5.24, and from then on as ``cache`` or, with transformers' warning, by the old
-    name.
+    Before transformers 5.24 that is ``past_key_values``. From 5.24 on it is ``cache``, and the old name with a
+    FutureWarning of transformers.
     """
     if cache_name() == NEW:
         from transformers.utils.deprecation import deprecate_kwarg
@@ -42,20 +57,55 @@ def takes_cache(method: Callable) -> Callable:
             kwargs[NEW] = kwargs.pop(OLD)
         return method(*args, **kwargs)
 
-    # generate refuses what is not in the signature.
+    # generate() rejects arguments that are not in the signature.
     signature = inspect.signature(method)
     renamed = [p.replace(name=OLD) if p.name == NEW else p for p in signature.parameters.values()]
     run.__signature__ = signature.replace(parameters=renamed)
     return run
 
 
-def pil_image_processor(model: str, name: str) -> type:
-    """The image processor ``name`` of the transformers model ``model`` that needs Pillow and no torchvision.
+def auto_image_processor() -> type:
+    """``AutoImageProcessor``, whether torchvision is installed or not.
 
-    transformers 5.x keeps it in ``image_processing_pil_<model>.py``; before, the class without suffix was that one.
+    Where torchvision is missing, ``from transformers import AutoImageProcessor`` returns a placeholder that raises
+    ImportError in transformers before 5.18. The class itself does not need torchvision: it falls back to processors
+    that use Pillow.
+    """
+    return importlib.import_module("transformers.models.auto.image_processing_auto").AutoImageProcessor
+
+
+def pil_image_processor(model: str, name: str) -> type:
+    """The image processor ``name`` of the transformers model ``model`` that uses Pillow and does not need torchvision.
+
+    transformers 5 defines it in ``image_processing_pil_<model>.py`` under the name with the suffix ``Pil``. A model
+    without that file has one processor only, which is returned.
     """
     try:
         module = importlib.import_module(f"transformers.models.{model}.image_processing_pil_{model}")
         return getattr(module, f"{name}Pil")
     except ImportError:
         return getattr(importlib.import_module("transformers"), name)
+
+
+def empty_cache_layer_like(layer: Any) -> Any:
+    """An empty layer of a transformers cache, of the class and with the sizes of ``layer``.
+
+    transformers 5 has no method for this: the arguments of the constructor are read from attributes of the same names.
+
+    Raises:
+        ValueError: the class has a required argument that is not an attribute.
+    """
+    options = {}
+    for name, parameter in inspect.signature(type(layer).__init__).parameters.items():
+        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if hasattr(layer, name):
+            options[name] = getattr(layer, name)
+        elif name == "sliding_window":  # static layers keep min(sliding_window, max_cache_len), as max_cache_len
+            options[name] = layer.max_cache_len
+        elif parameter.default is parameter.empty:
+            raise ValueError(
+                f"cache has layers of class {type(layer).__name__}, whose argument {name!r} cannot be read; inner "
+                "adaptors support the dynamic, static, sliding-window and quantized layers of transformers."
+            )
+    return type(layer)(**options)

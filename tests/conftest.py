@@ -51,8 +51,8 @@ def processor():
     return small_processor()
 
 
-def take_the_padded_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``"sdpa"`` go on the CPU the way it goes on accelerators: one padded call with a mask."""
+def use_padded_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``"sdpa"`` use the path of accelerators on the CPU: one padded call with a mask."""
 
     def padded(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
         longest = [

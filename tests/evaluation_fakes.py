@@ -1,4 +1,4 @@
-"""A processor and a model that need no weights: the model recognises persons by the folder of their photos."""
+"""A processor and a model without weights: the model recognises identities by the folder of their references."""
 
 import re
 from types import SimpleNamespace
@@ -12,14 +12,14 @@ ACTIVITIES = ("reading", "waving", "running", "sleeping")
 
 
 def samples(number: int = 8, image_root=None) -> list:
-    """One sample of each of four tasks for each of ``number`` persons; photos of person 3 are ``p3/0.png``, ..."""
+    """One sample of each of four tasks per identity; references of identity 3 are ``p3/0.png``, ``p3/1.png``."""
     found = []
-    for person in range(number):
-        others = [(person + step) % number for step in (1, 2, 3)]
-        place = person % 4
-        order = [*others[:place], person, *others[place:]]
-        photos = [{"name": "Kate", "images": [f"p{person}/0.png", f"p{person}/1.png"]}]
-        pictures = [
+    for identity in range(number):
+        others = [(identity + step) % number for step in (1, 2, 3)]
+        place = identity % 4
+        order = [*others[:place], identity, *others[place:]]
+        identities = [{"name": "Kate", "images": [f"p{identity}/0.png", f"p{identity}/1.png"]}]
+        images = [
             part
             for at, shown in enumerate(order)
             for part in (
@@ -29,17 +29,17 @@ def samples(number: int = 8, image_root=None) -> list:
         ]
         scene = f"s/{'-'.join(f'p{shown}' for shown in order)}.png"
         boxes = [
-            {"name": "Kate" if shown == person else f"other {at}", "image": scene, "box": box_at(at)}
+            {"name": "Kate" if shown == identity else f"other {at}", "image": scene, "box": box_at(at)}
             for at, shown in enumerate(order)
         ]
         questions = {
-            "matching": ([*pictures, text("\nWhich picture shows Kate?")], f"Picture {place + 1}"),
+            "matching": ([*images, text("\nWhich picture shows Kate?")], f"Picture {place + 1}"),
             "location": ([{"type": "image", "image": scene}, text("\nWhere is Kate?")], ""),
             "qa_single": ([{"type": "image", "image": scene}, text("\nWhat is Kate doing?")], doing(place)),
             "caption_single": ([{"type": "image", "image": scene}, text("\nDescribe the picture.")], doing(place)),
         }
         for task, (content, answer) in questions.items():
-            record = {"id": f"{task}-{person}", "source": "identity", "identities": photos, "type": task}
+            record = {"id": f"{task}-{identity}", "source": "identity", "identities": identities, "type": task}
             record |= {"messages": [{"role": "user", "content": content}], "answer": answer}
             if task == "location":
                 record |= {"target": "Kate", "boxes": boxes}
@@ -77,7 +77,7 @@ class FakeProcessor:
     )
 
     def encode(self, sample, *, add_generation_prompt=False):
-        prompt = "".join(f"{who.name} is <{image}>\n" for who in sample.identities for image in who.images)
+        prompt = "".join(f"{identity.name} is <{path}>\n" for identity in sample.identities for path in identity.images)
         turns = [
             ("".join(part.text or f"<{part.image}>" for part in turn.content), turn.role) for turn in sample.messages
         ]
@@ -110,27 +110,27 @@ class FakeProcessor:
 
 
 class FakeModel(torch.nn.Module):
-    """Answers right where a reference photo is of somebody in the picture, with the first choice otherwise.
+    """Answers right if a reference shows an identity of the image, with the first choice otherwise.
 
     Args:
-        prompt_too: whether ``generate`` returns the prompt before the answer.
-        mute: whether it answers nonsense.
+        return_prompt: whether ``generate`` returns the prompt before the answer.
+        mute: whether all answers are unparsable.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, *, prompt_too: bool = True, mute: bool = False):
+    def __init__(self, *, return_prompt: bool = True, mute: bool = False):
         super().__init__()
-        self.prompt_too, self.mute = prompt_too, mute
+        self.return_prompt, self.mute = return_prompt, mute
 
     def answer(self, prompt: str) -> str:
         if self.mute:
             return "I cannot say"
         reference = re.search(r"Kate is <(p\d+)/", prompt)
-        persons = re.findall(r"p\d+", prompt[prompt.index("Picture 1") :] if "Picture 1" in prompt else prompt)
+        shown = re.findall(r"p\d+", prompt[prompt.index("Picture 1") :] if "Picture 1" in prompt else prompt)
         scene = re.search(r"<s/(.*)\.png>", prompt)
-        persons = scene[1].split("-") if scene else persons
-        place = persons.index(reference[1]) if reference and reference[1] in persons else 0
+        shown = scene[1].split("-") if scene else shown
+        place = shown.index(reference[1]) if reference and reference[1] in shown else 0
         if "Which" in prompt:
             return f"Picture {place + 1}"
         return " ".join(f"{edge:.0f}" for edge in box_at(place)) if "Where" in prompt else doing(place)
@@ -142,7 +142,7 @@ class FakeModel(torch.nn.Module):
         answers = [[*map(ord, self.answer(prompt)[:max_new_tokens]), 1] for prompt in prompts]
         longest = max(map(len, answers))
         new = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers])
-        return torch.cat([input_ids, new], 1) if self.prompt_too else new
+        return torch.cat([input_ids, new], 1) if self.return_prompt else new
 
     def forward(self, input_ids):
         logits = torch.zeros(*input_ids.shape, 256)

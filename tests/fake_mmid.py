@@ -1,4 +1,4 @@
-"""A miniature in MM-ID's own format, pictures included; names, texts and drawings are made up here."""
+"""A miniature benchmark in the format of MM-ID with drawn images; names and texts are invented."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from random import Random
 from PIL import Image, ImageDraw
 
 FILMS = ("movie/The Long Table (1971)", "movie/Rain, Again (2003)", "animation/Paper Boats")
-PEOPLE = ("Ada Lund", "Bo Reyes", "Cora", "Captain Dain")
+NAMES = ("Ada Lund", "Bo Reyes", "Cora", "Captain Dain")
 DOES = ("pouring tea", "reading a map", "waving", "asleep on a bench")
 
 
 def build_mmid(folder: Path, rounds: int = 2) -> Path:
-    """``folder/benchmark.json`` and its pictures; ``rounds`` times every type and film."""
+    """Write ``folder/benchmark.json`` and its images; ``rounds`` times every task and film."""
     items: list[dict] = []
     rng = Random(0)
     for _ in range(rounds):
@@ -28,18 +28,18 @@ def build_mmid(folder: Path, rounds: int = 2) -> Path:
 
 
 def _add_film(folder: Path, items: list[dict], film: str, number: int, rng: Random) -> None:
-    one, two = PEOPLE[number], PEOPLE[number + 1]
+    left, right = NAMES[number], NAMES[number + 1]
     shot = len(items)
-    photos = {name: f"./images/{film}/{name}_shot_{shot:04d}_img_0_special.jpg" for name in (one, two)}
+    references = {name: f"./images/{film}/{name}_shot_{shot:04d}_img_0_special.jpg" for name in (left, right)}
     scenes = [f"./images/{film}/shot_{shot:04d}_img_{index}.jpg" for index in range(3)]
-    boxes = {one: [30, 20, 130, 200], two: [180, 35, 300, 230]}
-    for name, path in photos.items():
+    boxes = {left: [30, 20, 130, 200], right: [180, 35, 300, 230]}
+    for name, path in references.items():
         _draw(folder / path, {name: [10, 10, 110, 110]}, (120, 120))
     for path in scenes:
         _draw(folder / path, boxes, (320, 240))
-    intro = f"{one} is <img>image_1</img>\n {two} is <img>image_2</img>\n"
-    base = {"image_1": photos[one], "image_2": photos[two], "image_3": scenes[0]}
-    target = rng.choice([one, two])
+    intro = f"{left} is <img>image_1</img>\n {right} is <img>image_2</img>\n"
+    base = {"image_1": references[left], "image_2": references[right], "image_3": scenes[0]}
+    target = rng.choice([left, right])
     items.append(
         base
         | {
@@ -49,23 +49,23 @@ def _add_film(folder: Path, items: list[dict], film: str, number: int, rng: Rand
             "ground_target": target,
         }
     )
-    does = dict(zip((one, two), rng.sample(DOES, 2), strict=True))
+    does = dict(zip((left, right), rng.sample(DOES, 2), strict=True))
     slash = (" / ", "/ ", "/")[number]
     items.append(
         base
         | {
-            "question": f"{intro} In the image: <img>image_3</img>\n What is {one} doing?",
+            "question": f"{intro} In the image: <img>image_3</img>\n What is {left} doing?",
             "type": "QA_singleimage",
-            "answer": f"{one} is {does[one]}.",
-            "false answers": slash.join([f"{one} is {does[two]}.", f"{two} is {does[one]}."]),
+            "answer": f"{left} is {does[left]}.",
+            "false answers": slash.join([f"{left} is {does[right]}.", f"{right} is {does[left]}."]),
         }
     )
-    first = [name.split()[-1] if number else name for name in (one, two)]
+    short_names = [name.split()[-1] if number else name for name in (left, right)]
     items.append(
         base
         | {
             "question": f"{intro} Please describe the image: <img>image_3</img>\n",
-            "answer": f"{first[0]} is {does[one]} while {first[1]} is {does[two]}.",
+            "answer": f"{short_names[0]} is {does[left]} while {short_names[1]} is {does[right]}.",
             "type": "caption_singleimage",
         }
     )
@@ -75,10 +75,10 @@ def _add_film(folder: Path, items: list[dict], film: str, number: int, rng: Rand
         base
         | several
         | {
-            "question": f"{intro} In these pictures {shown}. What does {two} do?",
-            "answer": f"{two} stands up and walks to {one}.",
+            "question": f"{intro} In these pictures {shown}. What does {right} do?",
+            "answer": f"{right} stands up and walks to {left}.",
             "type": "QA_multiimage",
-            "false answers": f"{two} sits down." if number else "",
+            "false answers": f"{right} sits down." if number else "",
         }
     )
     items.append(
@@ -86,7 +86,7 @@ def _add_film(folder: Path, items: list[dict], film: str, number: int, rng: Rand
         | several
         | {
             "question": f"{intro} What is displayed in these images {shown}?",
-            "answer": f"{one} comes in, then {two} leaves.",
+            "answer": f"{left} comes in, then {right} leaves.",
             "type": "caption_multiimage",
         }
     )
@@ -95,9 +95,9 @@ def _add_film(folder: Path, items: list[dict], film: str, number: int, rng: Rand
 def _add_matching(folder: Path, items: list[dict], place: int, rng: Random) -> None:
     shot = len(items)
     paths = [f"./images/match/person/film{shot}/shot{index}.jpg" for index in range(5)]
-    name = PEOPLE[rng.randrange(4)]
+    name = NAMES[rng.randrange(4)]
     for index, path in enumerate(paths):
-        _draw(folder / path, {name if index in (0, place + 1) else "somebody": [20, 10, 90, 90]}, (100, 100))
+        _draw(folder / path, {name if index in (0, place + 1) else "another": [20, 10, 90, 90]}, (100, 100))
     shown = " ".join(f"Image {index}: <img>image_{index}</img>\n" for index in range(1, 5))
     items.append(
         {f"image_{index}": path for index, path in enumerate(paths)}
@@ -110,11 +110,11 @@ def _add_matching(folder: Path, items: list[dict], place: int, rng: Random) -> N
     )
 
 
-def _draw(path: Path, people: dict[str, list[int]], size: tuple[int, int]) -> None:
+def _draw(path: Path, boxes: dict[str, list[int]], size: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new("RGB", size, "#e8e4da")
-    draw = ImageDraw.Draw(picture)
-    for name, box in people.items():
+    image = Image.new("RGB", size, "#e8e4da")
+    draw = ImageDraw.Draw(image)
+    for name, box in boxes.items():
         colour = "#%06x" % (sum(ord(letter) * 7919**place for place, letter in enumerate(name)) % 0xC0C0C0)
         draw.ellipse(box, fill=colour)
-    picture.save(path)
+    image.save(path)

@@ -1,4 +1,4 @@
-"""A made-up Wesnoth: unit files and drawn sprites in the folders of the game's data, small enough for tests."""
+"""A fake of the game: unit files and sprites in the folder structure of its data, small enough for tests."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ FRAMES = ("", "-bow-attack1", "-bow-attack2", "-defend-1", "-defend-2", "-melee-
 
 
 def sprite(number: int, frame: int) -> Image.Image:
-    """A figure of its own proportions and colours, an arm in a different place in every frame, on a 72 x 72 hexagon."""
+    """A 72 x 72 figure with proportions and colours of the unit, and an arm at a different height in every frame."""
     rng = np.random.default_rng(number)
     pixels = np.zeros((72, 72, 4), dtype=np.uint8)
     half = 8 + number % 5
@@ -51,7 +51,7 @@ nothing."
 
 
 def make(root: Path, num_units: int = NUM_UNITS) -> Path:
-    """Write the data below ``root`` and return its ``data`` folder."""
+    """Write the data below ``root`` and return the ``data`` folder."""
     data = root / "usr" / "share" / "games" / "wesnoth" / "1.16" / "data"
     images, units = data / "core" / "images", data / "core" / "units" / "clan"
     for folder in (units, images / "units" / "clan", images / "terrain" / "grass", images / "story"):

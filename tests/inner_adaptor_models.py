@@ -17,7 +17,7 @@ FAMILIES = {
 
 
 def language_model(family: str = "llama", **options) -> PreTrainedModel:
-    """Four layers of width 32, weights large enough that layers matter."""
+    """A model of four layers of width 32, with weights large enough that each layer changes the output."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -29,7 +29,7 @@ def language_model(family: str = "llama", **options) -> PreTrainedModel:
 
 
 def adapted(family: str = "llama", *, options: dict | None = None, **adaptors) -> PreTrainedModel:
-    """The same with adaptors after layers 1 and 2 that are no longer copies."""
+    """The same model with adaptors after layers 1 and 2 that differ from the layers they were copied from."""
     choice = {} if "every" in adaptors else {"layers": [1, 2]}
     model = add_inner_adaptors(language_model(family, **(options or {})), **{**choice, **adaptors})
     disturb(model)
@@ -38,6 +38,7 @@ def adapted(family: str = "llama", *, options: dict | None = None, **adaptors) -
 
 @torch.no_grad()
 def disturb(model: PreTrainedModel) -> None:
+    """Add noise to all parameters of the adaptors."""
     torch.manual_seed(1)
     for parameter in model.inner_adaptor.parameters():
         parameter += 0.1 * torch.randn_like(parameter)

@@ -1,6 +1,7 @@
-"""A small training run over both sources that can be killed: ``python -m tests.interrupted_run FOLDER [STEP WHERE]``.
+"""A small training run on both sources that kills itself: ``python -m tests.interrupted_run DATA FOLDER STEP WHERE``.
 
-Writes the losses of every step, exactly, to FOLDER/losses.jsonl.
+It writes the exact losses of every step to FOLDER/losses.jsonl. WHERE is ``step`` (at the end of a step) or ``save``
+(while a checkpoint is written).
 """
 
 import json
@@ -13,6 +14,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from idavlm.data import RecordDataset
+from idavlm.experimental.muon import muon_adamw
 from idavlm.training import IDTrainer, IDTrainingArguments
 from tests.small_models import IMAGES, draw_images, record, small_model, small_processor
 
@@ -22,25 +24,25 @@ STEPS, SAVE_EVERY = 14, 4
 def write_data(folder: Path) -> None:
     """Ten identity records and five general ones."""
     draw_images(folder / "images", IMAGES)
-    people = [("Kate", "Tom"), ("Tom",), ("Tom", "Kate"), ("Kate",)]
-    identity = [record(number, people=people[number % 4]) for number in range(10)]
+    names = [("Kate", "Tom"), ("Tom",), ("Tom", "Kate"), ("Kate",)]
+    identity = [record(number, people=names[number % 4]) for number in range(10)]
     general = [
         {
             "id": f"g{number}",
             "source": "general",
             "messages": [
                 {"role": "user", "content": [{"type": "image", "image": IMAGES[number % 4]}]},
-                {"role": "assistant", "content": f"Picture {number}: Tom."},
+                {"role": "assistant", "content": f"Image {number}: Tom."},
             ],
         }
         for number in range(5)
     ]
     for name, records in (("train", identity), ("general", general)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in records))
 
 
 class Exact(TrainerCallback):
-    """Writes the losses of every step down to the last bit."""
+    """Writes the losses of every step without rounding."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -53,7 +55,7 @@ class Exact(TrainerCallback):
 
 
 class Kill(TrainerCallback):
-    """SIGKILL at a step; nothing is flushed, closed or caught."""
+    """Sends SIGKILL at the end of a step: nothing is flushed, closed or caught."""
 
     def __init__(self, step: int):
         self.step = step
@@ -63,18 +65,16 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, **options) -> IDTrainer:
+def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, general: bool = True, **options) -> IDTrainer:
     processor = small_processor()
     set_seed(3)
     model = small_model(processor, detach_references=False)
-    model.language_model.config.attention_dropout = 0.1  # random numbers of the model must go on, too
+    model.language_model.config.attention_dropout = 0.1  # the state of the random generators must be restored, too
     arguments = IDTrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=2,
-        learning_rate=1e-3,
         warmup_steps=2,
-        muon_modules=["language_model"],
         logging_steps=1,
         save_steps=SAVE_EVERY,
         mixing_ratio=0.4,
@@ -89,8 +89,9 @@ def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, **options) 
         model,
         arguments,
         train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
-        general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode),
-        data_collator=processor.collate,
+        general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode) if general else None,
+        processing_class=processor,
+        optimizers=(muon_adamw(model, learning_rate=1e-3), None),
         callbacks=[Exact(folder / "losses.jsonl")],
     )
 
@@ -102,7 +103,7 @@ def main() -> None:
     if where == "step":
         trainer.add_callback(Kill(step))
     else:
-        # In the midst of writing a checkpoint: weights are there, the state is not.
+        # While a checkpoint is written: it has the weights, but not the state.
         save = trainer._save_optimizer_and_scheduler
 
         def killed_while_saving(output_dir):

@@ -1,4 +1,4 @@
-"""A local OpenAI-compatible endpoint that misbehaves on demand."""
+"""A local OpenAI-compatible endpoint with failures on demand."""
 
 import json
 import threading
@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class JudgeServer:
-    """Answers each question by ``reply(content)``, after the faults planned for it.
+    """Answers each request by ``reply(content)``, after the planned faults.
 
-    Faults, one a request: a status (429, 500 ...), ``"hang"``, ``"cut"`` (JSON that breaks off), ``"short"`` (fewer
-    bytes than announced), ``"shape"`` (JSON of something else), ``"drop"`` (the connection is closed).
+    Faults, one per request: a status (429, 500 ...), ``"hang"``, ``"cut"`` (truncated JSON), ``"short"`` (fewer
+    bytes than announced), ``"shape"`` (JSON without the expected fields), ``"drop"`` (the connection is closed).
     """
 
     def __init__(self, reply, faults=(), hang: float = 5.0):

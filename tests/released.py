@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the released formats, as a user has them: with a tokenizer."""
+"""Tiny checkpoints in the released formats with tokenizers."""
 
 import base64
 import shutil
@@ -52,7 +52,7 @@ def tiny_tokenizer(specials: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Like Llama's: ``▁`` for spaces, one more at the beginning of a text, none behind special tokens."""
+    """Like that of Llama: ``▁`` for spaces and at the beginning of a text, but not after special tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")

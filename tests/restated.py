@@ -27,7 +27,7 @@ def restate(
     patch_position = F.interpolate(image, size=(patch_side, patch_side), mode="bicubic", align_corners=False)
     patch_position = patch_position[0].flatten(1).T
 
-    one_hot = torch.zeros_like(position)  # a block of channels a column, then one a row
+    one_hot = torch.zeros_like(position)  # one block of channels per column, then one per row
     for query in range(len(position)):
         for half, place in enumerate((query % side, query // side)):
             of_half = one_hot[query, half * width // 2 : (half + 1) * width // 2]
@@ -61,27 +61,29 @@ def restate(
         query = norm("resampler.query_norm", weights["resampler.query"]) + position
         tokens = attend("resampler.attention", query, x + patch_position, x)[0]
         tokens = tokens + feed_forward("resampler.feed_forward", tokens)
-        if "resampler.token_norm.weight" in weights:
-            tokens = norm("resampler.token_norm", tokens)
-        return tokens + {False: 0.0, True: position, "one_hot": one_hot}[id_former.resampler.token_positions]
+        if "resampler.token_norm.weight" not in weights:
+            return tokens
+        added = {"sincos": position, "one_hot": one_hot}[id_former.resampler.token_position_embedding]
+        return norm("resampler.token_norm", tokens) + added
 
     def finish(tokens: Tensor) -> Tensor:
         if "resampler.output_proj.weight" not in weights:
             return tokens
         return norm("resampler.output_norm", tokens) @ weights["resampler.output_proj.weight"].T
 
-    def mark(image: int, shares: Tensor) -> Tensor | float:
-        """Slots: of a photo its identity's, of others by what the patches in the cell of each query look at."""
+    def embed(image: int, shares: Tensor) -> Tensor | float:
+        """Identity embedding: a reference gets its own, other images the mean of the map in the cell of each query."""
         if "identity_embedding.weight" not in weights:
             return 0.0
-        slots = weights["identity_embedding.weight"][:num_identities]
+        embeddings = weights["identity_embedding.weight"][:num_identities]
         if roles[image] == 0:
-            return slots[identities[image]]
-        side, cells = int(len(shares) ** 0.5), int(len(position) ** 0.5)
-        edges = [(math.floor(i * side / cells), math.ceil((i + 1) * side / cells)) for i in range(cells)]
+            return embeddings[identities[image]]
+        side, rows = int(len(shares) ** 0.5), int(len(position) ** 0.5)
+        edges = [(math.floor(i * side / rows), math.ceil((i + 1) * side / rows)) for i in range(rows)]
         grid = shares[:, :-1].view(side, side, -1)
-        rows = [grid[top:bottom, left:right].mean((0, 1)) @ slots for top, bottom in edges for left, right in edges]
-        return torch.stack(rows)
+        rows = [
+            grid[top:bottom, left:right].mean((0, 1)) @ embeddings for top, bottom in edges for left, right in edges
+        ]
 
     patches = [norm("resampler.input_norm", x @ weights["resampler.input_proj.weight"].T) for x in features]
     tokens, maps = [], [[] for _ in id_former.identity_layers]
@@ -105,5 +107,5 @@ def restate(
             x = x + gate(f"{name}.attention_gate") * found
             x = x + gate(f"{name}.feed_forward_gate") * feed_forward(f"{name}.feed_forward", x)
             layer_maps.append(shares @ F.one_hot(torch.cat(owner), num_identities + 1).to(x))
-        tokens.append(finish(read(x)) + mark(number, maps[-1][-1]))
+        tokens.append(finish(read(x)) + embed(number, maps[-1][-1]))
     return torch.stack(tokens), [torch.stack(layer_maps) for layer_maps in maps]

@@ -1,8 +1,8 @@
-"""Awkward answers, read as a person would read them."""
+"""Parsing of unusual answers."""
 
 import pytest
 
-from idavlm.evaluation import parse_letter, parse_picture, parse_yes_no
+from idavlm.evaluation import parse_image_number, parse_letter, parse_yes_no
 from idavlm.models import BoxFormat
 
 CHOICES = [
@@ -90,15 +90,15 @@ CHOICES = [
 
 @pytest.mark.parametrize(("text", "number"), CHOICES)
 def test_choices(text, number):
-    assert parse_picture(text) == number
+    assert parse_image_number(text) == number
 
 
 def test_choices_of_a_known_number_and_name():
-    assert parse_picture("Image 7", count=4) is None
-    assert parse_picture("Image 4", count=4) == 4
+    assert parse_image_number("Image 7", count=4) is None
+    assert parse_image_number("Image 4", count=4) == 4
     several = "Image 1 shows Tom. Image 2 shows Kate. Image 3 shows a dog."
-    assert parse_picture(several, name="Kate") == 2
-    assert parse_picture(several, name="Mia") == 1
+    assert parse_image_number(several, name="Kate") == 2
+    assert parse_image_number(several, name="Mia") == 1
     assert parse_letter("The answer is (C).") == "C"
     assert parse_letter("E", count=4) is None
 
@@ -164,7 +164,7 @@ def test_boxes_in_pixels(text, box):
 @pytest.mark.parametrize("kind", ["qwen", "thousand"])
 @pytest.mark.parametrize(("text", "box"), [one for one in BOXES if one[1] in (KATE, TOM)])
 def test_the_same_in_thousandths(kind, text, box):
-    """Only the numbers' meaning differs: a picture of 999 x 999 has thousandths for pixels."""
+    """Only the meaning of numbers differs: in an image of 999 x 999 pixels, thousandths are pixels."""
     assert BoxFormat(kind).parse(text, (999, 999), name="Kate") == box
 
 
@@ -177,7 +177,7 @@ def test_the_same_in_thousandths(kind, text, box):
         ("square", "[0.1, 0.0, 0.2, 0.1]", "empty"),
     ],
 )  # fmt: skip
-def test_numbers_of_another_convention_are_not_read_as_this_one(kind, text, problem):
+def test_numbers_of_another_box_format_are_rejected(kind, text, problem):
     reading = BoxFormat(kind).read(text, SIZE)
     assert (reading.box, reading.problem) == (None, problem)
 

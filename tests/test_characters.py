@@ -1,4 +1,4 @@
-"""The drawn characters: exact boxes, honest splits, the same bytes of the same options, no half-built folders."""
+"""The characters data set: exact boxes, disjoint splits, reproducible bytes, and no partially built folders."""
 
 import hashlib
 import json
@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from idavlm.data import parse_sample
-from idavlm.datasets.characters import ACTIVITIES, CharacterLook, build_characters, draw_people, drawing, pictures
-from idavlm.datasets.first_names import NAMES
-from idavlm.datasets.record_composer import MAX_INTRODUCED, TEST_SHARES
+from idavlm.datasets.characters import ACTIVITIES, CharacterLook, build_characters, draw_characters, drawing, images
+from idavlm.datasets.record_composer import FIRST_NAMES, MAX_INTRODUCED, TEST_SHARES
 
 OPTIONS = {
     "num_train": 12,
@@ -47,26 +46,26 @@ def digests(root):
     }
 
 
-def people(count, seed=0):
+def characters(count, seed=0):
     rng = np.random.default_rng(seed)
     activities = [ACTIVITIES[i] for i in rng.permutation(len(ACTIVITIES))[:count]]
     return [CharacterLook.from_seed(seed, number) for number in range(count)], activities
 
 
 def photograph(monkeypatch, light, looks, activities, seed, size):
-    """The picture before a wall of one brightness, without shadows."""
-    monkeypatch.setattr(pictures, "background", lambda *_: Image.new("RGB", (size, size), (light,) * 3))
-    monkeypatch.setattr(pictures, "_shadow", lambda: Image.new("L", (8, 8)))
-    monkeypatch.setattr(pictures, "in_light", lambda picture, rng: picture)
-    image, boxes = draw_people(looks, activities, np.random.default_rng(seed), size)
+    """The image on a background of one brightness, without shadows."""
+    monkeypatch.setattr(images, "background", lambda *_: Image.new("RGB", (size, size), (light,) * 3))
+    monkeypatch.setattr(images, "_shadow", lambda: Image.new("L", (8, 8)))
+    monkeypatch.setattr(images, "in_light", lambda image, rng: image)
+    image, boxes = draw_characters(looks, activities, np.random.default_rng(seed), size)
     return np.asarray(image).astype(int), boxes
 
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("size", [64, 128])
 def test_boxes_are_those_of_the_covered_pixels(monkeypatch, seed, size):
-    """Coverage measured from outside: what a black and a white wall do not change is the figure."""
-    looks, activities = people(1, seed)
+    """The figure is measured as the pixels that do not differ between a black and a white background."""
+    looks, activities = characters(1, seed)
     activities = [ACTIVITIES[seed % len(ACTIVITIES)]]
     black, boxes = photograph(monkeypatch, 0, looks, activities, seed, size)
     white, _ = photograph(monkeypatch, 255, looks, activities, seed, size)
@@ -75,18 +74,18 @@ def test_boxes_are_those_of_the_covered_pixels(monkeypatch, seed, size):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_people_stand_side_by_side_inside_the_picture(monkeypatch, count):
+def test_characters_are_side_by_side_inside_the_image(monkeypatch, count):
     for seed in range(8):
-        _, boxes = photograph(monkeypatch, 0, *people(count, seed), seed, 128)
+        _, boxes = photograph(monkeypatch, 0, *characters(count, seed), seed, 128)
         assert all(0 <= x1 < x2 <= 128 and 0 <= y1 < y2 <= 128 for x1, y1, x2, y2 in boxes)
-        assert all(y2 - y1 >= 30 for _, y1, _, y2 in boxes), "too small to tell what they do"
+        assert all(y2 - y1 >= 30 for _, y1, _, y2 in boxes), "large enough to recognise the activity"
         for (_, _, x2, _), (following, _, x4, _) in pairwise(boxes):
-            assert x2 - following <= 0.3 * (x4 - following), "a neighbour hides most of somebody"
+            assert x2 - following <= 0.3 * (x4 - following), "a neighbour hides most of the character"
 
 
 def test_names_are_words():
-    assert len(set(NAMES)) == len(NAMES) >= 100
-    assert all(name.isalpha() and name.istitle() and len(name) > 1 for name in NAMES)
+    assert len(set(FIRST_NAMES)) == len(FIRST_NAMES) >= 100
+    assert all(name.isalpha() and name.istitle() and len(name) > 1 for name in FIRST_NAMES)
 
 
 def test_a_look_is_a_function_of_its_seed():
@@ -94,21 +93,21 @@ def test_a_look_is_a_function_of_its_seed():
     assert len({CharacterLook.from_seed(0, number) for number in range(200)}) == 200
 
 
-def test_two_pictures_of_one_character_differ():
-    looks, activities = people(1)
-    first, second = (draw_people(looks, activities, np.random.default_rng(seed), 64)[0] for seed in (0, 1))
+def test_two_images_of_one_character_differ():
+    looks, activities = characters(1)
+    first, second = (draw_characters(looks, activities, np.random.default_rng(seed), 64)[0] for seed in (0, 1))
     assert np.abs(np.asarray(first, dtype=int) - np.asarray(second)).mean() > 5
 
 
 def test_every_record_obeys_the_schema(root):
-    images = root / "images"
+    image_root = root / "images"
     for name in ("train", "test", "general"):
         for number, record in enumerate(records(root, name), 1):
-            sample = parse_sample(record, where=f"{name}.jsonl:{number}", image_root=images)
+            sample = parse_sample(record, where=f"{name}.jsonl:{number}", image_root=image_root)
             assert sample.source == ("general" if name == "general" else "identity")
-            assert all((images / path).is_file() for path in sample.images)
+            assert all((image_root / path).is_file() for path in sample.images)
             assert not set(sample.reference_images) & set(sample.message_images)
-            assert {identity.name for identity in sample.identities} <= set(NAMES)
+            assert {identity.name for identity in sample.identities} <= set(FIRST_NAMES)
             for box in sample.boxes:
                 x1, y1, x2, y2 = box.box
                 assert 0 <= x1 < x2 <= 128
@@ -119,8 +118,8 @@ def test_counts_and_kinds(root):
     description = json.loads((root / "dataset.json").read_text())
     tests = Counter(record["type"] for record in records(root, "test"))
     assert tests == {task: round(16 * share) for task, share in TEST_SHARES.items()}
-    images = {"train_images": 12 * 4 + 12, "test_images": 8 * 4 + 8, "general_images": 6}
-    assert description["counts"] == {"train": 150, "test": sum(tests.values()), "general": 12, **images}
+    counts = {"train_images": 12 * 4 + 12, "test_images": 8 * 4 + 8, "general_images": 6}
+    assert description["counts"] == {"train": 150, "test": sum(tests.values()), "general": 12, **counts}
     with Image.open(root / "images/train/photos/0000-0.jpg") as image:
         assert (image.size, image.mode) == ((128, 128), "RGB")
 
@@ -144,7 +143,7 @@ def test_evaluation_records_can_be_answered(root):
         assert sample.answer not in sample.false_answers
         if sample.task == "matching":
             assert len(sample.message_images) == 4
-            assert len({path.split("-")[0] for path in sample.message_images}) == 4, "four different people"
+            assert len({path.split("-")[0] for path in sample.message_images}) == 4, "four different identities"
             assert sorted([sample.answer, *sample.false_answers]) == [f"Picture {i}" for i in range(1, 5)]
             name = record["messages"][0]["content"][-1]["text"].removeprefix("\nWhich picture shows ")[:-1]
             (box,) = (box for box in sample.boxes if box.name == name)
@@ -159,11 +158,13 @@ def test_training_conversations_have_several_questions(root):
     turns = Counter()
     for record in records(root, "train"):
         sample = parse_sample(record)
+        assert not sample.is_evaluation
+        assert sample.task == record["id"].rpartition("-")[0], "training records name their task"
         turns[sum(message.role == "assistant" for message in sample.messages)] += 1
         assert 1 <= len(sample.identities) <= MAX_INTRODUCED
         assert {len(identity.images) for identity in sample.identities} <= {1, 2}
-    assert turns[1] > 20, "roll calls, descriptions, scenes that introduce one"
-    assert sum(count for number, count in turns.items() if number >= 3) > 20, "about each of those introduced"
+    assert turns[1] > 20, "roll calls, captions, scenes with one identity"
+    assert sum(count for number, count in turns.items() if number >= 3) > 20, "one question per introduced identity"
 
 
 def test_the_same_options_give_the_same_bytes(root, tmp_path):
@@ -187,7 +188,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(drawing, "draw_things", fail)
+    monkeypatch.setattr(drawing, "draw_objects", fail)
     with pytest.raises(KeyboardInterrupt):
         build_characters(tmp_path / "data", **OPTIONS, num_workers=1)
     assert not list(tmp_path.iterdir())
@@ -205,7 +206,7 @@ def test_a_killed_build_leaves_no_data_set_and_the_next_one_cleans_up(tmp_path):
         time.sleep(0.02)
     os.kill(build.pid, signal.SIGKILL)
     build.join()
-    time.sleep(0.2)  # its helper ends at the next picture
+    time.sleep(0.2)  # its worker process ends at the next image
     assert not root.exists()
     build_characters(root, **OPTIONS, size=48)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -220,8 +221,8 @@ def test_options_out_of_range(tmp_path, option, value):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_others_are_not_replaced(tmp_path):
+def test_other_files_are_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"no dataset\.json"):
+    with pytest.raises(FileExistsError, match=r"contains no dataset\.json"):
         build_characters(tmp_path, **OPTIONS)
     assert (tmp_path / "thesis.txt").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the released formats, converted by the program and loaded again, give the released numbers."""
+"""Tiny checkpoints in the released formats: after conversion and loading, outputs equal those of the released code."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def golden(converted):
 
 
 def with_images(input_ids: torch.Tensor, model) -> torch.Tensor:
-    """The release's -200 as so many placeholders."""
+    """Replace the release's -200 by image placeholders."""
     config = model.config
     image = torch.full((config.image_seq_length,), config.image_token_id)
     rows = [torch.cat([image if token == -200 else token[None] for token in row]) for row in input_ids]
@@ -87,9 +87,9 @@ def test_ida_vlm(model, golden, case):
         tokens = model.id_former(patches, **roles, grid_size=grid_size)
     finally:
         del model.id_former.resampler.finish
-    plain = golden["image_roles"] != 1
-    torch.testing.assert_close(before[0], golden["id_former_output"][plain], **CLOSE)
-    torch.testing.assert_close(before[1], golden["id_former_output"][~plain], **CLOSE)
+    without_identities = golden["image_roles"] != 1
+    torch.testing.assert_close(before[0], golden["id_former_output"][without_identities], **CLOSE)
+    torch.testing.assert_close(before[1], golden["id_former_output"][~without_identities], **CLOSE)
     torch.testing.assert_close(tokens, golden["vision_output"], **CLOSE)
     text = {name: golden[name] for name in ("input_ids", "attention_mask")}
     logits = model(pixel_values=pixels, **text, **roles).logits
@@ -106,8 +106,8 @@ def test_a_converted_model_saves_and_loads_as_any_other(converted, model, tmp_pa
 
 
 @torch.no_grad()
-def test_plain_qwen_vl(tmp_path):
-    """Without the ID-Former's attention: a resampler, and the numbers of the samples without references."""
+def test_qwen_vl_without_id_former(tmp_path):
+    """The connector is a resampler; outputs equal those of samples without references."""
     source = released("ida-vlm", tmp_path)
     weights = torch.load(source / "pytorch_model.bin", weights_only=True)
     kept = {name: tensor for name, tensor in weights.items() if ".attn1." not in name}
@@ -125,8 +125,8 @@ def test_plain_qwen_vl(tmp_path):
     torch.testing.assert_close(out.logits[mask], golden["logits"][mask], **CLOSE)
 
 
-def test_a_tower_in_the_folder_of_a_whole_clip(tmp_path):
-    """As ``openai/clip-vit-large-patch14-336`` is: text half and all."""
+def test_a_tower_in_the_folder_of_a_complete_clip(tmp_path):
+    """As in ``openai/clip-vit-large-patch14-336``, which has a text tower too."""
     source = released("llava-1.5", tmp_path)
     alone = source / "clip-vision-tiny"
     convert(source, tmp_path / "alone", progress=False)
@@ -150,8 +150,8 @@ def test_a_tower_in_the_folder_of_a_whole_clip(tmp_path):
 
 
 @torch.no_grad()
-def test_qwens_vision_tower_alone():
-    """Other grids resize the positions; attention may be explicit; hidden states are given; odd sizes are refused."""
+def test_qwen_vision_tower():
+    """Positions are resized for other grids; eager attention and hidden states are supported; odd sizes are refused."""
     config = QwenVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_positions=9, patch_size=4
     )

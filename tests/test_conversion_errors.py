@@ -1,4 +1,4 @@
-"""What cannot be converted is named, and nothing half-written is left; what was killed goes on."""
+"""Errors of conversions name the problem and leave no files; an interrupted conversion resumes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from idavlm.cli.main import main
-from idavlm.conversion import ConversionError, convert, running, source, writer
+from idavlm.conversion import ConversionError, checkpoint_files, convert, converter
 from tests.released import released
 
 PROJECTOR = "model.mm_projector.0.weight"
@@ -53,10 +53,10 @@ def test_missing_extra_and_misshaped_tensors_are_all_named(llava):
         r"of another shape: 1 \(connector\.0\.weight \(64, 50\) instead of \(64, 48\)\)",
     )
     change(llava, lambda weights: weights.update({"model.strange": torch.zeros(1)}))
-    refused(llava, r"tensors that have no place in this format: 1 \(model\.strange\)")
+    refused(llava, r"tensors that are not part of this format: 1 \(model\.strange\)")
     change(llava, lambda weights: weights.pop("model.strange"))
     change(llava, lambda weights: weights.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(1)}))
-    refused(llava, r"extra: 1 \(language_model\.model\.layers\.9\.mlp\.up_proj\.weight\)")
+    refused(llava, r"unexpected: 1 \(language_model\.model\.layers\.9\.mlp\.up_proj\.weight\)")
 
 
 def test_fused_tensors_of_another_shape_are_named(tmp_path):
@@ -70,24 +70,24 @@ def test_fused_tensors_of_another_shape_are_named(tmp_path):
     refused(ida_vlm, rf"{block}: shape \(190,\) cannot become vision_tower\.layers\.1\.self_attn\.q_proj\.bias")
 
 
-def test_files_that_are_cut_off(llava, tmp_path):
+def test_truncated_files(llava, tmp_path):
     tower = llava / "clip-vision-tiny" / "model.safetensors"
     whole = tower.read_bytes()
     for kept in (len(whole) - 1, len(whole) // 2, 4):
         tower.write_bytes(whole[:kept])
-        refused(llava, r"clip-vision-tiny/model\.safetensors: no whole safetensors file")
+        refused(llava, r"clip-vision-tiny/model\.safetensors is not a complete safetensors file")
     tower.write_bytes(whole)
     weights = llava / "pytorch_model.bin"
     whole = weights.read_bytes()
     for kept in (len(whole) - 1000, len(whole) // 2, 100, 0):
         weights.write_bytes(whole[:kept])
-        refused(llava, r"pytorch_model\.bin: (no whole file of torch\.save|refused)")
+        refused(llava, r"pytorch_model\.bin is (not a complete file of torch\.save|refused)")
 
 
-def test_shards_that_an_index_names_must_be_there(tmp_path):
+def test_shards_of_an_index_must_exist(tmp_path):
     iaa = released("iaa", tmp_path)
     (iaa / "model-00002-of-00002.safetensors").unlink()
-    refused(iaa, r"names 2 files, of which 1 \(model-00002-of-00002\.safetensors\) are not there")
+    refused(iaa, r"names 2 files, of which 1 \(model-00002-of-00002\.safetensors\) are missing")
 
 
 class Code:
@@ -99,7 +99,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(llava):
     marker = Path("/tmp/idavlm_code_ran")
     marker.unlink(missing_ok=True)
     torch.save({"a": Code()}, llava / "pytorch_model.bin")
-    refused(llava, "refused, for it holds more than tensors .weights_only=True")
+    refused(llava, "refused because it contains more than tensors .weights_only=True")
     assert not marker.exists()
     torch.save({"step": 3}, llava / "pytorch_model.bin")
     refused(llava, r"expected names and tensors, found 1 \(step\)")
@@ -116,10 +116,11 @@ def test_old_pickles_are_read(llava, tmp_path):
 def test_unknown_formats_and_folders(llava, tmp_path):
     change(llava, lambda weights: [weights.pop(name) for name in list(weights) if "mm_projector" in name])
     refused(
-        llava, r"no known format. Found model_type='llava_llama'.*39 \(lm_head\.weight, .*Known are Qwen-VL, IDA-VLM"
+        llava,
+        r"unknown format. Found model_type='llava_llama'.*39 \(lm_head\.weight, .*formats: Qwen-VL, IDA-VLM",
     )
     (llava / "pytorch_model.bin").unlink()
-    refused(llava, r"no weights; expected one of model\.safetensors, pytorch_model\.bin")
+    refused(llava, r"no weight files; expected one of model\.safetensors, pytorch_model\.bin")
     (llava / "config.json").unlink()
     refused(llava, r"no config\.json")
     refused(tmp_path / "nowhere", "no such folder")
@@ -132,24 +133,24 @@ def test_a_configuration_that_lacks_something(tmp_path):
     (iaa / "config.json").write_text(json.dumps(config))
     refused(iaa, r"config\.json has no 'num_hidden_layers'")
     (iaa / "config.json").write_text("{")
-    refused(iaa, r"config\.json: no JSON")
+    refused(iaa, r"config\.json: invalid JSON")
     (iaa / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 40}))
     refused(iaa, "14 adaptor layers, but 16 expected")
 
 
-def test_parts_that_are_elsewhere(llava, tmp_path, capsys):
+def test_parts_in_other_folders(llava, tmp_path, capsys):
     configure(llava, mm_vision_tower="openai/clip-vit-large-patch14-336")
-    refused(llava, r"its vision tower 'openai/clip-vit-large-patch14-336' is not a folder.*--vision-tower")
+    refused(llava, r"its vision tower 'openai/clip-vit-large-patch14-336' is not a local folder.*--vision-tower")
     refused(llava, r"vision_tower='.*nowhere' has no config\.json", vision_tower=tmp_path / "nowhere")
     (llava / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (llava / "tokenizer_config.json").unlink()
     tower = shutil.copytree(llava / "clip-vision-tiny", tmp_path / "tower")
-    refused(llava, r"no tokenizer that can be read.*--tokenizer", vision_tower=tower)
+    refused(llava, r"no tokenizer that can be loaded.*--tokenizer", vision_tower=tower)
     assert main(["convert", str(llava), str(tmp_path / "out"), "--vision-tower", str(tower)]) == 2
     assert "idavlm convert: " in capsys.readouterr().err
 
 
-def test_the_tokenizer_must_be_the_checkpoints(tmp_path):
+def test_the_tokenizer_must_belong_to_the_checkpoint(tmp_path):
     ida_vlm = released("ida-vlm", tmp_path)
     lines = (ida_vlm / "qwen.tiktoken").read_text().splitlines()
     (ida_vlm / "qwen.tiktoken").write_text("\n".join(lines[:-1]))
@@ -160,17 +161,17 @@ def test_the_tokenizer_must_be_the_checkpoints(tmp_path):
     refused(ida_vlm, r"expected the ranks 0, 1, 2, \.\.\. in order and all 256 bytes")
 
 
-def test_it_overwrites_nothing_and_looks_for_room_first(llava, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_and_disk_space_is_checked_first(llava, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="is there already; it is not overwritten"):
+    with pytest.raises(FileExistsError, match="exists and is not overwritten"):
         convert(llava, out, progress=False)
     assert (out / "mine.txt").read_text() == "keep"
     shutil.rmtree(out)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(running.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-    refused(llava, r"needs 0\.07 GB, but 0\.00 GB are free")
+    monkeypatch.setattr(converter.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    refused(llava, r"needs 0\.07 GB, but only 0\.00 GB are free")
     monkeypatch.undo()
     out.mkdir()
     assert (convert(llava, out, progress=False) / "config.json").exists(), "an empty folder may be there"
@@ -180,7 +181,7 @@ def test_an_error_while_writing_leaves_nothing(llava, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(checkpoint_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         convert(llava, llava.parent / "out", progress=False)
     assert not (llava.parent / "out.partial").exists()
@@ -190,19 +191,19 @@ def test_an_error_while_writing_leaves_nothing(llava, monkeypatch):
 KILLED_AT_THE_SECOND_FILE = """
 import os, signal, sys
 from idavlm.conversion import convert
-from idavlm.conversion import running
-def write(path, header, tensors, real=running.write_safetensors):
+from idavlm.conversion import converter
+def write(path, header, tensors, real=converter.write_safetensors):
     if path.name.startswith("model-00002"):
         header = dict(header)
         tensors = ((name, tensor) if number < 3 else os.kill(os.getpid(), signal.SIGKILL)
                    for number, (name, tensor) in enumerate(tensors))
     real(path, header, tensors)
-running.write_safetensors = write
+converter.write_safetensors = write
 convert(sys.argv[1], sys.argv[2], progress=False)
 """
 
 
-def test_a_killed_conversion_goes_on_where_it_was(llava, tmp_path, monkeypatch):
+def test_a_killed_conversion_resumes(llava, tmp_path, monkeypatch):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", KILLED_AT_THE_SECOND_FILE, str(llava), str(out)], cwd=root)
@@ -211,13 +212,13 @@ def test_a_killed_conversion_goes_on_where_it_was(llava, tmp_path, monkeypatch):
     first = partial / "model-00001-of-00002.safetensors"
     assert first.exists()
     assert not (partial / "model-00002-of-00002.safetensors").exists()
-    with pytest.raises(FileExistsError, match="is of another conversion"):
+    with pytest.raises(FileExistsError, match="belongs to another conversion"):
         convert(llava, out, dtype="float32", progress=False)
     made = first.stat().st_mtime_ns
     written = []
-    real = running.write_safetensors
+    real = converter.write_safetensors
     monkeypatch.setattr(
-        running, "write_safetensors", lambda path, *rest: written.append(path.name) or real(path, *rest)
+        converter, "write_safetensors", lambda path, *rest: written.append(path.name) or real(path, *rest)
     )
     convert(llava, out, progress=False)
     assert written == ["model-00002-of-00002.safetensors"]
@@ -240,7 +241,7 @@ def test_files_are_read_by_the_library_and_kept_in_type(tmp_path):
         "empty": torch.empty(0, 4),
         "turned": torch.randn(4, 6).mT,
     }
-    writer.write_safetensors(tmp_path / "a.safetensors", tensors, tensors.items())
+    checkpoint_files.write_safetensors(tmp_path / "a.safetensors", tensors, tensors.items())
     loaded = load_file(tmp_path / "a.safetensors")
     assert set(loaded) == set(tensors)
     for name, tensor in tensors.items():
@@ -253,15 +254,18 @@ def test_dtype_is_applied_to_every_floating_tensor(llava, tmp_path):
     for path in (tmp_path / "out").glob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
-    with pytest.raises(ValueError, match="dtype='int7' is not known"):
+    with pytest.raises(ValueError, match="dtype='int7' is not supported"):
         convert(llava, tmp_path / "other", dtype="int7")
 
 
-def test_a_file_twice_there(llava):
+def test_a_duplicate_file(llava):
     shutil.copy(llava / "clip-vision-tiny" / "model.safetensors", llava / "second.safetensors")
-    found = source.Source(llava, {}, [])
-    files = [source.WeightFile(llava / name) for name in ("second.safetensors", "clip-vision-tiny/model.safetensors")]
-    with pytest.raises(ConversionError, match="that another file holds as well"):
+    found = checkpoint_files.SourceCheckpoint(llava, {}, [])
+    files = [
+        checkpoint_files.WeightFile(llava / name)
+        for name in ("second.safetensors", "clip-vision-tiny/model.safetensors")
+    ]
+    with pytest.raises(ConversionError, match="which another file contains as well"):
         found.add(files)
     save_file({"x": torch.zeros(1)}, llava / "model.safetensors")
-    refused(llava, "no known format")
+    refused(llava, "unknown format")

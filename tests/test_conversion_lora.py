@@ -106,7 +106,7 @@ FOR_PARTS += "{% endfor %}{% endfor %}"
 
 
 def test_what_transformers_processor_saves_is_read(folders, tmp_path):
-    """All in ``processor_config.json``, with a template for lists of parts, which would drop text."""
+    """All settings are in ``processor_config.json``; the template supports lists of parts and would drop text."""
     base = shutil.copytree(folders / "base", tmp_path / "base")
     image_processor = AutoImageProcessor.from_pretrained(base)
     (base / "preprocessor_config.json").unlink()
@@ -118,7 +118,7 @@ def test_what_transformers_processor_saves_is_read(folders, tmp_path):
     assert processor.chat_template == chat_templates.QWEN_CHATML
     assert processor.image_processor.crop_size == image_processor.crop_size
     (base / "config.json").write_text((base / "config.json").read_text().replace('"qwen2"', '"mistral"'))
-    with pytest.raises(ConversionError, match="no chat_template that takes messages of text"):
+    with pytest.raises(ConversionError, match="no chat_template that supports text messages"):
         convert(base, tmp_path / "other")
 
 
@@ -197,11 +197,11 @@ def test_an_adapter_of_another_model_is_refused(llava_lora, folders, tmp_path):
     shutil.copytree(folders / "adapter", other)
     tensors["base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 32)
     save_file(tensors, other / "adapter_model.safetensors")
-    with pytest.raises(ConversionError, match=r"layers\.7\.mlp\.up_proj has lora_A alone"):
+    with pytest.raises(ConversionError, match=r"layers\.7\.mlp\.up_proj has lora_A only"):
         convert(folders / "base", tmp_path / "out", adapter=other)
     tensors["base_model.model.model.language_model.layers.7.mlp.up_proj.lora_B.weight"] = torch.zeros(48, 4)
     save_file(tensors, other / "adapter_model.safetensors")
-    with pytest.raises(ConversionError, match=r"layers\.7\.mlp\.up_proj is no layer of"):
+    with pytest.raises(ConversionError, match=r"layers\.7\.mlp\.up_proj is not a layer of"):
         convert(folders / "base", tmp_path / "out", adapter=other)
     assert not (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What comes with converted weights: prompts of each system, letter by letter, pictures, boxes, ends of answers."""
+"""Processors of converted checkpoints: exact prompts of each system, images, boxes, end tokens."""
 
 import json
 
@@ -77,8 +77,8 @@ def test_prompts_and_labels(system, folder, processor):
 
 
 def test_identities_boxes_and_ends(system, folder, processor):
-    people = [{"name": "Kate", "images": ["kate.png"]}]
-    encoded = processor.encode(sample(folder, identities=people))
+    identities = [{"name": "Kate", "images": ["kate.png"]}]
+    encoded = processor.encode(sample(folder, identities=identities))
     image = "<img>{}</img>" if system == "ida-vlm" else "{}"
     line = f"Kate is {image.format(processor.image_token * processor.image_seq_length)}\n"
     assert line in processor.tokenizer.decode(encoded["input_ids"])
@@ -99,7 +99,7 @@ def test_a_sample_is_answered(system, folder, processor):
         return
     assert model.generation_config.stop_strings == ["###"]
     stop = processor.tokenizer.encode("#", add_special_tokens=False)[0]
-    with torch.no_grad():  # a model that says nothing but "#"
+    with torch.no_grad():  # a model that generates "#" only
         model.language_model.lm_head.weight.zero_()
         model.language_model.lm_head.weight[stop] = 1
         model.language_model.model.norm.weight.zero_()
@@ -112,8 +112,8 @@ def test_a_sample_is_answered(system, folder, processor):
     assert text == ""
 
 
-def test_pieces_between_images_are_cut_as_the_authors_cut_them(tmp_path):
-    """They tokenise each piece alone: with a SentencePiece tokenizer it begins with a mark for a space."""
+def test_text_between_images_is_tokenized_as_in_llava(tmp_path):
+    """LLaVA tokenizes each piece alone; with a SentencePiece tokenizer it starts with a space marker."""
     llava, tokenizer = released("llava-1.5", tmp_path), sentencepiece_tokenizer(320)
     tokenizer.save_pretrained(llava)
     draw_images(tmp_path, ["scene.png"])
@@ -129,7 +129,7 @@ def test_pieces_between_images_are_cut_as_the_authors_cut_them(tmp_path):
 
 
 @pytest.mark.parametrize("aspect", ["pad", "square"])
-def test_llava_pads_pictures_where_its_configuration_says_so(tmp_path, aspect):
+def test_llava_pads_images_if_its_configuration_says_so(tmp_path, aspect):
     llava = released("llava-1.5", tmp_path)
     config = json.loads((llava / "config.json").read_text())
     (llava / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": aspect}))
@@ -141,11 +141,11 @@ def test_llava_pads_pictures_where_its_configuration_says_so(tmp_path, aspect):
 @pytest.mark.parametrize("system", ["iaa"], indirect=True)
 def test_grounding_pads_to_squares_and_other_workflows_crop(folder, processor):
     grounding = IDAVLMProcessor.from_pretrained(folder / "grounding")
-    picture = Image.new("RGB", (80, 40), "white")
-    cropped, padded = (made._pixels([picture])[0] for made in (processor, grounding))
+    image = Image.new("RGB", (80, 40), "white")
+    cropped, padded = (each._pixels([image])[0] for each in (processor, grounding))
     assert cropped.shape == padded.shape == (3, 56, 56)
-    assert cropped.std(dim=(1, 2)).max() < 1e-4, "the middle of a white picture"
-    assert padded[:, :12].abs().max() < 0.02, "the mean colour above"
+    assert cropped.std(dim=(1, 2)).max() < 1e-4, "the centre of a white image"
+    assert padded[:, :12].abs().max() < 0.02, "the mean colour at the top"
     torch.testing.assert_close(padded[:, 20:36], cropped[:, 20:36])
 
 

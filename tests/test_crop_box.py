@@ -1,4 +1,4 @@
-"""Boxes where an image processor cuts the sides off or pads: found by colour, not by rule."""
+"""Boxes when an image processor crops or pads. The crop is measured by colours, not derived from settings."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw
 from idavlm.data import parse_sample
 from idavlm.experimental.small_models import small_image_processor, small_tokenizer
 from idavlm.models import IDAVLMProcessor
-from idavlm.models.crop_box import WHOLE, crop_box
-from idavlm.ops import identity_patch_targets
+from idavlm.models.crop_box import FULL_IMAGE, crop_box
+from idavlm.modules import identity_patch_targets
 from tests.small_models import TEXTS, record
 
 CUT = {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": {"height": 64, "width": 64}}
@@ -25,10 +25,10 @@ def image_processor(**options):
 @pytest.mark.parametrize(
     ("options", "size", "expected"),
     [
-        ({"size": {"height": 64, "width": 64}, "do_center_crop": False}, (96, 128), WHOLE),
-        (CUT, (96, 128), (10 / 85, 0, 74 / 85, 1)),  # 85 pixels wide before it is cut
+        ({"size": {"height": 64, "width": 64}, "do_center_crop": False}, (96, 128), FULL_IMAGE),
+        (CUT, (96, 128), (10 / 85, 0, 74 / 85, 1)),  # 85 pixels wide before the crop
         (CUT, (128, 96), (0, 10 / 85, 1, 74 / 85)),
-        (CUT, (80, 80), WHOLE),
+        (CUT, (80, 80), FULL_IMAGE),
         (CLOSER, (80, 80), (0.1, 0.1, 0.9, 0.9)),
         (PADDED, (80, 80), (-0.3, -0.3, 1.3, 1.3)),
     ],
@@ -40,8 +40,8 @@ def test_known_parts(options, size, expected):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", [CUT, CLOSER, PADDED], ids=["cut", "closer", "padded"])
-def test_targets_lie_on_the_pixels_that_show_the_person(tmp_path, options, size):
-    """A red box in a black picture: patches labelled with it are red, patches of nobody are not."""
+def test_targets_lie_on_the_pixels_of_the_identity(tmp_path, options, size):
+    """A red box in a black image: patches labelled with it are red, NULL patches are not."""
     height, width = size
     box = [width * 0.3, height * 0.35, width * 0.8, height * 0.75]
     picture = Image.new("RGB", (width, height))
@@ -54,7 +54,7 @@ def test_targets_lie_on_the_pixels_that_show_the_person(tmp_path, options, size)
     one |= {"identities": [{"name": "Kate", "images": ["kate.png"]}]}
     one |= {"boxes": [{"name": "Kate", "image": "scene.png", "box": box}]}
     tokenizer = small_tokenizer(TEXTS, vocab_size=320)
-    processor = IDAVLMProcessor(image_processor(**options), tokenizer, image_seq_length=4, box_format="bins")
+    processor = IDAVLMProcessor(image_processor(**options), tokenizer, image_seq_length=4, box_format="bins32")
     encoded = processor.encode(parse_sample(one, where="test.jsonl:1", image_root=tmp_path))
     red = encoded["pixel_values"][1, 0] * 0.2 + 0.4  # rescaled, not normalised
     targets = identity_patch_targets(
@@ -68,18 +68,18 @@ def test_targets_lie_on_the_pixels_that_show_the_person(tmp_path, options, size)
 
 def test_a_person_who_is_cut_off_is_nowhere():
     processor = IDAVLMProcessor(image_processor(**CUT), small_tokenizer(TEXTS, vocab_size=320), image_seq_length=4)
-    assert processor._place_shown([0, 0, 10, 90], (96, 128)) is None
+    assert processor._crop([0, 0, 10, 90], (96, 128)) is None
     left, width = 128 * 10 / 85, 128 * 64 / 85
     expected = [128 * (32 - left) / width, 0, 128 * (64 - left) / width, 48]
-    assert processor._place_shown([32, 0, 64, 48], (96, 128)) == pytest.approx(expected, abs=0.5)
+    assert processor._crop([32, 0, 64, 48], (96, 128)) == pytest.approx(expected, abs=0.5)
 
 
 def test_text_keeps_the_numbers_of_the_original(tmp_path, root):
-    """What the model reads and says is about the whole picture."""
+    """Prompts and answers refer to the whole image."""
     texts = []
     for options in (CUT, {"size": {"height": 64, "width": 64}, "do_center_crop": False}):
         processor = IDAVLMProcessor(
-            image_processor(**options), small_tokenizer(TEXTS, vocab_size=320), image_seq_length=4, box_format="bins"
+            image_processor(**options), small_tokenizer(TEXTS, vocab_size=320), image_seq_length=4, box_format="bins32"
         )
         texts.append(processor.encode(parse_sample(record(), where="test.jsonl:1", image_root=root))["input_ids"])
     assert torch.equal(*texts)

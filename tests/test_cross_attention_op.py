@@ -1,4 +1,4 @@
-"""The ragged cross-attention function: every implementation and layout against a restatement, values and gradients."""
+"""Tests of ragged cross-attention: values and gradients of every backend and layout against a simple loop."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 
 from idavlm import cross_attention
 from idavlm.ops.cross_attention.segments import pad_segments, unpad_segments
-from tests.conftest import take_the_padded_way
+from tests.conftest import use_padded_sdpa
 
 IMPLEMENTATIONS = ("eager", "sdpa", "sdpa padded")
 
 
 def run(implementation: str, *args, **kwargs):
-    """``"sdpa padded"`` takes the way that accelerators take, on the CPU."""
+    """``"sdpa padded"`` is the padded variant of ``"sdpa"``, which accelerators use, on the CPU."""
     if implementation != "sdpa padded":
         return cross_attention(*args, attn_implementation=implementation, **kwargs)
     with pytest.MonkeyPatch.context() as patch:
-        take_the_padded_way(patch)
+        use_padded_sdpa(patch)
         return cross_attention(*args, attn_implementation="sdpa", **kwargs)
 
 
@@ -105,7 +105,7 @@ def test_dense_and_packed_layouts_mix(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_segment_without_keys_gives_zeros_and_zero_gradients(implementation):
+def test_a_segment_without_keys_has_zero_output_and_gradients(implementation):
     (q, cu_q), (k, cu_k) = packed([4, 2], 1, 32), packed([0, 3], 1, 32)
     out = run(implementation, q, k, k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     assert not out[:4].any()
@@ -116,7 +116,7 @@ def test_a_segment_without_keys_gives_zeros_and_zero_gradients(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), [([], []), ([0, 0], [3, 0]), ([3, 1], [0, 0])])
-def test_nothing_at_all_stays_in_the_graph(implementation, lengths_q, lengths_k):
+def test_empty_inputs_stay_in_the_graph(implementation, lengths_q, lengths_k):
     (q, cu_q), (k, cu_k) = packed(lengths_q, 2, 8), packed(lengths_k, 2, 8)
     v = torch.randn_like(k, requires_grad=True)
     out, weights = run(implementation, q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, output_attentions=True)
@@ -168,28 +168,28 @@ CU = torch.tensor([0, 2, 6])
     [
         ((X, X, X), {"attn_implementation": "flash"}, r"attn_implementation='flash' is .* 'sdpa', 'triton', 'flash_at"),
         ((X, X, X), {"key_bias": X}, r"key_bias has shape \(2, 3, 2, 8\); expected \[L, H, D\]"),
-        ((X, X, X), {"key_groups": CU}, r"key_groups is given but num_key_groups=None; give both"),
-        ((X, X, X), {"num_key_groups": 2}, r"key_groups is not given but num_key_groups=2; give both"),
-        ((X, X, X), {"key_groups": CU, "num_key_groups": 2}, r"key_groups has shape \(3,\) .* \[2, 3\], one for each"),
+        ((X, X, X), {"key_groups": CU}, r"key_groups is not None, but num_key_groups=None; pass both"),
+        ((X, X, X), {"num_key_groups": 2}, r"key_groups is None, but num_key_groups=2; pass both"),
+        ((X, X, X), {"key_groups": CU, "num_key_groups": 2}, r"key_groups has shape \(3,\) .* \[2, 3\], one per key"),
         ((X, X, X), {"key_groups": X[..., 0, 0].int(), "num_key_groups": 0}, r"num_key_groups=0 must be"),
         ((X[0, 0], X, X), {}, r"q has shape \(2, 8\)"),
         ((X, X, X), {"cu_seqlens_q": CU}, r"q has shape \(2, 3, 2, 8\); expected \[Tq, H, D\]"),
         ((X, X[0], X[0]), {}, r"k has shape \(3, 2, 8\)"),
-        ((X, X, X[:, :2]), {}, r"v has shape \(2, 2, 2, 8\) but k has \(2, 3, 2, 8\)"),
-        ((X, X[..., :4], X[..., :4]), {}, r"q has \[H, D\] = \[2, 8\] but k has \[2, 4\]"),
-        ((X[:1], X, X), {}, r"q has 1 segments but k and v have 2"),
+        ((X, X, X[:, :2]), {}, r"v has shape \(2, 2, 2, 8\), but k has \(2, 3, 2, 8\)"),
+        ((X, X[..., :4], X[..., :4]), {}, r"q has \[H, D\] = \[2, 8\], but k has \[2, 4\]"),
+        ((X[:1], X, X), {}, r"q has 1 segments, but k and v have 2"),
         (
             (X.flatten(0, 1), X, X),
             {"cu_seqlens_q": CU.float()},
             r"cu_seqlens_q has shape \(3,\) and dtype torch.float32",
         ),
-        ((X.flatten(0, 1), X, X), {"cu_seqlens_q": CU - 1}, r"cu_seqlens_q=\[-1, 1, 5\] must rise from 0 .* 6"),
+        ((X.flatten(0, 1), X, X), {"cu_seqlens_q": CU - 1}, r"cu_seqlens_q=\[-1, 1, 5\] must increase from 0 .* 6"),
         (
             (X.flatten(0, 1), X, X),
             {"cu_seqlens_q": CU, "max_seqlen_q": 3},
-            r"max_seqlen_q=3 but a segment has 4 tokens",
+            r"max_seqlen_q=3, but a segment has 4 tokens",
         ),
-        ((X.flatten(0, 1), X, X), {"cu_seqlens_q": CU[[0, 2, 1]]}, r"cu_seqlens_q=\[0, 6, 2\] must rise"),
+        ((X.flatten(0, 1), X, X), {"cu_seqlens_q": CU[[0, 2, 1]]}, r"cu_seqlens_q=\[0, 6, 2\] must increase"),
     ],
 )
 def test_wrong_arguments_are_named(args, kwargs, message):

@@ -1,4 +1,4 @@
-"""Encoded samples to a batch."""
+"""Collator: encoded samples to a batch."""
 
 import pytest
 import torch
@@ -51,20 +51,23 @@ def test_left_padding_and_sources():
     ("samples", "message"),
     [
         ([], "samples is empty"),
-        ([encoded(1, 1), encoded(1, 1, size=8)], r"samples\[0\] are 4 x 4, those of samples\[1\] 8 x 8 pixels"),
+        ([encoded(1, 1), encoded(1, 1, size=8)], r"samples\[0\] are 4 x 4, images of samples\[1\] are 8 x 8 pixels"),
         ([{"input_ids": torch.tensor([1])}], r"samples\[0\] lacks box_identity"),
         ([encoded(1, 1, depth=1)], r"samples\[0\] has unknown fields depth"),
-        ([encoded(1, 1, labels=torch.tensor([1, 2]))], r"\['labels'\] has shape \[2\]; expected 1 as input_ids"),
+        ([encoded(1, 1, labels=torch.tensor([1, 2]))], r"\['labels'\] has shape \[2\]; expected 1 as in input_ids"),
         ([encoded(1, 1, labels=[1])], r"\['labels'\] is list; expected torch.int64 \[T\]"),
-        ([encoded(1, 1, boxes=torch.ones(1, 3))], r"\['boxes'\] has shape \[1, 3\]; expected 4 as \['N', 4\]"),
-        ([encoded(1, 1, boxes=torch.ones(1, 4))], r"\['box_image'\] has shape \[0\]; expected 1 as boxes"),
+        ([encoded(1, 1, boxes=torch.ones(1, 3))], r"\['boxes'\] has shape \[1, 3\]; expected 4 as in \['N', 4\]"),
+        ([encoded(1, 1, boxes=torch.ones(1, 4))], r"\['box_image'\] has shape \[0\]; expected 1 as in boxes"),
         ([encoded(1, 1, pixel_values=torch.zeros(1, 3, 4, 4).half())], r"is torch.float16 .*expected torch.float32"),
-        ([encoded(1, 1, pixel_values=torch.zeros(1, 1, 4, 4))], r"expected 3 as \['I', 3, 'H', 'W'\]"),
-        ([encoded(1, 1, image_roles=torch.tensor([0, 1]))], r"\['image_roles'\] has shape \[2\]; expected 1 as pixel"),
+        ([encoded(1, 1, pixel_values=torch.zeros(1, 1, 4, 4))], r"expected 3 as in \['I', 3, 'H', 'W'\]"),
+        (
+            [encoded(1, 1, image_roles=torch.tensor([0, 1]))],
+            r"\['image_roles'\] has shape \[2\]; expected 1 as",
+        ),
         ([encoded(0, 1)], r"samples\[0\] has no tokens"),
         (
             [encoded(1, 1, box_image=torch.tensor([1]), boxes=torch.ones(1, 4), box_identity=torch.tensor([0]))],
-            "no image",
+            "out of range; the sample has 1 images",
         ),
         ([encoded(1, 0, source="general"), encoded(1, 0)], "1 of 2 samples have a source"),
     ],

@@ -1,4 +1,4 @@
-"""A file of records with faults: raised with file and line, or skipped, counted, and the rest unharmed."""
+"""RecordDataset on a file with faults: errors with file and line, or skipped samples that are counted."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.test_data_schema import TRAINING
 
 @pytest.fixture
 def faulty(tmp_path):
-    """Twelve lines; good are 1, 3, 6, 8, 10, 11, and of these the pictures of 6 and 8 are broken."""
+    """Twelve lines. Lines 1, 3, 6, 8, 10 and 11 obey the schema; the images of 6 and 8 are broken, 11 has no label."""
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (40, 30), "red").save(images / "good.png")
@@ -54,7 +54,7 @@ BAD_LINES = {2: "json", 4: "record", 5: "record", 6: "image", 8: "image", 9: "re
 
 
 def test_every_fault_is_raised_with_file_and_line(faulty):
-    with pytest.raises(DataError, match=r"train.jsonl:2: not a line of JSON"):
+    with pytest.raises(DataError, match=r"train.jsonl:2: invalid JSON"):
         RecordDataset(faulty)
     for number, line in enumerate(faulty.read_bytes().splitlines(), 1):
         if not line:
@@ -71,7 +71,7 @@ def test_every_fault_is_raised_with_file_and_line(faulty):
             assert caught.value.file in ("cut.png", "missing.png")
 
 
-def test_faults_are_skipped_counted_and_the_rest_is_unharmed(faulty):
+def test_faults_are_skipped_and_counted(faulty):
     with pytest.warns(UserWarning, match=r"train.jsonl: 5 skipped \(3 record, 2 json\)"):
         data = RecordDataset(faulty, encode=encode, on_error="skip")
     assert len(data) == 6
@@ -79,9 +79,9 @@ def test_faults_are_skipped_counted_and_the_rest_is_unharmed(faulty):
     with pytest.warns(UserWarning, match="skipped: ") as warned:
         read = [data[i]["id"] for i in [*range(6), *reversed(range(6))]]
     read, again = read[:6], read[6:]
-    assert read == ["one", "three", "ten", "ten", "ten", "one"], "the next good one, in a circle"
+    assert read == ["one", "three", "ten", "ten", "ten", "one"], "replaced by the next valid sample, wrapping around"
     assert again == read[::-1]
-    assert len([w for w in warned if "skipped:" in str(w.message)]) == 3, "one warning a file"
+    assert len([w for w in warned if "skipped:" in str(w.message)]) == 3, "one warning per file"
     assert data.errors.counts == {"json": 2, "record": 3, "image": 2, "labels": 1}
     for number in BAD_LINES:
         assert f"train.jsonl:{number}: " in str(data.errors)
@@ -92,15 +92,15 @@ def test_faults_are_skipped_counted_and_the_rest_is_unharmed(faulty):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_what_workers_skip_is_counted_here(faulty, context):
+def test_samples_skipped_by_workers_are_counted_in_the_main_process(faulty, context):
     data = RecordDataset(faulty, encode=encode, on_error="skip")
     loader = DataLoader(data, batch_size=3, num_workers=1, collate_fn=list, multiprocessing_context=context)
     assert [sample["id"] for batch in loader for sample in batch] == ["one", "three", "ten", "ten", "ten", "one"]
     assert data.errors.counts == {"json": 2, "record": 3, "image": 2, "labels": 1}
-    assert "train.jsonl:6: image 'cut.png' is no picture or is damaged" in str(data.errors)
+    assert "train.jsonl:6: image 'cut.png' is not an image or is damaged" in str(data.errors)
 
 
-def test_in_a_worker_the_message_arrives_too(faulty):
+def test_an_error_in_a_worker_keeps_its_message(faulty):
     lines = faulty.read_text("latin-1").splitlines()
     faulty.write_text(lines[5])
     with pytest.raises(DataError, match=r"train.jsonl:1: image 'cut.png'"):
@@ -108,7 +108,7 @@ def test_in_a_worker_the_message_arrives_too(faulty):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_nothing_left_is_an_error(tmp_path, faulty):
+def test_no_valid_sample_is_an_error(tmp_path, faulty):
     path = tmp_path / "bad.jsonl"
     path.write_text("x\ny\n")
     with pytest.raises(DataError, match=r"no record of .*bad.jsonl can be used. 2 skipped \(2 json\)"):
@@ -121,13 +121,13 @@ def test_nothing_left_is_an_error(tmp_path, faulty):
     with pytest.raises(DataError, match="nothing skipped"):
         RecordDataset(path)
     path.write_text("[1, 2")
-    with pytest.raises(DataError, match="not a JSON list"):
+    with pytest.raises(DataError, match="invalid JSON list"):
         RecordDataset(path)
-    with pytest.raises(DataError, match="does not exist or is no file"):
+    with pytest.raises(DataError, match="does not exist or is not a file"):
         RecordDataset(tmp_path / "none.jsonl")
 
 
-def test_places_in_a_json_list(tmp_path):
+def test_positions_in_a_json_list(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([TRAINING, {"id": 1}]))
     with pytest.raises(DataError, match=r"list.json\[1\]: messages has no user turn"):
         RecordDataset(tmp_path / "list.json")

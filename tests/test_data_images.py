@@ -1,4 +1,4 @@
-"""Pictures from disk: what opens, what is refused, and that every refusal names the file."""
+"""Reading images: supported formats, refused files, and the file name in every error."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def test_formats(root, name):
     assert np.abs(np.asarray(image).astype(int) - (250, 10, 10)).max() < 12
 
 
-def test_pictures_in_folders_and_a_root_given_as_text(root):
+def test_images_in_subfolders_and_a_root_given_as_text(root):
     assert ImageStore(str(root)).open("k/photo.jpg").size == (64, 64)
 
 
@@ -44,7 +44,7 @@ def test_every_mode_becomes_rgb(root):
         assert np.asarray(image).min() > 250
 
 
-def test_transparent_pixels_are_white_whatever_colour_hides_below(root):
+def test_transparent_pixels_become_white_whatever_their_colour(root):
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     image.putpixel((1, 1), (0, 0, 255, 255))
     image.save(root / "clear.png")
@@ -58,7 +58,7 @@ def test_sixteen_bits_are_scaled_not_clipped(root):
     assert np.asarray(open_image(root, "deep.png"))[..., 0].tolist() == [[0, 100], [200, 255]]
 
 
-def test_pictures_are_turned_upright(root):
+def test_images_are_rotated_upright(root):
     image = Image.new("RGB", (40, 20), "white")
     exif = image.getexif()
     exif[0x0112] = 6
@@ -79,16 +79,16 @@ def png_of(width, height):
 
 def broken(root):
     photo = (root / "k" / "photo.jpg").read_bytes()
-    picture = (root / "good.png").read_bytes()
+    image = (root / "good.png").read_bytes()
     return {
         "empty.jpg": b"",
-        "text.jpg": b"not a picture\n" * 50,
+        "text.jpg": b"not an image\n" * 50,
         "page.png": b"<html><body>404</body></html>",
         "cut.jpg": photo[: len(photo) // 2],
         "header.jpg": photo[:30],
-        "cut.png": picture[: len(picture) // 2],
-        "short.png": picture[:-40],
-        "flipped.png": picture[:60] + bytes([picture[60] ^ 255]) + picture[61:],
+        "cut.png": image[: len(image) // 2],
+        "short.png": image[:-40],
+        "flipped.png": image[:60] + bytes([image[60] ^ 255]) + image[61:],
         "program.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
     }
 
@@ -99,7 +99,7 @@ def test_broken_files_are_named(root):
     Image.fromarray(noise).save(root / "good.png")
     for name, data in broken(root).items():
         (root / name).write_bytes(data)
-        with pytest.raises(DataError, match=rf"image '{name}' is no picture or is damaged") as caught:
+        with pytest.raises(DataError, match=rf"image '{name}' is not an image or is damaged") as caught:
             open_image(root, name)
         assert (caught.value.kind, caught.value.file) == ("image", name)
 
@@ -120,7 +120,7 @@ def test_max_pixels(root):
         ImageStore(root, max_pixels=0)
 
 
-def test_places_that_are_refused(root, tmp_path):
+def test_paths_that_are_refused(root, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "folder").symlink_to(tmp_path)
@@ -129,15 +129,15 @@ def test_places_that_are_refused(root, tmp_path):
     secret = str(tmp_path / "secret.png")
     for path, reason in {
         "none.png": "does not exist below the image root",
-        "k": "is no regular file",
-        "pipe.png": "is no regular file",
+        "k": "is not a regular file",
+        "pipe.png": "is not a regular file",
         "../secret.png": "leads out of the image root",
         secret: "leads out of the image root",
         "link.png": "leads out of the image root",
         "folder/secret.png": "leads out of the image root",
-        "https://host/x.png": "is a URL; URLs are off",
-        "file:///etc/passwd": "is a URL; URLs are off",
-        "data:image/png;base64,AAAA": "is a URL; URLs are off",
+        "https://host/x.png": "is a URL; URLs are not supported",
+        "file:///etc/passwd": "is a URL; URLs are not supported",
+        "data:image/png;base64,AAAA": "is a URL; URLs are not supported",
         "x\0.png": "cannot be looked up",
         "n" * 5000: "cannot be looked up",
         "loop.png": "does not exist|cannot be looked up",

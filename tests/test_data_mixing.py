@@ -1,4 +1,4 @@
-"""The dual loader: sources and orders."""
+"""DualDataLoader: the source of every step and the order of samples."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from torch.utils.data import (
 )
 
 from idavlm.data import DualDataLoader
-from idavlm.data.mixing_schedule import MixingSchedule, derive_seed
+from idavlm.data.mixing import MixingSchedule, derive_seed
 
 
 class Numbers(Dataset):
-    """Sample ``i`` is ``first + i``; remembers what was read, in this process."""
+    """Sample ``i`` is ``first + i``. Records the indices that were read in this process."""
 
     def __init__(self, size: int, first: int = 0):
         self.size, self.first, self.read = size, first, []
@@ -80,8 +80,8 @@ def test_every_epoch_has_the_same_length_and_one_identity_pass(mode, ratio, batc
         assert abs(schedule.general_steps - ratio * len(schedule)) <= 1
 
 
-def test_the_sources_are_fixed_for_ever():
-    """A change here breaks every checkpoint in the world: raise a version instead."""
+def test_the_sources_never_change_between_versions():
+    """A change of these values would break the resumption of every existing checkpoint."""
     found = "".join("IG"[int(x)] for x in MixingSchedule("interleave", 0.3, 7, 14).sources(2))
     assert derive_seed(3, "source", 1) == 1790970515442904271
     assert found == "GGGIIIIIIGIIIIIIGGII"
@@ -91,10 +91,10 @@ def test_the_share_of_general_steps_and_their_places():
     schedule = MixingSchedule("extra", 0.1, 0, 1000)
     epochs = [schedule.sources(epoch) for epoch in range(50)]
     assert len(schedule) == 1100
-    assert len({epoch.tobytes() for epoch in epochs}) == 50, "drawn anew for every epoch"
+    assert len({epoch.tobytes() for epoch in epochs}) == 50, "drawn again for every epoch"
     follows = torch.stack([torch.from_numpy(epoch[:500]).float() for epoch in epochs]).mean(0)
     assert follows.mean().item() == pytest.approx(100 / 1100, abs=0.02)
-    assert MixingSchedule("extra", 0.01, 0, 5).general_steps == 1, "few, but not none"
+    assert MixingSchedule("extra", 0.01, 0, 5).general_steps == 1, "at least one"
     assert MixingSchedule("extra", 0.0, 0, 5).general_steps == 0
     assert MixingSchedule("extra", 1, 0, 3).sources(0).tolist() == [False, True] * 3
 
@@ -105,7 +105,7 @@ def test_sources_and_orders_do_not_depend_on_global_randomness():
     torch.manual_seed(2)
     before = torch.get_rng_state()
     assert listed(dual()) == first
-    assert torch.equal(torch.get_rng_state(), before), "and leave it alone"
+    assert torch.equal(torch.get_rng_state(), before), "the global state is not changed"
     assert listed(dual(seed=6)) != first
 
 
@@ -117,7 +117,7 @@ def test_workers_neither_change_the_batches_nor_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# What is read --------------------------------------------------------------------------------------------------------
+# Samples ----------------------------------------------------------------------------------------------------------
 
 
 @MODES
@@ -143,7 +143,7 @@ def test_lengths():
     assert len(dual(mode="joint")) == 11
 
 
-def test_orders_are_shuffled_anew_in_every_pass_of_each_stream():
+def test_every_pass_of_each_stream_is_reshuffled():
     loader = dual(mode="joint")
     passes = [[x for batch in loader for x in batch["x"].tolist() if x < 1000] for _ in range(4)]
     assert len({tuple(order) for order in passes}) == 4
@@ -154,7 +154,7 @@ def test_orders_are_shuffled_anew_in_every_pass_of_each_stream():
     assert len({tuple(order) for order in passes}) == 4
 
 
-def test_the_general_stream_goes_on_from_epoch_to_epoch():
+def test_the_general_stream_continues_across_epochs():
     loader = dual(general=40, mode="extra")
     seen = [x for _ in range(6) for batch in loader for x in batch["x"].tolist() if x >= 1000]
     assert len(seen) == 36
@@ -217,7 +217,7 @@ class Endless(IterableDataset):
 
 
 class Changing:
-    """A batch sampler whose passes differ in length."""
+    """A batch sampler with a different length in every pass."""
 
     def __init__(self):
         self.calls = 0
@@ -233,8 +233,8 @@ class Changing:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixing_ratio": 1.5}, r"mixing_ratio=1.5 must lie in 0..1"),
-        ({"mixing_ratio": float("nan")}, r"mixing_ratio=nan must lie in 0..1"),
+        ({"mixing_ratio": 1.5}, r"mixing_ratio=1.5 must be in 0..1"),
+        ({"mixing_ratio": float("nan")}, r"mixing_ratio=nan must be in 0..1"),
         ({"mixing_ratio": 1.0, "mode": "interleave"}, "leaves no identity step"),
         ({"mode": "both"}, "mode='both' is not known; choose one of 'extra'"),
         ({"seed": 0.5}, "seed=0.5 must be an integer"),
@@ -257,7 +257,7 @@ def test_wrong_loaders_are_named():
         list(DualDataLoader(DataLoader(Numbers(3), collate_fn=lambda samples: samples), general))
     changing = DualDataLoader(DataLoader(Numbers(3), batch_sampler=Changing(), collate_fn=collate), general)
     list(changing)
-    with pytest.raises(ValueError, match="gave 3 batches in pass 1 but its length is 2"):
+    with pytest.raises(ValueError, match="has 3 batches in pass 1 but its length is 2"):
         list(changing)
     with pytest.raises(ValueError, match="epoch=-1 must be"):
         dual().set_epoch(-1)

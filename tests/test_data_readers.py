@@ -1,4 +1,4 @@
-"""Formats in use become the schema: placeholders, roles, references."""
+"""Readers: other formats are converted to the schema, with placeholders, roles and references."""
 
 import json
 
@@ -14,7 +14,7 @@ def read(reader, record):
 
 
 def shown(message):
-    """``I think <a.jpg>`` for parts "I think " and image a.jpg."""
+    """``I think <a.jpg>`` for the parts "I think " and image a.jpg."""
     return "".join(f"<{part.image}>" if part.type == "image" else part.text for part in message.content)
 
 
@@ -79,7 +79,7 @@ def test_from_a_json_list_and_from_lines(tmp_path, reader):
         assert shown(data[2].messages[0]) == "<a.jpg>\nWhat?"
 
 
-def test_llava_without_and_with_several_pictures():
+def test_llava_without_and_with_several_images():
     assert read("llava", {"conversations": turns("Hello", "Hi.")}).images == []
     sample = read("llava", {"image": ["a.jpg", "b.jpg"], "conversations": turns("<image> or <image>?", "The first.")})
     assert shown(sample.messages[0]) == "<a.jpg> or <b.jpg>?"
@@ -92,11 +92,11 @@ def test_llava_without_and_with_several_pictures():
         ("llava", {"conversations": turns("<image>What?", "A.")}, "1 <image> but 'image' has 0"),
         ("yi_vl", {"image": "a.jpg", "conversations": turns("<image>What?", "A.")}, "0 <image_placeholder> but"),
         ("sharegpt", {"images": ["a.jpg"], "conversations": turns("<image><image>", "A.")}, "2 <image> but 'images'"),
-        ("qwen_vl", {"conversations": turns("<img>a.jpg", "A.")}, "1 <img> but 0 </img>, 0 of them whole"),
-        ("qwen_vl", {"conversations": turns("</img>a.jpg<img>", "A.")}, "1 <img> but 1 </img>, 0 of them whole"),
+        ("qwen_vl", {"conversations": turns("<img>a.jpg", "A.")}, "1 <img> but 0 </img>, 0 complete pairs"),
+        ("qwen_vl", {"conversations": turns("</img>a.jpg<img>", "A.")}, "1 <img> but 1 </img>, 0 complete pairs"),
     ],
 )
-def test_placeholders_must_match_the_pictures(reader, record, numbers):
+def test_the_number_of_placeholders_must_match_the_images(reader, record, numbers):
     with pytest.raises(DataError, match=f"^f.json:3: .*{numbers}") as caught:
         read(reader, record)
     assert caught.value.kind == "placeholders"
@@ -123,7 +123,7 @@ def test_qwen_references_and_scenes():
 @pytest.mark.parametrize(
     "start", ["This is", "Here is", "The picture is", "Picture 1 is", "Picture 1:", "I think Kate is in"]
 )
-def test_qwen_pictures_that_introduce_nobody(start):
+def test_qwen_images_that_do_not_introduce_an_identity(start):
     sample = read("qwen_vl", {"conversations": turns(f"{start} <img>a.jpg</img>\nWhat?", "A.")})
     assert sample.identities == []
     assert shown(sample.messages[0]) == f"{start} <a.jpg>\nWhat?"
@@ -136,7 +136,7 @@ def test_qwen_grounding_stays_text():
 
 
 @given(st.text(st.sampled_from("ab \nis<img>/Kate."), max_size=60))
-def test_qwen_text_is_read_or_refused_and_never_lost(text):
+def test_qwen_text_is_converted_or_refused_but_never_lost(text):
     try:
         record = READERS["qwen_vl"]({"conversations": turns(text, "A.")}, "f.json:3")
     except DataError:
@@ -155,7 +155,11 @@ def test_qwen_text_is_read_or_refused_and_never_lost(text):
         ("llava", {"conversations": ["hello"]}, r"conversations\[0\] is 'hello'"),
         ("llava", {"conversations": [{"from": "tool", "value": ""}]}, "role 'tool' is not known"),
         ("llava", {"conversations": [{"from": "human", "value": 3}]}, "value of turn 0='3' is int"),
-        ("llava", {"conversations": turns("a", "b"), "image": 3}, "image is int '3'; expected paths"),
+        (
+            "llava",
+            {"conversations": turns("a", "b"), "image": 3},
+            "image is int '3'; expected a path",
+        ),
         (
             "openai",
             {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
@@ -174,9 +178,9 @@ def test_wrong_records_are_named(reader, record, message):
         read(reader, record)
 
 
-def test_urls_are_off_in_every_format():
+def test_urls_are_refused_in_every_format():
     part = {"type": "image_url", "image_url": {"url": "https://host/a.jpg"}}
-    with pytest.raises(DataError, match=r"is a URL; URLs are off"):
+    with pytest.raises(DataError, match=r"is a URL; URLs are not supported"):
         read("openai", {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]})
-    with pytest.raises(DataError, match=r"is a URL; URLs are off"):
+    with pytest.raises(DataError, match=r"is a URL; URLs are not supported"):
         read("openai", {"messages": [{"role": "user", "content": [{**part, "image_url": "data:image/png;base64,x"}]}]})

@@ -1,4 +1,4 @@
-"""Labels stand on what the assistant says, on nothing else, or there is an error."""
+"""Chat labels: exactly the assistant turns are labelled, or an error is raised."""
 
 import pytest
 from hypothesis import given, settings
@@ -32,11 +32,11 @@ VICUNA = (
     "{% else %}{{ 'ASSISTANT: ' + message['content'] + '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
 )
-PLAIN = (
+NO_SPECIAL_TOKENS = (
     "{% for message in messages %}{{ '### ' + message['role'] + ':\n' + message['content'] + '\n###\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
-# The last answer gets an empty thought, earlier ones do not (Qwen 3's way).
+# An empty thinking block is added to the last answer only, as in Qwen 3.
 THINKING = (
     "{% for message in messages %}" + HEADER + "{% if loop.last and message['role'] == 'assistant' %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}" + PROMPT
@@ -49,7 +49,7 @@ def tokenizer():
 
 
 def build(*, byte_level=True, merges=()):
-    """A small byte-level tokenizer, or one that splits at spaces and keeps them in front of words."""
+    """A small byte-level tokenizer; with ``byte_level=False`` without the split into words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>"]
     vocabulary = {token: number for number, token in enumerate([*special, *alphabet, *(a + b for a, b in merges)])}
@@ -58,7 +58,7 @@ def build(*, byte_level=True, merges=()):
     backend.decoder = decoders.ByteLevel()
     found = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     found.add_special_tokens({"additional_special_tokens": special[3:]})
-    # Special, but without a name in the configuration: Phi's way.
+    # Special tokens without a name in the configuration, as in Phi.
     found.add_tokens([AddedToken(token, special=True) for token in ("<|end|>", "<|user|>", "<|assistant|>")])
     return found
 
@@ -72,7 +72,7 @@ CHAT = [
 
 
 def labelled(tokenizer, messages=CHAT, **options):
-    """What is labelled, a string for every run of labels."""
+    """The labelled text, one string per run of labels."""
     ids, labels = render_chat(tokenizer, messages, **options)
     assert len(ids) == len(labels)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
@@ -93,9 +93,9 @@ def labelled(tokenizer, messages=CHAT, **options):
         (MARKED, "", "<|im_end|>"),
         (MISTRAL, " ", "</s>"),
         (PHI, "", "<|end|>"),
-        (PLAIN, "", "\n###\n"),
+        (NO_SPECIAL_TOKENS, "", "\n###\n"),
     ],
-    ids=["chatml", "marked", "mistral", "phi", "plain"],
+    ids=["chatml", "marked", "mistral", "phi", "no_special_tokens"],
 )
 def test_labels_are_the_answers_and_their_ends(tokenizer, template, start, end):
     tokenizer.chat_template = template
@@ -103,11 +103,11 @@ def test_labels_are_the_answers_and_their_ends(tokenizer, template, start, end):
     assert labelled(tokenizer, CHAT[:2]) == [start + "[12, 3, 40, 5]" + end]
 
 
-def test_both_ways_agree_token_by_token(tokenizer):
+def test_generation_tags_and_comparison_give_the_same_labels(tokenizer):
     assert render_chat(tokenizer, CHAT, chat_template=CHATML) == render_chat(tokenizer, CHAT, chat_template=MARKED)
 
 
-def test_training_begins_with_exactly_the_prompt_of_generation(tokenizer):
+def test_training_starts_with_exactly_the_prompt_of_generation(tokenizer):
     tokenizer.chat_template = CHATML
     ids, labels = render_chat(tokenizer, CHAT)
     for turns in (1, 3):
@@ -118,8 +118,8 @@ def test_training_begins_with_exactly_the_prompt_of_generation(tokenizer):
         assert set(none) == {-100}
 
 
-def test_what_the_template_adds_to_an_answer_is_labelled_too(tokenizer):
-    """The model has to say it: it stands behind the generation prompt."""
+def test_text_that_the_template_adds_to_an_answer_is_labelled(tokenizer):
+    """The model must generate it, because it follows the generation prompt."""
     found = labelled(tokenizer, CHAT, chat_template=THINKING)
     assert found == ["[12, 3, 40, 5]<|im_end|>", "<think>\n\n</think>\n\nYes, très sûre 😀.<|im_end|>"]
 
@@ -132,10 +132,15 @@ def test_a_system_turn_and_stripped_content(tokenizer):
     assert labelled(tokenizer, messages, chat_template=stripping) == ["Hello.<|im_end|>"]
 
 
-def test_a_question_behind_the_last_answer_is_not_labelled(tokenizer):
-    for template, end in ((CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (PLAIN, "\n###\n"), (PHI, "<|end|>")):
+def test_a_question_after_the_last_answer_is_not_labelled(tokenizer):
+    for template, end in (
+        (CHATML, "<|im_end|>"),
+        (MARKED, "<|im_end|>"),
+        (NO_SPECIAL_TOKENS, "\n###\n"),
+        (PHI, "<|end|>"),
+    ):
         assert labelled(tokenizer, CHAT[:3], chat_template=template) == ["[12, 3, 40, 5]" + end]
-    fails(tokenizer, "turn 1 changes when another turn follows", CHAT[:3], chat_template=THINKING)
+    fails(tokenizer, "turn 1 changes if another turn follows", CHAT[:3], chat_template=THINKING)
 
 
 def test_without_assistant_turns_nothing_is_labelled(tokenizer):
@@ -144,7 +149,7 @@ def test_without_assistant_turns_nothing_is_labelled(tokenizer):
 
 
 class Slow:
-    """A tokenizer without offsets, as transformers' Python ones."""
+    """A tokenizer without offsets, like the Python tokenizers of transformers."""
 
     is_fast = False
 
@@ -162,11 +167,11 @@ class Slow:
         return self.fast(texts, **options)
 
 
-def test_a_tokenizer_without_offsets_gives_the_same(tokenizer):
-    for template in (CHATML, MISTRAL, PLAIN):
+def test_a_tokenizer_without_offsets_gives_the_same_labels(tokenizer):
+    for template in (CHATML, MISTRAL, NO_SPECIAL_TOKENS):
         tokenizer.chat_template = template
         assert render_chat(Slow(tokenizer), CHAT) == render_chat(tokenizer, CHAT)
-    with pytest.raises(DataError, match="need a fast tokenizer"):
+    with pytest.raises(DataError, match="needs a fast tokenizer"):
         render_chat(Slow(tokenizer), CHAT, chat_template=MARKED)
 
 
@@ -177,7 +182,7 @@ def test_a_tokenizer_without_offsets_gives_the_same(tokenizer):
     )
 )
 def test_any_text_is_labelled_exactly(tokenizer, contents):
-    """Whatever is said, also what the other turns say, also emoji, newlines and spaces."""
+    """Any text, including text that occurs in other turns, emoji, newlines and spaces."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     expected = [text + "<|im_end|>" for text in contents[1::2]]
     expected = [tokenizer.decode(tokenizer(text).input_ids) for text in expected]
@@ -194,18 +199,18 @@ def fails(tokenizer, message, messages=CHAT, **options):
     return caught.value.kind
 
 
-def test_too_long_is_an_error_never_a_cut(tokenizer):
+def test_a_conversation_that_is_too_long_is_an_error(tokenizer):
     ids, _ = render_chat(tokenizer, CHAT, chat_template=CHATML)
     assert render_chat(tokenizer, CHAT, chat_template=CHATML, max_length=len(ids))[0] == ids
     message = rf"has {len(ids)} tokens, more than max_length={len(ids) - 1}"
     assert fails(tokenizer, message, chat_template=CHATML, max_length=len(ids) - 1) == "length"
 
 
-def test_a_template_that_refuses(tokenizer):
+def test_a_template_that_rejects_the_messages(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, *CHAT]
-    assert fails(tokenizer, "refuses the messages: no system role", messages, chat_template=MISTRAL) == "template"
-    assert fails(tokenizer, "refuses the messages", chat_template="{{ nothing.at.all }}") == "template"
-    assert fails(tokenizer, "refuses the messages", chat_template=MARKED + "{{ a.b.c }}") == "template"
+    assert fails(tokenizer, "rejects the messages: no system role", messages, chat_template=MISTRAL) == "template"
+    assert fails(tokenizer, "rejects the messages", chat_template="{{ nothing.at.all }}") == "template"
+    assert fails(tokenizer, "rejects the messages", chat_template=MARKED + "{{ a.b.c }}") == "template"
 
 
 def test_no_template(tokenizer):
@@ -216,35 +221,35 @@ def test_no_template(tokenizer):
 
 def test_a_prompt_that_is_no_prefix(tokenizer):
     other = CHATML.replace(PROMPT, "{% if add_generation_prompt %}{{ '<|im_start|>bot\n' }}{% endif %}")
-    message = r"goes on with 'assistant.*the generation prompt of turn 1 with 'bot"
+    message = r"continues with 'assistant.*the generation prompt of turn 1 with 'bot"
     assert fails(tokenizer, message, chat_template=other) == "template"
 
 
 def test_changed_content(tokenizer):
     fails(
         tokenizer,
-        "content of turn 3 .* does not stand",
+        "content of turn 3 .* is not found",
         chat_template=CHATML.replace("['content']", "['content'] | upper"),
     )
 
 
-def test_turns_that_end_with_nothing_or_differently(tokenizer):
+def test_turns_without_an_end_or_with_different_ends(tokenizer):
     fails(
         tokenizer,
-        "end with nothing, so a model could not learn to stop",
+        "have no end-of-turn text, so a model could not learn to stop",
         chat_template=CHATML.replace("<|im_end|>", ""),
     )
     differing = CHATML.replace("+ '<|im_end|>'", "+ ('</s>' if loop.index == 4 else '<|im_end|>')")
-    fails(tokenizer, "turn 1 ends with .*, the last one with '</s>'", chat_template=differing)
+    fails(tokenizer, "turn 1 ends with .*, the last turn with '</s>'", chat_template=differing)
 
 
 def test_an_answer_that_changes_the_tokens_of_its_prompt():
-    """Vicuna's prompt ends with a space that sticks to the answer."""
+    """Vicuna's prompt ends with a space that is merged into the first token of the answer."""
     merged = build(byte_level=False, merges=[("Ġ", "Y")])
     messages = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
     fails(
         merged,
-        "turn 1: the tokens of the generation prompt change when the answer follows",
+        "turn 1: the tokens of the generation prompt change if the answer follows",
         messages,
         chat_template=VICUNA,
     )
@@ -253,6 +258,6 @@ def test_an_answer_that_changes_the_tokens_of_its_prompt():
     ]
 
 
-def test_a_token_across_the_edge_of_a_marked_span():
+def test_a_token_across_the_boundary_of_a_marked_span():
     merged = build(byte_level=False, merges=[("Ċ", "Y")])
-    fails(merged, r"the token '\\nY' lies across the edge of an assistant turn", chat_template=MARKED)
+    fails(merged, r"the token '\\nY' crosses the boundary of an assistant turn", chat_template=MARKED)

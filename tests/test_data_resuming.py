@@ -1,4 +1,4 @@
-"""The dual loader resumed at any batch, on several ranks, and by accelerate and the Trainer."""
+"""DualDataLoader: resumption at any batch, several ranks, accelerate and transformers.Trainer."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from tests.test_data_mixing import MODES, dual, listed, loaders
 @MODES
 @pytest.mark.parametrize(("workers", "kills"), [(0, range(0, 36, 3)), (2, [5, 17])])
 def test_resumed_anywhere_the_remaining_batches_are_the_same(mode, workers, kills):
-    """Three epochs; the killed run's state goes through JSON into a loader of a fresh process."""
+    """Three epochs. The state of the interrupted run is serialised as JSON and loaded into a new loader."""
     whole = dual(mode=mode)
     expected = [batch for _ in range(3) for batch in listed(whole)]
     for kill in kills:
@@ -61,7 +61,7 @@ def test_resuming_reads_no_skipped_sample():
     assert read == sum(len(batch["x"]) for batch in rest)
 
 
-def test_state_names_passes_and_places():
+def test_the_state_contains_pass_and_batch_of_each_stream():
     loader = dual(mode="joint")
     list(loader)
     iterator = iter(loader)
@@ -69,7 +69,7 @@ def test_state_names_passes_and_places():
     state = loader.state_dict()
     assert (state["epoch"], state["step"]) == (1, 2)
     assert state["identity"] == {"pass": 1, "batch": 2}
-    assert state["general"] == {"pass": 2, "batch": 3}, "13 batches, five a pass"
+    assert state["general"] == {"pass": 2, "batch": 3}, "13 batches, five per pass"
 
 
 def test_an_abandoned_epoch_starts_again():
@@ -110,15 +110,15 @@ def test_set_epoch_keeps_a_loaded_step_of_that_epoch():
     ],
 )
 def test_a_state_of_another_loader_is_refused(change, name):
-    with pytest.raises(ValueError, match=rf"the state has {name}=.*, this loader"):
+    with pytest.raises(ValueError, match=rf"the state has {name}=.*, this loader has"):
         dual(**change).load_state_dict(dual().state_dict())
 
 
-def test_a_state_that_makes_no_sense_is_refused():
+def test_an_inconsistent_state_is_refused():
     state = dual().state_dict()
-    with pytest.raises(ValueError, match="step=99; an epoch has 14 steps"):
+    with pytest.raises(ValueError, match=r"step=99; an epoch has steps 0\.\.13"):
         dual().load_state_dict({**state, "step": 99})
-    with pytest.raises(ValueError, match="not one of this version"):
+    with pytest.raises(ValueError, match="written by another version"):
         dual().load_state_dict({**state, "step": 4})
     with pytest.raises(ValueError, match="the state has seed=None"):
         dual().load_state_dict({})
@@ -180,7 +180,7 @@ def test_ranks_read_the_same_source_and_their_own_samples(mode, seedable):
         assert len(first) == len(second)
         assert [x[0] for x in first] == [x[0] for x in second]
         seen = Counter(x for batches in epochs for _, xs, _ in batches for x in xs if x < 1000)
-        assert set(seen) == set(range(23)), "both together see everything (the last batches are filled up)"
+        assert set(seen) == set(range(23)), "both ranks together read all samples (the last batches are padded)"
     assert ranks[0][0] != ranks[0][1], "reshuffled"
 
 
@@ -199,8 +199,8 @@ def test_prepared_loaders_resume(seedable):
     assert [*listed(resumed), *listed(resumed)] == rest
 
 
-class Remembers(torch.nn.Module):
-    """A model of one weight that keeps what it was shown."""
+class Recorder(torch.nn.Module):
+    """A model with one weight that records its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ class Remembers(torch.nn.Module):
 
 @pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (1, 2)])
 def test_the_trainer_resumes_without_a_hook(tmp_path, workers, accumulation):
-    """Three epochs of 14 batches, stopped within an epoch and at its end."""
+    """Three epochs of 14 batches, interrupted within an epoch and at its end."""
 
     class OurTrainer(Trainer):
         def get_train_dataloader(self):
@@ -239,7 +239,7 @@ def test_the_trainer_resumes_without_a_hook(tmp_path, workers, accumulation):
             use_cpu=True,
             remove_unused_columns=False,
         )
-        trainer = OurTrainer(Remembers(), settings, train_dataset=[0], callbacks=[Stop(stop)])
+        trainer = OurTrainer(Recorder(), settings, train_dataset=[0], callbacks=[Stop(stop)])
         trainer.train(**options)
         return trainer.model
 

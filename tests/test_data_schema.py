@@ -1,4 +1,4 @@
-"""What a record may hold, and that every fault is named."""
+"""Schema of records: valid records, and errors that name every fault."""
 
 import copy
 
@@ -55,8 +55,21 @@ def test_a_training_record():
         sample.box_of("Tom", "s/9.jpg")
 
 
+def test_a_training_record_may_name_its_task():
+    sample = parse_sample({**TRAINING, "type": "location"})
+    assert (sample.task, sample.answer, sample.is_evaluation) == ("location", None, False)
+    assert not parse_sample(TRAINING).is_evaluation
+
+
+def test_null_fields_count_as_absent():
+    """Tables such as parquet fill absent fields with null."""
+    sample = parse_sample({**TRAINING, "type": None, "answer": None, "target": None})
+    assert (sample.task, sample.is_evaluation) == (None, False)
+
+
 def test_evaluation_records():
     sample = parse_sample(LOCATION)
+    assert sample.is_evaluation
     assert (sample.task, sample.answer, sample.source, sample.id) == ("location", "", "identity", "3")
     assert sample.target_box.box == [853, 112, 1237, 516]
     sample = parse_sample(MATCHING, where="test.jsonl:1")
@@ -71,25 +84,25 @@ def test_meta_and_general_records():
     assert parse_sample(record).source == "general"
 
 
-def test_the_record_is_left_as_it_is():
+def test_the_record_is_not_modified():
     record = copy.deepcopy(TRAINING)
     parse_sample(record)
     assert record == TRAINING
 
 
 def changed(record, path, value):
-    """``record`` with the entry at ``path`` ("messages.1.role") set, or taken away where value is None."""
+    """``record`` with the entry at ``path`` ("messages.1.role") set to ``value``, or removed if ``value`` is None."""
     record = copy.deepcopy(record)
-    *way, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-    place = record
-    for key in way:
-        place = place[key]
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    container = record
+    for key in parents:
+        container = container[key]
     if value is None:
-        del place[last]
-    elif isinstance(place, list) and last == len(place):
-        place.append(value)
+        del container[last]
+    elif isinstance(container, list) and last == len(container):
+        container.append(value)
     else:
-        place[last] = value
+        container[last] = value
     return record
 
 
@@ -100,33 +113,33 @@ KATE = {"name": "Kate", "images": ["x.jpg"]}
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("sorce", "identity", "unknown fields 'sorce'; known are"),
+        ("sorce", "identity", "unknown fields 'sorce'; allowed are"),
         ("id", [1], r"id=\[1\] must be a string"),
         ("source", "both", "source='both' is not known; choose one of 'identity', 'general'"),
         ("source", "general", "source='general', but the record has 2 identities"),
         ("identities", [], "source='identity', but the record has 0 identities"),
         ("identities", "Kate", "identities is str 'Kate'; expected a list"),
         ("identities.0", "Kate", r"identities\[0\] is str"),
-        ("identities.0.name", " ", r"identities\[0\].name=' ' must be a string that is not empty"),
+        ("identities.0.name", " ", r"identities\[0\].name=' ' must be a non-empty string"),
         ("identities.0.images", [], r"identities\[0\].images=\[\] of 'Kate' must be a list of at least one photo"),
         ("identities.0.images", "k.jpg", "must be a list of at least one photo"),
         ("identities.0.photo", "k.jpg", r"identities\[0\] has unknown fields 'photo'"),
-        ("identities.2", KATE, "identities names 'Kate' 2 times"),
+        ("identities.2", KATE, "identities contains 'Kate' 2 times"),
         ("identities.0.images.0", "/etc/passwd", r"identities\[0\].images\[0\]='/etc/passwd' is absolute"),
         ("identities.0.images.0", "C:\\x.jpg", "is absolute"),
         ("identities.0.images.0", "a/../../x.jpg", "leaves the image root"),
         ("identities.0.images.0", "a\\..\\x.jpg", "leaves the image root"),
-        ("identities.0.images.0", "http://host/x.jpg", "is a URL; URLs are off"),
-        ("identities.0.images.0", "data:image/png;base64,AAAA", "is a URL; URLs are off"),
-        ("identities.0.images.0", "x\0.jpg", "must be a string"),
-        ("identities.0.images.0", 3, "must be a string"),
+        ("identities.0.images.0", "http://host/x.jpg", "is a URL; URLs are not supported"),
+        ("identities.0.images.0", "data:image/png;base64,AAAA", "is a URL; URLs are not supported"),
+        ("identities.0.images.0", "x\0.jpg", "must be a non-empty string"),
+        ("identities.0.images.0", 3, "must be a non-empty string"),
         ("messages.1.content.0.image", "../s.jpg", r"messages\[1\].content\[0\].image='../s.jpg' leaves"),
         ("messages", [], r"messages has no user turn \(roles: none\)"),
         ("messages", [{"role": "assistant", "content": "x"}], r"no user turn \(roles: assistant\)"),
         ("messages.1.role", "human", r"messages\[1\].role='human' is not known; choose one of 'system', 'user'"),
-        ("messages.2.role", "user", r"messages\[2\].role='user' where 'assistant' is due"),
-        ("messages.3.role", "system", r"messages\[3\].role='system' where 'user' is due"),
-        ("messages.4", None, "messages ends with a turn of 'user', not 'assistant'"),
+        ("messages.2.role", "user", r"messages\[2\].role='user', expected 'assistant'"),
+        ("messages.3.role", "system", r"messages\[3\].role='system', expected 'user'"),
+        ("messages.4", None, "messages ends with a turn of 'user', expected 'assistant'"),
         ("messages.4.content", "  ", r"messages\[4\] of 'assistant' has no text"),
         ("messages.4.content", [], r"messages\[4\] of 'assistant' has no text"),
         ("messages.0.content", "", r"messages\[0\] of 'system' has no text"),
@@ -137,11 +150,11 @@ KATE = {"name": "Kate", "images": ["x.jpg"]}
         ("messages.1.content.0.type", "video", r"messages\[1\].content\[0\].type='video' is not known"),
         ("messages.1.content.0", "text", r"messages\[1\].content\[0\] is str 'text'"),
         ("messages.1.content.1.text", 4, r"messages\[1\].content\[1\].text is int '4'"),
-        ("messages.1.content.0.text", "x", "unknown fields 'text'; known are image, type"),
+        ("messages.1.content.0.text", "x", "unknown fields 'text'; allowed are image, type"),
         ("messages.1.name", "x", r"messages\[1\] has unknown fields 'name'"),
         ("messages.2.content.0.name", "Jane", r"messages\[2\] has a box part of 'Jane', but boxes has no such entry"),
         ("messages.2.content.0.image", "t.jpg", "a box part of 'Kate' in 't.jpg', but boxes has no such entry"),
-        ("boxes.0.image", "k/3.jpg", r"boxes\[0\].image='k/3.jpg' is no image of the messages \(s/9.jpg\)"),
+        ("boxes.0.image", "k/3.jpg", r"boxes\[0\].image='k/3.jpg' is not an image of the messages \(s/9.jpg\)"),
         ("boxes.0.box", [1, 2, 1, 4], r"boxes\[0\].box=\[1, 2, 1, 4\] of 'Kate' is empty"),
         ("boxes.0.box", [5, 2, 1, 4], "is empty"),
         ("boxes.0.box", [-5, -5, 0, 4], "is empty"),
@@ -149,9 +162,12 @@ KATE = {"name": "Kate", "images": ["x.jpg"]}
         ("boxes.0.box", [1, 2, 3, float("nan")], "must be four numbers"),
         ("boxes.0.box", [1, 2, True, 4], "must be four numbers"),
         ("boxes.0.box", "1 2 3 4", "must be four numbers"),
-        ("boxes.0.name", None, r"boxes\[0\].name=None must be a string"),
+        ("boxes.0.name", None, r"boxes\[0\].name=None must be a non-empty string"),
         ("boxes.2", {"name": "Kate", "image": "s/9.jpg", "box": [1, 2, 3, 4]}, r"boxes\[2\] is a second box of 'Kate'"),
-        ("answer", "x", 'answer belongs to evaluation records; add "type"'),
+        ("type", "find", "type='find' is not known; choose one of 'matching', 'location'"),
+        ("answer", "x", "ends with a turn of 'assistant', expected 'user'; a record with \"answer\" is an evaluation"),
+        ("false_answers", ["x"], 'false_answers is a field of evaluation records, but the record has no "answer"'),
+        ("target", "Kate", 'target is a field of evaluation records, but the record has no "answer"'),
     ],
 )
 def test_faults_of_training_records_are_named(path, value, message):
@@ -166,13 +182,20 @@ def test_faults_of_training_records_are_named(path, value, message):
         (LOCATION, "type", "find", "type='find' is not known; choose one of 'matching', 'location'"),
         (LOCATION, "target", None, "target=None of a location record has no box in the last image"),
         (LOCATION, "target", "Jane", "target='Jane' of a location record has no box"),
-        (LOCATION, "answer", None, "answer is NoneType"),
-        (LOCATION, "messages.1", {"role": "assistant", "content": "x"}, "ends with a turn of 'assistant', not 'user'"),
+        (LOCATION, "type", None, 'a record with "answer" is an evaluation record and needs "type"; choose one of'),
+        (LOCATION, "answer", None, "ends with a turn of 'user', expected 'assistant'; .* needs \"answer\""),
+        (LOCATION, "answer", 3, "answer is int '3'; expected a string"),
+        (
+            LOCATION,
+            "messages.1",
+            {"role": "assistant", "content": "x"},
+            "ends with a turn of 'assistant', expected 'user'",
+        ),
         (MATCHING, "answer", " ", "answer=' ' of a matching record is empty"),
         (MATCHING, "false_answers", "Picture 2", "false_answers is str"),
-        (MATCHING, "false_answers.0", "Picture 1", r"false_answers\[0\]='Picture 1' is the right answer"),
-        (MATCHING, "false_answers.0", "", r"false_answers\[0\]='' must be a string"),
-        (MATCHING, "target", 3, "target=3 must be a string"),
+        (MATCHING, "false_answers.0", "Picture 1", r"false_answers\[0\]='Picture 1' equals the correct answer"),
+        (MATCHING, "false_answers.0", "", r"false_answers\[0\]='' must be a non-empty string"),
+        (MATCHING, "target", 3, "target=3 must be a non-empty string"),
     ],
 )
 def test_faults_of_evaluation_records_are_named(record, path, value, message):
@@ -190,7 +213,7 @@ def test_a_name_with_boxes_in_two_images_needs_the_image():
     other = {"type": "image", "image": "s/10.jpg"}
     record = changed(TRAINING, "messages.1.content.2", other)
     record = changed(record, "boxes.2", {"name": "Kate", "image": "s/10.jpg", "box": [1, 2, 3, 4]})
-    with pytest.raises(DataError, match=r"'Kate', who has boxes in s/9.jpg, s/10.jpg; add .image."):
+    with pytest.raises(DataError, match=r"has boxes in several images \(s/9.jpg, s/10.jpg\); add .image."):
         parse_sample(record)
     sample = parse_sample(changed(record, "messages.2.content.0.image", "s/10.jpg"))
     assert sample.messages[2].content[0].image == "s/10.jpg"

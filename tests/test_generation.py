@@ -1,4 +1,4 @@
-"""Answers on disk: a killed run goes on where it was, batches are of like length, scoring is a step of its own."""
+"""Answers on disk: a killed run resumes, batches have similar length, scoring is a separate step."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.evaluation_fakes import FakeModel, FakeProcessor, samples
 
 
 class Counting(FakeModel):
-    """Knows which prompts it was asked; pauses, or stops, after so many batches."""
+    """Counts the prompts it received; may pause before each batch or stop after some."""
 
     def __init__(self, *, stop_after: int | None = None, pause: float = 0.0):
         super().__init__()
@@ -38,7 +38,7 @@ def test_two_steps_are_one(tmp_path):
 
 
 def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path):
-    path, given = tmp_path / "new" / "predictions.jsonl", [one for one in samples() if one.task != "qa_single"]
+    path, given = tmp_path / "new" / "predictions.jsonl", [sample for sample in samples() if sample.task != "qa_single"]
     stopped = Counting(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
         generate_answers(stopped, FakeProcessor(), given, path=path, batch_size=4)
@@ -54,7 +54,7 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(tmp_path):
 
 
 def test_killed_with_sigkill(tmp_path):
-    path, given = tmp_path / "predictions.jsonl", [one for one in samples() if one.task == "matching"]
+    path, given = tmp_path / "predictions.jsonl", [sample for sample in samples() if sample.task == "matching"]
     program = os.fork()
     if program == 0:
         generate_answers(Counting(pause=0.05), FakeProcessor(), given, path=path, batch_size=1)
@@ -88,7 +88,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path):
 
 
 def test_questions_with_choices_can_be_written_too():
-    given = [one for one in samples() if one.task == "qa_single"]
+    given = [sample for sample in samples() if sample.task == "qa_single"]
     chosen = generate_answers(FakeModel(), FakeProcessor(), given)
     written = generate_answers(FakeModel(), FakeProcessor(), given, write_choices=True)
     assert {answer.prediction for answer in chosen} == {None}
@@ -102,11 +102,11 @@ def test_questions_with_choices_can_be_written_too():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="has id='matching-0', as one before it"):
+    with pytest.raises(ValueError, match=r"id='matching-0' of test\.jsonl:1 is not unique"):
         generate_answers(FakeModel(), FakeProcessor(), [samples()[0]] * 2)
-    with pytest.raises(ValueError, match="are not those to the 1 samples"):
+    with pytest.raises(ValueError, match="are not those of the 1 samples"):
         score_answers(samples()[:1], [Answer("other", "x")], parse_box=None)
     with pytest.raises(ValueError, match="parse_box=None, but some samples ask for a box"):
         score_answers([samples()[1]], [Answer("location-0", "x")], parse_box=None)
-    with pytest.raises(ValueError, match="are 1 for 4 candidates"):
+    with pytest.raises(ValueError, match="has 1 likelihoods for 4 candidates"):
         score_answers([samples()[2]], [Answer("qa_single-0", None, likelihoods=(1.0,))], parse_box=None)

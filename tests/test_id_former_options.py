@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tests.conftest import take_the_padded_way
+from tests.conftest import use_padded_sdpa
 from tests.restated import restate
 from tests.test_id_former_properties import every_option
 
-# Two photos of one person, two scenes in a sample, a sample without references, general images, any order.
+# Two references of one identity, two scenes in a sample, a sample without references, general images, any order.
 ROLES = [0, 1, 0, 0, 1, 2, 2, 1, 0, 1]
 SAMPLES = [0, 0, 0, 0, 0, 1, 1, 2, 3, 3]
 IDENTITIES = [1, -1, 0, 1, -1, -1, -1, -1, 0, -1]
@@ -16,9 +16,9 @@ IDENTITIES = [1, -1, 0, 1, -1, -1, -1, -1, 0, -1]
 @every_option
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_tokens_maps_and_gradients_equal_the_restatement(small_id_former, options, padded, monkeypatch):
-    """``padded``: the way of SDPA on accelerators, taken on the CPU."""
+    """``padded`` runs on the CPU the SDPA path of accelerators."""
     if padded:
-        take_the_padded_way(monkeypatch)
+        use_padded_sdpa(monkeypatch)
     id_former = small_id_former(**options)
     features = torch.randn(len(ROLES), 9, 12, dtype=torch.float64, requires_grad=True)
     index = [torch.tensor(x) for x in (ROLES, SAMPLES, IDENTITIES)]
@@ -34,7 +34,7 @@ def test_tokens_maps_and_gradients_equal_the_restatement(small_id_former, option
         torch.testing.assert_close(grads, expected_grads, atol=1e-9, rtol=1e-8)
 
 
-def test_identity_loss_is_the_mean_over_layers(small_id_former):
+def test_identity_map_loss_is_the_mean_over_layers(small_id_former):
     id_former = small_id_former(num_identity_layers=2, null_token=True)
     features, roles = torch.randn(3, 9, 12, dtype=torch.float64), torch.tensor([0, 0, 1])
     _, maps = id_former(features, roles, torch.zeros(3, dtype=torch.long), output_attentions=True)
@@ -45,7 +45,7 @@ def test_identity_loss_is_the_mean_over_layers(small_id_former):
     assert abs(each[0] - each[1]) > 1e-3
 
 
-def test_loss_does_not_count_images_that_look_at_nobody(small_id_former):
+def test_loss_does_not_count_images_that_attend_to_no_reference(small_id_former):
     id_former = small_id_former(null_token=True)
     features, targets = torch.randn(4, 9, 12, dtype=torch.float64), torch.full((4, 9), -1)
     targets[0] = -100

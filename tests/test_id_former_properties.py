@@ -1,6 +1,7 @@
-"""What must hold of every IDFormer, whatever its options and whatever stands in the batch."""
+"""Properties of every IDFormer, for all options and all kinds of batches."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from idavlm import IDFormer
 
+LEARNED = {"identity_embedding": "learned", "max_identities": 4}
 OPTIONS = {
     "released": {},
     "eager": {"attn_implementation": "eager"},
@@ -15,12 +17,17 @@ OPTIONS = {
     "figure": {"feed_forward": "all", "intermediate_size": 20},
     "tanh gate": {"gate": "tanh", "feed_forward": "identity"},
     "open": {"gate": "none", "identity_keys": "patches"},
-    "slots": {"max_identities": 4, "null_token": True, "identity_keys": "patches"},
-    "normed": {"max_identities": 4, "token_norm": True, "token_positions": True},
-    "places": {"token_norm": True, "token_positions": "one_hot"},
-    "nobody": {"null_token": True},
-    "projected": {"max_identities": 4, "output_proj": True},
-    "wider": {"max_identities": 4, "output_proj": True, "output_size": 24},
+    "identity embedding": {
+        "identity_embedding": "learned",
+        "max_identities": 4,
+        "null_token": True,
+        "identity_keys": "patches",
+    },
+    "positions": {**LEARNED, "token_position_embedding": "sincos"},
+    "one-hot positions": {"token_position_embedding": "one_hot"},
+    "null": {"null_token": True},
+    "projected": {**LEARNED, "output_proj": True},
+    "wider": {**LEARNED, "output_proj": True, "output_size": 24},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -59,18 +66,18 @@ def test_images_keep_their_order_within_a_sample(small_id_former, options):
         torch.testing.assert_close(out, expected[order], atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("slots", [0, 2])
-def test_only_slots_tell_the_order_of_references(small_id_former, slots):
-    id_former = small_id_former(max_identities=slots)
+@pytest.mark.parametrize("options", [{}, LEARNED], ids=["none", "learned"])
+def test_only_identity_embeddings_tell_the_order_of_references(small_id_former, options):
+    id_former = small_id_former(**options)
     roles, features = torch.tensor([0, 0, 1]), torch.randn(3, 9, 12, dtype=torch.float64)
     index = torch.zeros(3, dtype=torch.long)
     difference = (id_former(features, roles, index) - id_former(features[[1, 0, 2]], roles, index))[2].abs().max()
-    assert (difference > 1e-3) if slots else (difference < 1e-12)
+    assert (difference > 1e-3) if options else (difference < 1e-12)
 
 
 @pytest.mark.parametrize("gate", ["zero_init", "tanh"])
 @pytest.mark.parametrize("feed_forward", ["none", "identity", "all"])
-def test_a_closed_gate_starts_as_the_plain_resampler(small_id_former, gate, feed_forward):
+def test_a_closed_gate_starts_as_the_resampler(small_id_former, gate, feed_forward):
     id_former = small_id_former(random=False, gate=gate, feed_forward=feed_forward, num_identity_layers=2)
     features = torch.cat(features_of(SAMPLES))
     out = id_former(features, *batch_of(SAMPLES))
@@ -79,7 +86,7 @@ def test_a_closed_gate_starts_as_the_plain_resampler(small_id_former, gate, feed
 
 @pytest.mark.parametrize("gate", ["zero_init", "tanh"])
 def test_a_closed_gate_opens_by_training(small_id_former, gate):
-    """Two steps: the first opens the gate, the second reaches what stands behind it."""
+    """The first step opens the gate, the second reaches the parameters after it."""
     id_former = small_id_former(random=False, gate=gate, feed_forward="identity")
     optimiser = torch.optim.SGD(id_former.parameters(), lr=0.01)
     features, batch = torch.cat(features_of(SAMPLES)), batch_of(SAMPLES)
@@ -127,7 +134,7 @@ def test_gradcheck(small_id_former, options):
         )
     else:
         assert torch.autograd.gradcheck(lambda x: id_former(x, roles, index, identity), features)
-    parameters = tuple(p for name, p in id_former.named_parameters() if name.startswith(("identity_", "nobody")))
+    parameters = tuple(p for name, p in id_former.named_parameters() if name.startswith(("identity_", "null")))
     assert torch.autograd.gradcheck(
         lambda *_: id_former(features.detach(), roles, index, identity), parameters, fast_mode=True
     )
@@ -144,7 +151,7 @@ def test_detach_keeps_scenes_out_of_the_references(small_id_former, detach):
 
 @every_option
 def test_a_bank_of_identities_equals_forward(small_id_former, options):
-    """Two identities, the first with two photos; three frames, together and one by one."""
+    """Two identities, the first with two references; three frames, together and one by one."""
     id_former = small_id_former(**options)
     features = torch.randn(6, 9, 12, dtype=torch.float64)
     roles, identity = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, -1, -1, -1])
@@ -156,12 +163,12 @@ def test_a_bank_of_identities_equals_forward(small_id_former, options):
     for layer, bank_layer in zip(maps, bank_maps, strict=True):
         torch.testing.assert_close(bank_layer, layer[3:], atol=1e-12, rtol=0)
     for frame in range(3, 6):
-        one = id_former.forward_scenes(features[frame : frame + 1], [i.to("cpu") for i in bank])
-        torch.testing.assert_close(one[0], expected[frame], atol=1e-12, rtol=0)
+        tokens = id_former.forward_scenes(features[frame : frame + 1], [i.to("cpu") for i in bank])
+        torch.testing.assert_close(tokens[0], expected[frame], atol=1e-12, rtol=0)
 
 
 @every_option
-def test_an_empty_bank_is_the_plain_resampler(small_id_former, options):
+def test_an_empty_bank_is_the_resampler(small_id_former, options):
     id_former, features = small_id_former(**options), torch.randn(2, 9, 12, dtype=torch.float64)
     out, maps = id_former.forward_scenes(features, [], output_attentions=True)
     torch.testing.assert_close(out, id_former.resampler(features), atol=1e-12, rtol=0)
@@ -169,7 +176,7 @@ def test_an_empty_bank_is_the_plain_resampler(small_id_former, options):
 
 
 @every_option
-def test_maps_say_who_is_looked_at(small_id_former, options):
+def test_maps_are_shares_of_attention(small_id_former, options):
     id_former, features = small_id_former(**options), torch.cat(features_of(SAMPLES))
     roles, index = batch_of(SAMPLES)
     out, maps = id_former(features, roles, index, output_attentions=True)
@@ -189,7 +196,7 @@ def test_maps_say_who_is_looked_at(small_id_former, options):
                 assert (image[:, -1] == 1).all()
 
 
-def test_photos_of_one_identity_are_one_column(small_id_former):
+def test_references_of_one_identity_are_one_column(small_id_former):
     id_former = small_id_former()
     features, roles = torch.randn(4, 9, 12, dtype=torch.float64), torch.tensor([0, 0, 0, 1])
     index = torch.zeros(4, dtype=torch.long)
@@ -225,7 +232,13 @@ def test_state_dict_keys_are_the_documented_ones():
     assert set(IDFormer(**sizes, vision_hidden_size=12).state_dict()) == expected
     assert set(IDFormer(**sizes).state_dict()) == expected - {"resampler.input_proj.weight"}
     norm_up_down = [f"{part}.{kind}" for part in ("norm", "up_proj", "down_proj") for kind in ("weight", "bias")]
-    options = {"gate": "tanh", "feed_forward": "all", "max_identities": 2, "null_token": True}
+    options = {
+        "gate": "tanh",
+        "feed_forward": "all",
+        "identity_embedding": "learned",
+        "max_identities": 2,
+        "null_token": True,
+    }
     assert set(IDFormer(**sizes, **options).state_dict()) == expected - {"resampler.input_proj.weight"} | {
         *(f"{where}.feed_forward.{key}" for where in ("resampler", "identity_layers.0") for key in norm_up_down),
         "identity_layers.0.attention_gate",
@@ -259,7 +272,7 @@ def test_low_precision_weights(small_id_former, dtype):
 
 
 def test_torch_compile_gives_the_same_values_and_gradients(small_id_former):
-    id_former = small_id_former(null_token=True, max_identities=3)
+    id_former = small_id_former(null_token=True, identity_embedding="learned", max_identities=3)
     compiled = torch.compile(id_former, backend="aot_eager")
     for samples in (SAMPLES, SAMPLES[::-1], [[2, 2]]):
         features, batch = torch.cat(features_of(samples)), batch_of(samples)
@@ -298,12 +311,12 @@ def test_peft_adapters_reach_every_projection(small_id_former, lora_bias):
 
 
 @pytest.mark.parametrize("keys", ["tokens", "patches"])
-@pytest.mark.parametrize("nobody", [False, True])
+@pytest.mark.parametrize("null", [False, True])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_contrast_loss_restated(small_id_former, keys, nobody, heads):
-    """All samples as one: every labelled patch attends to all references, and slots play no part."""
-    options = {"identity_keys": keys, "null_token": nobody, "num_identity_heads": heads}
-    id_former = small_id_former(max_identities=2, **options)
+def test_contrastive_loss_restated(small_id_former, keys, null, heads):
+    """All samples as one: each labelled patch attends to all references. Identity embeddings play no part."""
+    options = {"identity_keys": keys, "null_token": null, "num_identity_heads": heads}
+    id_former = small_id_former(identity_embedding="learned", max_identities=2, **options)
     features = torch.randn(6, 9, 12, dtype=torch.float64)
     roles = torch.tensor([0, 0, 1, 0, 0, 1])
     samples, identities = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 0, 0, 0, 0])
@@ -312,10 +325,10 @@ def test_contrast_loss_restated(small_id_former, keys, nobody, heads):
     targets[5, 3:5] = 0
     loss = id_former.contrastive_loss(features, roles, samples, identities, targets)
 
-    plain = small_id_former(**options)
-    plain.load_state_dict({k: v for k, v in id_former.state_dict().items() if k != "identity_embedding.weight"})
+    without = small_id_former(**options)
+    without.load_state_dict({k: v for k, v in id_former.state_dict().items() if k != "identity_embedding.weight"})
     order = torch.tensor([0, 1, 3, 4, 2, 5])
-    _, maps = plain(
+    _, maps = without(
         features[order],
         roles[order],
         torch.zeros(6, dtype=torch.long),
@@ -328,3 +341,15 @@ def test_contrast_loss_restated(small_id_former, keys, nobody, heads):
     loss.backward()
     assert id_former.identity_layers[0].attention.q_proj.weight.grad.abs().max() > 0
     assert id_former.contrastive_loss(features, roles, samples, identities, torch.full((6, 9), -1)) == 0
+
+
+@every_option
+def test_config_round_trip(small_id_former, options):
+    id_former = small_id_former(dtype=torch.float64, **options)
+    config = json.loads(json.dumps(id_former.to_config()))
+    assert config["hidden_size"] == 16
+    assert {name: config[name] for name in options} == options
+    other = IDFormer.from_config(config).double()
+    other.load_state_dict(id_former.state_dict())
+    features, batch = torch.cat(features_of(SAMPLES)), batch_of(SAMPLES)
+    assert torch.equal(other(features, *batch), id_former(features, *batch))

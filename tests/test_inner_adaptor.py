@@ -1,4 +1,4 @@
-"""Inner adaptors: the base stays what it was; adaptors compute, cache, train, save and load as they say."""
+"""Inner adaptors: the base model is unchanged; adaptors compute, use caches, train, save and load as documented."""
 
 import copy
 import hashlib
@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from idavlm import add_inner_adaptors, build_connector, load_adaptors, save_adaptors
 from idavlm._compat import cache_name
+from idavlm.modules.inner_adaptor import train_workflow, use_workflow
 from tests.inner_adaptor_models import FAMILIES, adapted, disturb, language_model, prompt
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -17,7 +18,7 @@ CACHE = cache_name()
 
 
 def hashed(model: nn.Module) -> dict[str, str]:
-    """Of every tensor of the base, by name."""
+    """Hashes of the tensors of the base model, by name."""
     return {
         name: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
         for name, tensor in model.state_dict().items()
@@ -31,14 +32,21 @@ def train(model: nn.Module, workflow: str, steps: int = 3) -> None:
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        model(input_ids=prompt(), labels=prompt(), workflow=workflow).loss.backward()
+        with use_workflow(model, workflow):
+            loss = model(input_ids=prompt(), labels=prompt()).loss
+        loss.backward()
         optimizer.step()
     model.eval()
 
 
 def logits(model: nn.Module, workflow: str, **inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**({"input_ids": prompt()} | inputs), workflow=workflow).logits
+    with torch.no_grad(), use_workflow(model, workflow):
+        return model(**({"input_ids": prompt()} | inputs)).logits
+
+
+def generate(model: nn.Module, workflow: str, *args, **options) -> torch.Tensor:
+    with use_workflow(model, workflow):
+        return model.generate(*args, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,9 +59,8 @@ def test_text_workflow_is_the_base_bit_for_bit_before_and_after_training(family,
     model = add_inner_adaptors(copy.deepcopy(base), every=2, modules_to_copy=("embeddings", "norm", "lm_head"))
     for _ in range(2):
         assert torch.equal(logits(model, "text"), expected)
-        assert torch.equal(model.generate(prompt(), workflow="text", **GREEDY), tokens)
-        with model.workflow("text"):
-            assert torch.equal(model.generate(prompt(), num_beams=2, **GREEDY), beams)
+        assert torch.equal(generate(model, "text", prompt(), **GREEDY), tokens)
+        assert torch.equal(generate(model, "text", prompt(), num_beams=2, **GREEDY), beams)
         assert [name for name in model.state_dict() if not name.startswith("inner_adaptor.")] == keys
         assert hashed(model) == hashes
         untrained = logits(model, "multimodal")
@@ -72,31 +79,32 @@ def test_only_adaptors_are_trained_and_each_workflow_alone():
     grounding = logits(model, "grounding")
     train(model, "multimodal")
     assert torch.equal(logits(model, "grounding"), grounding)
-    model.train_workflow("grounding")
+    train_workflow(model, "grounding")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all(name.startswith("inner_adaptor.grounding.") for name in trained)
 
 
-def test_first_workflow_is_the_default_and_context_ends_where_it_ends():
+def test_first_workflow_is_the_default_and_a_context_restores_the_previous_one():
     model = adapted()
     multimodal, grounding, text = (logits(model, name) for name in ("multimodal", "grounding", "text"))
     assert not torch.equal(multimodal, grounding)
     assert not torch.equal(multimodal, text)
     with torch.no_grad():
         assert torch.equal(model(input_ids=prompt()).logits, multimodal)
-        with model.workflow("grounding"):
+        with model.inner_adaptor.workflow("grounding"):
             assert torch.equal(model(input_ids=prompt()).logits, grounding)
-            assert torch.equal(model(input_ids=prompt(), workflow="text").logits, text)
+            with use_workflow(model, "text"):
+                assert torch.equal(model(input_ids=prompt()).logits, text)
             assert torch.equal(model(input_ids=prompt()).logits, grounding)
-        with pytest.raises(RuntimeError, match="stop"), model.workflow("text"):
+        with pytest.raises(RuntimeError, match="stop"), use_workflow(model, "text"):
             raise RuntimeError("stop")
         assert torch.equal(model(input_ids=prompt()).logits, multimodal)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("composition", ["serial", "parallel"])
-def test_every_cache_gives_what_no_cache_gives(family, composition):
+def test_every_cache_computes_what_no_cache_computes(family, composition):
     """Prompts are longer than sliding windows."""
     model = adapted(family, composition=composition)
     expected = model.generate(prompt(), use_cache=False, **GREEDY)
@@ -104,7 +112,7 @@ def test_every_cache_gives_what_no_cache_gives(family, composition):
     caches = [DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=32)]
     for cache in caches:
         assert torch.equal(model.generate(prompt(), **{CACHE: cache}, **GREEDY), expected)
-        assert len(cache) == 6, "four layers of the base, two adaptors"
+        assert len(cache) == 6, "four base layers and two adaptors"
     for name in ("dynamic", "static"):
         options = {"cache_implementation": name, "disable_compile": True}
         assert torch.equal(model.generate(prompt(), **options, **GREEDY), expected)
@@ -120,7 +128,7 @@ def test_offloaded_caches(name):
 
 
 def test_layers_are_fetched_before_they_are_used():
-    """What an offloading cache needs, without a GPU: the adaptor's layer is asked for before it is updated."""
+    """What an offloading cache needs, without a GPU: the adaptor's cache layer is fetched before it is updated."""
     model, cache, fetched = adapted(), DynamicCache(), []
 
     class Layer(cache.layer_class_to_replicate):
@@ -141,26 +149,26 @@ def test_left_padding_and_beams(family):
     long, short = prompt(1, 10), prompt(1, 6)
     batch = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)])
     mask = (batch != 0).long()
-    tokens = model.generate(batch, attention_mask=mask, workflow="grounding", **GREEDY)
+    tokens = generate(model, "grounding", batch, attention_mask=mask, **GREEDY)
     for row, alone in enumerate((long, short)):
-        expected = model.generate(alone, workflow="grounding", **GREEDY)[0, -8:]
+        expected = generate(model, "grounding", alone, **GREEDY)[0, -8:]
         assert torch.equal(tokens[row, -8:], expected)
     options = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2, **GREEDY}
     assert torch.equal(model.generate(batch, **options), model.generate(batch, use_cache=False, **options))
 
 
 def test_a_conversation_changes_its_workflow():
-    """With a cache a workflow, each turn gives what reading the whole conversation gives."""
+    """With one cache per workflow, each turn computes what a pass over the whole conversation computes."""
     model, caches = adapted(), {}
     conversation = prompt(1, 6)
     for turn, workflow in enumerate(["multimodal", "grounding", "text", "multimodal", "text"]):
         cache = caches.setdefault(workflow, DynamicCache(config=model.config))
-        answer = model.generate(conversation, **{CACHE: cache}, workflow=workflow, **GREEDY)
-        assert torch.equal(answer, model.generate(conversation, use_cache=False, workflow=workflow, **GREEDY))
+        answer = generate(model, workflow, conversation, **{CACHE: cache}, **GREEDY)
+        assert torch.equal(answer, generate(model, workflow, conversation, use_cache=False, **GREEDY))
         conversation = torch.cat([answer, prompt(1, 3 + turn)], 1)
-    with pytest.raises(ValueError, match=r"holds \d+ tokens read in workflow 'multimodal'.*'grounding'"):
-        model.generate(conversation, **{CACHE: caches["multimodal"]}, workflow="grounding", **GREEDY)
-    with pytest.raises(ValueError, match=r"in workflow 'text', and workflow='multimodal'.*one cache a workflow"):
+    with pytest.raises(ValueError, match=r"holds \d+ tokens of workflow 'multimodal'.*'grounding'"):
+        generate(model, "grounding", conversation, **{CACHE: caches["multimodal"]}, **GREEDY)
+    with pytest.raises(ValueError, match=r"of workflow 'text', but the active.*'multimodal'.*one cache per workflow"):
         model(prompt(1, 1), **{CACHE: caches["text"]})
     static = StaticCache(model.config, max_cache_len=32)
     for workflow in ("grounding", "text", "multimodal"):
@@ -172,22 +180,22 @@ def test_a_conversation_changes_its_workflow():
 @pytest.mark.parametrize("composition", ["serial", "parallel"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(composition, use_reentrant):
-    """Also where another workflow is active when gradients are made."""
-    plain = adapted(composition=composition).train()
-    checkpointed = copy.deepcopy(plain)
+    """Also when another workflow is active in the backward pass."""
+    model = adapted(composition=composition).train()
+    checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     checkpointed.enable_input_require_grads()
     losses = []
-    for model in (plain, checkpointed):
-        with model.workflow("grounding"):
-            losses.append(model(input_ids=prompt(), labels=prompt()).loss)
+    for each in (model, checkpointed):
+        with use_workflow(each, "grounding"):
+            losses.append(each(input_ids=prompt(), labels=prompt()).loss)
         losses[-1].backward()
     assert torch.equal(*losses)
-    pairs = zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True)
-    for (name, one), (_, other) in pairs:
-        assert (one.grad is not None) is name.startswith("inner_adaptor.grounding."), name
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, msg=name)
+    pairs = zip(model.named_parameters(), checkpointed.named_parameters(), strict=True)
+    for (name, expected), (_, parameter) in pairs:
+        assert (parameter.grad is not None) is name.startswith("inner_adaptor.grounding."), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
 
 
 def test_parallel_adaptors_start_as_the_base_and_are_added_by_their_gate():
@@ -222,25 +230,23 @@ def test_low_rank_adaptors_are_a_difference_of_weights(family):
     assert torch.equal(model.generate(prompt(), **GREEDY), model.generate(prompt(), use_cache=False, **GREEDY))
 
 
-def test_owned_modules_answer_in_their_workflow_only():
+def test_copied_modules_compute_in_their_workflow_only():
     connector = build_connector("linear", vision_hidden_size=12, hidden_size=32)
-    owned = ("embeddings", "norm", "lm_head", "connector")
-    model = adapted("gemma3_text", modules_to_copy=owned, connector=connector)
+    copied = ("embeddings", "norm", "lm_head", "connector")
+    model = adapted("gemma3_text", modules_to_copy=copied, connector=connector)
     features = torch.randn(2, 3, 12)
     outputs = {}
     for workflow in ("multimodal", "grounding", "text"):
-        with model.workflow(workflow), torch.no_grad():
+        with use_workflow(model, workflow), torch.no_grad():
             outputs[workflow] = (model.get_input_embeddings()(prompt()), connector(features))
-    for one, other in (("multimodal", "grounding"), ("grounding", "text")):
-        assert not any(torch.equal(a, b) for a, b in zip(outputs[one], outputs[other], strict=True))
-    seen = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    for pair in (("multimodal", "grounding"), ("grounding", "text")):
+        assert not any(torch.equal(a, b) for a, b in zip(*(outputs[workflow] for workflow in pair), strict=True))
+    shapes = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     logits(model, "grounding")
     hook.remove()
-    assert seen == [(2, 10, 32)], "hooks on the base's head see what the workflow's own reads"
+    assert shapes == [(2, 10, 32)], "hooks of the base head get the inputs of the workflow's copy"
     assert torch.equal(outputs["text"][1], nn.functional.linear(features, connector.weight, connector.bias))
-    with pytest.raises(ValueError, match=r"own embeddings, lm_head, which resize_token_embeddings.*before add_inner"):
-        model.resize_token_embeddings(80)
 
 
 def test_peft_on_top():
@@ -254,7 +260,7 @@ def test_peft_on_top():
     assert not torch.equal(logits(tuned, "grounding"), expected)
     assert torch.equal(logits(tuned, "text"), logits_of_base(language_model()))
     expected = logits(tuned, "grounding")
-    assert tuned.generate(input_ids=prompt(), workflow="grounding", **GREEDY).shape == (2, 18)
+    assert generate(tuned, "grounding", input_ids=prompt(), **GREEDY).shape == (2, 18)
     with pytest.raises(ValueError, match=r"have other tensors than when they were added.*merge"):
         save_adaptors(tuned, "nowhere")
     merged = tuned.merge_and_unload()
@@ -277,23 +283,28 @@ def test_compiled_in_every_workflow():
         whole = {"use_cache": False}
         torch.testing.assert_close(logits(compiled, workflow, **whole), logits(model, workflow, **whole))
     caches = [StaticCache(model.config, max_cache_len=16) for _ in range(2)]
-    for cache in caches:  # read the prompt as it is, then compile single tokens, as transformers does
+    for cache in caches:  # the prompt is not compiled, single tokens are, as in transformers
         logits(model, "grounding", **{CACHE: cache})
     for _ in range(2):
-        one = {"input_ids": prompt(2, 1)}
-        step = logits(compiled, "grounding", **{CACHE: caches[0]}, **one)
-        torch.testing.assert_close(step, logits(model, "grounding", **{CACHE: caches[1]}, **one))
+        token = {"input_ids": prompt(2, 1)}
+        step = logits(compiled, "grounding", **{CACHE: caches[0]}, **token)
+        torch.testing.assert_close(step, logits(model, "grounding", **{CACHE: caches[1]}, **token))
 
 
-def test_hidden_states_are_those_of_the_base_layers():
-    model = adapted()
-    with torch.no_grad():
-        states, text = (
-            model(input_ids=prompt(), output_hidden_states=True, workflow=workflow).hidden_states
-            for workflow in ("multimodal", "text")
-        )
-    assert len(states) == len(text) == 1 + 4
-    assert [torch.equal(one, other) for one, other in zip(states, text, strict=True)] == [True] * 3 + [False] * 2
+@pytest.mark.parametrize("captured_before", [False, True])
+def test_hidden_states_are_those_that_the_next_layer_reads(captured_before):
+    """transformers captures them in hooks, which it registers when they are first requested."""
+    base = language_model()
+    if captured_before:
+        base(input_ids=prompt(), output_hidden_states=True)
+    model, states = add_inner_adaptors(base, layers=[1, 2]), {}
+    disturb(model)
+    for workflow in ("multimodal", "text"):
+        with torch.no_grad(), use_workflow(model, workflow):
+            states[workflow] = model(input_ids=prompt(), output_hidden_states=True).hidden_states
+    assert len(states["multimodal"]) == len(states["text"]) == 1 + 4
+    pairs = zip(states["multimodal"], states["text"], strict=True)
+    assert [torch.equal(*pair) for pair in pairs] == [True] * 2 + [False] * 3
 
 
 @pytest.mark.parametrize(
@@ -323,11 +334,11 @@ def test_saved_with_a_connector(tmp_path):
     assert torch.equal(*(connector(features) for connector in connectors))
 
 
-def test_deep_copies_are_models_of_their_own():
+def test_deep_copies_are_independent():
     model = adapted(modules_to_copy=("norm",))
     duplicate = copy.deepcopy(model)
     disturb(duplicate)
-    with duplicate.workflow("text"):
+    with use_workflow(duplicate, "text"):
         assert not torch.equal(logits(model, "grounding"), logits(duplicate, "grounding"))
         assert model.inner_adaptor.active == "multimodal"
     assert type(model).__name__ == "LlamaForCausalLM"

@@ -1,4 +1,4 @@
-"""Inner adaptors compute what the release of IAA computes: golden tensors of ``iaa-tiny``, all three workflows."""
+"""Inner adaptors compute what the release of IAA computes: golden tensors of ``iaa-tiny`` in all three workflows."""
 
 import re
 
@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from idavlm import add_inner_adaptors, build_connector
+from idavlm.modules.inner_adaptor import use_workflow
 from tests.released import FIXTURES, expected, released_weights
 
 LAYERS = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
@@ -56,25 +57,25 @@ def model_and_connector(golden):
     )
     model = LlamaForCausalLM(config).eval()
     connector = build_connector("mlp2x_gelu", vision_hidden_size=48, hidden_size=32)
-    owned = ("embeddings", "norm", "lm_head", "connector")
-    add_inner_adaptors(model, layers=LAYERS, modules_to_copy=owned, connector=connector)
+    copied = ("embeddings", "norm", "lm_head", "connector")
+    add_inner_adaptors(model, layers=LAYERS, modules_to_copy=copied, connector=connector)
     state = {}
     for key, value in golden.items():
         if not key.startswith("expected."):
             for released, ours in KEYS.items():
                 key = re.sub(f"^{released}", ours, key)
             state[key] = value.float()
-    model.load_state_dict(state)  # strict: every released tensor has its place, and every place its tensor
+    model.load_state_dict(state)  # strict: the released tensors and the parameters correspond one to one
     return model, connector
 
 
 def prompt(golden, model, connector, workflow: str) -> torch.Tensor:
-    """Embeddings of the prompt, image features in the place of -200."""
+    """Embeddings of the prompt, with image features in place of token -200."""
     if workflow == "text":
-        with model.workflow("text"):
+        with use_workflow(model, "text"):
             return model.get_input_embeddings()(golden["expected.text_input_ids"])
     rows = []
-    with model.workflow(workflow):
+    with use_workflow(model, workflow):
         images = connector(golden["expected.patch_features"])
         for ids, image in zip(golden["expected.input_ids"], images, strict=True):
             place = int((ids == -200).nonzero())
@@ -89,7 +90,8 @@ def prompt(golden, model, connector, workflow: str) -> torch.Tensor:
 def test_logits_are_the_released(golden, model_and_connector, workflow):
     model, connector = model_and_connector
     inputs_embeds = prompt(golden, model, connector, workflow)
-    logits = model(inputs_embeds=inputs_embeds, workflow=workflow).logits
+    with use_workflow(model, workflow):
+        logits = model(inputs_embeds=inputs_embeds).logits
     torch.testing.assert_close(logits, golden[f"expected.{WORKFLOWS[workflow]}.logits"], atol=2e-4, rtol=1e-3)
 
 
@@ -101,10 +103,11 @@ def test_greedy_tokens_are_the_released(golden, model_and_connector, workflow, u
     inputs_embeds = prompt(golden, model, connector, workflow)
     if use_cache:
         options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-        tokens = model.generate(inputs_embeds=inputs_embeds, workflow=workflow, **options)
+        with use_workflow(model, workflow):
+            tokens = model.generate(inputs_embeds=inputs_embeds, **options)
     else:
         tokens = torch.empty(len(inputs_embeds), 0, dtype=torch.long)
-        with model.workflow(workflow):
+        with use_workflow(model, workflow):
             for _ in range(12):
                 new = model.get_input_embeddings()(tokens)
                 logits = model(inputs_embeds=torch.cat([inputs_embeds, new], 1), use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Inner adaptors in a whole identity-aware VLM: configuration, images, generation, saving, training by stages."""
+"""Inner adaptors in an identity-aware VLM: configuration, images, generation, saving, training by stages."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from idavlm.training import IDTrainer, IDTrainingArguments
 from tests.small_models import IMAGES, draw_images, sample, small_model, small_processor
 
 ADAPTORS = {"layers": [0, 1]}
-OWNING = {"layers": [1], "modules_to_copy": ("embeddings", "norm", "lm_head", "connector")}
+COPYING = {"layers": [1], "modules_to_copy": ("embeddings", "norm", "lm_head", "connector")}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
@@ -43,15 +43,15 @@ def logits(model, batch, **options) -> torch.Tensor:
     "options",
     [
         {"inner_adaptors": ADAPTORS},
-        {"inner_adaptors": OWNING, "connector": "resampler"},
+        {"inner_adaptors": COPYING, "connector": "resampler"},
         {"inner_adaptors": {"every": 2, "rank": 2, "composition": "parallel"}, "connector": "resampler"},
     ],
 )
 def test_workflows_saving_and_loading(processor, batch, tmp_path, options):
-    plain = small_model(processor, connector=options.get("connector", "id_former"))
+    base = small_model(processor, connector=options.get("connector", "id_former"))
     model = disturb(small_model(processor, **options))
     outputs = {workflow: logits(model, batch, workflow=workflow) for workflow in ("multimodal", "grounding", "text")}
-    assert torch.equal(outputs["text"], logits(plain, batch))
+    assert torch.equal(outputs["text"], logits(base, batch))
     assert torch.equal(outputs["multimodal"], logits(model, batch))
     assert len({tuple(output.flatten()[:9].tolist()) for output in outputs.values()}) == 3
     model.save_pretrained(tmp_path)
@@ -66,12 +66,12 @@ def test_workflows_saving_and_loading(processor, batch, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"inner_adaptors": ADAPTORS}, {"inner_adaptors": OWNING, "connector": "resampler"}]
+    "options", [{"inner_adaptors": ADAPTORS}, {"inner_adaptors": COPYING, "connector": "resampler"}]
 )
 def test_a_checkpoint_without_adaptors_gets_new_ones(processor, batch, tmp_path, options):
-    """Copies of what the checkpoint holds, not of what a model starts with."""
-    plain = small_model(processor, connector=options.get("connector", "id_former"))
-    plain.save_pretrained(tmp_path)
+    """Copies of the weights of the checkpoint, not of initial weights."""
+    base = small_model(processor, connector=options.get("connector", "id_former"))
+    base.save_pretrained(tmp_path)
     config = IDAVLMConfig.from_pretrained(tmp_path, inner_adaptors=options["inner_adaptors"])
     loaded = IDAVLMForConditionalGeneration.from_pretrained(tmp_path, config=config).eval()
     added = small_model(processor, **options)
@@ -113,8 +113,8 @@ def test_errors(processor, batch):
     with pytest.raises(ValueError, match=r"workflow='ground' is not known; choose one of 'multimodal'"):
         small_model(processor, inner_adaptors=ADAPTORS)(**batch, workflow="ground")
     with pytest.raises(ValueError, match=r"owned holds 'connector', but connector='id_former' is one for all"):
-        small_model(processor, inner_adaptors=OWNING)
-    with pytest.raises(ValueError, match=r"layers=\[7\]: 7 is not there; LlamaModel has 2 layers, 0 to 1"):
+        small_model(processor, inner_adaptors=COPYING)
+    with pytest.raises(ValueError, match=r"layers=\[7\]: 7 does not exist; .* 2 layers of LlamaModel, 0 to 1"):
         small_model(processor, inner_adaptors={"layers": [7]})
 
 
@@ -124,7 +124,7 @@ def arguments(tmp_path, **options) -> IDTrainingArguments:
 
 
 def changed(before: dict, model) -> set[str]:
-    """Parts in which a tensor is another than before."""
+    """Parts in which a tensor has changed."""
     parts = set()
     for name, tensor in model.state_dict().items():
         if not torch.equal(before[name], tensor):
@@ -149,19 +149,21 @@ def changed(before: dict, model) -> set[str]:
 def test_stages_of_training(processor, root, tmp_path, options, expected):
     model = small_model(processor, inner_adaptors=ADAPTORS)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    seen = []
+    workflows = []
     data = [processor.encode(sample(root, number=number)) for number in range(4)]
     trainer = IDTrainer(
         model,
         arguments(tmp_path, **options),
         train_dataset=data,
         data_collator=processor.collate,
-        task_evaluation=lambda model: {"active": float(seen.append(model.language_model.inner_adaptor.active) or 0)},
+        task_evaluation=lambda model: {
+            "active": float(workflows.append(model.language_model.inner_adaptor.active) or 0)
+        },
     )
     trainer.train()
     assert changed(before, model) == expected
     trainer.evaluate()
-    assert seen == [options["workflow"]]
+    assert workflows == [options["workflow"]]
     if "module_learning_rates" in options:
         assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2, 1e-3}
 

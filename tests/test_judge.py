@@ -1,4 +1,4 @@
-"""The judge, driven end to end against a local endpoint that fails in every way endpoints do."""
+"""The judge, end to end against a local endpoint that simulates typical failures."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def client(tmp_path):
 
 
 def judged(number: int = 6) -> tuple[list[Item], EvaluationResult]:
-    """Descriptions of ``number`` people; the answer names its own number."""
+    """Descriptions of ``number`` identities; the answer contains its own number."""
     found = [sample for sample in samples(max(number, 4)) if sample.task == "caption_single"][:number]
     items = [Item(sample, {"type": sample.task}) for sample in found]
     predictions = [
@@ -48,7 +48,7 @@ def judged(number: int = 6) -> tuple[list[Item], EvaluationResult]:
 
 
 @pytest.mark.parametrize(("reply", "score"), SCORES)
-def test_scores_are_read_as_a_person_would(reply, score):
+def test_parse_score(reply, score):
     assert parse_score(reply) == score
 
 
@@ -60,11 +60,11 @@ def test_scores_are_read_as_a_person_would(reply, score):
         ("A dog runs.", None),
     ],
 )  # fmt: skip
-def test_winners(reply, winner):
+def test_parse_winner(reply, winner):
     assert parse_winner(reply) == winner
 
 
-def test_every_fault_is_survived_and_every_answer_paid_for_once(client):
+def test_transient_errors_are_retried_and_replies_are_cached(client):
     faults = [429, 500, "hang", "cut", "short", "shape", "drop", 503, 429]
     with JudgeServer(lambda content: "10/10", faults) as server:
         assert client(server, retries=9).ask([{"role": "user", "content": "one"}]) == "10/10"
@@ -75,13 +75,13 @@ def test_every_fault_is_survived_and_every_answer_paid_for_once(client):
         assert server.headers[0]["Authorization"] == "Bearer secret"
 
 
-def test_what_will_not_mend_is_not_asked_again(client):
+def test_permanent_errors_are_not_retried(client):
     with JudgeServer(lambda content: "x", [401]) as server:
         with pytest.raises(JudgeError, match="HTTP 401"):
             client(server).ask([{"role": "user", "content": "one"}])
         assert len(server.asked) == 1
     with JudgeServer(lambda content: "x", [500] * 9) as server:
-        with pytest.raises(JudgeError, match=r"no reply in 3 tries; the last: HTTP 500"):
+        with pytest.raises(JudgeError, match=r"no reply in 3 attempts; the last error: HTTP 500"):
             client(server, retries=2).ask([{"role": "user", "content": "one"}])
         assert len(server.asked) == 3
 
@@ -102,13 +102,13 @@ def test_answers_of_several_kinds_are_scored(client):
 
     with JudgeServer(reply, [429, 500, "cut"]) as server:
         items, result = judged(len(replies))
-        scored = judge_answers(client(server), items, result, types=("caption_single",), workers=3)
+        scored = judge_answers(client(server), items, result, tasks=("caption_single",), workers=3)
     scores = [prediction.scores for prediction in scored.predictions]
-    assert [one.get("judge") for one in scores] == [10, 7, None, None, None, 3]
-    assert [one["judge_unscored"] for one in scores] == [0, 0, 1, 1, 1, 0]
+    assert [score.get("judge") for score in scores] == [10, 7, None, None, None, 3]
+    assert [score["judge_unscored"] for score in scores] == [0, 0, 1, 1, 1, 0]
     assert scored.summary["caption_single"]["metrics"]["judge"] == pytest.approx(20 / 3)
     assert all("Ground truth: Kate is" in content and "answer <" in content for content in server.answered)
-    untouched = judge_answers(client(server), items, result, types=("qa_single",))
+    untouched = judge_answers(client(server), items, result, tasks=("qa_single",))
     assert untouched == result
 
 
@@ -151,13 +151,13 @@ def test_endpoint_from_the_environment(monkeypatch):
 
 def test_the_same_question_at_the_same_time_is_asked_once(client):
     with JudgeServer(lambda content: time.sleep(0.05) or "5") as server:
-        one = client(server)
+        shared = client(server)
         with ThreadPoolExecutor(6) as pool:
-            assert set(pool.map(lambda _: one.ask([{"role": "user", "content": "one"}]), range(6))) == {"5"}
+            assert set(pool.map(lambda _: shared.ask([{"role": "user", "content": "one"}]), range(6))) == {"5"}
         assert len(server.asked) == 1
 
 
-def test_killed_half_way_and_resumed_nothing_is_asked_twice(client, tmp_path):
+def test_a_killed_run_resumes_without_repeating_requests(client, tmp_path):
     def reply(content):
         time.sleep(0.1)
         return "Score: 8"
@@ -167,7 +167,7 @@ def test_killed_half_way_and_resumed_nothing_is_asked_twice(client, tmp_path):
     with JudgeServer(reply) as server:
         program = os.fork()
         if program == 0:
-            judge_answers(client(server, timeout=9), items, result, types=("caption_single",), workers=2)
+            judge_answers(client(server, timeout=9), items, result, tasks=("caption_single",), workers=2)
             os._exit(0)
         while not cache.exists() or cache.read_bytes().count(b"\n") < 4:
             time.sleep(0.005)
@@ -179,7 +179,7 @@ def test_killed_half_way_and_resumed_nothing_is_asked_twice(client, tmp_path):
         asked = len(server.asked)
         assert 4 <= kept < 12
         for _ in range(2):
-            scored = judge_answers(client(server, timeout=9), items, result, types=("caption_single",), workers=2)
+            scored = judge_answers(client(server, timeout=9), items, result, tasks=("caption_single",), workers=2)
             assert scored.summary["caption_single"]["metrics"]["judge"] == 8
-            # What was under way when it died is asked again; what was answered and kept is not.
+            # Requests in flight at the kill are repeated; stored replies are not.
             assert len(server.asked) - asked == 12 - kept

@@ -1,4 +1,4 @@
-"""The plug-in of lmms-eval, run by its own runner. Skipped where lmms-eval is not installed: see docs/evaluation.md."""
+"""The plug-in of lmms-eval, run by its own runner; skipped if lmms-eval is not installed."""
 
 import json
 import runpy
@@ -16,20 +16,20 @@ REASON = "lmms-eval is not installed: it brings torchvision and some seventy pac
 
 
 def test_messages_become_a_sample(tmp_path):
-    picture = Image.new("RGB", (30, 20), "teal")
-    picture.save(tmp_path / "file.jpg")
+    image = Image.new("RGB", (30, 20), "teal")
+    image.save(tmp_path / "file.jpg")
     content = [
-        {"type": "text", "text": "Kate is "}, {"type": "image", "url": picture}, {"type": "text", "text": "\n"},
+        {"type": "text", "text": "Kate is "}, {"type": "image", "url": image}, {"type": "text", "text": "\n"},
         {"type": "text", "text": "In the image: "}, {"type": "image", "url": str(tmp_path / "file.jpg")},
         {"type": "text", "text": "\n What is Kate doing?"},
     ]  # fmt: skip
     sample = sample_of([{"role": "user", "content": content}], tmp_path, "7")
-    assert [(who.name, who.images) for who in sample.identities] == [("Kate", ["7-0.png"])]
+    assert [(identity.name, identity.images) for identity in sample.identities] == [("Kate", ["7-0.png"])]
     assert sample.message_images == ["7-1.png"]
     assert [part.text for part in sample.messages[-1].content if part.type == "text"][-1] == "\n What is Kate doing?"
     with Image.open(tmp_path / "7-1.png") as written:
         assert written.size == (30, 20)
-    with pytest.raises(ValueError, match="content of type 'video'"):
+    with pytest.raises(ValueError, match="content of type 'video' is not supported"):
         sample_of([{"role": "user", "content": [{"type": "video", "url": "x"}]}], tmp_path, "8")
 
 
@@ -74,9 +74,11 @@ def test_the_task_in_its_own_runner(tmp_path, monkeypatch):
 
     untrained = run()
     assert untrained["location_acc_at_0.5"] == 0
-    # The right answers instead of the model's: every metric is full.
+    # Right answers in place of the model's: every metric is 1.
     monkeypatch.setattr(
-        model, "_answer", lambda self, chunk: [gold[self.task_dict[one[4]][one[5]][one[3]]["id"]] for one in chunk]
+        model,
+        "_answer",
+        lambda self, chunk: [gold[self.task_dict[request[4]][request[5]][request[3]]["id"]] for request in chunk],
     )
     full = run()
     metrics = {name: value for name, value in full.items() if "stderr" not in name}

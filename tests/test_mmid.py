@@ -1,4 +1,4 @@
-"""MM-ID in its own format: read, scored, asked, reported; on a miniature, as a clone has no copy of the benchmark."""
+"""MM-ID in its own format, from loading to the report, on a miniature that is built here."""
 
 import json
 import random
@@ -9,9 +9,9 @@ from idavlm.cli.main import main
 from idavlm.data import DataError, RecordDataset
 from idavlm.data.readers import read_mmid
 from idavlm.evaluation import Answer, EvaluationResult, load_answers, name_spellings, names_in
-from idavlm.evaluation.running import load_scores
+from idavlm.evaluation.task_run import load_scores
 from idavlm.evaluation.tasks import TASKS
-from idavlm.evaluation.tasks.images import missing_images, with_images
+from idavlm.evaluation.tasks.image_files import missing_images, with_images
 from idavlm.models import BoxFormat
 from tests.fake_mmid import build_mmid
 from tests.judge_server import JudgeServer
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
 
 
 def truth(benchmark, path, *, shuffled: bool = False):
-    """The file's own answers in the released form of predictions."""
+    """The right answers in the released format of predictions."""
     items = json.loads(benchmark.read_text())
     answers = [item["answer"] for item in items]
     if shuffled:
@@ -55,7 +55,7 @@ def run(*arguments) -> int:
 
 def test_items_become_samples(benchmark):
     items = {item.sample.id: item for item in MMID.load(benchmark, None)}
-    assert {item.groups["type"] for item in items.values()} == TYPES
+    assert {item.groups["task"] for item in items.values()} == TYPES
     assert {item.groups["domain"] for item in items.values()} == {"movie", "animation", "match"}
     sample = items["1"].sample
     assert sample.task == "location"
@@ -69,7 +69,7 @@ def test_items_become_samples(benchmark):
 
 
 @pytest.mark.parametrize(("false", "expected"), [("a. / b", ["a.", "b"]), ("a/ b/c.", ["a", "b", "c."]), ("", [])])
-def test_false_answers_are_parted_at_every_kind_of_slash(false, expected):
+def test_false_answers_are_split_at_every_kind_of_slash(false, expected):
     item = {"id": 1, "type": "QA_singleimage", "question": "What?", "answer": "x / y", "false answers": false}
     read = read_mmid(item, "f[0]")
     assert (read["false_answers"], read["answer"]) == (expected, "x / y")
@@ -91,7 +91,7 @@ def test_broken_items_are_named(change, message):
         read_mmid(item | change, "f[3]")
 
 
-def test_short_names_count_and_other_peoples_words_do_not():
+def test_parts_of_names_count_and_ordinary_words_do_not():
     spelling = name_spellings(["Beth Hardiment", "Captain Dain", "Chris   (as Chris Gorham)"], ["Will", "Glen Mc"])
     assert names_in("Beth, Dain and Chris; Captain. Will Glen Mc go?", spelling) == {
         "Beth Hardiment", "Captain Dain", "Chris   (as Chris Gorham)", "Glen Mc",
@@ -100,11 +100,11 @@ def test_short_names_count_and_other_peoples_words_do_not():
     assert names_in("Lee and Ann", twins) == {"Ann Lee"}
 
 
-def test_the_right_answers_score_full_in_every_type(benchmark, tmp_path, capsys):
+def test_the_right_answers_score_1_in_every_task(benchmark, tmp_path, capsys):
     predictions = truth(benchmark, tmp_path / "truth.json")
     assert run("mmid", benchmark, "--predictions", predictions, "--boxes", "pixels", "--out", tmp_path / "out") == 0
     result, facts = load_scores(tmp_path / "out")
-    assert {name for name, row in facts["tables"]["type"].items() if row["n"]} == TYPES
+    assert {name for name, row in facts["tables"]["task"].items() if row["n"]} == TYPES
     for table in facts["tables"].values():
         for name, row in table.items():
             assert {metric["mean"] for metric in row["metrics"].values()} == {1.0}, name
@@ -117,8 +117,8 @@ def test_the_right_answers_score_full_in_every_type(benchmark, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("kind", ["qwen", "unit", "square", "bins"])
-def test_right_boxes_in_every_convention(benchmark, kind):
-    """Up to the steps of the convention, with the sizes of pictures on the disk."""
+def test_right_boxes_in_every_format(benchmark, kind):
+    """Up to the precision of the format, with image sizes from the files."""
     items = [item for item in MMID.load(benchmark, None) if item.sample.task == "location"]
     write = BoxFormat(kind).write
     answers = [Answer(item.sample.id, f"Here: {write('x', item.sample.target_box.box, (240, 320))}") for item in items]
@@ -147,13 +147,13 @@ def test_wrong_answers_score_nothing(benchmark, tmp_path):
     assert nothing.summary["location"]["unparsed"] == nothing.summary["location"]["n"]
 
 
-def test_the_convention_is_stated_never_guessed(benchmark, tmp_path, capsys):
+def test_the_box_format_is_required_and_never_guessed(benchmark, tmp_path, capsys):
     predictions = truth(benchmark, tmp_path / "truth.json")
     assert run("mmid", benchmark, "--predictions", predictions, "--out", tmp_path / "out") == 2
-    assert "--boxes: say how the model writes boxes" in capsys.readouterr().err
+    assert "--boxes is missing; pass the box format of the model" in capsys.readouterr().err
 
 
-def test_parts_of_a_picture_need_its_size(tmp_path, capsys):
+def test_relative_boxes_need_the_image_size(tmp_path, capsys):
     benchmark = build_mmid(tmp_path, rounds=1)
     scene = tmp_path / MMID.load(benchmark, None)[0].sample.message_images[0]
     scored = ["mmid", benchmark, "--predictions", truth(benchmark, tmp_path / "truth.json"), "--boxes", "qwen"]
@@ -163,7 +163,7 @@ def test_parts_of_a_picture_need_its_size(tmp_path, capsys):
     scene.unlink()
     assert run(*scored) == 2
     error = capsys.readouterr().err
-    assert "the size of 1 pictures is not known" in error
+    assert "the size of 1 images is unknown" in error
     assert scene.name in error
     assert run(*scored, "--missing", "skip") == 0
     assert len(load_scores(tmp_path / "out")[0].predictions) == 18
@@ -180,16 +180,16 @@ def test_predictions_must_fit(benchmark, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "no answer to 2 of" in message(released[2:])
-    assert "a second answer to '1'" in message([released[0], *released])
-    assert "id='99' was not asked" in message([*released, {"id": 99, "prediction": "x"}])
-    assert "truth.json[0]: {'id': 1} is no answer" in message([{"id": 1}, *released[1:]])
+    assert "second answer to id='1'" in message([released[0], *released])
+    assert "id='99' is not among the samples" in message([*released, {"id": 99, "prediction": "x"}])
+    assert "truth.json[0]: {'id': 1} is not an answer" in message([{"id": 1}, *released[1:]])
     predictions.write_text(json.dumps(released[2:]))
     arguments = ["--predictions", predictions, "--boxes", "pixels", "--out", tmp_path / "out", "--missing", "skip"]
     assert run("mmid", benchmark, *arguments) == 0
     assert len(load_scores(tmp_path / "out")[0].predictions) == len(released) - 2
 
 
-def test_missing_pictures_are_listed_once(tmp_path, checkpoint, capsys):
+def test_missing_images_are_listed_once(tmp_path, checkpoint, capsys):
     benchmark = build_mmid(tmp_path, rounds=1)
     items = MMID.load(benchmark, None)
     assert missing_images(items) == {}
@@ -200,13 +200,13 @@ def test_missing_pictures_are_listed_once(tmp_path, checkpoint, capsys):
     assert absent[items[0].sample.message_images[0]] == ["1", "2", "3", "4", "5"]
     kept, _ = with_images(items, "skip")
     assert len(kept) == len(items) - 5
-    with pytest.raises(DataError, match=r"1 pictures of 5 items are not below .*: --missing skip"):
+    with pytest.raises(DataError, match=r"1 image files of 5 items are missing in .* --missing skip"):
         with_images(items, "fail")
     asked = ["mmid", benchmark, "--model", checkpoint, "--max-new-tokens", 2, "--out", tmp_path / "out"]
     assert run(*asked) == 2
     assert capsys.readouterr().err.count(gone.name) == 1
     assert run(*asked, "--missing", "skip") == 0
-    assert "1 pictures are missing, 14 items are left" in capsys.readouterr().out
+    assert "1 image files are missing, 14 items are left" in capsys.readouterr().out
 
 
 def test_a_model_is_asked_with_baselines_and_compared(benchmark, checkpoint, tmp_path, capsys):
@@ -218,17 +218,47 @@ def test_a_model_is_asked_with_baselines_and_compared(benchmark, checkpoint, tmp
     assert set(first) >= {"id", "question", "prediction", "image_size"}
     assert len(lines) == len(json.loads(benchmark.read_text()))
     table = capsys.readouterr().out
-    assert "| type | metric | n | right references | no references | wrong references | guessing |" in table
+    assert "| task | metric | n | right references | no references | wrong references | chance |" in table
     before = [path.read_bytes() for path in sorted(out.rglob("predictions.jsonl"))]
     assert len(before) == 3
-    assert run(*asked) == 0, "everything is answered: scored again, nothing asked"
+    assert run(*asked) == 0, "all answers exist: they are scored again, none is generated"
     assert [path.read_bytes() for path in sorted(out.rglob("predictions.jsonl"))] == before
     scored = load_scores(out)[0]
-    qa = [one for one in scored.predictions if one.task == "qa_single"]
-    assert all({"accuracy", "closest_accuracy"} <= set(one.scores) for one in qa), "by likelihood and by text"
+    qa = [prediction for prediction in scored.predictions if prediction.task == "qa_single"]
+    assert all({"accuracy", "closest_accuracy"} <= set(prediction.scores) for prediction in qa), (
+        "by likelihood and by text"
+    )
     capsys.readouterr()
     assert run("mmid", benchmark, "--model", checkpoint, "--max-new-tokens", 5, "--out", out) == 2
     assert "holds answers of other settings (max_new_tokens: 4 then, 5 now)" in capsys.readouterr().err
+
+
+def test_baselines_are_checked_before_the_first_answer(tmp_path, checkpoint, capsys):
+    """One film has two characters, and both are in every sample: no other identity is left."""
+    benchmark = build_mmid(tmp_path, rounds=1)
+    benchmark.write_text(json.dumps(json.loads(benchmark.read_text())[:5]))
+    out = tmp_path / "out"
+    assert run("mmid", benchmark, "--model", checkpoint, "--out", out, "--baselines") == 2
+    assert "pass samples with more identities" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_checkpoint_without_processor_is_named(benchmark, tmp_path, capsys):
+    small_model(small_processor()).save_pretrained(tmp_path / "model")
+    assert run("mmid", benchmark, "--model", tmp_path / "model", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'model'}: no processor can be loaded (it has no processor_config.json)" in error
+    assert "processor.save_pretrained(" in error
+    (tmp_path / "model" / "processor_config.json").write_text("{}")
+    assert run("mmid", benchmark, "--model", tmp_path / "model", "--out", tmp_path / "out") == 2
+    assert f"{tmp_path / 'model'}: no processor can be loaded (" in capsys.readouterr().err
+
+
+def test_the_report_says_what_was_evaluated(benchmark, tmp_path):
+    predictions = truth(benchmark, tmp_path / "truth.json")
+    assert run("mmid", benchmark, "--predictions", predictions, "--boxes", "pixels", "--out", tmp_path / "out") == 0
+    title = (tmp_path / "out" / "report.md").read_text().splitlines()[0]
+    assert title == f"# {predictions} on mmid (benchmark.json): 38 items"
 
 
 def test_comparison(benchmark, tmp_path, capsys):
@@ -243,11 +273,11 @@ def test_comparison(benchmark, tmp_path, capsys):
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in table.splitlines()}
     cells = [cell.strip() for cell in rows["matching", "accuracy"].split("|")[1:-1]]
     losing = EvaluationResult.load(tmp_path / "wrong" / "scores.json")
-    wins = sum(one.scores["accuracy"] == 0 for one in losing.predictions if one.task == "matching")
+    wins = sum(found.scores["accuracy"] == 0 for found in losing.predictions if found.task == "matching")
     assert cells[2:5] == ["8", f"{1 - wins / 8:.3f}", "1.000"]
     assert [int(cell) for cell in cells[-3:]] == [wins, 0, 8 - wins]
     text = page.read_text()
-    differ = [one for one in losing.predictions if one.scores and one.main_score != 1]
+    differ = [found for found in losing.predictions if found.scores and found.main_score != 1]
     assert text.count("<article>") == len(differ)
     assert "data:image/jpeg;base64," in text
     assert "Identify" in text
@@ -255,7 +285,7 @@ def test_comparison(benchmark, tmp_path, capsys):
 
 
 def test_a_judge_scores_questions_and_captions_and_compares(benchmark, tmp_path, capsys, monkeypatch):
-    """Killed half-way by an endpoint that breaks down; what was paid for is not asked again."""
+    """The endpoint fails half way; the resumed run does not repeat requests that were answered."""
     right = truth(benchmark, tmp_path / "right.json")
     wrong = truth(benchmark, tmp_path / "wrong.json", shuffled=True)
 
@@ -271,14 +301,14 @@ def test_a_judge_scores_questions_and_captions_and_compares(benchmark, tmp_path,
         options = ["--boxes", "pixels", "--judge", "stub", "--judge-timeout", "5"]
         server.faults += [None] * 6 + [400] * 4
         assert run("mmid", benchmark, "--predictions", right, *options, "--out", tmp_path / "right") == 2
-        assert "refuses 'stub': HTTP 400" in capsys.readouterr().err
+        assert "refused the request for 'stub': HTTP 400" in capsys.readouterr().err
         server.faults.clear()
         assert run("mmid", benchmark, "--predictions", right, *options, "--out", tmp_path / "right") == 0
-        judged = [one for one in load_scores(tmp_path / "right")[0].predictions if "judge" in one.scores]
-        assert {one.task for one in judged} == {"qa_single", "qa_multi", "caption_single", "caption_multi"}
-        assert {one.scores["judge"] for one in judged} == {10}
+        judged = [found for found in load_scores(tmp_path / "right")[0].predictions if "judge" in found.scores]
+        assert {found.task for found in judged} == {"qa_single", "qa_multi", "caption_single", "caption_multi"}
+        assert {found.scores["judge"] for found in judged} == {10}
         assert len(judged) == 24
-        assert sorted(server.answered) == sorted(set(server.answered)), "nothing twice"
+        assert sorted(server.answered) == sorted(set(server.answered)), "no request twice"
         assert "| judge | 6 | 10.000 [10.000, 10.000] | - |" in capsys.readouterr().out
         run("mmid", benchmark, "--predictions", wrong, *options, "--out", tmp_path / "wrong")
         assert run("compare", tmp_path / "wrong", tmp_path / "right", "--judge", "stub") == 0
@@ -287,10 +317,10 @@ def test_a_judge_scores_questions_and_captions_and_compares(benchmark, tmp_path,
     assert line.endswith("no verdict 0.")
 
 
-def test_photos_of_one_character_are_no_wrong_reference(benchmark):
-    one = MMID.person("Ben", "./images/movie/12 Strong/Ben Milo_shot_0083_img_2_special.jpg")
-    assert one == MMID.person("Benny", "./images/movie/12 Strong/Ben Milo_shot_0100_img_0_special.jpg")
-    assert one != MMID.person("Ben", "./images/movie/Up/Ben Milo_shot_0083_img_2_special.jpg")
+def test_references_of_one_character_are_not_wrong_references(benchmark):
+    key = MMID.identity_key("Ben", "./images/movie/12 Strong/Ben Milo_shot_0083_img_2_special.jpg")
+    assert key == MMID.identity_key("Benny", "./images/movie/12 Strong/Ben Milo_shot_0100_img_0_special.jpg")
+    assert key != MMID.identity_key("Ben", "./images/movie/Up/Ben Milo_shot_0083_img_2_special.jpg")
 
 
 def test_the_reader_serves_data_sets_too(benchmark):

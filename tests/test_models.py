@@ -18,7 +18,8 @@ from transformers import (
 
 from idavlm.data import parse_sample
 from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, scatter_image_tokens
-from idavlm.models.joint import identity_targets
+from idavlm.models.image_batch import ImageBatch
+from idavlm.models.supervision import IdentityBoxes, target_identity_map
 from tests.small_models import record, sample, small_model
 
 TRAINING_ONLY = ("labels", "boxes", "box_image", "box_identity", "source")
@@ -279,11 +280,11 @@ def test_errors_name_the_argument(processor):
     parts = small_model(processor)
     with pytest.raises(ValueError, match="image_token_id=5000 lies outside"):
         IDAVLMForConditionalGeneration.from_parts(parts.vision_tower, parts.language_model, image_token_id=5000)
-    with pytest.raises(ValueError, match="needs image_seq_length"):
+    with pytest.raises(ValueError, match="needs image_seq_length, the number"):
         IDAVLMForConditionalGeneration.from_parts(
             parts.vision_tower, parts.language_model, image_token_id=5, connector="mlp2x_gelu"
         )
-    with pytest.raises(ValueError, match="with an ID-Former"):
+    with pytest.raises(ValueError, match="does not work with an ID-Former"):
         IDAVLMConfig(vision_feature_select="cls")
     with pytest.raises(ValueError, match="without sample_index"):
         parts.encode_images(torch.randn(1, 3, 64, 64), image_roles=torch.tensor([0]))
@@ -292,7 +293,7 @@ def test_errors_name_the_argument(processor):
         parts.image_features(torch.randn(1, 3, 64, 64))
 
 
-def test_records_to_loss_with_references_of_several_photos(processor, root):
+def test_records_to_loss_with_several_references_per_identity(processor, root):
     several = record()
     several["identities"][0]["images"] = ["kate.png", "other.png"]
     encoded = processor.encode(parse_sample(several, where="r:1", image_root=root))
@@ -302,21 +303,21 @@ def test_records_to_loss_with_references_of_several_photos(processor, root):
     assert encoded["box_identity"].tolist() == [0, 1]
 
 
-def test_somebody_without_a_box_may_be_anywhere(model, processor, root):
-    """Records of Qwen-VL and IDA-VLM introduce people and box nobody: their scenes must not teach "nobody"."""
+def test_an_identity_without_a_box_may_be_anywhere(model, processor, root):
+    """Records of Qwen-VL and IDA-VLM introduce identities without boxes: NULL is then not a target in their scenes."""
     unboxed = record()
     unboxed["boxes"], unboxed["messages"] = [], unboxed["messages"][:1] + unboxed["messages"][3:]
     one_boxed = record()
     one_boxed["boxes"].pop()
     whole = record()
     losses = []
-    for number, one in enumerate((unboxed, one_boxed, whole)):
-        encoded = processor.encode(parse_sample(one, where=f"r:{number}", image_root=root))
+    for number, entry in enumerate((unboxed, one_boxed, whole)):
+        encoded = processor.encode(parse_sample(entry, where=f"r:{number}", image_root=root))
         batch = processor.collate([encoded])
         losses.append(model(**{k: v for k, v in batch.items() if k != "source"}).identity_map_loss)
-        located = tuple(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes"))
-        roles = tuple(batch[name] for name in ("image_roles", "sample_index", "identity_index"))
-        targets = identity_targets(located, roles, 64, (8, 8))[-1]
+        boxes = IdentityBoxes(*(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes")))
+        roles = (batch[name] for name in ("image_roles", "sample_index", "identity_index"))
+        targets = target_identity_map(boxes, ImageBatch(torch.zeros(3, 64, 1), (8, 8), *roles))[-1]
         assert (targets == -1).any() == (number == 2)
         assert (targets >= 0).any() == (number > 0)
     assert losses[0] == 0

@@ -1,4 +1,4 @@
-"""Vision towers of many kinds, marks of names, what boxes teach, adapters, and batches that touch every parameter."""
+"""Vision towers of many kinds, parts, identity embeddings, losses, adapters, and batches of text only."""
 
 import copy
 
@@ -31,8 +31,11 @@ from transformers import (
 from idavlm.data import RecordDataset, parse_sample
 from idavlm.experimental.small_models import small_language_model, small_vision_tower
 from idavlm.models import IDAVLMForConditionalGeneration, scatter_image_tokens
-from idavlm.models.joint import identity_targets, mark_names
+from idavlm.models.identity_names import add_learned_embeddings
+from idavlm.models.image_batch import ImageBatch
+from idavlm.models.supervision import IdentityBoxes, target_identity_map
 from idavlm.models.vision import output_width, vision_features
+from idavlm.modules.identity_map import pool_identity_map
 from idavlm.training import IDTrainer, IDTrainingArguments
 from tests.interrupted_run import write_data
 from tests.small_models import record, sample, small_model
@@ -149,9 +152,9 @@ def test_features_are_rows_of_patches():
 @pytest.mark.parametrize("tower", [resnet, TOWERS["vit"][0]])
 def test_a_layer_the_tower_does_not_have(processor, tower):
     pixels = torch.randn(1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"vision_feature_layer=-9: \w+ gives \d hidden states"):
+    with pytest.raises(ValueError, match=r"vision_feature_layer=-9: \w+ has \d hidden states"):
         vision_features(tower(), pixels, layer=-9, select="patch")
-    with pytest.raises(ValueError, match="vision_feature_layer=0 counts from the end"):
+    with pytest.raises(ValueError, match="vision_feature_layer=0 must be negative"):
         joined(tower(), processor, vision_feature_layer=0)
 
 
@@ -165,11 +168,11 @@ def test_no_cls_token():
 
 def test_the_width_of_a_tower():
     assert [output_width(resnet().config, layer) for layer in (-1, -2, -3)] == [24, 12, 8]
-    with pytest.raises(ValueError, match=r"ResNetConfig has neither .* give vision_hidden_size"):
+    with pytest.raises(ValueError, match=r"ResNetConfig has neither .* pass vision_hidden_size"):
         output_width(resnet().config, -9)
     swin = SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[2, 2], image_size=32, patch_size=2, window_size=4)
     assert output_width(swin) == SwinModel(swin)(torch.randn(1, 3, 32, 32)).last_hidden_state.shape[-1]
-    # Nothing in this configuration says how wide the features are: the tower is tried without weights.
+    # This configuration does not contain the width of the features: the tower runs on the meta device.
     config = EfficientNetConfig(
         image_size=32, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320, num_hidden_layers=4
     )
@@ -251,66 +254,69 @@ def test_generation_from_text_alone(processor, root):
     assert model.generate(**inputs, max_new_tokens=4).tolist() == model.generate(**bare, max_new_tokens=4).tolist()
 
 
-# --- Names -----------------------------------------------------------------------------------------------------------
+# --- Identity embeddings ------------------------------------------------------------------------------------------
 
 
-def test_slots_mark_the_names_of_the_prompt(processor, root):
-    model = small_model(processor, max_identities=2)
+def test_identity_embeddings_are_added_to_names(processor, root):
+    model = small_model(processor, identity_embedding="learned", max_identities=2)
     batch = batch_of(processor, sample(root))
     assert set(batch["token_identity_index"].unique().tolist()) == {-1, 0, 1}
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    marked = mark_names(embeds, batch["token_identity_index"], model.id_former.identity_embedding)
+    table = model.id_former.identity_embedding.table()
+    embedded = add_learned_embeddings(embeds, batch["token_identity_index"], table)
     for identity in (0, 1):
         here = batch["token_identity_index"] == identity
-        slot = model.id_former.identity_embedding.weight[identity]
-        strength = embeds[here].norm(dim=-1, keepdim=True) / slot.norm()
-        torch.testing.assert_close(marked[here], embeds[here] + strength * slot)
-    assert torch.equal(marked[batch["token_identity_index"] < 0], embeds[batch["token_identity_index"] < 0])
-    unmarked = batch | {"token_identity_index": torch.full_like(batch["token_identity_index"], -1)}
-    assert not torch.allclose(model(**batch).logits, model(**unmarked).logits)
-    without = small_model(processor)  # no slots: nothing to mark
-    assert torch.equal(without(**batch).logits, without(**unmarked).logits)
+        norm = embeds[here].norm(dim=-1, keepdim=True) / table[identity].norm()
+        torch.testing.assert_close(embedded[here], embeds[here] + norm * table[identity])
+    assert torch.equal(embedded[batch["token_identity_index"] < 0], embeds[batch["token_identity_index"] < 0])
+    without_names = batch | {"token_identity_index": torch.full_like(batch["token_identity_index"], -1)}
+    assert not torch.allclose(model(**batch).logits, model(**without_names).logits)
+    without = small_model(processor)  # no identity embedding
+    assert torch.equal(without(**batch).logits, without(**without_names).logits)
 
 
-def test_teacher_forcing_marks_by_the_boxes(processor, root):
-    """Tokens differ from plain ones by slots alone, those of the cells that boxes fill; losses of maps stay."""
-    model = small_model(processor, max_identities=2, null_token=True).eval()
+def test_teacher_forcing_follows_the_boxes(processor, root):
+    """Tokens differ by identity embeddings only, in the cells that boxes cover. The loss of the maps stays."""
+    model = small_model(processor, identity_embedding="learned", max_identities=2, null_token=True).eval()
     batch = {k: v for k, v in batch_of(processor, sample(root)).items() if k != "source"}
-    forced, plain = model(**batch, teacher_forcing=True), model(**batch)
-    assert torch.equal(forced.identity_map_loss, plain.identity_map_loss)
-    assert not torch.equal(forced.language_loss, plain.language_loss)
+    forced, free = model(**batch, teacher_forcing=True), model(**batch)
+    assert torch.equal(forced.identity_map_loss, free.identity_map_loss)
+    assert not torch.equal(forced.language_loss, free.language_loss)
     without = {k: v for k, v in batch.items() if not k.startswith("box")}
     assert torch.equal(model(**without, teacher_forcing=True).logits, model(**without).logits)
 
-    located = tuple(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes"))
+    boxes = IdentityBoxes(*(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes")))
     roles = tuple(batch[name] for name in ("image_roles", "sample_index", "identity_index"))
-    targets = identity_targets(located, roles, 64, (8, 8))
-    assert {-1, 0, 1} <= set(targets.unique().tolist())
     features, grid_size = model.image_features(batch["pixel_values"])
+    targets = target_identity_map(boxes, ImageBatch(features, grid_size, *roles))
+    assert {-1, 0, 1} <= set(targets.unique().tolist())
     tokens, maps = model.id_former(features, *roles, target_identity_map=targets, output_attentions=True)
     undecided = torch.full_like(targets, -100)
     assert torch.equal(
         model.id_former(features, *roles, target_identity_map=undecided), model.id_former(features, *roles)
     )
-    slots, cells = model.id_former.identity_embedding, model.id_former.resampler.query_grid
-    unmarked = model.id_former(features, *roles) - slots.of_cells(maps[-1], grid_size, cells)
+    table, cells = model.id_former.identity_embedding.table(), model.id_former.resampler.query_grid
+    own = torch.nn.functional.one_hot(roles[2], 2).float()[:, None] @ table
+    is_reference = (roles[0] == 0)[:, None, None]
+    predicted = pool_identity_map(maps[-1], grid_size, cells, 2) @ table
+    unembedded = model.id_former(features, *roles) - torch.where(is_reference, own, predicted)
     shares = torch.stack([(targets == number).float() for number in (0, 1)], dim=-1)
     open_shares = torch.where((targets == -100)[..., None], maps[-1][..., :2], shares)
     pooled = torch.nn.functional.adaptive_avg_pool2d(open_shares.mT.unflatten(2, grid_size), cells).flatten(2).mT
-    torch.testing.assert_close(tokens, unmarked + pooled @ slots.weight)
+    torch.testing.assert_close(tokens, unembedded + torch.where(is_reference, own, pooled @ table))
 
 
-def test_more_identities_than_slots(processor, root):
-    with pytest.raises(ValueError, match="identity 1 but max_identities=1"):
-        small_model(processor, max_identities=1)(**batch_of(processor, sample(root)))
-    id_former = small_model(processor, max_identities=1).id_former
+def test_more_identities_than_embeddings(processor, root):
+    with pytest.raises(ValueError, match="2 identities but max_identities=1"):
+        small_model(processor, identity_embedding="learned", max_identities=1)(**batch_of(processor, sample(root)))
+    id_former = small_model(processor, identity_embedding="learned", max_identities=1).id_former
     bank = [id_former.encode_references(torch.randn(1, 4, 32)) for _ in range(2)]
-    with pytest.raises(ValueError, match="identity 1 but max_identities=1"):
+    with pytest.raises(ValueError, match="2 identities but max_identities=1"):
         id_former.forward_scenes(torch.randn(1, 4, 32), bank)
 
 
-def test_generation_with_marked_names(processor, root):
-    model = small_model(processor, max_identities=2)
+def test_generation_with_identity_embeddings(processor, root):
+    model = small_model(processor, identity_embedding="learned", max_identities=2)
     one, two = (sample(root, people=people, answer=False) for people in (("Kate", "Tom"), ("Tom",)))
     batch = processor.collate(
         [processor.encode(each, add_generation_prompt=True) for each in (one, two)], padding_side="left"
@@ -349,37 +355,23 @@ def test_scatter_is_strict():
     assert torch.equal(empty, embeds)
 
 
-def test_the_contrast_loss_is_weighted(processor, root):
+def test_the_contrastive_loss_is_weighted(processor, root):
     batch = batch_of(processor, sample(root), sample(root, people=("Tom",)))
-    plain, taught = (small_model(processor, contrastive_loss_weight=weight)(**batch) for weight in (0.0, 0.5))
+    plain, supervised = (small_model(processor, contrastive_loss_weight=weight)(**batch) for weight in (0.0, 0.5))
     assert plain.contrastive_loss is None
     assert plain.auxiliary_loss == plain.identity_map_loss
-    assert taught.identity_map_loss == plain.identity_map_loss
-    assert 0 < taught.contrastive_loss < 20
-    torch.testing.assert_close(taught.auxiliary_loss, taught.identity_map_loss + 0.5 * taught.contrastive_loss)
-    torch.testing.assert_close(taught.loss, taught.language_loss + taught.auxiliary_loss)
+    assert supervised.identity_map_loss == plain.identity_map_loss
+    assert 0 < supervised.contrastive_loss < 20
+    torch.testing.assert_close(
+        supervised.auxiliary_loss, supervised.identity_map_loss + 0.5 * supervised.contrastive_loss
+    )
+    torch.testing.assert_close(supervised.loss, supervised.language_loss + supervised.auxiliary_loss)
     alone = small_model(processor, contrastive_loss_weight=0.5, identity_map_loss_weight=0.0)(**batch)
-    torch.testing.assert_close(alone.auxiliary_loss, 0.5 * taught.contrastive_loss)
-    nobody = batch | {name: batch[name][:0] for name in ("boxes", "box_image", "box_identity")}
-    assert small_model(processor, contrastive_loss_weight=0.5)(**nobody).contrastive_loss == 0
+    torch.testing.assert_close(alone.auxiliary_loss, 0.5 * supervised.contrastive_loss)
+    no_boxes = batch | {name: batch[name][:0] for name in ("boxes", "box_image", "box_identity")}
+    assert small_model(processor, contrastive_loss_weight=0.5)(**no_boxes).contrastive_loss == 0
     with pytest.raises(ValueError, match="contrastive_loss_weight=-1"):
         small_model(processor, contrastive_loss_weight=-1)
-
-
-def test_image_tokens_are_scaled_where_text_reads_them(processor, root):
-    batch = batch_of(processor, sample(root))
-    plain, scaled = (small_model(processor, image_token_scale=scale) for scale in (1.0, 0.25))
-    scaled.load_state_dict(plain.state_dict())
-    seen = []
-    scaled.language_model.register_forward_pre_hook(
-        lambda _, args, inputs: seen.append(inputs["inputs_embeds"]), with_kwargs=True
-    )
-    tokens = scaled(**batch).image_hidden_states
-    assert torch.equal(tokens, plain(**batch).image_hidden_states)
-    here = batch["input_ids"] == processor.image_token_id
-    torch.testing.assert_close(seen[0][here], 0.25 * tokens.flatten(0, 1))
-    with pytest.raises(ValueError, match="image_token_scale=0"):
-        small_model(processor, image_token_scale=0)
 
 
 def test_boxes_need_what_goes_with_them(processor, root):
@@ -391,7 +383,7 @@ def test_boxes_need_what_goes_with_them(processor, root):
 
 def test_half_precision(processor, root):
     batch = batch_of(processor, sample(root))
-    options = {"contrastive_loss_weight": 1.0, "max_identities": 2}
+    options = {"contrastive_loss_weight": 1.0, "identity_embedding": "learned", "max_identities": 2}
     expected = small_model(processor, **options)(**batch)
     model = small_model(processor, **options)
     with torch.autocast("cpu", torch.bfloat16):
@@ -418,11 +410,12 @@ def test_low_rank_adapters_train_and_are_saved(processor, root, tmp_path, checkp
     write_data(tmp_path)
     records = RecordDataset(tmp_path / "train.jsonl", encode=processor.encode)
     lora = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", modules_to_save=["id_former"], r=2)
-    model = get_peft_model(small_model(processor, max_identities=2, contrastive_loss_weight=0.1), lora)
+    options = {"identity_embedding": "learned", "max_identities": 2, "contrastive_loss_weight": 0.1}
+    model = get_peft_model(small_model(processor, **options), lora)
     batch = batch_of(processor, sample(root))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    options = {"learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
-    trainer = IDTrainer(model, arguments(tmp_path, **options), train_dataset=records, data_collator=processor.collate)
+    args = arguments(tmp_path, learning_rate=1e-2, gradient_checkpointing=checkpointing)
+    trainer = IDTrainer(model, args, train_dataset=records, data_collator=processor.collate)
     trainer.train()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert any("lora_B" in name for name in changed)
@@ -430,7 +423,7 @@ def test_low_rank_adapters_train_and_are_saved(processor, root, tmp_path, checkp
     assert all("lora_" in name or "modules_to_save" in name for name in changed)
     model.eval().save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    base = small_model(processor, max_identities=2, contrastive_loss_weight=0.1)
+    base = small_model(processor, **options)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-6)
     merged = loaded.merge_and_unload()

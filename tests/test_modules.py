@@ -86,7 +86,7 @@ def test_one_hot_positions_are_at_right_angles():
     with pytest.raises(ValueError, match=r"hidden_size=6 must be even and at least 8: .*3 rows and 4 columns"):
         one_hot_positions_2d(6, (3, 4))
     with pytest.raises(ValueError, match=r"hidden_size=4 must be even and at least 6"):
-        Resampler(hidden_size=4, num_queries=9, num_heads=2, token_positions="one_hot")
+        Resampler(hidden_size=4, num_queries=9, num_heads=2, token_position_embedding="one_hot")
 
 
 def test_resampler_reads_each_image_alone_and_in_any_grid():
@@ -136,10 +136,10 @@ def test_other_connectors():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("mlp0x_gelu", {}, "kind='mlp0x_gelu' is no connector; choose"),
-        ("mlp2x_relu", {}, "kind='mlp2x_relu' is no connector"),
+        ("mlp0x_gelu", {}, "kind='mlp0x_gelu' is not a connector; choose"),
+        ("mlp2x_relu", {}, "kind='mlp2x_relu' is not a connector"),
         ("identity", {}, "vision_hidden_size=6 and hidden_size=8; choose 'linear'"),
-        ("linear", {"num_queries": 4}, "'linear' takes no options but got num_queries"),
+        ("linear", {"num_queries": 4}, "'linear' has no options but got num_queries"),
     ],
 )
 def test_wrong_connectors_are_named(kind, options, message):

@@ -1,5 +1,6 @@
 """Samples to tensors: text and labels, order and roles of images, boxes, limits; faulty data from file to trainer."""
 
+import functools
 import json
 import re
 
@@ -129,20 +130,23 @@ def test_general_samples_and_text_alone(processor, root):
     assert batch["pixel_values"].shape == (1, 3, 64, 64)
 
 
-def test_prepared_images_are_kept_up_to_a_number(root, tmp_path):
+def test_prepared_images_are_kept_in_memory_by_lru_cache(root, tmp_path):
     folder = draw_images(tmp_path / "images", IMAGES)
-    processor = small_processor(image_cache_size=2)
+    processor = small_processor()
+    processor.image_loader = functools.lru_cache(maxsize=2)(processor.load_image)
     first = processor.encode(sample(folder))
-    assert len(processor._cache) == 2
-    for name in IMAGES[:2]:  # those that are kept are not opened again
+    assert processor.image_loader.cache_info().currsize == 2
+    processor.image_loader = functools.lru_cache(maxsize=None)(processor.load_image)
+    processor.encode(sample(folder))
+    for name in IMAGES[:3]:  # cached images are not opened again
         (folder / name).unlink()
     again = processor.encode(sample(folder))
     for name, value in first.items():
         assert torch.equal(again[name], value), name
-    (folder / "scene.png").unlink()
-    with pytest.raises(DataError, match=r"scene\.png"):
+    processor.image_loader = None
+    with pytest.raises(DataError, match=r"kate\.png"):
         processor.encode(sample(folder))
-    other = draw_images(tmp_path / "others", IMAGES[::-1])  # the same names below another root are other images
+    other = draw_images(tmp_path / "others", IMAGES[::-1])  # equal names below another root are other images
     assert not torch.equal(processor.encode(sample(other))["pixel_values"], first["pixel_values"])
 
 
@@ -238,7 +242,7 @@ def test_no_chat_template(root):
         ({"box_format": "yxyx"}, "box_format='yxyx'"),
         ({"image_seq_length": 0}, "image_seq_length=0"),
         ({"max_length": 0}, "max_length=0"),
-        ({"image_token": "<picture>"}, "image_token='<picture>' is no token"),
+        ({"image_token": "<photo>"}, "image_token='<photo>' is not a token"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -291,7 +295,6 @@ def test_saved_and_loaded_with_all_options(root, tmp_path):
         "identity_format": "{name}: {image};",
         "box_format": "unit",
         "max_length": 300,
-        "image_cache_size": 3,
     }
     processor = small_processor(**options)
     processor.encode(sample(root))  # what is cached is not saved
@@ -308,7 +311,8 @@ def test_saved_and_loaded_with_all_options(root, tmp_path):
         for name, value in loaded.encode(sample(root)).items():
             assert torch.equal(value, expected[name]), name
     assert (
-        not {"_cache", "_boxes", "image_token_id"} & json.loads((tmp_path / "processor_config.json").read_text()).keys()
+        not {"image_loader", "_boxes", "_crop_boxes", "image_token_id"}
+        & json.loads((tmp_path / "processor_config.json").read_text()).keys()
     )
 
 
@@ -318,11 +322,11 @@ FAULTS = {
     "missing": ("image", "does not exist"),
     "truncated": ("image", "damaged"),
     "oversized": ("image", "more than max_pixels"),
-    "no_image": ("image", "no picture"),
+    "no_image": ("image", "not an image"),
     "placeholder": ("placeholders", "holds the placeholder"),
     "outside_box": ("record", "lies outside"),
     "too_long": ("length", "more than max_length"),
-    "bad_json": ("json", "not a line of JSON"),
+    "bad_json": ("json", "invalid JSON"),
     "bad_role": ("record", "role='narrator' is not known"),
     "escape": ("record", "leaves the image root"),
     "link": ("image", "leads out of the image root"),
@@ -333,10 +337,10 @@ AT_ONCE = ("bad_json", "bad_role", "escape", "no_answer")
 
 def faulty_line(fault: str) -> str:
     entry = record(people=("Kate",))
-    pictures = {"missing": "missing.png", "truncated": "cut.png", "oversized": "huge.png", "no_image": "text.png"}
-    pictures |= {"escape": "../outside.png", "link": "link.png"}
-    if fault in pictures:
-        entry["identities"][0]["images"] = [pictures[fault]]
+    files = {"missing": "missing.png", "truncated": "cut.png", "oversized": "huge.png", "no_image": "text.png"}
+    files |= {"escape": "../outside.png", "link": "link.png"}
+    if fault in files:
+        entry["identities"][0]["images"] = [files[fault]]
     elif fault == "placeholder":
         entry["messages"][2]["content"] = "See <image>."
     elif fault == "outside_box":

@@ -1,4 +1,4 @@
-"""Benchmarks and examples run, at sizes that take seconds; what they measure is not asserted."""
+"""Benchmarks and examples run, at sizes that take seconds. Their measurements are not asserted."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks import (
     attention_backends,
+    attention_matching,
     convert_memory,
     cross_attention,
     generation,
@@ -22,6 +23,7 @@ from benchmarks import (
     measure,
     resampler_designs,
 )
+from idavlm.data import RecordDataset
 from idavlm.datasets.characters import build_characters
 from tests import small_models
 
@@ -35,7 +37,7 @@ def run(monkeypatch, capsys, main, *arguments) -> str:
 
 
 def test_id_former_benchmark(monkeypatch, capsys):
-    """The program checks values of both sides itself before it measures them."""
+    """The program itself checks that both modules compute the same."""
     tiny = {"hidden_size": 32, "num_heads": 2, "num_queries": 4, "vision_hidden_size": 24}
     monkeypatch.setattr(id_former, "SMALL", tiny)
     monkeypatch.setattr(id_former, "RELEASED", tiny)
@@ -46,19 +48,19 @@ def test_id_former_benchmark(monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_cross_attention_benchmark(monkeypatch, capsys):
-    """Every way is measured in every case, or its lack is told."""
+    """Every backend is measured in every case, or the reason is printed."""
     sizes = ["--samples", "2", "--queries", "4", "--patches", "9", "--num-heads", "2", "--head-dim", "16"]
     out = run(monkeypatch, capsys, cross_attention.main, *sizes, "--rounds", "1")
     rows = [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("|")]
-    for way in attention_backends.WAYS:
-        told = out.count(f": {way} does not run here: ")
-        assert rows.count(way) == 2 * (len(cross_attention.CASES) - told), way
-    assert {"sdpa", "released", "one call a segment"} <= set(rows)
+    for name in attention_backends.BACKENDS:
+        missing = out.count(f": {name} does not run here: ")
+        assert rows.count(name) == 2 * (len(cross_attention.CASES) - missing), name
+    assert {"sdpa", "released", "one call per segment"} <= set(rows)
     assert "triton does not run here: the kernels need a GPU" in out
 
 
 def test_loss_curves(monkeypatch, capsys, tmp_path):
-    """Two runs of one computation are equal, and the reference is close to it."""
+    """Two runs with one backend are equal, and a run with the reference is close to them."""
     tiny = {"num_train": 6, "num_test": 5, "num_train_scenes": 6, "num_test_scenes": 4, "num_general": 2}
     monkeypatch.setattr(loss_curves, "build_characters", partial(build_characters, **tiny, num_test_records=2))
     sizes = ["--steps", "3", "--batch-size", "2", "--records", "20", "--out", str(tmp_path)]
@@ -77,7 +79,7 @@ def test_resampler_designs_benchmark(monkeypatch, capsys):
         assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")].count(design) == 2
 
 
-def test_peak_memory_counts_what_lives_at_one_time():
+def test_peak_memory_counts_tensors_that_exist_at_the_same_time():
     megabyte = 2**18
 
     def two_then_one():
@@ -99,7 +101,7 @@ def test_find_identities_writes_its_picture(monkeypatch, capsys, tmp_path):
 
 
 def test_generation_benchmark(monkeypatch, capsys, tmp_path):
-    """Batches change the time, not the answers."""
+    """The answers do not depend on the batch size."""
     processor = small_models.small_processor()
     small_models.small_model(processor).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -114,11 +116,23 @@ def test_generation_benchmark(monkeypatch, capsys, tmp_path):
     assert {row[4] for row in rows} == {"1.00", ""}
 
 
+def test_attention_matching_benchmark(monkeypatch, capsys, tmp_path):
+    """The accuracy is printed for both methods, of all matching records."""
+    records = build_characters(tmp_path / "data", **generation.CHARACTERS) / "test.jsonl"
+    samples = list(RecordDataset(records))
+    for part in generation.untrained(samples):
+        part.save_pretrained(tmp_path / "model")
+    out = run(monkeypatch, capsys, attention_matching.main, str(tmp_path / "model"), str(records))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == ["eight strongest patches", "all patches"]
+    assert {row[2] for row in rows} == {str(sum(sample.task == "matching" for sample in samples))}
+
+
 def test_inner_adaptor_benchmark(monkeypatch, capsys):
-    """The program checks that the text workflow is the base before it measures it."""
+    """The program itself checks that the text workflow equals the base."""
     sizes = ["--hidden-size", "64", "--layers", "2", "--batch", "1", "--length", "8", "--steps", "2"]
     out = run(monkeypatch, capsys, inner_adaptor.main, *sizes, "--rounds", "1")
-    assert out.count("+0.0%") >= 3, "memory of the text workflow, twice; the base against itself"
+    assert out.count("+0.0%") >= 3, "memory of the text workflow (twice), and the base against itself"
 
 
 def test_inner_adaptors_are_trained_by_stages(monkeypatch, capsys, tmp_path):
@@ -131,11 +145,11 @@ def test_inner_adaptors_are_trained_by_stages(monkeypatch, capsys, tmp_path):
 
 
 def test_convert_memory_benchmark(monkeypatch, capsys, tmp_path):
-    """The program checks tensors of the converted checkpoint."""
+    """The program itself checks tensors of the converted checkpoint."""
     sizes = {"hidden": 128, "inner": 64, "vocab": 1300, "width": 16, "mlp": 32, "heads": 2, "queries": 16}
     monkeypatch.setattr(convert_memory, "SIZES", sizes)
     monkeypatch.setattr(convert_memory, "RANKS", 1000)
     sizes = ["--layers", "2", "--vision-layers", "1", "--shard-gb", "0.0006", "--folder", str(tmp_path)]
     out = run(monkeypatch, capsys, convert_memory.main, *sizes, "--format", "safetensors")
-    assert "peak resident" in out
+    assert "peak resident memory" in out
     assert not list(tmp_path.iterdir())

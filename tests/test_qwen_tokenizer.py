@@ -1,6 +1,6 @@
-"""``qwen.tiktoken`` as a fast tokenizer gives what tiktoken gives: here with a small vocabulary and tiktoken restated.
+"""The fast tokenizer of ``qwen.tiktoken`` equals a reimplementation of tiktoken on a small vocabulary.
 
-The real vocabulary and tiktoken itself: ``python -m benchmarks.qwen_tokenizer``.
+For the released vocabulary and tiktoken itself run ``python -m benchmarks.qwen_tokenizer``.
 """
 
 import random
@@ -15,7 +15,7 @@ from tests.released import write_tiktoken
 
 
 class Restated:
-    """tiktoken: special tokens, then pieces of the pattern; in each the neighbours of lowest rank are joined first."""
+    """tiktoken: split at special tokens, then by the pattern; in each piece merge the pair of lowest rank first."""
 
     def __init__(self, ranks):
         self.ranks = ranks

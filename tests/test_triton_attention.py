@@ -1,6 +1,6 @@
-"""The Triton kernels: on the CPU through Triton's interpreter, on a GPU as compiled there.
+"""Tests of the Triton kernels: interpreted on a CPU, compiled on a GPU.
 
-Outputs are filled with NaN before a kernel writes them, so nothing may be left out. Errors are those against float64.
+Outputs are filled with NaN before a kernel runs, so every element must be written. Errors are measured against float64.
 """
 
 import importlib
@@ -22,34 +22,42 @@ from tests.conftest import randomise
 pytest.importorskip("triton")
 
 from idavlm.ops.cross_attention.triton import launch, tiling
-from idavlm.ops.cross_attention.triton.tuning import Tile, Tiling
+from idavlm.ops.cross_attention.triton.tiling import Tile, Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
-DESCRIBED = DEVICE == "cpu" or tiling.described_tiling(torch.cuda.get_device_capability(), 32) is not None
-WAYS = ("portable", "split", "tma", "specialised") if DESCRIBED else ("portable", "split")
+HAS_TMA = DEVICE == "cpu" or tiling.default_tma_tiling(torch.cuda.get_device_capability(), 32) is not None
+VARIANTS = ("pointers", "separate_dv", "tma", "warp_specialized") if HAS_TMA else ("pointers", "separate_dv")
 
 
 @contextmanager
-def tiles(way: str):
-    """Tiles as if measured: by pointers, the values' gradient apart; by descriptors, or also warps that only load."""
-    found, widths = {}, (32, 64, 128, 256)
-    if way == "split":
+def tiles(variant: str):
+    """Pretend that these tiles were measured.
+
+    - pointers: default tiles;
+    - separate_dv: default tiles, and a pass of its own for the gradient of the values;
+    - tma: tensor descriptors;
+    - warp_specialized: tensor descriptors, and load-only warps in the forward kernel.
+    """
+    measured, widths = {}, (32, 64, 128, 256)
+    if variant == "separate_dv":
         for itemsize, width in product((2, 4), widths):
-            shipped = tiling.INTERPRETER
+            default = tiling.INTERPRETER_TILING
             if DEVICE == "cuda":
-                shipped = tiling.shipped_tiling(torch.cuda.get_device_capability(), itemsize, width)
-            found[itemsize, width] = shipped._replace(values=shipped.keys)
-    elif way != "portable" and DEVICE == "cuda":
+                default = tiling.default_tiling(torch.cuda.get_device_capability(), itemsize, width)
+            measured[itemsize, width] = default._replace(bwd_dv=default.bwd_dkdv)
+    elif variant != "pointers" and DEVICE == "cuda":
         capability = torch.cuda.get_device_capability()
-        found = {(2, width): tiling.described_tiling(capability, width) for width in widths}
-    elif way != "portable":
-        by_queries, by_keys = Tile(16, 32, 1, 1, tma=True), Tile(32, 16, 1, 1, tma=True)
-        small = Tiling(by_queries, by_keys, by_queries, by_queries, values=by_keys, specialised=by_queries)
-        found = dict.fromkeys(product((2, 4), widths), small)
-    if way == "tma":
-        found = {key: described._replace(values=None, specialised=None) for key, described in found.items()}
-    with patch.object(tiling, "measured_tilings", lambda device: found):
+        measured = {(2, width): tiling.default_tma_tiling(capability, width) for width in widths}
+    elif variant != "pointers":
+        q_tile, k_tile = Tile(16, 32, 1, 1, tma=True), Tile(32, 16, 1, 1, tma=True)
+        small = Tiling(q_tile, k_tile, q_tile, q_tile, bwd_dv=k_tile, fwd_warp_specialized=q_tile)
+        measured = dict.fromkeys(product((2, 4), widths), small)
+    if variant == "tma":
+        measured = {
+            key: tma_tiling._replace(bwd_dv=None, fwd_warp_specialized=None) for key, tma_tiling in measured.items()
+        }
+    with patch.object(tiling, "measured_tilings", lambda device: measured):
         yield
 
 
@@ -78,7 +86,7 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def case(lengths_q, lengths_k, *, heads=2, dim=32, dtype=torch.float32, shared=False, bias=0, groups=0):
-    """Inputs that need gradients, and the other arguments. ``shared`` takes the first length of queries alone."""
+    """Inputs that need gradients, and the other arguments. ``shared`` uses only the first length of queries."""
     q = draw(lengths_q[0] if shared else sum(lengths_q), heads, dim, dtype=dtype)
     k, v = (draw(sum(lengths_k), heads, dim, dtype=dtype) for _ in range(2))
     inputs = {"q": q, "k": k, "v": v}
@@ -105,9 +113,9 @@ def results(implementation: str, inputs: dict[str, Tensor], options: dict, dtype
 
 
 def squared_errors(inputs: dict[str, Tensor], options: dict) -> Tensor:
-    """``[2, N]``: of the kernels and of SDPA in the inputs' type, a column for each output and gradient.
+    """``[2, N]``: errors of the kernels and of SDPA in the dtype of the inputs, one column per output and gradient.
 
-    Sums of weights may in addition be wrong by the rounding of float16: SDPA has none of them, they are written out.
+    SDPA computes the sums of weights in float32. For the kernels, the rounding error of float16 is allowed in addition.
     """
     expected = results("eager", inputs, options, torch.float64)
     found = [results(implementation, inputs, options, inputs["q"].dtype) for implementation in ("triton", "sdpa")]
@@ -118,29 +126,29 @@ def squared_errors(inputs: dict[str, Tensor], options: dict) -> Tensor:
     return errors
 
 
-def of_all(errors: Tensor, options: dict) -> Tensor:
-    """Two columns: outputs and gradients together; sums of weights."""
+def totals(errors: Tensor, options: dict) -> Tensor:
+    """``[2, 2]``: the total of outputs and gradients, and the sums of weights."""
     sums = errors[:, 1] if "key_groups" in options else errors.new_zeros(2)
     return torch.stack([errors.sum(1) - sums, sums], dim=1)
 
 
 def as_good_as_sdpa(errors: Tensor) -> bool:
-    """At most 1.5 times SDPA's error."""
-    ours, theirs = errors.sqrt()
-    return bool((ours <= 1.5 * theirs).all())
+    """Whether no error is larger than 1.5 times that of SDPA."""
+    kernels, sdpa = errors.sqrt()
+    return bool((kernels <= 1.5 * sdpa).all())
 
 
 def assert_as_good_as_sdpa(inputs: dict[str, Tensor], options: dict, *, each: bool = True) -> None:
-    """Of each output and gradient, or of all of them together."""
+    """Compare each output and gradient, or only the totals."""
     errors = squared_errors(inputs, options)
-    assert as_good_as_sdpa(errors if each else of_all(errors, options)), f"squared errors of ours, SDPA's: {errors}"
+    assert as_good_as_sdpa(errors if each else totals(errors, options)), f"squared errors of kernels and SDPA: {errors}"
 
 
 def assert_exact(inputs: dict[str, Tensor], options: dict) -> None:
     expected = results("eager", inputs, options, torch.float64)
     found = results("triton", inputs, options, torch.float32)
-    for ours, true in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, true, atol=1e-5, rtol=1e-5)
+    for result, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, true, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=200, deadline=None)
@@ -153,90 +161,90 @@ def assert_exact(inputs: dict[str, Tensor], options: dict) -> None:
     bias=st.sampled_from([0, 0, 7, 40]),
     groups=st.sampled_from([0, 0, 0, 3, 3, 34]),
     deterministic=st.booleans(),
-    way=st.sampled_from(WAYS),
+    variant=st.sampled_from(VARIANTS),
 )
-def test_random_cases(lengths, heads, dim, dtype, shared, bias, groups, deterministic, way):
-    """Few numbers are rounded by luck, ours or SDPA's: what looks worse is judged by the errors of up to 16 draws."""
+def test_random_cases(lengths, heads, dim, dtype, shared, bias, groups, deterministic, variant):
+    """Rounding errors of few numbers vary by chance, so up to 16 draws are accumulated until they are small enough."""
     lengths = list(map(list, zip(*lengths, strict=True)))
     options = {"heads": heads, "dim": dim, "dtype": dtype, "shared": shared, "bias": bias, "groups": groups}
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        with tiles(way):
+        with tiles(variant):
             if dtype == torch.float32:
                 assert_exact(*case(*lengths, **options))
                 return
             errors = torch.zeros(2, 2, dtype=torch.float64)
             for _ in range(16):
                 inputs, others = case(*lengths, **options)
-                errors += of_all(squared_errors(inputs, others), others)
+                errors += totals(squared_errors(inputs, others), others)
                 if as_good_as_sdpa(errors):
                     return
-            raise AssertionError(f"squared errors of ours, SDPA's: {errors}")
+            raise AssertionError(f"squared errors of kernels and SDPA: {errors}")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("shared", [False, True])
-def test_widths_of_heads(dim, shared):
+def test_head_dims(dim, shared):
     options = {"heads": 1, "dim": dim, "shared": shared, "bias": 20, "groups": 4}
     assert_exact(*case([21, 40], [37, 20], **options))
     for dtype in HALVES:
         assert_as_good_as_sdpa(*case([21, 40], [37, 20], dtype=dtype, **options))
 
 
-@pytest.mark.skipif(not DESCRIBED, reason="tensor descriptors need a GPU of capability 9.0")
-@pytest.mark.parametrize(("dim", "way"), [(80, "tma"), (128, "tma"), (64, "specialised")])
+@pytest.mark.skipif(not HAS_TMA, reason="tensor descriptors need a GPU of capability 9.0")
+@pytest.mark.parametrize(("dim", "variant"), [(80, "tma"), (128, "tma"), (64, "warp_specialized")])
 @pytest.mark.parametrize("shared", [False, True])
-def test_widths_of_heads_by_descriptors(dim, way, shared):
-    """Neither bias nor groups where warps are specialised: with them they are not."""
-    extras = {"bias": 20, "groups": 4} if way == "tma" else {}
-    with tiles(way):
+def test_head_dims_with_descriptors(dim, variant, shared):
+    """Warps are specialised only without bias and groups."""
+    extras = {"bias": 20, "groups": 4} if variant == "tma" else {}
+    with tiles(variant):
         for dtype in HALVES:
             assert_as_good_as_sdpa(
                 *case([21, 40], [37, 20], heads=2, dim=dim, shared=shared, dtype=dtype, **extras), each=not shared
             )
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_ways_are_taken_where_they_can_be(way, monkeypatch):
-    """A fixed number of programs, and dimensions of descriptors; pointers for what cannot be described."""
-    taken, launched = [], launch._launch
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_used_where_possible(variant, monkeypatch):
+    """Each launch uses descriptors, warp specialisation and a persistent grid, or pointers where these do not fit."""
+    launches, original = [], launch._launch
 
-    def spy(kernel, tile, grid, arguments, specialised=False):
-        taken.append((tile.tma, specialised, len(grid)))
-        launched(kernel, tile, grid, arguments, specialised)
+    def spy(kernel, tile, grid, arguments, warp_specialized=False):
+        launches.append((tile.tma, warp_specialized, len(grid)))
+        original(kernel, tile, grid, arguments, warp_specialized)
 
     monkeypatch.setattr(launch, "_launch", spy)
-    described = way in ("tma", "specialised")
-    passes = 2 if way == "split" or (way == "specialised" and DEVICE == "cpu") else 1
+    tma = variant in ("tma", "warp_specialized")
+    passes = 2 if variant == "separate_dv" or (variant == "warp_specialized" and DEVICE == "cpu") else 1
 
-    def ways_of(inputs, options) -> list[tuple[bool, bool, int]]:
-        taken.clear()
+    def launches_of(inputs, options) -> list[tuple[bool, bool, int]]:
+        launches.clear()
         results("triton", inputs, options, torch.float16)
-        return list(taken)
+        return list(launches)
 
-    with tiles(way):
-        plain = case([21, 40], [37, 20])
-        grid = 1 if described else 2
-        assert ways_of(*plain) == [(described, way == "specialised", grid), *[(described, False, grid)] * passes]
-        assert ways_of(*case([21], [37], bias=5))[0] == (described, False, grid)
-        assert ways_of(*case([21], [37], groups=2))[0] == (described, False, grid)
-        assert ways_of(*case([21], [37], dim=24))[0] == (described, False, grid)
-        assert ways_of(*case([21], [37], dim=20)) == [(False, False, 2)] * (3 if way == "split" else 2)
+    with tiles(variant):
+        grid = 1 if tma else 2
+        forward, backward = (tma, variant == "warp_specialized", grid), (tma, False, grid)
+        assert launches_of(*case([21, 40], [37, 20])) == [forward, *[backward] * passes]
+        assert launches_of(*case([21], [37], bias=5))[0] == (tma, False, grid)
+        assert launches_of(*case([21], [37], groups=2))[0] == (tma, False, grid)
+        assert launches_of(*case([21], [37], dim=24))[0] == (tma, False, grid)
+        assert launches_of(*case([21], [37], dim=20)) == [(False, False, 2)] * (3 if variant == "separate_dv" else 2)
         with torch.no_grad():
             shifted = torch.randn(21 * 64 + 1, device=DEVICE).half()[1:].unflatten(0, (21, 2, 32))
             cross_attention(
                 shifted, *[torch.randn(1, 9, 2, 32, device=DEVICE).half()] * 2, attn_implementation="triton"
             )
-        assert taken[-1] == (False, False, 2)
+        assert launches[-1] == (False, False, 2)
 
 
-@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize("variant", VARIANTS[:3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_deterministic_backward(shared, way, deterministic):
-    with tiles(way):
+def test_deterministic_backward(shared, variant, deterministic):
+    with tiles(variant):
         check_determinism(shared)
 
 
@@ -250,9 +258,9 @@ def check_determinism(shared):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_dense_layouts_and_strided_inputs(way):
-    with tiles(way):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dense_layouts_and_strided_inputs(variant):
+    with tiles(variant):
         check_layouts()
 
 
@@ -260,20 +268,22 @@ def check_layouts():
     x = torch.randn(3, 2, 7, 3, 32, device=DEVICE)
     q, k = x[:, 0].transpose(1, 2).contiguous().transpose(1, 2), x[:, 1]  # heads first, and every other row
     for v in (k, k.expand_as(k).flip(-1), k[..., ::2].repeat_interleave(2, -1)[..., ::1]):
-        expected, found = (cross_attention(q, k, v, attn_implementation=way) for way in ("eager", "triton"))
+        expected, found = (
+            cross_attention(q, k, v, attn_implementation=implementation) for implementation in ("eager", "triton")
+        )
         assert found.shape == (3, 7, 3, 32)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     weights = cross_attention(q, k, k, attn_implementation="triton", output_attentions=True)[1]
     torch.testing.assert_close(weights, cross_attention(q, k, k, output_attentions=True)[1])
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_neighbouring_segments_do_not_leak(way):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_neighbouring_segments_do_not_leak(variant):
     inputs, options = case([5, 20], [7, 30])
     with torch.no_grad():
         for x in inputs.values():
             x[5 if x is inputs["q"] else 7 :] = float("nan")
-    with tiles(way):
+    with tiles(variant):
         out = cross_attention(**inputs, **options, attn_implementation="triton")
         assert out[:5].isfinite().all()
         for grad in torch.autograd.grad(out[:5].sum(), (inputs["q"], inputs["k"], inputs["v"])):
@@ -288,26 +298,26 @@ def test_shared_queries_are_not_repeated():
     assert shapes[0] == inputs["q"].shape
 
 
-def test_only_the_sums_teach():
-    """The loss of a map alone reaches queries and keys, and leaves values without gradient."""
+def test_loss_of_the_sums_alone():
+    """A loss on the summed weights has gradients to queries and keys and none to values."""
     inputs, options = case([6, 3], [20, 9], groups=3)
     grads = {}
-    for way in ("eager", "triton"):
-        sums = cross_attention(**inputs, **options, attn_implementation=way)[1]
-        grads[way] = torch.autograd.grad(sums[..., 0].sum(), list(inputs.values()), allow_unused=True)
+    for implementation in ("eager", "triton"):
+        sums = cross_attention(**inputs, **options, attn_implementation=implementation)[1]
+        grads[implementation] = torch.autograd.grad(sums[..., 0].sum(), list(inputs.values()), allow_unused=True)
     for expected, found in zip(*grads.values(), strict=True):
         expected = torch.zeros_like(found) if expected is None else expected
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_operator_is_registered_as_torch_expects():
-    from idavlm.ops.cross_attention.triton.operator import attend
+    from idavlm.ops.cross_attention.triton.operator import fused_cross_attention
 
     inputs, options = case([4, 3], [5, 9], bias=4, groups=3)
     segments = (options["cu_seqlens_q"], options["cu_seqlens_k"], 2, 4, 9)
     arguments = (*inputs.values(), options["key_groups"].int(), *segments, 3, False, 0.2)
     torch.library.opcheck(
-        attend, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        fused_cross_attention, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
 
 
@@ -351,12 +361,12 @@ def test_id_former_equals_eager(options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(1, 2, 1, 32, dtype=torch.float64)}, "q has dtype torch.float64; .* takes float32"),
-        ({"v": torch.zeros(1, 2, 1, 32).half()}, "v is torch.float16 on .* but q is torch.float32"),
-        (dict.fromkeys("qkv", torch.zeros(1, 2, 1, 512)), "q has head_dim 512; .* up to 256"),
+        ({"q": torch.zeros(1, 2, 1, 32, dtype=torch.float64)}, "q has dtype torch.float64; .* supports float32"),
+        ({"v": torch.zeros(1, 2, 1, 32).half()}, "v is torch.float16 on .*, but q is torch.float32"),
+        (dict.fromkeys("qkv", torch.zeros(1, 2, 1, 512)), "q has head_dim 512; .* at most 256"),
     ],
 )
-def test_what_kernels_cannot_take_is_named(change, message):
+def test_unsupported_inputs_are_named(change, message):
     arguments = dict.fromkeys("qkv", torch.zeros(1, 2, 1, 32)) | change
     with pytest.raises(ValueError, match=message):
         cross_attention(**{n: x.to(DEVICE) for n, x in arguments.items()}, attn_implementation="triton")
@@ -365,7 +375,7 @@ def test_what_kernels_cannot_take_is_named(change, message):
 def test_without_a_gpu_the_remedy_is_named(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.zeros(1, 2, 1, 32)
-    with pytest.raises(ValueError, match=r"q is on cpu; use attn_implementation='sdpa' there, or.*TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match=r"q is on cpu; use attn_implementation='sdpa'\. To test.*TRITON_INTERPRET=1"):
         cross_attention(x, x, x, attn_implementation="triton")
 
 
@@ -374,6 +384,6 @@ def test_an_old_triton_is_named(monkeypatch):
 
     monkeypatch.setattr(triton, "__version__", "3.4.0")
     with pytest.raises(
-        ImportError, match=r"needs triton 3\.6 or later but 3\.4\.0 is installed; pip install -U triton"
+        ImportError, match=r"needs triton 3\.6 or later, but 3\.4\.0 is installed; run pip install -U triton"
     ):
         importlib.reload(sys.modules["idavlm.ops.cross_attention.triton"])

@@ -1,4 +1,4 @@
-"""Wesnoth: unit files, characters, palettes and pictures, on a made-up game drawn here."""
+"""The Wesnoth data set: unit files, characters, palettes, images and records, on a fake game."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from idavlm.data import parse_sample
 from idavlm.datasets.wesnoth import build_wesnoth, package
 from idavlm.datasets.wesnoth.backgrounds import cut, read_grounds
 from idavlm.datasets.wesnoth.painting import paint
-from idavlm.datasets.wesnoth.recolouring import RED, TEAM_MARK, Recolouring, team_palette
+from idavlm.datasets.wesnoth.recolouring import RED, TEAM_SHADES, Recolouring, team_palette
 from idavlm.datasets.wesnoth.sprites import activity_of, read_characters
 from idavlm.datasets.wesnoth.units import expand_frames, parse_units, read_units
 from tests import fake_wesnoth
@@ -60,10 +60,10 @@ def test_a_unit_file():
     assert unit.profile == "portraits/clan/unit7.png"
     assert unit.description == "It is said of number 7:\nnothing."
     endings = ["", "-bow-attack1", "-bow-attack2", "-defend-1", "-defend-2", "-melee-1", "-melee-2"]
-    assert list(unit.pictures) == sorted(f"units/clan/unit7{ending}.png" for ending in endings)
+    assert list(unit.sprites) == sorted(f"units/clan/unit7{ending}.png" for ending in endings)
 
 
-def test_macros_hold_from_definition_to_undef_and_keys_of_inner_blocks_do_not_count():
+def test_macros_are_valid_until_undef_and_keys_of_nested_blocks_are_ignored():
     units = parse_units("""
 #define PATH
 units/a/#enddef
@@ -116,23 +116,25 @@ def test_the_units_own_name_is_no_activity():
     assert activity_of("units/elves/bow-sword.png", "units/elves/bow-sword.png") == "standing"
 
 
-def test_characters_have_their_frames_and_unnamed_files_of_their_own(game):
+def test_characters_have_named_and_unnamed_frames(game):
     characters = read_characters(game, read_units(game))
     assert len(characters) == fake_wesnoth.NUM_UNITS
-    assert all(len(one.frames) == len(fake_wesnoth.FRAMES) for one in characters), "idle frames are named nowhere"
+    assert all(len(character.frames) == len(fake_wesnoth.FRAMES) for character in characters), (
+        "including idle frames, which no unit file names"
+    )
     assert Counter(frame.activity for frame in characters[0].frames) == {
         "standing": 3,
         "shooting": 2,
         "defending": 2,
         "fighting": 2,
     }
-    frame = next(one for one in characters[3].frames if one.file.endswith("unit3.png"))
+    frame = next(frame for frame in characters[3].frames if frame.file.endswith("unit3.png"))
     assert (frame.pixels[..., 3] > 0).any(0).all()
     assert (frame.pixels[..., 3] > 0).any(1).all()
 
 
-def test_units_that_share_a_picture_are_one_character(tmp_path):
-    """By name of a file, or by its pixels; what a unit calls its own only by a longer name is not shared."""
+def test_units_that_share_a_sprite_are_one_character(tmp_path):
+    """Sprites are shared by file name or by pixels. A file with a longer name is not shared."""
     data = fake_wesnoth.make(tmp_path, num_units=6)
     cfg = data / "core" / "units" / "clan"
     (cfg / "00.cfg").write_text((cfg / "00.cfg").read_text().replace("-defend-1.png", "-defend-1.png unit1.png", 1))
@@ -141,11 +143,16 @@ def test_units_that_share_a_picture_are_one_character(tmp_path):
     shutil.copy(sprites / "unit4-melee-1.png", sprites / "unit3-melee-2.png")
     shutil.copy(sprites / "unit5.png", sprites / "unit2-bat.png")
     groups = read_characters(data, read_units(data))
-    assert [one.name for one in groups] == ["Unit Number 0", "Unit Number 2", "Unit Number 3", "Unit Number 5"]
+    assert [character.name for character in groups] == [
+        "Unit Number 0",
+        "Unit Number 2",
+        "Unit Number 3",
+        "Unit Number 5",
+    ]
     assert len(groups[0].frames) == 2 * len(fake_wesnoth.FRAMES)
 
 
-def test_scraps_repeats_and_characters_of_few_frames_are_left_out(tmp_path):
+def test_small_and_duplicate_frames_and_characters_with_few_frames_are_left_out(tmp_path):
     data = fake_wesnoth.make(tmp_path, num_units=3)
     sprites = data / "core" / "images" / "units" / "clan"
     Image.new("RGBA", (72, 72)).save(sprites / "unit0-idle-1.png")
@@ -158,15 +165,18 @@ def test_scraps_repeats_and_characters_of_few_frames_are_left_out(tmp_path):
     for ending in ("-idle-1", "-idle-2"):
         (sprites / f"unit2{ending}.png").unlink()
     found = read_characters(data, read_units(data))
-    assert [(one.name, len(one.frames)) for one in found] == [("Unit Number 0", 8), ("Unit Number 1", 8)]
+    assert [(character.name, len(character.frames)) for character in found] == [
+        ("Unit Number 0", 8),
+        ("Unit Number 1", 8),
+    ]
 
 
 def test_team_colours():
-    palette = dict(zip(TEAM_MARK, team_palette(RED).tolist(), strict=True))
-    assert palette["F49AC1"] == [255, 0, 0], "the reference shade becomes the colour"
+    palette = dict(zip(TEAM_SHADES, team_palette(RED).tolist(), strict=True))
+    assert palette["F49AC1"] == [255, 0, 0], "the base shade becomes the colour"
     assert palette["3F0016"][0] < 80
     assert palette["3F0016"][1:] == [0, 0]
-    assert min(palette["FDE9F1"]) > 150, "bright shades go towards white"
+    assert min(palette["FDE9F1"]) > 150, "bright shades are close to white"
     pixels = np.array([[[0xF4, 0x9A, 0xC1, 255], [10, 20, 30, 200]]], dtype=np.uint8)
     assert Recolouring().apply(pixels).tolist() == [[[255, 0, 0, 255], [10, 20, 30, 200]]]
     assert Recolouring(team=(0, 0, 255)).apply(pixels)[0, 0].tolist() == [0, 0, 255, 255]
@@ -184,8 +194,8 @@ def test_palettes_are_the_same_for_every_frame_keep_alpha_and_differ():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_boxes_are_those_of_the_pixels_and_people_stand_in_order(count):
-    """What a black and a grey background do not change is the figure, measured from outside."""
+def test_boxes_are_those_of_the_pixels_and_figures_are_in_order(count):
+    """The figure is measured as the pixels that do not differ between a black and a grey background."""
     figures = [np.array(fake_wesnoth.sprite(number, 2)) for number in range(count)]
     figures = [figure[20:60, 20:56] for figure in figures]
     for seed in range(15):
@@ -195,7 +205,7 @@ def test_boxes_are_those_of_the_pixels_and_people_stand_in_order(count):
         ]
         (black, boxes), (grey, again) = painted
         assert boxes == again
-        # The background's share of each pixel; rounding makes it a little uncertain.
+        # The background's share of each pixel, up to rounding.
         share = (np.asarray(grey).astype(float) - np.asarray(black))[..., 0]
         share /= share.max()
         sure, perhaps = share < 0.48, share < 0.52
@@ -242,7 +252,7 @@ def test_splits_are_of_different_characters(root):
             assert shown <= set(splits[split])
 
 
-def test_records_obey_the_schema_and_their_pictures_exist(root):
+def test_records_obey_the_schema_and_their_images_exist(root):
     for name in ("train", "general", "test", "validation"):
         for record in records(root, name):
             sample = parse_sample(record)
@@ -251,9 +261,9 @@ def test_records_obey_the_schema_and_their_pictures_exist(root):
         assert (image.size, image.format) == ((64, 64), "JPEG")
 
 
-def test_training_names_are_drawn_anew_from_all_units_and_test_names_are_the_units_own(root):
+def test_training_names_are_drawn_from_all_units_and_test_names_are_the_units_own(root):
     catalogue = {row["key"]: row for row in records(root, "characters")}
-    names = [one["name"] for record in records(root, "train") for one in record["identities"]]
+    names = [identity["name"] for record in records(root, "train") for identity in record["identities"]]
     assert set(names) == {row["name"] for row in catalogue.values()}
     namesakes = defaultdict(set)
     for record in records(root, "train"):
@@ -266,8 +276,8 @@ def test_training_names_are_drawn_anew_from_all_units_and_test_names_are_the_uni
             assert identity["name"] == catalogue[key]["name"]
 
 
-def test_portraits_of_held_out_characters_are_in_no_general_picture(root):
-    """The fake portraits are of one red each, 9 times the number of the unit."""
+def test_portraits_of_held_out_characters_are_in_no_general_image(root):
+    """Each fake portrait has one shade of red: 9 times the number of the unit."""
     held_out = {9 * int(row["key"].split("-")[1]) for row in records(root, "characters") if row["split"] != "train"}
     for record in records(root, "general"):
         if record["messages"][1]["content"].startswith("Clan"):
@@ -306,14 +316,14 @@ def test_a_package_is_unpacked_into_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("IDAVLM_CACHE", str(tmp_path / "cache"))
     fake_wesnoth.make(tmp_path / "tree", num_units=1)
     (tmp_path / "tree" / "DEBIAN").mkdir()
-    control = "Package: fake\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: fake\n"
+    control = "Package: fake\nVersion: 1\nArchitecture: all\nMaintainer: none\nDescription: fake\n"
     (tmp_path / "tree" / "DEBIAN" / "control").write_text(control)
     deb = tmp_path / "wesnoth-1.16-data_1_all.deb"
     subprocess.run(["dpkg-deb", "-b", str(tmp_path / "tree"), str(deb)], check=True, capture_output=True)
     data = package.find_data(deb)
     assert data.is_relative_to(tmp_path / "cache")
     assert len(read_units(data)) == 1
-    # Fetched by apt-get: the same file, found in the cache from then on.
+    # Downloaded by apt-get: the same file, which is then found in the cache.
     monkeypatch.setattr(package, "_run", _apt_that_copies(deb, package._run))
     assert len(read_units(package.find_data())) == 1
     monkeypatch.setattr(package, "_run", None)

@@ -1,4 +1,7 @@
-"""Draws docs/figures/id_former.png:  python docs/figures/id_former.py  (needs matplotlib, in the dev extra)."""
+"""Draw docs/figures/id_former.png: what the ID-Former computes for the three roles of images.
+
+python docs/figures/id_former.py        # needs matplotlib, which the extras dev and eval install
+"""
 
 from pathlib import Path
 
@@ -12,6 +15,7 @@ FEATURES, STEP, ATTENTION, TOKENS = "#e8eef7", "#f4f4f4", "#fde6c8", "#d9f0dd"
 
 
 def box(ax, x, y, text, colour, width=2.6, height=0.8):
+    """Draw a rounded box centred at (x, y)."""
     style = FancyBboxPatch(
         (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02", fc=colour, ec="#444"
     )
@@ -20,6 +24,7 @@ def box(ax, x, y, text, colour, width=2.6, height=0.8):
 
 
 def arrow(ax, start, end, text="", offset=(0.1, 0), style="-"):
+    """Draw an arrow with an optional label beside it."""
     ax.annotate(
         "", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "lw": 1.3, "color": "#444", "linestyle": style}
     )
@@ -45,7 +50,7 @@ def main() -> None:
             arrow(ax, (x, 1.92), (x, 4.58), symbol)
     box(ax, 9, 3.0, "identity layer\nx + attention(x + position, t, t)", ATTENTION, width=3.4)
     arrow(ax, (9, 1.92), (9, 2.58), "x")
-    arrow(ax, (9, 3.42), (9, 4.58), "x, knowing who")
+    arrow(ax, (9, 3.42), (9, 4.58), "x with identity")
     ax.plot([5.72, 6.2, 6.2], [6.8, 6.8, 3.0], color="#444", lw=1.3, ls="--")
     arrow(ax, (6.2, 3.0), (7.28, 3.0), style="--")
     ax.text(6.3, 4.0, "t: all tokens\nof the sample's\nreferences,\nno gradient", fontsize=8, color="#444", va="center")

@@ -1,1 +1,1 @@
-"""The ``idavlm`` program: one file a command."""
+"""The ``idavlm`` program; one file per command."""

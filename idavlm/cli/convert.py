@@ -1,20 +1,24 @@
-"""``idavlm convert SRC OUT``: a released checkpoint to a folder that ``from_pretrained`` loads."""
+"""``idavlm convert SRC OUT``: convert a released checkpoint to a folder for ``from_pretrained``."""
 
 import argparse
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", type=Path, help="folder of the checkpoint; its format is told by what is in it")
-    parser.add_argument("out", type=Path, help="folder to make; it must not be there")
-    parser.add_argument("--vision-tower", type=Path, help="folder of the vision tower, where src only names a model")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (or qwen.tiktoken), where src has none")
-    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter to merge, of peft or of LLaVA")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; else as they are")
+    """Add the arguments of the command."""
+    parser.add_argument("src", type=Path, help="folder of the checkpoint; its format is detected")
+    parser.add_argument("out", type=Path, help="folder to create; must not exist")
+    parser.add_argument("--vision-tower", type=Path, help="folder of the vision tower, if src only names a model")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (or qwen.tiktoken), if src has none")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (peft or LLaVA) to merge")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="type of the weights; by default unchanged"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Convert the checkpoint."""
     from idavlm.conversion import convert
 
     out = convert(

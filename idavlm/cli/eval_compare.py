@@ -1,4 +1,4 @@
-"""``idavlm eval compare A B``: which of two runs is better, by how much, and where they differ."""
+"""``idavlm eval compare A B``: compare two runs by score and list the items where they differ."""
 
 import argparse
 from pathlib import Path
@@ -6,48 +6,58 @@ from pathlib import Path
 from idavlm.cli.eval_judge import add_judge_arguments, judge_client
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
-from idavlm.evaluation.comparing import Pair, compare_scores, comparison_table, pair_predictions
-from idavlm.evaluation.comparison_page import write_comparison_page
+from idavlm.evaluation.comparison import (
+    Pair,
+    compare_scores,
+    comparison_table,
+    pair_predictions,
+    write_comparison_page,
+)
 from idavlm.evaluation.judge import judge_pairs
-from idavlm.evaluation.running import load_scores
+from idavlm.evaluation.task_run import load_scores
 from idavlm.evaluation.tasks import TASKS
 
 
 def add_arguments(tasks) -> None:
-    about = "compare two runs on the same items: paired bootstrap, wins and losses, a page of pictures"
-    parser = tasks.add_parser("compare", help=about, description=about)
+    """Add the subcommand ``compare`` to the subparsers ``tasks``."""
+    description = "compare two runs on the same items: paired bootstrap, wins and losses, a page of examples"
+    parser = tasks.add_parser("compare", help=description, description=description)
     parser.set_defaults(run_task=run)
     parser.add_argument("a", type=Path, help="folder that idavlm eval wrote (or its scores.json)")
-    parser.add_argument("b", type=Path, help="another of the same task and data")
-    parser.add_argument("--names", nargs=2, metavar=("A", "B"), help="what to call them; by default their folders")
-    parser.add_argument("--out", type=Path, help="an .html page of the items where they differ")
-    parser.add_argument("--most", type=int, default=60, help="so many items on the page")
+    parser.add_argument("b", type=Path, help="another run of the same task and data")
+    parser.add_argument("--names", nargs=2, metavar=("A", "B"), help="names of the runs; by default their folders")
+    parser.add_argument("--out", type=Path, help=".html page of the items where they differ")
+    parser.add_argument("--max-items", type=int, default=60, help="maximum number of items on the page")
     add_judge_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print the comparison and write the page."""
     (a, facts), (b, other) = load_scores(arguments.a), load_scores(arguments.b)
     if facts.get("task") != other.get("task"):
-        raise ValueError(f"a is of task {facts.get('task')!r}, b of {other.get('task')!r}; compare runs of one task.")
+        raise ValueError(f"a is of task {facts.get('task')!r}, b of {other.get('task')!r}; pass runs of the same task.")
     names = tuple(arguments.names or _names(arguments.a, arguments.b))
     pairs = pair_predictions(a, b)
     left_out = len(a.predictions) + len(b.predictions) - 2 * len(pairs)
     if left_out:
-        print(f"{left_out} predictions to items that only one of both has are left out.\n")
+        print(f"{left_out} predictions are left out, because only one of the runs has their item.\n")
     rows = compare_scores(pairs)
     print(comparison_table(rows, *names))
     samples = _samples(facts)
     if (client := judge_client(arguments, arguments.b / "judge.jsonl")) is not None:
-        types = TASKS[facts["task"]].judged
-        print("\n" + _judge(client, [pair for pair in pairs if pair[0].task in types], samples, names, arguments))
+        tasks = TASKS[facts["task"]].judged
+        print("\n" + _judge(client, [pair for pair in pairs if pair[0].task in tasks], samples, names, arguments))
     if arguments.out is not None:
-        differ = write_comparison_page(arguments.out, pairs, rows, names=names, samples=samples, most=arguments.most)
+        options = {"names": names, "samples": samples, "max_items": arguments.max_items}
+        differ = write_comparison_page(arguments.out, pairs, rows, **options)
         print(f"\n{differ} items differ: {arguments.out}")
 
 
 def _judge(client, pairs: list[Pair], samples: dict[str, Sample], names: tuple[str, str], arguments) -> str:
     if any(a.id not in samples for a, _ in pairs):
-        raise ValueError("--judge needs the questions, and the data that a was made of cannot be read any more.")
+        raise ValueError(
+            f"--judge needs the questions, but the data of run {names[0]} is not available; restore its path."
+        )
     questions = [(question_text(samples[a.id]), a.answer, a.text, b.text) for a, b in pairs]
     verdicts = judge_pairs(client, questions, workers=arguments.judge_workers, progress=True)
     count = {verdict: verdicts.count(verdict) for verdict in ("A", "B", "tie", None)}
@@ -58,17 +68,17 @@ def _judge(client, pairs: list[Pair], samples: dict[str, Sample], names: tuple[s
 
 
 def _samples(facts: dict) -> dict[str, Sample]:
-    """What was asked, by id; nothing where the data are gone, as pictures then are."""
+    """Evaluated samples by id; {} if the data is no longer available."""
     task, data, images = TASKS.get(facts.get("task", "")), Path(facts.get("data", "")), facts.get("images")
     if task is None or not data.exists():
-        print("\nThe data are not where they were: questions and pictures are left out.")
+        print("\nThe data is no longer available at its path: questions and images are left out.")
         return {}
     return {item.sample.id: item.sample for item in task.load(data, Path(images) if images else None)}
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
-    """The first parts in which the paths differ."""
-    for one, other in zip(reversed(a.resolve().parts), reversed(b.resolve().parts), strict=False):
-        if one != other:
-            return one, other
+    """The last components in which the paths differ."""
+    for part_a, part_b in zip(reversed(a.resolve().parts), reversed(b.resolve().parts), strict=False):
+        if part_a != part_b:
+            return part_a, part_b
     return "A", "B"

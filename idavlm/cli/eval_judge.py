@@ -1,4 +1,4 @@
-"""The judge's arguments, shared by the commands that ask one."""
+"""Command-line arguments of the judge, shared by ``idavlm eval TASK`` and ``idavlm eval compare``."""
 
 import argparse
 from pathlib import Path
@@ -7,17 +7,17 @@ from idavlm.evaluation.judge import JudgeClient
 
 
 def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--judge`` and how to ask it."""
+    """Add ``--judge`` and its options."""
     group = parser.add_argument_group("judge", "an OpenAI-compatible endpoint: OPENAI_BASE_URL and OPENAI_API_KEY")
-    group.add_argument("--judge", metavar="MODEL", help="name of the judge model at the endpoint")
-    group.add_argument("--judge-cache", type=Path, help="file of its replies; by default judge.jsonl beside the scores")
-    group.add_argument("--judge-rate", type=float, metavar="N", help="at most N requests a minute")
-    group.add_argument("--judge-workers", type=int, default=4, metavar="N", help="N requests at once")
+    group.add_argument("--judge", metavar="MODEL", help="name of the judge model")
+    group.add_argument("--judge-cache", type=Path, help="file of replies; by default judge.jsonl next to the scores")
+    group.add_argument("--judge-rate", type=float, metavar="N", help="maximum number of requests per minute")
+    group.add_argument("--judge-workers", type=int, default=4, metavar="N", help="number of concurrent requests")
     group.add_argument("--judge-timeout", type=float, default=60.0, metavar="SECONDS")
 
 
 def judge_client(arguments: argparse.Namespace, cache: Path) -> JudgeClient | None:
-    """The client, or None where nobody asked for a judge."""
+    """The client, or None without ``--judge``."""
     if arguments.judge is None:
         return None
     return JudgeClient(

@@ -1,4 +1,4 @@
-"""``idavlm COMMAND ...``: finds the command's file, lets it read its arguments, turns expected errors into one line."""
+"""``idavlm COMMAND ...``: dispatch to the module of the command; expected errors become one line."""
 
 import argparse
 import importlib
@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
-    "convert": "make a released checkpoint one of idavlm",
-    "eval": "evaluate a model, or its answers: MM-ID, grounding, VQA, recognition of people; compare two",
+    "convert": "convert a released checkpoint to idavlm",
+    "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
-"""Name -> one line for ``--help``. ``idavlm/cli/NAME.py`` has ``add_arguments(parser)`` and ``run(arguments)``, which
+"""Name -> line of ``--help``. ``idavlm/cli/NAME.py`` defines ``add_arguments(parser)`` and ``run(arguments)``, which
 returns an exit status or None."""
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The program's parser; only the chosen command's file is imported, so that ``--help`` needs no torch."""
+    """Build the parser. Only the module of the chosen command is imported, so that ``--help`` needs no torch."""
     parser = argparse.ArgumentParser(prog="idavlm", description="Identity-aware vision-language models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, line in COMMANDS.items():
@@ -27,7 +27,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: the command's, 0 if it names none, 2 for arguments or data that cannot be used."""
+    """Run one command. Returns its exit status: 0 by default, 2 for invalid arguments or data."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = build_parser(argv[0] if argv else None).parse_args(argv)
     try:

@@ -1,6 +1,6 @@
-"""Released checkpoints to models of idavlm."""
+"""Convert released checkpoints to models of idavlm."""
 
-from idavlm.conversion.errors import ConversionError
-from idavlm.conversion.running import convert
+from idavlm.conversion.checkpoint_files import ConversionError
+from idavlm.conversion.converter import convert
 
 __all__ = ["ConversionError", "convert"]

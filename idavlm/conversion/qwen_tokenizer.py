@@ -1,40 +1,40 @@
-"""``qwen.tiktoken``, the vocabulary of Qwen and Qwen-VL, as a fast tokenizer of transformers."""
+"""Convert ``qwen.tiktoken``, the vocabulary of Qwen and Qwen-VL, to a fast tokenizer of transformers."""
 
 import base64
 import binascii
 from pathlib import Path
 
-from idavlm.conversion.errors import ConversionError
+from idavlm.conversion.checkpoint_files import ConversionError
 
 FILE_NAME = "qwen.tiktoken"
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Qwen's pattern: what a token never crosses. One digit at a time."""
+"""Pre-tokenization pattern of Qwen; digits are separate tokens."""
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
 MARKUP = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 IMAGE = ("<img>", "</img>", "<imgpad>")
 SPECIAL_TOKENS = (*CONTROL, *MARKUP, *IMAGE)
-"""Behind the vocabulary, in this order. Markup belongs to answers: it stays when special tokens are left out."""
+"""Ids follow the vocabulary in this order. Markup is part of answers: ``skip_special_tokens`` keeps it."""
 
 
 def qwen_tokenizer(path: str | Path):
-    """A ``PreTrainedTokenizerFast`` that gives the ids of Qwen-VL's own tokenizer.
+    """A ``PreTrainedTokenizerFast`` that returns the ids of Qwen-VL's own tokenizer.
 
-    Text is brought to Unicode's form C first, as Qwen does. A vocabulary cut after any rank works, too.
+    Text is normalized to Unicode NFC first, as in Qwen. A vocabulary that is truncated after any rank is supported.
 
     Args:
-        path: ``qwen.tiktoken``: a line a token, in base 64, and its rank.
+        path: ``qwen.tiktoken``: one token in base 64 and its rank per line.
 
     Raises:
-        ConversionError: no such file, or a line that is no token; ranks that are not 0, 1, 2, ...
+        ConversionError: the file is missing, a line is invalid, or the ranks are not 0, 1, 2, ...
     """
     from tokenizers import AddedToken, normalizers
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class Converter(TikTokenConverter):
-        """Which reads the file without tiktoken, and checks it."""
+        """Reads and checks the file without the package tiktoken."""
 
         load_tiktoken_bpe = staticmethod(lambda file: read_ranks(Path(file)))
 
@@ -52,7 +52,7 @@ def qwen_tokenizer(path: str | Path):
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Tokens and their ranks, in order of rank."""
+    """Tokens and their ranks in order of rank."""
     ranks: dict[bytes, int] = {}
     if not path.is_file():
         raise ConversionError(f"{path}: no such file.")

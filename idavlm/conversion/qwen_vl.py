@@ -1,47 +1,48 @@
-"""Qwen-VL, Qwen-VL-Chat and IDA-VLM: Qwen-7B, its vision transformer and resampler, with or without the ID-Former."""
+"""Format of Qwen-VL, Qwen-VL-Chat and IDA-VLM: Qwen-7B, its vision transformer and resampler, optional ID-Former."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import Qwen2Config
 
-from idavlm.conversion.errors import ConversionError
-from idavlm.conversion.mapping import KeyMap, Rule, part, part_of_heads, transposed
-from idavlm.conversion.parts import read_tokenizer, square_image_processor
-from idavlm.conversion.plan import Places, Plan
+from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint
+from idavlm.conversion.checkpoint_format import (
+    CheckpointFormat,
+    ConversionPlan,
+    PartFolders,
+    read_tokenizer,
+    square_image_processor,
+)
+from idavlm.conversion.key_mapping import KeyMap, Rule, head_rows, row_block, transposed
 from idavlm.conversion.qwen_tokenizer import FILE_NAME, qwen_tokenizer
-from idavlm.conversion.source import Source
 from idavlm.data.chat_templates import QWEN_CHATML
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig
 
-NAME = "Qwen-VL, IDA-VLM"
-LOOKS = "model_type 'qwen' with visual, keys transformer.visual.*"
 HEAD_DIM = 128
-"""Of the resampler's and the ID-Former's attention."""
+"""Head dimension of the attention of the resampler and the ID-Former."""
 
 
-def matches(source: Source) -> bool:
+def _matches(source: SourceCheckpoint) -> bool:
     return "visual" in source.config and any(name.startswith("transformer.visual.") for name in source.tensors)
 
 
-def plan(source: Source, places: Places) -> Plan:
+def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
     visual = source.config["visual"]
-    identity = any(name.startswith("transformer.visual.attn_pool.attn1.") for name in source.tensors)
-    tokenizer = read_qwen_tokenizer(source, places)
+    has_id_former = any(name.startswith("transformer.visual.attn_pool.attn1.") for name in source.tensors)
+    tokenizer = read_qwen_tokenizer(source, folders)
     image_start, image_token_id = tokenizer.convert_tokens_to_ids(["<img>", "<imgpad>"])
     if image_start != visual["image_start_id"]:
         raise ConversionError(
             f"{source.folder}: image_start_id={visual['image_start_id']}, but <img> is token {image_start} of the "
-            "tokenizer; give the one that belongs to the checkpoint with tokenizer= (--tokenizer)."
+            "tokenizer; pass the tokenizer of the checkpoint with tokenizer= (--tokenizer)."
         )
     num_queries = visual.get("n_queries", 256)
-    return Plan(
+    return ConversionPlan(
         config=IDAVLMConfig(
             vision_config=vision_config(source),
             text_config=language_config(source.config),
-            connector="id_former" if identity else "resampler",
+            connector="id_former" if has_id_former else "resampler",
             connector_config={
                 "num_queries": num_queries,
                 "num_heads": visual["output_dim"] // HEAD_DIM,
@@ -50,7 +51,7 @@ def plan(source: Source, places: Places) -> Plan:
             image_token_id=image_token_id,
             image_seq_length=num_queries,
         ),
-        key_map=KeyMap([*language_rules(), *vision_rules(visual["heads"]), *connector_rules(identity)]),
+        key_map=KeyMap([*language_rules(), *vision_rules(visual["heads"]), *connector_rules(has_id_former)]),
         processor=IDAVLMProcessor(
             square_image_processor(visual["image_size"]),
             tokenizer,
@@ -67,15 +68,15 @@ def plan(source: Source, places: Places) -> Plan:
     )
 
 
-def read_qwen_tokenizer(source: Source, places: Places):
-    """From ``qwen.tiktoken``, or a tokenizer that was made of it."""
-    place = places.tokenizer or source.folder
-    path = place if place.is_file() else Path(place) / FILE_NAME
-    return qwen_tokenizer(path) if path.is_file() else read_tokenizer(source, places)
+def read_qwen_tokenizer(source: SourceCheckpoint, folders: PartFolders):
+    """Load the tokenizer from ``qwen.tiktoken``, or a converted tokenizer."""
+    location = folders.tokenizer or source.folder
+    path = location if location.is_file() else location / FILE_NAME
+    return qwen_tokenizer(path) if path.is_file() else read_tokenizer(source, folders)
 
 
 def language_config(config: dict[str, Any]) -> Qwen2Config:
-    """Qwen-7B as the Qwen2 it equals up to ``seq_length`` tokens."""
+    """Configuration of Qwen-7B as Qwen2, to which it is equivalent up to ``seq_length`` tokens."""
     if not config.get("no_bias", True) or config.get("rotary_pct", 1.0) != 1.0:
         found = {name: config.get(name) for name in ("no_bias", "rotary_pct")}
         raise ConversionError(f"config.json: {found}; expected no_bias=True and rotary_pct=1.0, as in the release.")
@@ -96,7 +97,8 @@ def language_config(config: dict[str, Any]) -> Qwen2Config:
     )
 
 
-def vision_config(source: Source) -> QwenVisionConfig:
+def vision_config(source: SourceCheckpoint) -> QwenVisionConfig:
+    """Configuration of the vision transformer."""
     visual = source.config["visual"]
     positions = source.tensors.get("transformer.visual.positional_embedding")
     if positions is None:
@@ -113,8 +115,9 @@ def vision_config(source: Source) -> QwenVisionConfig:
 
 
 def language_rules() -> list[Rule]:
+    """Rules of the language model."""
     layer, to = r"transformer\.h\.(\d+)\.", r"language_model.model.layers.\1."
-    attention = {f"{to}self_attn.{name}_proj.\\2": part(number, 3) for number, name in enumerate("qkv")}
+    attention = {f"{to}self_attn.{name}_proj.\\2": row_block(number, 3) for number, name in enumerate("qkv")}
     return [
         Rule(r".*\.(rotary_emb\.inv_freq|attn\.(bias|masked_bias|logn_tensor))", {}),
         Rule(r"transformer\.wte\.weight", {"language_model.model.embed_tokens.weight": None}),
@@ -131,11 +134,10 @@ def language_rules() -> list[Rule]:
 
 
 def vision_rules(num_heads: int) -> list[Rule]:
+    """Rules of the vision transformer."""
     visual = r"transformer\.visual\."
     layer, to = visual + r"transformer\.resblocks\.(\d+)\.", r"vision_tower.layers.\1."
-    attention = {
-        f"{to}self_attn.{name}_proj.\\2": part_of_heads(number, num_heads) for number, name in enumerate("qkv")
-    }
+    attention = {f"{to}self_attn.{name}_proj.\\2": head_rows(number, num_heads) for number, name in enumerate("qkv")}
     return [
         Rule(visual + r"conv1\.weight", {"vision_tower.patch_embedding.weight": None}),
         Rule(visual + r"positional_embedding", {"vision_tower.position_embedding": None}),
@@ -148,10 +150,10 @@ def vision_rules(num_heads: int) -> list[Rule]:
     ]
 
 
-def connector_rules(identity: bool) -> list[Rule]:
-    """Of the resampler, and of the ID-Former's attention where there is one."""
+def connector_rules(has_id_former: bool) -> list[Rule]:
+    """Rules of the resampler, and of the identity attention of the ID-Former."""
     visual, pool = r"transformer\.visual\.", r"transformer\.visual\.attn_pool\."
-    to = "id_former.resampler." if identity else "connector."
+    to = "id_former.resampler." if has_id_former else "connector."
     rules = [
         Rule(pool + r"pos_embed", {to + "query_position": None}),
         Rule(pool + r"query", {to + "query": None}),
@@ -162,9 +164,17 @@ def connector_rules(identity: bool) -> list[Rule]:
         Rule(visual + r"proj", {to + "output_proj.weight": transposed}),
     ]
     for name, attention in (("attn", to + "attention."), ("attn1", "id_former.identity_layers.0.attention.")):
-        projections = {f"{attention}{letter}_proj.\\1": part(number, 3) for number, letter in enumerate("qkv")}
+        projections = {f"{attention}{letter}_proj.\\1": row_block(number, 3) for number, letter in enumerate("qkv")}
         rules += [
             Rule(pool + name + r"\.in_proj_(.*)", projections),
             Rule(pool + name + r"\.out_proj\.(.*)", {attention + r"out_proj.\1": None}),
         ]
     return rules
+
+
+QWEN_VL = CheckpointFormat(
+    name="Qwen-VL, IDA-VLM",
+    signature="model_type 'qwen' with visual, keys transformer.visual.*",
+    matches=_matches,
+    plan=_plan,
+)

@@ -1,34 +1,33 @@
-"""LLaVA of transformers: any language model, any vision tower, such as llava-Qwen2-7B-Instruct-Chinese-CLIP."""
+"""Format of ``LlavaForConditionalGeneration`` with any language model and vision tower."""
 
 from transformers import AutoConfig
 
-from idavlm.conversion.errors import ConversionError
-from idavlm.conversion.mapping import KeyMap, Rule, with_rows
-from idavlm.conversion.parts import (
+from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint
+from idavlm.conversion.checkpoint_format import (
+    CheckpointFormat,
+    ConversionPlan,
+    PartFolders,
+    generation_tokens,
+    num_image_tokens,
     read_image_processor,
     read_tokenizer,
-    token_ids,
-    tokens_of_image,
     tower_rules,
 )
-from idavlm.conversion.plan import Places, Plan
-from idavlm.conversion.source import Source
+from idavlm.conversion.key_mapping import KeyMap, Rule, resize_rows
 from idavlm.data.chat_templates import QWEN_CHATML, VICUNA
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.processing import IDAVLMProcessor
 
-NAME = "LLaVA of transformers"
 TEMPLATES = {"llama": VICUNA, "qwen2": QWEN_CHATML}
-"""By language model, where the checkpoint has none for text."""
-LOOKS = "model_type 'llava' with text_config and vision_config"
+"""``model_type`` of the language model -> chat template, if the tokenizer has none for text messages."""
 
 
-def matches(source: Source) -> bool:
-    parts = {"text_config", "vision_config"} <= source.config.keys()
-    return parts and source.config.get("model_type") == "llava"
+def _matches(source: SourceCheckpoint) -> bool:
+    has_parts = {"text_config", "vision_config"} <= source.config.keys()
+    return has_parts and source.config.get("model_type") == "llava"
 
 
-def plan(source: Source, places: Places) -> Plan:
+def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
     config = AutoConfig.for_model(**source.config)
     if not config.multimodal_projector_bias or config.projector_hidden_act != "gelu":
         raise ConversionError(
@@ -40,17 +39,17 @@ def plan(source: Source, places: Places) -> Plan:
             f"{source.folder}: vision_feature_layer={config.vision_feature_layer}; expected one layer."
         )
     with_cls = config.vision_feature_select_strategy == "full"
-    tokenizer = read_tokenizer(source, places)
+    tokenizer = read_tokenizer(source, folders)
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
     if image_token is None:
         raise ConversionError(
-            f"{source.folder}: image_token_index={config.image_token_index} is no token of the tokenizer "
-            f"({len(tokenizer)} tokens); add it there."
+            f"{source.folder}: image_token_index={config.image_token_index} is not a token of the tokenizer "
+            f"({len(tokenizer)} tokens); add it to the tokenizer."
         )
-    tokens = tokens_of_image(config.vision_config, with_cls=with_cls)
+    tokens = num_image_tokens(config.vision_config, with_cls=with_cls)
     vocab_size = max(config.text_config.vocab_size, len(tokenizer))
     config.text_config.vocab_size = vocab_size
-    return Plan(
+    return ConversionPlan(
         config=IDAVLMConfig(
             vision_config=config.vision_config,
             text_config=config.text_config,
@@ -69,12 +68,12 @@ def plan(source: Source, places: Places) -> Plan:
             image_token=image_token,
             box_format="unit",
         ),
-        generation=token_ids(source, tokenizer),
+        generation=generation_tokens(source, tokenizer),
     )
 
 
-def _chat_template(source: Source, tokenizer) -> str:
-    """The tokenizer's, if it takes messages of text; many are written for lists of parts, and leave text out."""
+def _chat_template(source: SourceCheckpoint, tokenizer) -> str:
+    """Template of the tokenizer if it supports text messages; many support lists of parts only and drop plain text."""
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "An answer."}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -82,18 +81,18 @@ def _chat_template(source: Source, tokenizer) -> str:
         text = ""
     if all(message["content"] in text for message in messages):
         return tokenizer.chat_template
-    known = TEMPLATES.get(source.config["text_config"].get("model_type"))
-    if known is None:
+    template = TEMPLATES.get(source.config["text_config"].get("model_type"))
+    if template is None:
         raise ConversionError(
-            f"{source.folder}: the tokenizer has no chat_template that takes messages of text; set one, save the "
-            "tokenizer and give its folder with tokenizer= (--tokenizer)."
+            f"{source.folder}: the tokenizer has no chat_template that supports text messages; set one, save the "
+            "tokenizer and pass its folder with tokenizer= (--tokenizer)."
         )
-    return known
+    return template
 
 
 def _rules(vocab_size: int) -> list[Rule]:
-    """As transformers names them on disk, which is as version 4 did, and in memory since version 5, as peft does."""
-    rows = with_rows(vocab_size)
+    """Rules for the names of transformers 4 (used on disk) and of transformers 5 (used by peft)."""
+    rows = resize_rows(vocab_size)
     decoder = r"(?:language_model\.model|model\.language_model)\."
     return [
         Rule(r".*\.rotary_emb\.inv_freq", {}),
@@ -103,3 +102,11 @@ def _rules(vocab_size: int) -> list[Rule]:
         Rule(r"(?:language_model\.)?(lm_head\.weight)", {r"language_model.\1": rows}),
         Rule(decoder + r"(.*)", {r"language_model.model.\1": None}),
     ]
+
+
+TRANSFORMERS_LLAVA = CheckpointFormat(
+    name="LLaVA of transformers",
+    signature="model_type 'llava' with text_config and vision_config",
+    matches=_matches,
+    plan=_plan,
+)

@@ -1,7 +1,7 @@
-"""Chat templates with the assistant's turns marked for training.
+"""Chat templates with ``{% generation %}`` marks around the assistant turns, which become the labels.
 
-One space or line break more or less is a different prompt than the model was trained on. Jinja drops a line break that
-follows a ``{% %}`` tag, so line breaks there are written as ``{{ '\\n' }}``.
+Every space and line break matters: a prompt that differs from the training prompt of a released model degrades its
+answers. Jinja removes a line break that follows a ``{% %}`` tag, so such line breaks are written as ``{{ '\\n' }}``.
 """
 
 VICUNA = (
@@ -19,6 +19,7 @@ VICUNA = (
 """``<system> USER: ... ASSISTANT: ...</s>USER: ...`` (LLaVA-1.5)."""
 
 YI_VL_STOP = "###"
+"""Stop string of Yi-VL."""
 
 YI_VL = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
@@ -35,7 +36,7 @@ YI_VL = (
     "{% generation %} {{ message['content'] }}\n###{% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:{% endif %}"
 )
-"""``<system>\\n\\n### Human: ...\\n### Assistant: ...\\n### Human: ...`` (Yi-VL); an answer stops at ``###``."""
+"""``<system>\\n\\n### Human: ...\\n### Assistant: ...\\n### Human: ...`` (Yi-VL). Generation stops at ``###``."""
 
 LLAMA_3 = (
     "{{ bos_token }}{% for message in messages %}"
@@ -69,4 +70,4 @@ ROLE_TOKENS = (
     "{% else %}<|{{ message['role'] }}|>{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""Roles as special tokens (the small models that train from scratch)."""
+"""One special token per role (for the small models that are trained from scratch)."""

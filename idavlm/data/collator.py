@@ -1,4 +1,4 @@
-"""Encoded samples to a batch: text padded, images and boxes in one row with indices that say whose they are."""
+"""Collation: encoded samples become a batch. :data:`FIELDS` is the reference for their fields."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,32 +8,63 @@ from torch import Tensor
 
 from idavlm.utils import IGNORE_INDEX, check_choice
 
-_TEXT = dict.fromkeys(("input_ids", "labels", "token_identity_index"), (torch.int64, ("T",)))
-_TEXT["name_mask"] = (torch.bool, ("T",))
-_SEEN = {
+_IMAGE_INPUTS = ("pixel_values", "image_features")
+_IMAGE_UNITS = {"pixel_values": "pixels (height x width)", "image_features": "(patches x channels)"}
+
+FIELDS: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
+    "input_ids": (torch.int64, ("T",)),
+    "labels": (torch.int64, ("T",)),
+    "token_identity_index": (torch.int64, ("T",)),
+    "name_mask": (torch.bool, ("T",)),
     "pixel_values": (torch.float32, ("I", 3, "H", "W")),
     "image_features": (torch.float32, ("I", "P", "Cv")),
-}
-_UNIT = {"pixel_values": "pixels (height x width)", "image_features": "(patches x channels)"}
-_IMAGES = {
     "image_roles": (torch.int64, ("I",)),
     "identity_index": (torch.int64, ("I",)),
     "image_sizes": (torch.int64, ("I", 2)),
-}
-_BOXES = {
     "boxes": (torch.float32, ("N", 4)),
     "box_image": (torch.int64, ("N",)),
     "box_identity": (torch.int64, ("N",)),
 }
-FIELDS = {**_TEXT, **_SEEN, **_IMAGES, **_BOXES}
-"""Fields of an encoded sample with their dtype and shape; of the first two one. ``source`` may come with them."""
+"""Fields of an encoded sample, with dtype and shape. This is the only table of these fields.
+
+An encoded sample has all of them, but only one of ``pixel_values`` and ``image_features``; ``source`` is optional.
+:class:`Collator` turns them into the fields of a batch:
+
+======================== ================== ==========================================================================
+Batch field              Shape              Meaning
+======================== ================== ==========================================================================
+``input_ids``            ``[B, T]``         token ids; an image is a run of image tokens
+``attention_mask``       ``[B, T]``         1 for tokens, 0 for padding (added by the collator)
+``labels``               ``[B, T]``         token ids of the assistant turns, -100 elsewhere
+``token_identity_index`` ``[B, T]``         identity that a token refers to: the name in the prompt and the text after
+                                            it up to the next name, image or end of the answer; -1 elsewhere
+``name_mask``            ``[B, T]``         whether a token is part of an identity's name in the prompt
+``pixel_values``         ``[I, 3, H, W]``   preprocessed images of all samples: per sample the references, identity by
+                                            identity, then the images of the messages
+``image_features``       ``[I, P, Cv]``     output of the vision tower, in place of ``pixel_values``
+``image_roles``          ``[I]``            0 reference, 1 scene, 2 general image (``ImageRole``)
+``sample_index``         ``[I]``            row of the batch that an image belongs to (added by the collator)
+``identity_index``       ``[I]``            identity of a reference within its sample; 0 for other images
+``image_sizes``          ``[I, 2]``         height and width of the original image in pixels
+``boxes``                ``[N, 4]``         ``[x1, y1, x2, y2]`` in pixels of the original image, of the identities that
+                                            have references
+``box_image``            ``[N]``            image of a box: index within the batch (within the sample before collation)
+``box_identity``         ``[N]``            identity of a box within its sample
+``source``               list of B strings  ``"identity"`` or ``"general"``; :class:`DualDataLoader` replaces it by one
+                                            string and adds ``sample_source`` ``[B]`` (0 identity, 1 general)
+======================== ================== ==========================================================================
+
+B is the number of samples, T of tokens, I of images, P of patches, N of boxes; Cv is the width of the vision tower.
+"""
 
 
 class Collator:
     """``collate_fn`` of a DataLoader over encoded samples.
 
+    Text is padded. Images and boxes of all samples are concatenated.
+
     Args:
-        pad_token_id: id put in place of missing text; ``attention_mask`` is 0 there and ``labels`` -100.
+        pad_token_id: id of the padding token. ``attention_mask`` is 0 and ``labels`` is -100 at padding.
         padding_side: ``"right"`` for training, ``"left"`` for generation.
     """
 
@@ -45,27 +76,22 @@ class Collator:
         self.padding_side = padding_side
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch encoded samples.
+        """Collate encoded samples.
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``labels``, ``token_identity_index``, ``name_mask`` ``[B, T]``; of all samples
-            together ``pixel_values`` ``[I, 3, H, W]`` or ``image_features`` ``[I, P, Cv]``, as they have them,
-            ``image_roles``, ``identity_index``, ``sample_index`` ``[I]``, ``image_sizes`` ``[I, 2]``; ``boxes``
-            ``[N, 4]``, ``box_image`` ``[N]`` (image in the batch), ``box_identity`` ``[N]`` (identity in its sample);
-            ``source``, a list of B strings, where the samples have one.
+            A batch with the fields in the table of :data:`FIELDS`. ``source`` is present if the samples have it.
 
         Raises:
-            ValueError: missing or unknown fields, shapes or indices that do not fit, images of different size.
+            ValueError: fields are missing or unknown, shapes or indices are inconsistent, or images differ in size.
         """
         if not samples:
-            raise ValueError("samples is empty; a batch needs at least one.")
-        seen = _seen_as(samples[0])
+            raise ValueError("samples is empty; pass at least one encoded sample.")
+        image_input = next((name for name in _IMAGE_INPUTS if name in samples[0]), "pixel_values")
         for number, sample in enumerate(samples):
-            _check_sample(number, sample, seen)
-        batch = self._text(samples)
-        batch |= _images(samples, seen)
-        counts = [len(sample[seen]) for sample in samples]
-        first_image = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+            _check_sample(number, sample, image_input)
+        batch: dict[str, Any] = self._pad_text(samples) | _concatenate_images(samples, image_input)
+        num_images = [len(sample[image_input]) for sample in samples]
+        first_image = torch.tensor([0, *num_images[:-1]]).cumsum(0).tolist()
         batch["boxes"] = torch.cat([sample["boxes"] for sample in samples])
         batch["box_image"] = torch.cat(
             [sample["box_image"] + first for sample, first in zip(samples, first_image, strict=True)]
@@ -74,45 +100,40 @@ class Collator:
         sources = [sample["source"] for sample in samples if "source" in sample]
         if sources:
             if len(sources) != len(samples):
-                raise ValueError(f"{len(sources)} of {len(samples)} samples have a source; give it to all or none.")
+                raise ValueError(f"{len(sources)} of {len(samples)} samples have a source; set it in all or in none.")
             batch["source"] = sources
         return batch
 
-    def _text(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def _pad_text(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         longest = max(lengths)
         shape = (len(samples), longest)
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        token_identity_index = torch.full(shape, -1)
-        name_mask = torch.zeros(shape, dtype=torch.bool)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORE_INDEX),
+            "token_identity_index": torch.full(shape, -1),
+            "name_mask": torch.zeros(shape, dtype=torch.bool),
+        }
         for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-            place = slice(0, length) if self.padding_side == "right" else slice(longest - length, longest)
-            input_ids[row, place] = sample["input_ids"]
-            labels[row, place] = sample["labels"]
-            token_identity_index[row, place] = sample["token_identity_index"]
-            name_mask[row, place] = sample["name_mask"]
-            attention_mask[row, place] = 1
-        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return texts | {"token_identity_index": token_identity_index, "name_mask": name_mask}
+            columns = slice(0, length) if self.padding_side == "right" else slice(longest - length, longest)
+            batch["attention_mask"][row, columns] = 1
+            for name in ("input_ids", "labels", "token_identity_index", "name_mask"):
+                batch[name][row, columns] = sample[name]
+        return batch
 
 
-def _seen_as(sample: dict[str, Any]) -> str:
-    return next((name for name in _SEEN if name in sample), "pixel_values")
-
-
-def _images(samples: Sequence[dict[str, Any]], seen: str) -> dict[str, Tensor]:
-    images = [sample[seen] for sample in samples]
-    shown = [(number, image) for number, image in enumerate(images) if len(image)]
-    for number, image in shown:
-        first, reference = shown[0]
-        if image.shape[1:] != reference.shape[1:]:
+def _concatenate_images(samples: Sequence[dict[str, Any]], image_input: str) -> dict[str, Tensor]:
+    images = [sample[image_input] for sample in samples]
+    not_empty = [(number, image) for number, image in enumerate(images) if len(image)]
+    for number, image in not_empty:
+        first, expected = not_empty[0]
+        if image.shape[1:] != expected.shape[1:]:
             raise ValueError(
-                f"images of samples[{first}] are {_size(reference)}, those of samples[{number}] {_size(image)} "
-                f"{_UNIT[seen]}; a batch needs one size, let the image processor resize to it."
+                f"images of samples[{first}] are {_size(expected)}, images of samples[{number}] are {_size(image)} "
+                f"{_IMAGE_UNITS[image_input]}; set the image processor to resize all images to one size."
             )
-    batch = {seen: torch.cat([image for _, image in shown] or images[:1])}
+    batch = {image_input: torch.cat([image for _, image in not_empty] or images[:1])}
     for name in ("image_roles", "identity_index", "image_sizes"):
         batch[name] = torch.cat([sample[name] for sample in samples])
     batch["sample_index"] = torch.repeat_interleave(
@@ -125,31 +146,33 @@ def _size(image: Tensor) -> str:
     return f"{image.shape[-2]} x {image.shape[-1]}"
 
 
-def _check_sample(number: int, sample: dict[str, Any], seen: str) -> None:
-    fields = {name: field for name, field in FIELDS.items() if name not in _SEEN or name == seen}
+def _check_sample(number: int, sample: dict[str, Any], image_input: str) -> None:
+    fields = {name: field for name, field in FIELDS.items() if name not in _IMAGE_INPUTS or name == image_input}
     missing, unknown = fields.keys() - sample.keys(), sample.keys() - fields.keys() - {"source"}
     if missing or unknown:
-        what = f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown fields {', '.join(sorted(unknown))}"
+        fault = f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown fields {', '.join(sorted(unknown))}"
         raise ValueError(
-            f"samples[{number}] {what}; an encoded sample of this batch has {', '.join(fields)} and perhaps source."
+            f"samples[{number}] {fault}; an encoded sample of this batch has {', '.join(fields)} and optionally source."
         )
     sizes: dict[str, tuple[int, str]] = {}
     for name, (dtype, shape) in fields.items():
         value = sample[name]
         if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != len(shape):
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"samples[{number}][{name!r}] is {got}; expected {dtype} [{', '.join(map(str, shape))}].")
-        for got, letter in zip(value.shape, shape, strict=True):
-            expected, owner = (letter, name) if isinstance(letter, int) else sizes.setdefault(letter, (got, name))
-            if got != expected:
-                rule = f"as {owner}" if owner != name else f"as {list(shape)}"
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"samples[{number}][{name!r}] is {found}; expected {dtype} [{', '.join(map(str, shape))}]."
+            )
+        for size, letter in zip(value.shape, shape, strict=True):
+            expected, owner = (letter, name) if isinstance(letter, int) else sizes.setdefault(letter, (size, name))
+            if size != expected:
+                reason = f"as in {owner}" if owner != name else f"as in {list(shape)}"
                 raise ValueError(
-                    f"samples[{number}][{name!r}] has shape {list(value.shape)}; expected {expected} {rule}."
+                    f"samples[{number}][{name!r}] has shape {list(value.shape)}; expected {expected} {reason}."
                 )
     if len(sample["input_ids"]) == 0:
-        raise ValueError(f"samples[{number}] has no tokens; leave it out.")
-    images, box_image = len(sample[seen]), sample["box_image"]
-    if len(box_image) and not 0 <= int(box_image.min()) <= int(box_image.max()) < images:
+        raise ValueError(f"samples[{number}] has no tokens; remove it.")
+    num_images, box_image = len(sample[image_input]), sample["box_image"]
+    if len(box_image) and not 0 <= int(box_image.min()) <= int(box_image.max()) < num_images:
         raise ValueError(
-            f"samples[{number}]['box_image']={box_image.tolist()} names no image; it has {images}, from 0."
+            f"samples[{number}]['box_image']={box_image.tolist()} is out of range; the sample has {num_images} images."
         )

@@ -1,8 +1,9 @@
-"""A file of records as a torch Dataset of samples, or of encoded samples ready for the collator."""
+"""Files of records as torch Datasets of samples, or of encoded samples for the collator."""
 
 import copy
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +11,35 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from idavlm.data.error_log import ErrorLog
-from idavlm.data.errors import KINDS, DataError
-from idavlm.data.json_records import JsonRecords
+from idavlm.data.errors import KINDS, DataError, ErrorLog
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
 from idavlm.data.schema import Sample
-from idavlm.utils import check_choice
+from idavlm.utils import IGNORE_INDEX, check_choice
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RecordDataset(Dataset):
-    """Samples of a JSON Lines file (or JSON list), read on access.
+    """Samples of a JSON Lines file (or of a JSON list), read on access.
 
-    The text of all records is checked at once. Pictures are opened by ``encode`` on access, so a broken one shows only
-    then. With ``on_error="skip"`` a record with bad text is left out; a sample that cannot be encoded is replaced by
-    the next one that can, whenever it is asked for: which sample stands at an index depends on the files alone, not on
-    what was read before, so that a resumed run sees the same. Either is counted in :attr:`errors`.
+    The text of all records is checked when the file is opened. Images are opened by ``encode`` on access, so a broken
+    image is only found then. With ``on_error="skip"``, records that violate the schema are left out, and a sample that
+    cannot be encoded is replaced by the next one that can. The replacement depends only on the files, not on what was
+    read before, so a resumed run reads the same samples. Both kinds of skips are counted in :attr:`errors`.
 
     Args:
         path: file of records.
-        image_root: folder their image paths stand under; None for the folder ``images`` beside the file.
-        encode: ``sample -> dict of tensors`` (the processor's ``encode``); None to get :class:`Sample`.
-        on_error: ``"raise"``, or ``"skip"`` to leave bad samples out, counted and with one warning a file.
+        image_root: folder that the image paths are relative to; None for the folder ``images`` next to the file.
+        encode: function from :class:`Sample` to a dict of tensors (``encode`` of the processor); None to return
+            :class:`Sample`.
+        on_error: ``"raise"``, or ``"skip"`` to leave out invalid samples, count them, and warn once per file.
         reader: format of the records, a key of ``idavlm.data.READERS``; ``"idavlm"`` is the schema itself.
 
     Raises:
-        DataError: with ``on_error="raise"``, naming file and line: at once for bad text, on access where a picture
-            cannot be opened, a sample does not fit into the length or none of its labels counts. With
-            ``on_error="skip"`` only when no sample is left.
+        DataError: with ``on_error="raise"``, with file and line: at once if a record violates the schema; on access if
+            an image cannot be opened, the sample is longer than ``max_length``, or a training sample has no label.
+            With ``on_error="skip"``, only if no sample is left.
     """
 
     def __init__(
@@ -58,36 +60,38 @@ class RecordDataset(Dataset):
         self.reader = reader
         self._records = JsonRecords(path)
         self._load_errors = ErrorLog()
-        self._kept = self._check_all()
-        # Kind of the error of each sample, 0 for none. Shared, so that what worker processes meet is counted here.
-        self._failed = torch.zeros(len(self._kept), dtype=torch.uint8).share_memory_()
+        self._valid = self._check_all()
+        # Kind of the error of each sample (index in KINDS + 1), 0 for none. In shared memory, so that errors in the
+        # worker processes of a DataLoader are counted here.
+        self._failed = torch.zeros(len(self._valid), dtype=torch.uint8).share_memory_()
         self._warned: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._valid)
 
     def __getitem__(self, index: int) -> Any:
-        """Sample ``index``: a :class:`Sample`, or what ``encode`` makes of it, with its ``source``."""
+        """Return sample ``index``: a :class:`Sample`, or the output of ``encode`` plus ``source``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a data set of {len(self)} samples ({self.path}).")
         index %= len(self)
         for step in range(len(self)):
+            candidate = (index + step) % len(self)
             try:
-                return self._load((index + step) % len(self))
+                return self._load(candidate)
             except DataError as error:
                 if self.on_error == "raise":
                     raise
-                self._note((index + step) % len(self), error)
+                self._record_failure(candidate, error)
         raise DataError(f"no sample of {self.path} can be used. {self.errors}")
 
     def sample(self, index: int) -> Sample:
-        """The checked record ``index``, without encoding it."""
-        number = int(self._kept[index])
+        """Return sample ``index`` without encoding it."""
+        number = int(self._valid[index])
         return self._parse(self._records[number], number)
 
     @property
     def errors(self) -> ErrorLog:
-        """What was left out so far, in this process and in worker processes."""
+        """Log of the samples skipped until now, in this process and in worker processes."""
         log = copy.deepcopy(self._load_errors)
         for index in self._failed.nonzero().flatten().tolist():
             log.counts[KINDS[self._failed[index] - 1]] += 1
@@ -104,10 +108,10 @@ class RecordDataset(Dataset):
         except DataError as error:
             raise error.at(sample.where) from error
         labels = encoded.get("labels")
-        if sample.task is None and labels is not None and not (torch.as_tensor(labels) != -100).any():
+        if not sample.is_evaluation and labels is not None and not (torch.as_tensor(labels) != IGNORE_INDEX).any():
             raise DataError(
-                f"sample {sample.id!r} has no label that counts (all are -100), it would train nothing; has its answer "
-                "been cut off, or does the template mark no assistant turn?",
+                f"training sample {sample.id!r} has no label (all are {IGNORE_INDEX}); check that its answer is not "
+                "cut off and that the chat template marks the assistant turns.",
                 where=sample.where,
                 kind="labels",
             )
@@ -118,34 +122,118 @@ class RecordDataset(Dataset):
         return parse_sample(READERS[self.reader](record, where), where=where, image_root=self.image_root)
 
     def _check_all(self) -> np.ndarray:
-        kept = []
+        """Check all records and return the indices of the valid ones."""
+        valid = []
         for number, record in enumerate(self._records.decode_all()):
             try:
                 if isinstance(record, DataError):
                     raise record
                 self._parse(record, number)
-                kept.append(number)
+                valid.append(number)
             except DataError as error:
                 if self.on_error == "raise":
                     raise
                 self._load_errors.add(error.kind, str(error))
-        if not kept:
+        if not valid:
             raise DataError(f"no record of {self.path} can be used. {self._load_errors}")
         if self._load_errors.total:
             warnings.warn(f"{self.path}: {self._load_errors}", stacklevel=4)
-        return np.array(kept, np.int64)
+        return np.array(valid, np.int64)
 
-    def _note(self, index: int, error: DataError) -> None:
+    def _record_failure(self, index: int, error: DataError) -> None:
         self._failed[index] = KINDS.index(error.kind) + 1
-        about = error.file or str(error)
-        if about not in self._warned:
-            self._warned.add(about)
+        cause = error.file or str(error)
+        if cause not in self._warned:
+            self._warned.add(cause)
             warnings.warn(f"skipped: {error}", stacklevel=4)
 
     def _message(self, index: int) -> str:
-        """The error of a sample, met anew: the first time may have been in another process."""
+        """Load a failed sample again for its error message, because it may have failed in another process."""
         try:
             self._load(index)
         except DataError as error:
             return str(error)
-        return f"{self._records.where(int(self._kept[index]))}: could not be used once, but can be now."
+        return f"{self._records.where(int(self._valid[index]))}: could not be used before, but can be used now."
+
+
+class JsonRecords:
+    """The records of a JSON Lines file or JSON list, decoded on access.
+
+    For JSON Lines, only the offsets of the lines are kept in memory; blank lines are ignored. A file that begins with
+    ``[`` is a JSON list (LLaVA's format); its records are kept in memory as text.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: of kind ``"json"``, if the file does not exist or is not a JSON list although it begins as one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(
+                f"{self.path} does not exist or is not a file; pass a .jsonl or .json file of records.", kind="json"
+            )
+        with self.path.open("rb") as file:
+            first = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
+        self._texts = self._read_list() if first == b"[" else None
+        self._offsets, self._lines = self._find_lines() if self._texts is None else (np.zeros(0, np.int64),) * 2
+
+    def __len__(self) -> int:
+        return len(self._offsets) if self._texts is None else len(self._texts)
+
+    def where(self, index: int) -> str:
+        """File and line of a record; file and index if the file is a JSON list."""
+        return f"{self.path}:{self._lines[index]}" if self._texts is None else f"{self.path}[{index}]"
+
+    def __getitem__(self, index: int) -> Any:
+        """Decode a record. Raises DataError of kind ``"json"`` if the line is not valid JSON."""
+        if self._texts is not None:
+            return json.loads(self._texts[index])
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            line = file.readline()
+        return self._decode(line, index)
+
+    def decode_all(self) -> Iterator[Any]:
+        """Yield every record in one pass through the file; a DataError in place of a line that is not valid JSON."""
+        if self._texts is not None:
+            yield from map(json.loads, self._texts)
+            return
+        with self.path.open("rb") as file:
+            for index, offset in enumerate(self._offsets.tolist()):
+                file.seek(offset)
+                try:
+                    yield self._decode(file.readline(), index)
+                except DataError as error:
+                    yield error
+
+    def _decode(self, line: bytes, index: int) -> Any:
+        try:
+            return json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode())
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"invalid JSON ({error}): {line[:60]!r}; repair or remove the line.",
+                where=self.where(index),
+                kind="json",
+            ) from None
+
+    def _find_lines(self) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and line numbers (from 1) of the lines that are not blank."""
+        offsets, lines, offset = [], [], 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    offsets.append(offset)
+                    lines.append(number)
+                offset += len(line)
+        return np.array(offsets, np.int64), np.array(lines, np.int64)
+
+    def _read_list(self) -> list[bytes]:
+        try:
+            with self.path.open("rb") as file:
+                records = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"invalid JSON list ({error}); repair it.", where=str(self.path), kind="json") from None
+        return [json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") for record in records]

@@ -1,51 +1,61 @@
-"""Identity and general data in one loader: deterministic, equal on every rank, resumable at any batch."""
+"""Identity and general data in one DataLoader: deterministic, the same sources on all ranks, resumable at any batch."""
 
+import functools
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from idavlm.data.mixing_schedule import GENERAL, IDENTITY, MixingSchedule, derive_seed
 from idavlm.data.schema import SOURCES
-from idavlm.data.stream import Stream
+from idavlm.utils import check_choice
+
+MODES = ("extra", "interleave", "joint")
+IDENTITY, GENERAL = range(len(SOURCES))
+_LARGEST_SEED = 2**62
 
 
 class DualDataLoader(DataLoader):
-    """One DataLoader that reads two: identity records and general records.
+    """A DataLoader over two DataLoaders: identity data and general data.
 
-    - ``"extra"``: after an identity batch, with probability ``mixing_ratio``, one more general batch (IDA-VLM's).
-    - ``"interleave"``: each batch is general with probability ``mixing_ratio``, otherwise identity.
-    - ``"joint"``: each batch holds a batch of both, collated together by ``identity_loader.collate_fn``;
-      ``mixing_ratio`` plays no part.
+    The mode decides which batch a step reads:
 
-    An epoch is one pass over the identity batches. All epochs have the same length: of their steps
-    ``round(mixing_ratio * identity batches)`` are general ("interleave": ``mixing_ratio`` of all steps), at least one
-    unless ``mixing_ratio`` is 0; which ones is drawn anew for every epoch. The general stream goes on from epoch to
-    epoch and is reshuffled when it is exhausted.
+    - ``"extra"``: an identity batch; after some identity batches, one additional general batch (as in IDA-VLM).
+    - ``"interleave"``: either an identity batch or a general batch.
+    - ``"joint"``: an identity batch and a general batch, collated together by ``identity_loader.collate_fn``.
+      ``mixing_ratio`` has no effect.
 
-    What a step reads is a pure function of (seed, epoch, step) and of the length of the loaders. Nothing else enters,
-    not even torch's global generator, which is left alone: so all ranks read the same source at the same step, and a
-    run is resumed at any batch by :meth:`load_state_dict`, or by ``accelerate.skip_first_batches`` (as
-    ``transformers.Trainer`` does) without any state; skipped data is not read.
+    An epoch is one pass over the identity batches. All epochs have the same length: the number of general steps is
+    ``round(mixing_ratio * identity batches)`` in mode "extra" and the share ``mixing_ratio`` of all steps in mode
+    "interleave", at least one unless ``mixing_ratio`` is 0. Their positions are drawn again for every epoch. The
+    general stream continues across epochs and is reshuffled when it is exhausted.
 
-    Every batch is a dict with ``source`` ("identity", "general" or "joint") and ``sample_source`` ``[B]`` int64
-    (0 identity, 1 general) beside what ``collate_fn`` made.
+    The contents of a step are a pure function of (seed, epoch, step) and the lengths of the loaders. The global
+    generator of torch is neither used nor changed. All ranks therefore read the same source at the same step, and a
+    run can be resumed at any batch: by :meth:`load_state_dict`, or by ``accelerate.skip_first_batches`` (used by
+    ``transformers.Trainer``) without any state. Skipped samples are not read.
+
+    Every batch is a dict: the output of ``collate_fn`` plus ``source`` ("identity", "general" or "joint") and
+    ``sample_source`` ``[B]`` int64 (0 identity, 1 general).
 
     Args:
-        identity_loader: gives dataset, batches, order (its samplers are seeded anew for every pass) and
-            ``collate_fn``. Plain, or prepared by accelerate; then batches come on its device. Do not prepare the
-            DualDataLoader itself when there are several processes.
-        general_loader: the same. The workers are those of the loader that has more of them.
-        mixing_ratio: in 0..1.
-        mode: see above.
-        seed: of sources, orders and workers.
+        identity_loader: DataLoader that provides the dataset, the batches, their order and ``collate_fn``. Its
+            samplers are seeded again for every pass. A loader prepared by accelerate is accepted, and batches are
+            then moved to its device. In distributed training, prepare the two loaders, not the DualDataLoader.
+        general_loader: DataLoader for general data. The worker settings are taken from the loader with more workers.
+        mixing_ratio: amount of general data, in 0..1.
+        mode: ``"extra"``, ``"interleave"`` or ``"joint"``.
+        seed: seed of the sources, the orders and the workers.
 
     Raises:
-        ValueError: options out of range, or loaders whose batches cannot be named by index (an IterableDataset,
-            ``batch_size=None``, no batches at all).
+        ValueError: an option is out of range, or a loader cannot be indexed by batch (an IterableDataset,
+            ``batch_size=None``, or no batches).
     """
 
     def __init__(
@@ -57,7 +67,7 @@ class DualDataLoader(DataLoader):
         mode: str = "extra",
         seed: int = 0,
     ) -> None:
-        streams = Stream("identity", identity_loader, seed), Stream("general", general_loader, seed)
+        streams = _Stream("identity", identity_loader, seed), _Stream("general", general_loader, seed)
         self.schedule = MixingSchedule(mode, mixing_ratio, seed, len(streams[IDENTITY]))
         self._streams = streams
         self._device = getattr(identity_loader, "device", None)
@@ -79,25 +89,25 @@ class DualDataLoader(DataLoader):
 
     @property
     def epoch(self) -> int:
-        """The epoch the next batch belongs to."""
+        """Epoch of the next batch."""
         return self.batch_sampler.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of ``epoch``; where a state was loaded and that is its epoch, stay at the loaded step."""
+        """Set the epoch of the next iteration. A loaded step of the same epoch is kept."""
         if epoch != self.epoch:
             self._step = self._resume_at = 0
         self.batch_sampler.set_epoch(epoch)
 
     def sources(self, epoch: int | None = None) -> list[str]:
-        """The source of every step of an epoch (None: the current one)."""
+        """Source of every step of ``epoch`` (default: the current epoch)."""
         if self.schedule.mode == "joint":
             return ["joint"] * len(self)
         return [SOURCES[int(general)] for general in self.schedule.sources(self.epoch if epoch is None else epoch)]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The batches of the epoch, from the loaded step on after :meth:`load_state_dict`, otherwise from its start.
+        """Iterate over the batches of the epoch: from the loaded step after :meth:`load_state_dict`, else from step 0.
 
-        When the last batch has been given out, the loader stands at the next epoch.
+        After the last batch, :attr:`epoch` is the next epoch.
         """
         epoch, start, self._resume_at = self.epoch, self._resume_at, 0
         self._step = start
@@ -107,7 +117,7 @@ class DualDataLoader(DataLoader):
         return self._count(batches, epoch, start)
 
     def _count(self, batches: Iterator[dict[str, Any]], epoch: int, step: int) -> Iterator[dict[str, Any]]:
-        """Keep count of what the consumer was given; workers are ahead of it."""
+        """Count the batches that the consumer received. Workers may have loaded more."""
         for batch in batches:
             if self._device is not None:
                 from accelerate.utils import send_to_device
@@ -121,28 +131,32 @@ class DualDataLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: behind the last batch it gave out. JSON-serialisable."""
+        """Position after the last batch that the consumer received. The state can be serialised as JSON."""
         return {**self._settings(), "epoch": self.epoch, "step": self._step, **self._positions(self.epoch, self._step)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on behind the batch after which ``state`` was taken.
+        """Continue the next iteration at the position of ``state``.
 
         Raises:
-            ValueError: the state comes from a loader of other lengths, mode, mixing_ratio or seed.
+            ValueError: ``state`` is from a loader with another length, mode, mixing_ratio or seed.
         """
         for name, value in self._settings().items():
             if state.get(name) != value:
                 raise ValueError(
-                    f"the state has {name}={state.get(name)!r}, this loader {value!r}; resume with the same data, "
+                    f"the state has {name}={state.get(name)!r}, this loader has {value!r}; resume with the same data, "
                     "batch sizes, number of processes, mode, mixing_ratio and seed."
                 )
         epoch, step = state["epoch"], state["step"]
         if not (epoch >= 0 and 0 <= step < len(self)):
-            raise ValueError(f"the state has epoch={epoch}, step={step}; an epoch has {len(self)} steps, from 0.")
+            raise ValueError(
+                f"the state has epoch={epoch}, step={step}; an epoch has steps 0..{len(self) - 1}; resume with the "
+                "same data."
+            )
         positions = self._positions(epoch, step)
         if any(state.get(name) != value for name, value in positions.items()):
             raise ValueError(
-                f"the state is not one of this version: at epoch {epoch}, step {step} it should have {positions}."
+                f"the state was written by another version: at epoch {epoch}, step {step}, expected {positions}; start "
+                "a new run."
             )
         self.batch_sampler.set_epoch(epoch)
         self._step = self._resume_at = step
@@ -154,16 +168,146 @@ class DualDataLoader(DataLoader):
         return {"seed": schedule.seed, "mode": schedule.mode, "mixing_ratio": schedule.mixing_ratio, **counts}
 
     def _positions(self, epoch: int, step: int) -> dict[str, dict[str, int]]:
-        """Pass and batch of the pass each stream reads next."""
+        """For each stream, the pass and the batch within the pass that is read next."""
         positions = zip(self._streams, self.schedule.positions(epoch, step), strict=True)
         found = {stream.name: divmod(position, len(stream)) for stream, position in positions}
         return {name: {"pass": number, "batch": batch} for name, (number, batch) in found.items()}
 
 
-class DualBatchSampler(Sampler):
-    """The batches of an epoch, each a list of keys ``(source, index)`` (0 identity, 1 general)."""
+@dataclass(frozen=True)
+class MixingSchedule:
+    """Source of every step of every epoch, as a pure function of (seed, epoch). See :class:`DualDataLoader`.
 
-    def __init__(self, schedule: MixingSchedule, streams: tuple[Stream, Stream]) -> None:
+    Every epoch has the same number of general steps: ``mixing_ratio`` is met exactly, rounded to a whole number of
+    steps and at least one. Only the positions of the general steps differ between epochs.
+    """
+
+    mode: str
+    mixing_ratio: float
+    seed: int
+    identity_batches: int
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        ratio = self.mixing_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise ValueError(f"mixing_ratio={ratio!r} must be in 0..1.")
+        if self.mode == "interleave" and ratio == 1:
+            raise ValueError("mixing_ratio=1 with mode='interleave' leaves no identity step; use a value below 1.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be an integer.")
+
+    @functools.cached_property
+    def general_steps(self) -> int:
+        """Number of general batches read in an epoch."""
+        if self.mode == "joint":
+            return self.identity_batches
+        share = self.mixing_ratio if self.mode == "extra" else self.mixing_ratio / (1 - self.mixing_ratio)
+        return max(1, math.floor(self.identity_batches * share + 0.5)) if share else 0
+
+    def __len__(self) -> int:
+        """Number of steps of an epoch."""
+        return self.identity_batches + (0 if self.mode == "joint" else self.general_steps)
+
+    def sources(self, epoch: int) -> np.ndarray:
+        """``[len(self)]`` bool: whether each step of the epoch reads a general batch (in mode "joint", all do)."""
+        if self.mode == "joint":
+            return np.ones(len(self), bool)
+        size = self.identity_batches if self.mode == "extra" else len(self)
+        # Raw output of the counter-based generator. Unlike numpy's permutations, it is the same in all numpy versions.
+        noise = np.random.Philox(key=derive_seed(self.seed, "source", epoch)).random_raw(size)
+        chosen = np.zeros(size, bool)
+        chosen[np.argsort(noise, kind="stable")[: self.general_steps]] = True
+        if self.mode == "interleave":
+            return chosen
+        # Insert one general step after each chosen identity step.
+        return np.repeat(np.tile([False, True], size), np.stack([np.ones(size, int), chosen], 1).ravel())
+
+    def positions(self, epoch: int, step: int) -> tuple[int, int]:
+        """Number of identity and of general batches read before ``step`` of ``epoch``, since the start of training."""
+        general = int(self.sources(epoch)[:step].sum())
+        identity = step if self.mode == "joint" else step - general
+        return epoch * self.identity_batches + identity, epoch * self.general_steps + general
+
+
+class _Stream:
+    """The batches of a DataLoader as an endless sequence of lists of indices, pass after pass.
+
+    The order of a pass is a pure function of (seed, name, pass). It comes from the loader's own samplers: their
+    generators are seeded with (seed, name, pass), samplers with ``set_epoch`` (DistributedSampler, accelerate's) get
+    the number of the pass, and torch's global generator is seeded temporarily for all others.
+
+    Args:
+        name: name of the stream, for messages and seeds.
+        loader: a DataLoader over a map-style dataset with automatic batching; may be prepared by accelerate.
+        seed: seed of the training run.
+
+    Raises:
+        ValueError: the loader cannot be indexed by batch.
+    """
+
+    def __init__(self, name: str, loader: DataLoader, seed: int) -> None:
+        self.name = name
+        self.dataset = loader.dataset
+        self.batch_sampler = loader.batch_sampler
+        self.collate_fn = loader.collate_fn
+        self._seed = seed
+        self._cached: tuple[int, list[Any]] = (-1, [])
+        argument = f"{name}_loader"
+        if isinstance(self.dataset, IterableDataset):
+            raise ValueError(
+                f"{argument} reads an IterableDataset, which cannot be resumed by index; use RecordDataset."
+            )
+        if self.batch_sampler is None:
+            raise ValueError(f"{argument} has no batch_sampler (batch_size=None); set batch_size.")
+        if any(kind.__name__ == "DataLoaderDispatcher" for kind in type(loader).__mro__):
+            raise ValueError(f"{argument} reads on the main process only; prepare it with dispatch_batches=False.")
+        if getattr(loader, "skip_batches", 0):
+            raise ValueError(
+                f"{argument} skips its first batches in every pass; resume with DualDataLoader.load_state_dict instead."
+            )
+        if len(self.batch_sampler) == 0:
+            raise ValueError(
+                f"{argument} has no batches ({len(self.dataset)} samples); lower batch_size or set drop_last=False."
+            )
+
+    def __len__(self) -> int:
+        """Number of batches of a pass."""
+        return len(self.batch_sampler)
+
+    def batches_from(self, position: int) -> Iterator[list[int]]:
+        """Yield the indices of every batch from ``position`` (batches since the start of training) on, without end."""
+        number, start = divmod(position, len(self))
+        while True:
+            yield from self._order(number)[start:]
+            number, start = number + 1, 0
+
+    def _order(self, number: int) -> list[list[int]]:
+        """All batches of pass ``number``, computed at once so that later changes of the samplers have no effect."""
+        if self._cached[0] != number:
+            seed = derive_seed(self._seed, self.name, number)
+            for sampler in _samplers(self.batch_sampler):
+                if isinstance(getattr(sampler, "generator", None), torch.Generator):
+                    sampler.generator.manual_seed(seed)
+                if hasattr(sampler, "initial_seed"):  # accelerate's SeedableRandomSampler adds the epoch to it
+                    sampler.initial_seed = derive_seed(self._seed, self.name)
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(number)
+            with _global_generator(seed):
+                batches = list(self.batch_sampler)
+            if len(batches) != len(self):
+                raise ValueError(
+                    f"{self.name}_loader has {len(batches)} batches in pass {number} but its length is {len(self)}; "
+                    "use a sampler of constant length."
+                )
+            self._cached = number, batches
+        return self._cached[1]
+
+
+class DualBatchSampler(Sampler):
+    """Batch sampler of :class:`DualDataLoader`: a batch is a list of ``(source, index)``, 0 identity, 1 general."""
+
+    def __init__(self, schedule: MixingSchedule, streams: tuple[_Stream, _Stream]) -> None:
         self.schedule = schedule
         self.streams = streams
         self.epoch = 0
@@ -173,14 +317,14 @@ class DualBatchSampler(Sampler):
         return len(self.schedule)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the next iteration."""
+        """Set the epoch of the next iteration."""
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch={epoch!r} must be an integer >= 0.")
         self.epoch = epoch
 
     @contextmanager
     def starting_at(self, step: int) -> Iterator[None]:
-        """Let iterations made within begin at ``step``; DataLoader makes two when it has workers."""
+        """Context in which iterators start at ``step``. A DataLoader with workers creates two iterators."""
         self._start = step
         try:
             yield
@@ -188,7 +332,7 @@ class DualBatchSampler(Sampler):
             self._start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Not a generator itself: epoch and start are taken now, not when a worker asks for the first batch.
+        # Not a generator: epoch and start are read now, not when the first batch is requested.
         return self._batches(self.epoch, self._start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
@@ -201,7 +345,7 @@ class DualBatchSampler(Sampler):
 
 
 class _TwoDatasets(Dataset):
-    """Samples by key ``(source, index)``; groups of one source are fetched together."""
+    """Dataset with keys ``(source, index)``. Consecutive samples of one source are fetched together."""
 
     def __init__(self, datasets: list[Dataset]) -> None:
         self.datasets = datasets
@@ -219,7 +363,7 @@ class _TwoDatasets(Dataset):
 
 
 class _Collate:
-    """Collates a batch the way its source does and says in the batch which source that is."""
+    """Calls the ``collate_fn`` of the source and adds the source to the batch."""
 
     def __init__(self, collate_fns: list[Callable]) -> None:
         self.collate_fns = collate_fns
@@ -229,10 +373,38 @@ class _Collate:
         samples = [sample for _, group in groups for sample in group]
         batch = self.collate_fns[IDENTITY if joint else groups[0][0]](samples)
         if not isinstance(batch, Mapping):
-            raise ValueError(f"collate_fn returned {type(batch).__name__}; it must return a dict, as Collator does.")
+            raise ValueError(f"collate_fn returned {type(batch).__name__}; it must return a dict, like Collator.")
         counts = torch.tensor([len(group) for _, group in groups])
         return {
             **batch,
             "source": "joint" if joint else SOURCES[groups[0][0]],
             "sample_source": torch.tensor([source for source, _ in groups]).repeat_interleave(counts),
         }
+
+
+def _samplers(batch_sampler: Any) -> Iterator[Any]:
+    """Yield a batch sampler and all samplers inside it; accelerate wraps samplers several times."""
+    queue, visited = [batch_sampler], set()
+    while queue:
+        sampler = queue.pop()
+        if sampler is not None and id(sampler) not in visited:
+            visited.add(id(sampler))
+            yield sampler
+            queue += [getattr(sampler, "batch_sampler", None), getattr(sampler, "sampler", None)]
+
+
+@contextmanager
+def _global_generator(seed: int) -> Iterator[None]:
+    """Seed torch's global generator inside the context and restore its state afterwards."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Derive a seed in 0..2**62 - 1 from all ``parts``. The result is the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % _LARGEST_SEED

@@ -1,4 +1,4 @@
-"""From a record (a dict of JSON) to a checked :class:`Sample`; every error names file, line, field and remedy."""
+"""Validation of records: a JSON object becomes a :class:`Sample`, or an error with file, line, field and remedy."""
 
 import math
 import re
@@ -8,8 +8,12 @@ from typing import Any
 from idavlm.data.errors import DataError
 from idavlm.data.schema import PART_TYPES, ROLES, SOURCES, TASK_TYPES, Box, Identity, Message, Part, Sample
 
-TRAINING_FIELDS = ("id", "source", "identities", "messages", "boxes", "meta")
-EVALUATION_FIELDS = ("type", "answer", "false_answers", "target")
+FIELDS = ("id", "source", "type", "identities", "messages", "boxes", "meta")
+"""Fields of every record."""
+
+EVALUATION_FIELDS = ("answer", "false_answers", "target")
+"""Fields of evaluation records only."""
+
 _PART_FIELDS = {"text": {"type", "text"}, "image": {"type", "image"}, "box": {"type", "name", "image"}}
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
@@ -18,53 +22,57 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 def parse_sample(record: Any, *, where: str = "record", image_root: str | Path | None = None) -> Sample:
     """Check a record against the schema and return it as a :class:`Sample`.
 
-    Only text is looked at: whether pictures exist, and boxes lie within them, shows when they are opened.
+    A record with ``"answer"`` is an evaluation record: its messages end with a user turn, and ``"type"`` names the
+    task. Any other record is a training record: its messages end with an assistant turn, and ``"type"`` is optional.
+
+    Image files are not opened. Missing files are reported when the sample is encoded.
 
     Args:
-        record: the dict read from JSON. Unknown fields are errors (a misspelt ``identities`` would otherwise make a
-            sample without references); ``meta`` may hold anything and is left out.
+        record: the object read from JSON. Unknown fields are errors, because a misspelt ``identities`` would otherwise
+            produce a sample without references. ``meta`` may hold anything and is ignored.
         where: file and line for messages, as ``"train.jsonl:17"``.
-        image_root: folder the paths stand under; kept in ``Sample.image_root``.
+        image_root: folder that the image paths are relative to; stored in ``Sample.image_root``.
 
     Raises:
-        DataError: the first thing that does not fit, of kind ``"record"``.
+        DataError: of kind ``"record"``, for the first field that violates the schema.
     """
     try:
         return _parse(record, where, Path(image_root) if image_root is not None else None)
-    except _Misfit as misfit:
-        raise DataError(str(misfit), where=where) from None
+    except _SchemaError as error:
+        raise DataError(str(error), where=where) from None
 
 
-class _Misfit(Exception):
-    """What does not fit, still without its place."""
+class _SchemaError(Exception):
+    """A violation of the schema, without file and line."""
 
 
 def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
     _check(record, dict, "the record", "a JSON object")
-    _no_strangers(record, (*TRAINING_FIELDS, *EVALUATION_FIELDS), "the record")
+    _check_fields(record, (*FIELDS, *EVALUATION_FIELDS), "the record")
     identities = [_identity(entry, f"identities[{i}]") for i, entry in enumerate(_list(record, "identities"))]
     names = [identity.name for identity in identities]
     for name in names:
         if names.count(name) > 1:
-            raise _Misfit(f"identities names {name!r} {names.count(name)} times; put all their photos into one entry.")
+            raise _SchemaError(
+                f"identities contains {name!r} {names.count(name)} times; merge its photos into one entry."
+            )
     source = record.get("source", "identity" if identities else "general")
     if source not in SOURCES:
-        raise _Misfit(f"source={source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
+        raise _SchemaError(f"source={source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
     if (source == "identity") != bool(identities):
-        raise _Misfit(
-            f"source={source!r}, but the record has {len(identities)} identities; records with identities are "
-            "'identity', records without are 'general'."
+        raise _SchemaError(
+            f"source={source!r}, but the record has {len(identities)} identities; use 'identity' for records with "
+            "identities and 'general' for records without, or omit source."
         )
     if not isinstance(record.get("id", ""), (str, int)):
-        raise _Misfit(f"id={record['id']!r} must be a string or an integer.")
+        raise _SchemaError(f"id={record['id']!r} must be a string or an integer.")
 
-    task = record.get("type")
-    messages = _messages(record, evaluation=task is not None)
+    messages = _messages(record, is_evaluation=record.get("answer") is not None)
     images = [image for message in messages for image in message.images]
     boxes = [_box(entry, f"boxes[{i}]", images) for i, entry in enumerate(_list(record, "boxes"))]
-    _no_double_boxes(boxes)
+    _check_unique_boxes(boxes)
     messages = [
-        Message(message.role, [_place(part, boxes, f"messages[{i}]") for part in message.content])
+        Message(message.role, [_resolve_box_part(part, boxes, f"messages[{i}]") for part in message.content])
         for i, message in enumerate(messages)
     ]
     sample = Sample(
@@ -73,7 +81,7 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
         identities=identities,
         messages=messages,
         boxes=boxes,
-        task=task,
+        task=record.get("type"),
         answer=record.get("answer"),
         false_answers=_list(record, "false_answers"),
         target=record.get("target"),
@@ -86,58 +94,58 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
 
 def _identity(entry: Any, field: str) -> Identity:
     _check(entry, dict, field, 'an object {"name", "images"}')
-    _no_strangers(entry, ("name", "images"), field)
+    _check_fields(entry, ("name", "images"), field)
     name = _text(entry.get("name"), f"{field}.name")
     images = entry.get("images")
     if not isinstance(images, list) or not images:
-        raise _Misfit(f"{field}.images={images!r} of {name!r} must be a list of at least one photo.")
+        raise _SchemaError(f"{field}.images={images!r} of {name!r} must be a list of at least one photo.")
     return Identity(name, [_path(image, f"{field}.images[{i}]") for i, image in enumerate(images)])
 
 
-def _messages(record: dict, *, evaluation: bool) -> list[Message]:
+def _messages(record: dict, *, is_evaluation: bool) -> list[Message]:
     entries = _list(record, "messages")
     messages = [_message(entry, f"messages[{i}]") for i, entry in enumerate(entries)]
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if "user" not in turns:
-        raise _Misfit(f"messages has no user turn (roles: {', '.join(roles) or 'none'}); add the question.")
+        raise _SchemaError(f"messages has no user turn (roles: {', '.join(roles) or 'none'}); add the question.")
     for number, role in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            raise _Misfit(
-                f"messages[{number + len(roles) - len(turns)}].role={role!r} where {expected!r} is due; turns go "
-                "user, assistant, user, assistant ... after at most one system turn."
+            raise _SchemaError(
+                f"messages[{number + len(roles) - len(turns)}].role={role!r}, expected {expected!r}; after at most one "
+                "system turn, user and assistant turns alternate."
             )
-    last = "user" if evaluation else "assistant"
+    last = "user" if is_evaluation else "assistant"
     if turns[-1] != last:
         remedy = (
-            'a record with "type" is for evaluation: leave out the last assistant turn, its text belongs in "answer"'
-            if evaluation
-            else 'a training record ends with the answer; an evaluation record needs "type" and "answer"'
+            'a record with "answer" is an evaluation record: remove the last assistant turn'
+            if is_evaluation
+            else 'a training record ends with the answer of the assistant; an evaluation record needs "answer"'
         )
-        raise _Misfit(f"messages ends with a turn of {turns[-1]!r}, not {last!r}; {remedy}.")
+        raise _SchemaError(f"messages ends with a turn of {turns[-1]!r}, expected {last!r}; {remedy}.")
     return messages
 
 
 def _message(entry: Any, field: str) -> Message:
     _check(entry, dict, field, 'an object {"role", "content"}')
-    _no_strangers(entry, ("role", "content"), field)
+    _check_fields(entry, ("role", "content"), field)
     role, content = entry.get("role"), entry.get("content")
     if role not in ROLES:
-        raise _Misfit(f"{field}.role={role!r} is not known; choose one of {', '.join(map(repr, ROLES))}.")
+        raise _SchemaError(f"{field}.role={role!r} is not known; choose one of {', '.join(map(repr, ROLES))}.")
     if isinstance(content, str):
         parts = [Part("text", text=content)]
     elif isinstance(content, list):
         parts = [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
     else:
-        raise _Misfit(f"{field}.content={content!r} must be a string or a list of parts.")
+        raise _SchemaError(f"{field}.content={content!r} must be a string or a list of parts.")
     if role != "user":
         if any(part.type == "image" for part in parts):
-            raise _Misfit(f"{field} of {role!r} has an image; only user turns have images.")
+            raise _SchemaError(f"{field} of {role!r} has an image; only user turns have images.")
         if not any(part.type == "box" or part.text.strip() for part in parts):
-            raise _Misfit(f"{field} of {role!r} has no text; give it text or leave the turn out.")
+            raise _SchemaError(f"{field} of {role!r} has no text; add text or remove the turn.")
     elif not any(part.type != "text" or part.text.strip() for part in parts):
-        raise _Misfit(f"{field} of 'user' is empty; give it text or an image.")
+        raise _SchemaError(f"{field} of 'user' is empty; add text or an image.")
     return Message(role, parts)
 
 
@@ -145,8 +153,8 @@ def _part(entry: Any, field: str) -> Part:
     _check(entry, dict, field, 'an object with a "type"')
     kind = entry.get("type")
     if kind not in PART_TYPES:
-        raise _Misfit(f"{field}.type={kind!r} is not known; choose one of {', '.join(map(repr, PART_TYPES))}.")
-    _no_strangers(entry, _PART_FIELDS[kind], field)
+        raise _SchemaError(f"{field}.type={kind!r} is not known; choose one of {', '.join(map(repr, PART_TYPES))}.")
+    _check_fields(entry, _PART_FIELDS[kind], field)
     if kind == "text":
         _check(entry.get("text"), str, f"{field}.text", "a string")
         return Part("text", text=entry["text"])
@@ -158,83 +166,106 @@ def _part(entry: Any, field: str) -> Part:
 
 def _box(entry: Any, field: str, images: list[str]) -> Box:
     _check(entry, dict, field, 'an object {"name", "image", "box"}')
-    _no_strangers(entry, ("name", "image", "box"), field)
+    _check_fields(entry, ("name", "image", "box"), field)
     name = _text(entry.get("name"), f"{field}.name")
     image = _path(entry.get("image"), f"{field}.image")
     if image not in images:
-        raise _Misfit(
-            f"{field}.image={image!r} is no image of the messages ({', '.join(images) or 'they have none'}); boxes "
-            "belong to scenes."
+        raise _SchemaError(
+            f"{field}.image={image!r} is not an image of the messages ({', '.join(images) or 'they have none'}); boxes "
+            "are for scenes, not for reference photos."
         )
     box = entry.get("box")
-    numbers = isinstance(box, list) and len(box) == 4
-    if not numbers or any(isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) for x in box):
-        raise _Misfit(f"{field}.box={box!r} of {name!r} must be four numbers [x1, y1, x2, y2] in pixels.")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise _SchemaError(f"{field}.box={box!r} of {name!r} must be four numbers [x1, y1, x2, y2] in pixels.")
     if not (box[0] < box[2] and box[1] < box[3] and box[2] > 0 and box[3] > 0):
-        raise _Misfit(f"{field}.box={box} of {name!r} is empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2.")
+        raise _SchemaError(
+            f"{field}.box={box} of {name!r} is empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2."
+        )
     return Box(name, image, box)
 
 
-def _no_double_boxes(boxes: list[Box]) -> None:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_unique_boxes(boxes: list[Box]) -> None:
     seen = set()
     for number, box in enumerate(boxes):
         if (box.name, box.image) in seen:
-            raise _Misfit(f"boxes[{number}] is a second box of {box.name!r} in {box.image!r}; one a person and image.")
+            raise _SchemaError(
+                f"boxes[{number}] is a second box of {box.name!r} in {box.image!r}; keep one box per name and image."
+            )
         seen.add((box.name, box.image))
 
 
-def _place(part: Part, boxes: list[Box], field: str) -> Part:
-    """Give a box part the image it leaves out, and make sure that there is exactly one such box."""
+def _resolve_box_part(part: Part, boxes: list[Box], field: str) -> Part:
+    """Complete a box part with the image of its box. Exactly one box must match; other parts are returned unchanged."""
     if part.type != "box":
         return part
     found = [box.image for box in boxes if box.name == part.name and part.image in ("", box.image)]
     if len(found) == 1:
         return Part("box", name=part.name, image=found[0])
     if found:
-        raise _Misfit(
-            f'{field} has a box part of {part.name!r}, who has boxes in {", ".join(found)}; add "image" to say which.'
+        raise _SchemaError(
+            f"{field} has a box part of {part.name!r}, which has boxes in several images ({', '.join(found)}); add "
+            '"image" to the part.'
         )
-    known = ", ".join(f"{box.name!r} in {box.image}" for box in boxes) or "none"
-    place = f" in {part.image!r}" if part.image else ""
-    raise _Misfit(f"{field} has a box part of {part.name!r}{place}, but boxes has no such entry (it has {known}).")
+    existing = ", ".join(f"{box.name!r} in {box.image}" for box in boxes) or "none"
+    image = f" in {part.image!r}" if part.image else ""
+    raise _SchemaError(
+        f"{field} has a box part of {part.name!r}{image}, but boxes has no such entry (it has {existing}); add one."
+    )
 
 
 def _check_task(record: dict, sample: Sample) -> None:
-    if sample.task is None:
-        given = [name for name in EVALUATION_FIELDS if record.get(name) is not None]
-        if given:
-            raise _Misfit(f'{given[0]} belongs to evaluation records; add "type" or leave it out.')
+    if sample.task is not None and sample.task not in TASK_TYPES:
+        raise _SchemaError(f"type={sample.task!r} is not known; choose one of {', '.join(map(repr, TASK_TYPES))}.")
+    if not sample.is_evaluation:
+        for name in EVALUATION_FIELDS:
+            if record.get(name) is not None:
+                raise _SchemaError(
+                    f'{name} is a field of evaluation records, but the record has no "answer"; add it or remove {name}.'
+                )
         return
-    if sample.task not in TASK_TYPES:
-        raise _Misfit(f"type={sample.task!r} is not known; choose one of {', '.join(map(repr, TASK_TYPES))}.")
+    if sample.task is None:
+        raise _SchemaError(
+            'a record with "answer" is an evaluation record and needs "type"; choose one of '
+            f"{', '.join(map(repr, TASK_TYPES))}."
+        )
     _check(sample.answer, str, "answer", "a string")
     if not sample.answer.strip() and sample.task != "location":
-        raise _Misfit(f"answer={sample.answer!r} of a {sample.task} record is empty; only location may leave it so.")
+        raise _SchemaError(
+            f"answer={sample.answer!r} of a {sample.task} record is empty; only location records may have no text."
+        )
     for number, text in enumerate(sample.false_answers):
         _text(text, f"false_answers[{number}]")
         if text == sample.answer:
-            raise _Misfit(f"false_answers[{number}]={text!r} is the right answer; leave it out.")
+            raise _SchemaError(f"false_answers[{number}]={text!r} equals the correct answer; remove it.")
     if sample.target is not None:
         _text(sample.target, "target")
     if sample.task == "location" and sample.target_box is None:
-        raise _Misfit(f"target={sample.target!r} of a location record has no box in the last image; add it to boxes.")
+        raise _SchemaError(
+            f"target={sample.target!r} of a location record has no box in the last image; add it to boxes."
+        )
 
 
 def _path(path: Any, field: str) -> str:
-    """An image path that stays below its root; symbolic links are followed when it is opened."""
+    """Check that an image path does not leave the image root. Symbolic links are checked when the file is opened."""
     _text(path, field)
     if _SCHEME.match(path):
-        raise _Misfit(f"{field}={path[:80]!r} is a URL; URLs are off: download the picture and give its path.")
+        raise _SchemaError(
+            f"{field}={path[:80]!r} is a URL; URLs are not supported: download the image and use its path."
+        )
     if path.startswith(("/", "\\")) or _DRIVE.match(path):
-        raise _Misfit(f"{field}={path!r} is absolute; give it relative to the image root.")
+        raise _SchemaError(f"{field}={path!r} is absolute; use a path relative to the image root.")
     if ".." in path and ".." in re.split(r"[/\\]", path):
-        raise _Misfit(f"{field}={path!r} leaves the image root ('..'); move the picture below the root.")
+        raise _SchemaError(f"{field}={path!r} leaves the image root ('..'); move the image below the root.")
     return path
 
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise _Misfit(f"{field}={value!r} must be a string that is not empty.")
+        raise _SchemaError(f"{field}={value!r} must be a non-empty string without NUL characters.")
     return value
 
 
@@ -246,10 +277,13 @@ def _list(record: dict, field: str) -> list:
 
 def _check(value: Any, kind: type, field: str, expected: str) -> None:
     if not isinstance(value, kind):
-        raise _Misfit(f"{field} is {type(value).__name__} {str(value)[:80]!r}; expected {expected}.")
+        raise _SchemaError(f"{field} is {type(value).__name__} {str(value)[:80]!r}; expected {expected}.")
 
 
-def _no_strangers(entry: dict, known: tuple | set, field: str) -> None:
-    if not entry.keys() <= set(known):
-        strangers = ", ".join(map(repr, sorted(map(str, entry.keys() - set(known)))))
-        raise _Misfit(f"{field} has unknown fields {strangers}; known are {', '.join(sorted(known))}.")
+def _check_fields(entry: dict, allowed: tuple | set, field: str) -> None:
+    unknown = entry.keys() - set(allowed)
+    if unknown:
+        raise _SchemaError(
+            f"{field} has unknown fields {', '.join(sorted(map(repr, map(str, unknown))))}; allowed are "
+            f"{', '.join(sorted(allowed))}."
+        )

@@ -1,20 +1,27 @@
-"""The one sample schema: what a record becomes once it has been checked (see ``parsing.py``)."""
+"""The sample schema: dataclasses for checked records (:func:`idavlm.data.parse_sample` creates them from JSON)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant")
+"""Roles of messages."""
+
 PART_TYPES = ("text", "image", "box")
+"""Types of content parts."""
+
 SOURCES = ("identity", "general")
+"""Sources of samples. The index of a source is its number in ``sample_source`` of a batch."""
+
 TASK_TYPES = ("matching", "location", "qa_single", "caption_single", "qa_multi", "caption_multi")
+"""Tasks of records: the six tasks of MM-ID (IDA-VLM)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a message: text, a picture, or the box of a person.
+    """A part of a message: text, an image, or the box of an identity.
 
-    A ``"text"`` part has ``text``; an ``"image"`` part has ``image``, a path under the image root; a ``"box"`` part
-    has the ``name`` and ``image`` of the entry of ``Sample.boxes`` it stands for.
+    A ``"text"`` part has ``text``. An ``"image"`` part has ``image``, a path relative to the image root. A ``"box"``
+    part has ``name`` and ``image``, which refer to an entry of ``Sample.boxes``.
     """
 
     type: str
@@ -32,13 +39,13 @@ class Message:
 
     @property
     def images(self) -> list[str]:
-        """Paths of its pictures, in order."""
+        """Paths of the images of the message, in order."""
         return [part.image for part in self.content if part.type == "image"]
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A named person and their reference photos (paths under the image root)."""
+    """A named identity and the paths of its reference photos, relative to the image root."""
 
     name: str
     images: list[str]
@@ -46,7 +53,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Where a person is: ``box`` is ``[x1, y1, x2, y2]`` in pixels of the original picture ``image``."""
+    """A bounding box: ``box`` is ``[x1, y1, x2, y2]`` of identity ``name`` in pixels of the original ``image``."""
 
     name: str
     image: str
@@ -55,9 +62,20 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A checked record. ``task`` is None for training; otherwise the sample is to be answered and scored.
+    """A checked record.
 
-    ``where`` is its file and line, for messages; ``image_root`` is the folder its paths stand under.
+    Attributes:
+        id: identifier; file and line if the record has none.
+        source: one of :data:`SOURCES`.
+        identities: identities with their reference photos.
+        messages: the conversation. Evaluation samples end with a user turn, training samples with the answer.
+        boxes: bounding boxes in the images of the messages.
+        task: one of :data:`TASK_TYPES` (``"type"`` of the record); optional for training samples.
+        answer: correct answer of an evaluation sample; None for training samples.
+        false_answers: incorrect answers of a multiple-choice question.
+        target: name of the identity whose box is the answer to a location question.
+        where: file and line of the record, for messages.
+        image_root: folder that the image paths are relative to.
     """
 
     id: str
@@ -73,22 +91,27 @@ class Sample:
     image_root: Path | None = None
 
     @property
+    def is_evaluation(self) -> bool:
+        """Whether the sample is to be answered and scored: it has an ``answer`` and no final assistant turn."""
+        return self.answer is not None
+
+    @property
     def reference_images(self) -> list[str]:
-        """Paths of the reference photos, identity by identity."""
+        """Paths of the reference photos, grouped by identity."""
         return [image for identity in self.identities for image in identity.images]
 
     @property
     def message_images(self) -> list[str]:
-        """Paths of the pictures in the messages, in order: scenes, or general images where nobody is introduced."""
-        return [part.image for message in self.messages for part in message.content if part.type == "image"]
+        """Paths of the images of the messages, in order: scenes if the sample has identities, else general images."""
+        return [image for message in self.messages for image in message.images]
 
     @property
     def images(self) -> list[str]:
-        """All pictures in the order of the encoded sample: references, then pictures of the messages."""
+        """Paths of all images in the order of the encoded sample: references, then images of the messages."""
         return self.reference_images + self.message_images
 
     def box_of(self, name: str, image: str) -> Box:
-        """The entry of ``boxes`` of this person in this picture; KeyError without one."""
+        """Return the box of identity ``name`` in ``image``. Raises KeyError if there is none."""
         for box in self.boxes:
             if box.name == name and box.image == image:
                 return box
@@ -96,7 +119,7 @@ class Sample:
 
     @property
     def target_box(self) -> Box | None:
-        """The gold box of a location task: that of ``target`` in the last picture; None where there is none."""
+        """Ground-truth box of a location question: the box of ``target`` in the last image, or None."""
         images = self.message_images
         found = [box for box in self.boxes if box.name == self.target and images and box.image == images[-1]]
         return found[0] if found else None

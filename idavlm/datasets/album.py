@@ -1,4 +1,4 @@
-"""Pictures of people, as records choose from them: who does what in which picture, and who may meet whom."""
+"""Albums: the images of a data set, the identities in them, and which identities may appear together."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -6,107 +6,123 @@ from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 
-Box = tuple[int, int, int, int]
+PixelBox = tuple[int, int, int, int]
+"""``(x1, y1, x2, y2)`` in pixels of an image."""
 
 
 @dataclass(frozen=True)
-class Person:
-    """Somebody in a picture.
+class Appearance:
+    """An identity as it appears in one image.
 
     Attributes:
-        identity: a key; the name is given by the record.
-        activity: what follows "is" in "Kate is ..." ("waving", "on the left"); empty where there is nothing to say.
-        box: ``(x1, y1, x2, y2)`` in pixels of the picture; None until it is drawn.
-        shot: which raw photo or frame of the person it is; a record never refers with the shot it asks about.
+        identity: key of the identity. Its name is chosen per record.
+        activity: text that follows "is" in "Kate is ...", such as "waving" or "on the left"; empty if there is none.
+        box: bounding box; None until the image is drawn.
+        shot: the original photo or sprite that is shown. A record never uses the same shot of an identity both as a
+            reference and in a question.
     """
 
     identity: str
     activity: str = ""
-    box: Box | None = None
+    box: PixelBox | None = None
     shot: str = ""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture (``path`` lies under the image root) of people from left to right."""
+class AlbumImage:
+    """An image file and the identities in it.
+
+    Attributes:
+        path: path relative to the image root.
+        appearances: identities in the image, from left to right.
+    """
 
     path: str
-    people: tuple[Person, ...] = ()
+    appearances: tuple[Appearance, ...] = ()
 
-    def shows(self, identity: str) -> Person | None:
-        """The person of that identity in the picture."""
-        return next((person for person in self.people if person.identity == identity), None)
+    def appearance_of(self, identity: str) -> Appearance | None:
+        """Return the appearance of ``identity`` in the image, or None."""
+        return next((appearance for appearance in self.appearances if appearance.identity == identity), None)
 
 
-class Cast:
-    """Who may meet whom in a record or a scene.
+class IdentitySampler:
+    """Draws identities that may appear together in a record or scene.
 
     Args:
-        identities: everybody.
-        families: by identity; two of one family never meet. Without an entry an identity is its own family.
-        circles: groups of identities. Those who meet come from one circle, drawn with equal chances; the default is
-            one circle of everybody.
+        identities: all identities.
+        families: family of an identity. Two identities of one family, such as two colour variants of one character,
+            are never drawn together. An identity without an entry is its own family.
+        pools: groups of identities. All identities of one draw come from one pool, and all pools are equally likely.
+            The default is one pool of all identities.
     """
 
     def __init__(
         self,
         identities: Sequence[str],
         families: Mapping[str, str] | None = None,
-        circles: Sequence[Sequence[str]] | None = None,
+        pools: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.identities = list(identities)
         self._families = dict(families or {})
-        self._circles = [list(circle) for circle in circles] if circles else [self.identities]
+        self._pools = [list(pool) for pool in pools] if pools else [self.identities]
 
     def draw(self, count: int, rng: Random) -> list[str]:
-        """``count`` identities of different families, in random order.
+        """Draw ``count`` identities of different families, in random order.
 
         Raises:
-            ValueError: the circle drawn has not so many families.
+            ValueError: the pool has fewer than ``count`` families.
         """
-        circle = rng.choice(self._circles)
+        pool = rng.choice(self._pools)
+        # Rejection is fast, as most identities are of different families.
         for _ in range(50):
-            drawn = rng.sample(circle, min(count, len(circle)))
-            if len({self._families.get(one, one) for one in drawn}) == count:
+            drawn = rng.sample(pool, min(count, len(pool)))
+            if len({self._family(identity) for identity in drawn}) == count:
                 return drawn
         by_family: dict[str, list[str]] = defaultdict(list)
-        for one in circle:
-            by_family[self._families.get(one, one)].append(one)
+        for identity in pool:
+            by_family[self._family(identity)].append(identity)
         if len(by_family) < count:
-            raise ValueError(f"count={count} people cannot meet in a circle of {len(by_family)} families; add some.")
+            raise ValueError(
+                f"count={count} identities cannot be drawn from a pool of {len(by_family)} families; add identities."
+            )
         return [rng.choice(family) for family in rng.sample(list(by_family.values()), count)]
+
+    def _family(self, identity: str) -> str:
+        return self._families.get(identity, identity)
 
 
 class Album:
-    """The pictures of one split, for records to choose from.
+    """The images of one split, from which records are composed.
 
     Args:
-        pictures: of one person (photos) or several (scenes), boxes known.
-        cast: who may meet in a record that brings photos together; default everybody who has a photo.
+        images: photos (images of one identity) and scenes (images of several), with boxes.
+        sampler: decides which identities may appear together in a record that combines photos. By default, all
+            identities with photos may.
 
     Attributes:
-        photos: pictures of one person alone, by identity.
-        scenes: pictures of several people.
+        photos: photos of each identity.
+        scenes: all scenes.
+        activities: all activities in the images, sorted.
     """
 
-    def __init__(self, pictures: Sequence[Picture], cast: Cast | None = None) -> None:
-        self.scenes = [picture for picture in pictures if len(picture.people) > 1]
-        self.photos: dict[str, list[Picture]] = defaultdict(list)
-        for picture in pictures:
-            if len(picture.people) == 1:
-                self.photos[picture.people[0].identity].append(picture)
-        self.cast = cast or Cast(list(self.photos))
-        self.activities = sorted({person.activity for picture in pictures for person in picture.people} - {""})
+    def __init__(self, images: Sequence[AlbumImage], sampler: IdentitySampler | None = None) -> None:
+        self.scenes = [image for image in images if len(image.appearances) > 1]
+        self.photos: dict[str, list[AlbumImage]] = defaultdict(list)
+        for image in images:
+            if len(image.appearances) == 1:
+                self.photos[image.appearances[0].identity].append(image)
+        self.sampler = sampler or IdentitySampler(list(self.photos))
+        self.activities = sorted({appearance.activity for image in images for appearance in image.appearances} - {""})
 
     @cached_property
-    def telling(self) -> Mapping[str, list[Picture]]:
-        """Pictures in which there is something to say of an identity: scenes or, of who is in none, photos."""
-        found: dict[str, list[Picture]] = defaultdict(list)
-        for picture in self.scenes:
-            for person in picture.people:
-                if person.activity:
-                    found[person.identity].append(picture)
+    def images_with_activity(self) -> Mapping[str, list[AlbumImage]]:
+        """Images in which an identity has an activity: its scenes, or its photos if it is in no scene."""
+        found: dict[str, list[AlbumImage]] = defaultdict(list)
+        for image in self.scenes:
+            for appearance in image.appearances:
+                if appearance.activity:
+                    found[appearance.identity].append(image)
         for identity, photos in self.photos.items():
             if identity not in found:
-                found[identity] = [photo for photo in photos if photo.people[0].activity]
+                found[identity] = [photo for photo in photos if photo.appearances[0].activity]
         return found

@@ -1,16 +1,15 @@
-"""Training and evaluation records of the six tasks, composed from the pictures of an album."""
+"""Composes training and evaluation records of the six tasks from the images of an album."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from idavlm.datasets import wording
-from idavlm.datasets.album import Album, Person, Picture
+from idavlm.datasets.album import Album, AlbumImage, Appearance
 
 Record = dict[str, Any]
 Naming = Callable[[Sequence[str], Random], Sequence[str]]
-"""Names of identities in one record: ``naming(identities, rng)``, all different."""
+"""Names of the identities of one record: ``naming(identities, rng)``, all different."""
 
 TRAIN_SHARES = {
     "matching": 0.45,
@@ -20,8 +19,8 @@ TRAIN_SHARES = {
     "qa_multi": 0.03,
     "caption_multi": 0.03,
 }
-"""Kinds of training records and their shares. The first two need identities and nothing else: a small model learns to
-read identities from them, and reads activities much later."""
+"""Tasks of training records and their shares. Matching and location depend on identities only: a small model learns to
+recognise identities from them, and learns activities much later."""
 
 TEST_SHARES = {
     "matching": 1.0,
@@ -31,39 +30,41 @@ TEST_SHARES = {
     "qa_multi": 0.5,
     "caption_multi": 0.5,
 }
-"""Kinds of evaluation records, in shares of the number asked for."""
+"""Tasks of evaluation records, and the number of records as a share of ``count``."""
 
-CHOICES = 4
-"""Pictures to choose from in matching."""
+NUM_CHOICES = 4
+"""Number of images in a matching record."""
 
 MAX_REFERENCES = 2
-"""Photos of each identity: as many in evaluation, one to so many in training."""
+"""Reference photos per identity: exactly this number in evaluation records, 1 to this number in training records."""
 
 MAX_INTRODUCED = 4
-"""Identities of a training record at most. Each more is one more choice for every patch of the scene: with one or two,
-identity attention needs several times as many pictures to leave chance."""
+"""Maximum number of identities that a training record introduces. Each identity is one more class for every patch of
+the scene. With only one or two, the identity attention needs several times as many images to exceed chance."""
 
-ROLL_CALLS = 0.5
-"""Share of matching's training records that ask who is in every picture in place of which shows whom. Never both: the
-one could be answered from the text of the other, and a model that can copy does not learn to look."""
+ROLL_CALL_SHARE = 0.5
+"""Share of the training records of matching that ask which identity is in each image, instead of which image shows each
+identity. A record never asks both: one answer could be copied from the text of the other without using the images."""
 
-FALSE_ANSWERS = 3
-"""False answers beside the right one, where there are so many."""
+NUM_FALSE_ANSWERS = 3
+"""Number of false answers per question, if there are enough activities."""
 
-THIRD_PICTURE = 0.7
-"""Share of records about several pictures that have three of them."""
+THIRD_IMAGE_SHARE = 0.7
+"""Share of the records about several images that have three images instead of two."""
 
 MAX_TRIALS = 1000
 
+ROLL_CALL_QUESTION = "Who is in the pictures?"
+
 
 def drawn_names(pool: Sequence[str]) -> Naming:
-    """Names drawn anew from ``pool`` for every record, so that a name says nothing about a look."""
+    """Naming that draws names from ``pool`` for every record, so that a name is independent of the appearance."""
     pool = list(dict.fromkeys(pool))
     return lambda identities, rng: rng.sample(pool, len(identities))
 
 
 def own_names(names: Mapping[str, str]) -> Naming:
-    """Everybody's own name, by identity; they must differ within a record."""
+    """Naming by a fixed name per identity. The names of the identities of a record must differ."""
     return lambda identities, rng: [names[identity] for identity in identities]
 
 
@@ -73,17 +74,17 @@ class _Question:
     answer: str = ""
     false_answers: list[str] = field(default_factory=list)
     target: str | None = None
-    """Name of the person whose box is the answer."""
+    """Name of the identity whose box is the answer."""
 
 
 class RecordComposer:
     """Composes records from an album.
 
     Args:
-        album: pictures with at least three photos of everybody, and scenes.
-        rng: decides everything.
+        album: images with at least three photos of each identity, and scenes.
+        rng: source of all random choices.
         naming: :func:`drawn_names` or :func:`own_names`.
-        question: of somebody's activity.
+        question: question about the activity of an identity.
     """
 
     def __init__(self, album: Album, rng: Random, naming: Naming, question: str = "What is {name} doing?") -> None:
@@ -93,163 +94,188 @@ class RecordComposer:
         self.question = question
 
     def training(self, count: int) -> Iterator[Record]:
-        """``count`` training records of the kinds of :data:`TRAIN_SHARES`, shuffled, with several questions each."""
-        kinds = self.rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()), k=count)
-        for number, kind in enumerate(kinds):
-            draft = self._draft(kind, evaluation=False)
-            yield draft.record(f"{kind}-{number}", draft.questions)
+        """Yield ``count`` training records of the tasks of :data:`TRAIN_SHARES` in random order.
+
+        ``"type"`` of a record is its task. Many records contain several questions.
+        """
+        tasks = self.rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()), k=count)
+        for number, task in enumerate(tasks):
+            draft = self._draft(task, evaluation=False)
+            yield {**draft.record(f"{task}-{number}", draft.questions), "type": task}
 
     def evaluation(self, count: int) -> Iterator[Record]:
-        """Evaluation records, one question each: ``count`` times its share of every kind of :data:`TEST_SHARES`."""
-        for kind, share in TEST_SHARES.items():
+        """Yield evaluation records with one question each: ``count`` x :data:`TEST_SHARES` of each task."""
+        for task, share in TEST_SHARES.items():
             for number in range(round(count * share)):
-                draft = self._draft(kind, evaluation=True)
+                draft = self._draft(task, evaluation=True)
                 question = draft.questions[number % len(draft.questions)]
-                record = draft.record(f"{kind}-{number}", [question])
+                record = draft.record(f"{task}-{number}", [question])
                 record["messages"].pop()
-                record |= {"type": kind, "answer": question.answer}
+                record |= {"type": task, "answer": question.answer}
                 if question.false_answers:
                     record["false_answers"] = question.false_answers
                 if question.target:
                     record["target"] = question.target
                 yield record
 
-    def _draft(self, kind: str, evaluation: bool) -> "_Draft":
-        """Choose the pictures and who of the people in them is introduced, then ask."""
+    def _draft(self, task: str, evaluation: bool) -> "_Draft":
+        """Choose images and the identities to introduce, then the questions about them."""
         choose, ask = {
-            "matching": (self._choose_choices, self._ask_matching),
+            "matching": (self._choose_photos, self._ask_matching),
             "location": (self._choose_scene, self._ask_location),
             "qa_single": (self._choose_scene, self._ask_qa_single),
             "caption_single": (self._choose_scene, self._ask_caption),
             "qa_multi": (self._choose_several, self._ask_qa_multi),
             "caption_multi": (self._choose_several, self._ask_caption),
-        }[kind]
+        }[task]
         for _ in range(MAX_TRIALS):
-            pictures, known = choose(evaluation)
-            draft = _Draft(self, pictures, known, evaluation)
+            images, introduced = choose(evaluation)
+            draft = _Draft(self, images, introduced, evaluation)
             draft.questions = ask(draft)
             if draft.questions:
                 return draft
-        raise ValueError(f"the album has no pictures to ask {kind} questions about; give its people activities.")
+        raise ValueError(f"the album has no images for {task} questions; add activities to its appearances.")
 
-    def _choose_choices(self, evaluation: bool) -> tuple[list[Picture], list[str]]:
-        """A photo each of people who may meet; one of them is asked for, in training perhaps all."""
-        people = self.album.cast.draw(CHOICES, self.rng)
-        known = self.rng.sample(people, 1 if evaluation else self.rng.randint(1, CHOICES))
-        return [self.rng.choice(self.album.photos[one]) for one in people], known
+    def _choose_photos(self, evaluation: bool) -> tuple[list[AlbumImage], list[str]]:
+        """One photo each of several identities; one identity is introduced, in training one to all of them."""
+        identities = self.album.sampler.draw(NUM_CHOICES, self.rng)
+        introduced = self.rng.sample(identities, 1 if evaluation else self.rng.randint(1, NUM_CHOICES))
+        return [self.rng.choice(self.album.photos[identity]) for identity in identities], introduced
 
-    def _choose_scene(self, evaluation: bool) -> tuple[list[Picture], list[str]]:
-        """A scene, and two of the people in it, in training perhaps all."""
+    def _choose_scene(self, evaluation: bool) -> tuple[list[AlbumImage], list[str]]:
+        """A scene; two of its identities are introduced, in training one to all of them."""
         scene = self.rng.choice(self.album.scenes)
-        most = 2 if evaluation else min(MAX_INTRODUCED, len(scene.people))
-        return [scene], [
-            person.identity for person in self.rng.sample(scene.people, self.rng.randint(2 if evaluation else 1, most))
-        ]
+        most = 2 if evaluation else min(MAX_INTRODUCED, len(scene.appearances))
+        count = self.rng.randint(2 if evaluation else 1, most)
+        return [scene], [appearance.identity for appearance in self.rng.sample(scene.appearances, count)]
 
-    def _choose_several(self, evaluation: bool) -> tuple[list[Picture], list[str]]:
-        """A picture of each of two people, often one more of either of them."""
+    def _choose_several(self, evaluation: bool) -> tuple[list[AlbumImage], list[str]]:
+        """One image each of two identities, which are introduced, and often another image of one of them."""
         for _ in range(MAX_TRIALS):
-            known = self.album.cast.draw(2, self.rng)
-            of_each = [self.album.telling[one] for one in known]
-            if not all(of_each):
+            introduced = self.album.sampler.draw(2, self.rng)
+            candidates = [self.album.images_with_activity[identity] for identity in introduced]
+            if not all(candidates):
                 continue
-            pictures = [self.rng.choice(some) for some in of_each]
-            if self.rng.random() < THIRD_PICTURE:
-                pictures.append(self.rng.choice(self.rng.choice(of_each)))
-            pictures = list(dict.fromkeys(pictures))
-            if len(pictures) > 1:
-                self.rng.shuffle(pictures)
-                return pictures, known
-        raise ValueError("the album has too few pictures with something to say of people; add scenes.")
+            images = [self.rng.choice(of_identity) for of_identity in candidates]
+            if self.rng.random() < THIRD_IMAGE_SHARE:
+                images.append(self.rng.choice(self.rng.choice(candidates)))
+            images = list(dict.fromkeys(images))
+            if len(images) > 1:
+                self.rng.shuffle(images)
+                return images, introduced
+        raise ValueError("the album has too few images with activities; add scenes.")
 
     def _ask_location(self, draft: "_Draft") -> list[_Question]:
-        questions = [_Question(wording.where_is(name), target=name) for name in draft.names.values()]
+        questions = [_Question(f"Where is {name}?", target=name) for name in draft.names.values()]
         self.rng.shuffle(questions)
         return questions
 
     def _ask_qa_single(self, draft: "_Draft") -> list[_Question]:
-        scene = draft.pictures[0]
-        shown = ((name, scene.shows(identity)) for identity, name in draft.names.items())
-        questions = [self._what(name, person, scene) for name, person in shown if person.activity]
+        scene = draft.images[0]
+        appearances = ((name, scene.appearance_of(identity)) for identity, name in draft.names.items())
+        questions = [
+            self._activity_question(name, appearance, scene) for name, appearance in appearances if appearance.activity
+        ]
         self.rng.shuffle(questions)
         return questions
 
     def _ask_matching(self, draft: "_Draft") -> list[_Question]:
-        numbers = {identity: draft.numbers_of(identity)[0] for identity in draft.names}
         questions = [
-            _Question(wording.which_shows(name), *_choice(numbers[identity], len(draft.pictures)))
+            _Question(f"Which picture shows {name}?", *_choice(draft.numbers_of(identity)[0], len(draft.images)))
             for identity, name in draft.names.items()
         ]
-        if not draft.evaluation and self.rng.random() < ROLL_CALLS:
-            return [_Question(wording.WHO, wording.roll_call(draft.pictures, draft.names))]
+        if not draft.evaluation and self.rng.random() < ROLL_CALL_SHARE:
+            return [_Question(ROLL_CALL_QUESTION, roll_call(draft.images, draft.names))]
         self.rng.shuffle(questions)
         return questions
 
     def _ask_caption(self, draft: "_Draft") -> list[_Question]:
-        pictures, names = draft.pictures, draft.names
-        single = len(pictures) == 1
-        answer = wording.caption(pictures[0].people, names) if single else wording.captions(pictures, names)
-        return [_Question(wording.describe(len(pictures)), answer)]
+        images, names = draft.images, draft.names
+        single = len(images) == 1
+        answer = caption(images[0].appearances, names) if single else captions(images, names)
+        return [_Question(describe_question(len(images)), answer)]
 
     def _ask_qa_multi(self, draft: "_Draft") -> list[_Question]:
-        """ "In which picture is Kate reading?" where that takes knowing her, or "What is Kate doing in picture 2?"."""
+        """Ask "In which picture is Kate reading?" or "What is Kate doing in picture 2?".
+
+        The first form is only used if another identity has the same activity in another image, so that the activity
+        alone does not determine the answer.
+        """
         questions = []
         for identity, name in draft.names.items():
             number = self.rng.choice(draft.numbers_of(identity))
-            picture = draft.pictures[number - 1]
-            person = picture.shows(identity)
-            elsewhere = [other for one in draft.pictures if one is not picture for other in one.people]
-            same = [other.identity for other in elsewhere if other.activity == person.activity]
-            if same and identity not in same:
-                text = wording.in_which_is(name, person.activity)
-                questions.append(_Question(text, *_choice(number, len(draft.pictures))))
+            image = draft.images[number - 1]
+            appearance = image.appearance_of(identity)
+            elsewhere = [other for each in draft.images if each is not image for other in each.appearances]
+            same_activity = [other.identity for other in elsewhere if other.activity == appearance.activity]
+            if same_activity and identity not in same_activity:
+                text = f"In which picture is {name} {appearance.activity}?"
+                questions.append(_Question(text, *_choice(number, len(draft.images))))
             else:
-                questions.append(self._what(name, person, picture, number))
+                questions.append(self._activity_question(name, appearance, image, number))
         self.rng.shuffle(questions)
         return questions
 
-    def _what(self, name: str, person: Person, picture: Picture, number: int | None = None) -> _Question:
-        """What somebody is doing; false is what the others in the picture do, then anything."""
+    def _activity_question(
+        self, name: str, appearance: Appearance, image: AlbumImage, number: int | None = None
+    ) -> _Question:
+        """Ask for the activity of an identity. False answers are the other activities in the image, then any others."""
         text = self.question.format(name=name)
-        others = [other.activity for other in picture.people]
-        anything = self.rng.sample(self.album.activities, len(self.album.activities))
-        false = [one for one in dict.fromkeys([*others, *anything]) if one and one != person.activity]
+        in_image = [other.activity for other in image.appearances]
+        in_album = self.rng.sample(self.album.activities, len(self.album.activities))
+        false = [
+            activity
+            for activity in dict.fromkeys([*in_image, *in_album])
+            if activity and activity != appearance.activity
+        ]
         return _Question(
-            text if number is None else wording.in_picture(text, number),
-            wording.is_doing(name, person.activity),
-            [wording.is_doing(name, one) for one in false[:FALSE_ANSWERS]],
+            text if number is None else f"{text.rstrip('?')} in picture {number}?",
+            f"{name} is {appearance.activity}.",
+            [f"{name} is {activity}." for activity in false[:NUM_FALSE_ANSWERS]],
         )
 
 
 class _Draft:
-    """One record being composed: its pictures, the identities introduced, their names and reference photos."""
+    """A record that is being composed: its images, the identities it introduces, their names and references.
 
-    def __init__(self, composer: RecordComposer, pictures: list[Picture], known: list[str], evaluation: bool) -> None:
+    Attributes:
+        images: images of the messages.
+        names: names of the introduced identities, by identity.
+        references: paths of their reference photos, by identity.
+        questions: questions to ask.
+    """
+
+    def __init__(
+        self, composer: RecordComposer, images: list[AlbumImage], introduced: list[str], evaluation: bool
+    ) -> None:
         rng = composer.rng
-        self.pictures = pictures
+        self.images = images
         self.evaluation = evaluation
-        self.names = dict(zip(known, composer.naming(known, rng), strict=True))
+        self.names = dict(zip(introduced, composer.naming(introduced, rng), strict=True))
         self.questions: list[_Question] = []
         self.references = {
             identity: self._choose_references(
-                composer.album, identity, MAX_REFERENCES if evaluation else self._photos(len(known), rng), rng
+                composer.album,
+                identity,
+                MAX_REFERENCES if evaluation else self._num_references(len(introduced), rng),
+                rng,
             )
-            for identity in known
+            for identity in introduced
         }
 
     @staticmethod
-    def _photos(introduced: int, rng: Random) -> int:
-        """Photos of each identity in training: one where many are introduced, as every photo costs time."""
-        return rng.randint(1, MAX_REFERENCES) if introduced <= MAX_REFERENCES else 1
+    def _num_references(num_introduced: int, rng: Random) -> int:
+        """Reference photos per identity in training: one if many identities are introduced, as photos cost time."""
+        return rng.randint(1, MAX_REFERENCES) if num_introduced <= MAX_REFERENCES else 1
 
     def _choose_references(self, album: Album, identity: str, count: int, rng: Random) -> list[str]:
-        """Photos that are not in the record already, of other shots than the record's and each other's."""
-        paths = {picture.path for picture in self.pictures}
-        shots = {person.shot for picture in self.pictures if (person := picture.shows(identity))} - {""}
+        """Choose photos that are not in the record and whose shots differ from the record's and from each other."""
+        paths = {image.path for image in self.images}
+        shots = {found.shot for image in self.images if (found := image.appearance_of(identity))} - {""}
         photos = [photo for photo in album.photos[identity] if photo.path not in paths]
         chosen: list[str] = []
         for photo in rng.sample(photos, len(photos)):
-            shot = photo.people[0].shot
+            shot = photo.appearances[0].shot
             if shot not in shots and len(chosen) < count:
                 chosen.append(photo.path)
                 shots |= {shot} - {""}
@@ -257,49 +283,96 @@ class _Draft:
             raise ValueError(f"identity {identity!r} has no photo of another shot than those asked about; add photos.")
         return chosen
 
-    def _label(self, person: Person) -> str:
-        """The person's name, or "someone 1", "someone 2" ... of those who are not introduced."""
-        strangers = dict.fromkeys(other.identity for picture in self.pictures for other in picture.people)
-        strangers = [one for one in strangers if one not in self.names]
-        return self.names.get(person.identity) or f"someone {strangers.index(person.identity) + 1}"
+    def _label(self, appearance: Appearance) -> str:
+        """Name of the identity; "someone 1", "someone 2" ... for identities that are not introduced."""
+        all_identities = dict.fromkeys(each.identity for image in self.images for each in image.appearances)
+        unnamed = [identity for identity in all_identities if identity not in self.names]
+        return self.names.get(appearance.identity) or f"someone {unnamed.index(appearance.identity) + 1}"
 
     def numbers_of(self, identity: str) -> list[int]:
-        """Numbers, from 1, of the pictures that show somebody."""
-        return [number for number, picture in enumerate(self.pictures, 1) if picture.shows(identity)]
+        """Numbers, from 1, of the images that show ``identity``."""
+        return [number for number, image in enumerate(self.images, 1) if image.appearance_of(identity)]
 
     def record(self, name: str, questions: Sequence[_Question]) -> Record:
-        """The record of these questions, each with its answer, and boxes of the identities introduced.
+        """Return the record with id ``name``: the questions with their answers, and boxes.
 
-        In evaluation it has the boxes of everybody, so that a score can say what pointing at anybody would reach.
+        Training records have the boxes of the introduced identities. Evaluation records have the boxes of all
+        identities in the images, so that the chance level of pointing at any identity can be computed.
         """
         messages = []
         for number, question in enumerate(questions):
             content = (
-                question.text if number else [*self._picture_parts(), {"type": "text", "text": "\n" + question.text}]
+                question.text if number else [*self._image_parts(), {"type": "text", "text": "\n" + question.text}]
             )
             messages.append({"role": "user", "content": content})
             answer = [{"type": "box", "name": question.target}] if question.target else question.answer
             messages.append({"role": "assistant", "content": answer})
         boxes = [
-            {"name": self._label(person), "image": picture.path, "box": list(person.box)}
-            for picture in self.pictures
-            for person in picture.people
-            if self.evaluation or person.identity in self.names
+            {"name": self._label(appearance), "image": image.path, "box": list(appearance.box)}
+            for image in self.images
+            for appearance in image.appearances
+            if self.evaluation or appearance.identity in self.names
         ]
-        identities = [{"name": self.names[one], "images": images} for one, images in self.references.items()]
+        identities = [{"name": self.names[identity], "images": paths} for identity, paths in self.references.items()]
         return {"id": name, "source": "identity", "identities": identities, "messages": messages, "boxes": boxes}
 
-    def _picture_parts(self) -> list[dict[str, str]]:
-        if len(self.pictures) == 1:
-            return [{"type": "image", "image": self.pictures[0].path}]
+    def _image_parts(self) -> list[dict[str, str]]:
+        if len(self.images) == 1:
+            return [{"type": "image", "image": self.images[0].path}]
         parts = []
-        for number, picture in enumerate(self.pictures, 1):
-            text = ("\n" if number > 1 else "") + wording.picture_number(number) + ": "
-            parts += [{"type": "text", "text": text}, {"type": "image", "image": picture.path}]
+        for number, image in enumerate(self.images, 1):
+            text = ("\n" if number > 1 else "") + image_label(number) + ": "
+            parts += [{"type": "text", "text": text}, {"type": "image", "image": image.path}]
         return parts
 
 
+def image_label(number: int) -> str:
+    """Label of an image in questions and answers: "Picture 2"."""
+    return f"Picture {number}"
+
+
+def describe_question(num_images: int) -> str:
+    """Request for a caption of one or several images."""
+    return "Describe the picture." if num_images == 1 else "Describe the pictures."
+
+
+def roll_call(images: Sequence[AlbumImage], names: Mapping[str, str]) -> str:
+    """Identities in each image: "Picture 1: Kate. Picture 2: someone."."""
+    labels = [
+        " and ".join(names.get(appearance.identity, "someone") for appearance in image.appearances) for image in images
+    ]
+    return " ".join(f"{image_label(number)}: {label}." for number, label in enumerate(labels, 1))
+
+
+def caption(appearances: Sequence[Appearance], names: Mapping[str, str]) -> str:
+    """Caption from left to right: "Kate is waving, someone is running and Tom is reading."; ``names`` by identity."""
+    clauses = [f"{names.get(appearance.identity, 'someone')} is {appearance.activity}" for appearance in appearances]
+    joined = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
+    return joined[0].upper() + joined[1:] + "."
+
+
+def captions(images: Sequence[AlbumImage], names: Mapping[str, str]) -> str:
+    """Captions of several images: "Picture 1: Kate is waving. Picture 2: Tom is running."."""
+    return " ".join(
+        f"{image_label(number)}: {caption(image.appearances, names)}" for number, image in enumerate(images, 1)
+    )
+
+
 def _choice(number: int, count: int) -> tuple[str, list[str]]:
-    """The right picture of ``count`` and the others."""
-    names = [wording.picture_number(one) for one in range(1, count + 1)]
-    return names.pop(number - 1), names
+    """Label of image ``number`` of ``count``, and the labels of the other images."""
+    labels = [image_label(each) for each in range(1, count + 1)]
+    return labels.pop(number - 1), labels
+
+
+FIRST_NAMES: tuple[str, ...] = (
+    *("Ada", "Alan", "Alice", "Amir", "Amy", "Anna", "Anton", "Astrid", "Bella", "Ben", "Boris", "Carl", "Carla"),
+    *("Chloe", "Clara", "Daniel", "David", "Diego", "Dora", "Edith", "Elena", "Eli", "Emil", "Emma", "Erik"),
+    *("Esther", "Eva", "Felix", "Fiona", "Frank", "Freya", "George", "Grace", "Greta", "Hana", "Hannah", "Hassan"),
+    *("Helen", "Henry", "Hugo", "Ida", "Ines", "Ingrid", "Iris", "Isaac", "Ivan", "Jack", "Jana", "Jane", "Jasper"),
+    *("John", "Jonas", "Julia", "Kai", "Karim", "Kate", "Klara", "Lars", "Laura", "Lena", "Leo", "Liam", "Lina"),
+    *("Lucas", "Lucy", "Luis", "Maria", "Mark", "Marta", "Max", "Maya", "Mia", "Mila", "Nadia", "Nico", "Nina"),
+    *("Noah", "Nora", "Olga", "Oliver", "Omar", "Oscar", "Otto", "Paul", "Pia", "Rita", "Robin", "Rosa", "Ruth"),
+    *("Sam", "Sara", "Simon", "Sofia", "Stella", "Tara", "Theo", "Tina", "Tom", "Uma", "Vera", "Victor", "Wanda"),
+    *("Yara", "Yuki", "Zoe"),
+)
+"""First names for :func:`drawn_names`."""

@@ -1,27 +1,27 @@
-"""Floor 3: questions asked, answers kept, scores with intervals, baselines beside them, and reports."""
+"""Evaluation: generate answers, score them with confidence intervals, compute baselines, write reports."""
 
+from idavlm.evaluation.answer_parsing import parse_image_number, parse_letter, parse_yes_no
 from idavlm.evaluation.answers import Answer, AnswerFile, load_answers
-from idavlm.evaluation.baselines import with_wrong_references, without_references
-from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet
-from idavlm.evaluation.examples import identity_maps, make_example, pick_examples
+from idavlm.evaluation.baselines import check_wrong_references, with_wrong_references, without_references
+from idavlm.evaluation.bootstrap import Interval, bootstrap_mean
+from idavlm.evaluation.checkpoint import load_checkpoint
+from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet, identity_maps, make_example, pick_examples
+from idavlm.evaluation.evaluator import evaluate
 from idavlm.evaluation.generation import generate_answers
-from idavlm.evaluation.intervals import Interval, bootstrap_mean
-from idavlm.evaluation.metrics import (
+from idavlm.evaluation.perplexity import text_perplexity
+from idavlm.evaluation.plots import plot_bars, plot_curves
+from idavlm.evaluation.report import interval_summary, interval_table, score_table, write_report
+from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.evaluation.scoring import (
     box_iou,
     name_spellings,
     names_in,
+    score_answer,
+    score_answers,
     score_box,
     score_description,
-    score_picture,
+    score_matching,
 )
-from idavlm.evaluation.parsing import parse_letter, parse_picture, parse_yes_no
-from idavlm.evaluation.perplexity import text_perplexity
-from idavlm.evaluation.plots import plot_bars, plot_curves
-from idavlm.evaluation.report import score_table, write_report
-from idavlm.evaluation.results import EvaluationResult, Prediction
-from idavlm.evaluation.runner import evaluate
-from idavlm.evaluation.scoring import score_answer, score_answers
-from idavlm.evaluation.tables import interval_summary, interval_table
 
 __all__ = [
     "Answer",
@@ -32,6 +32,7 @@ __all__ = [
     "Prediction",
     "bootstrap_mean",
     "box_iou",
+    "check_wrong_references",
     "draw_contact_sheet",
     "evaluate",
     "generate_answers",
@@ -39,11 +40,12 @@ __all__ = [
     "interval_summary",
     "interval_table",
     "load_answers",
+    "load_checkpoint",
     "make_example",
     "name_spellings",
     "names_in",
+    "parse_image_number",
     "parse_letter",
-    "parse_picture",
     "parse_yes_no",
     "pick_examples",
     "plot_bars",
@@ -52,7 +54,7 @@ __all__ = [
     "score_answers",
     "score_box",
     "score_description",
-    "score_picture",
+    "score_matching",
     "score_table",
     "text_perplexity",
     "with_wrong_references",

@@ -1,61 +1,77 @@
-"""What a score is worth: the same records without references, and with photos of somebody else."""
+"""Baselines that show how much a model uses its references: no references, or references of other identities."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from idavlm.data.schema import Identity, Sample
 
+IdentityKey = Callable[[str, str], str]
+"""``identity_key(name, image) -> key``: references with equal keys show the same identity."""
+
 
 def without_references(sample: Sample) -> Sample:
-    """``sample`` without its identities; the names stay in the question, and its pictures become general images."""
+    """``sample`` without its identities. Names stay in the question; its images become general images."""
     return replace(sample, identities=[], source="general")
 
 
-Person = Callable[[str, str], str]
-"""From a name and a photo to who that is, where the data tell it."""
+def check_wrong_references(samples: Sequence[Sample], *, identity_key: IdentityKey | None = None) -> None:
+    """Check that ``samples`` have enough identities for :func:`with_wrong_references`.
 
-
-def with_wrong_references(samples: Sequence[Sample], *, person: Person | None = None) -> list[Sample]:
-    """Give every identity the photos of another person, of another sample.
-
-    Two identities count as one person when a photo is common to them, directly or through others of ``samples``. The
-    new photos show nobody whose photo the sample uses (as a reference or as a picture of the question), nor one person
-    twice. The same samples always get the same photos.
+    Call it before a long training run whose evaluation includes ``evaluate(..., references="wrong")``.
 
     Args:
-        samples: whose references are replaced.
-        person: identities of whom it says the same are one person too.
+        samples: the evaluation samples.
+        identity_key: as in :func:`with_wrong_references`.
 
     Raises:
-        ValueError: no other person is left for an identity.
+        ValueError: no other identity is left for one of the references.
+    """
+    with_wrong_references(list(samples), identity_key=identity_key)
+
+
+def with_wrong_references(samples: Sequence[Sample], *, identity_key: IdentityKey | None = None) -> list[Sample]:
+    """Replace the references of every identity by references of another identity, taken from another sample.
+
+    Two entries are the same identity if they share a reference image, directly or through other entries of
+    ``samples``. The new references show no identity whose reference images appear anywhere in the sample, and no
+    identity is used twice in a sample. The result is deterministic.
+
+    Args:
+        samples: samples whose references are replaced.
+        identity_key: for data sets where entries of one identity share no image: maps the name and the path of a
+            reference to a key that is equal for references of the same identity.
+
+    Raises:
+        ValueError: no other identity is left for one of the references.
     """
     entries = [(number, identity) for number, sample in enumerate(samples) for identity in sample.identities]
     groups = [list(identity.images) for _, identity in entries]
-    if person is not None:
+    if identity_key is not None:
         for _, identity in entries:
-            groups += [[f"\0{person(identity.name, image)}", image] for image in identity.images]
-    person_of = _persons(groups)
+            groups += [[f"\0{identity_key(identity.name, image)}", image] for image in identity.images]
+    identity_of = _merge_groups(groups)
     wrong = [replace(sample, identities=[]) for sample in samples]
-    taken: list[set[str]] = [{person_of.get(image, image) for image in sample.images} for sample in samples]
+    used: list[set[str]] = [{identity_of.get(image, image) for image in sample.images} for sample in samples]
     for index, (number, identity) in enumerate(entries):
         for step in range(len(entries)):
             _, other = entries[(index + len(entries) // 2 + step) % len(entries)]
-            shown = person_of[other.images[0]]
-            if shown not in taken[number]:
-                taken[number].add(shown)
+            shown = identity_of[other.images[0]]
+            if shown not in used[number]:
+                used[number].add(shown)
                 wrong[number].identities.append(Identity(identity.name, other.images[: len(identity.images)]))
                 break
         else:
             sample = samples[number]
             raise ValueError(
-                f"samples have no other person for {identity.name!r} of {sample.where or sample.id}; give samples of "
-                "more identities."
+                f"samples: wrong references for {identity.name!r} of {sample.where or sample.id} need another identity "
+                f"that the sample does not show, but all samples together introduce {len(set(identity_of.values()))}; "
+                "pass samples with more identities, or do not evaluate with references='wrong'."
             )
     return wrong
 
 
-def _persons(groups: Sequence[Sequence[str]]) -> dict[str, str]:
-    """For every image one image that stands for its person: union-find, images of a group belong together."""
+def _merge_groups(groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Union-find: maps every image to one representative image of all groups that are connected with it."""
     parent: dict[str, str] = {}
 
     def root(image: str) -> str:

@@ -1,4 +1,4 @@
-"""A contact sheet: what the model was shown, what it was asked, what it said, and where it looked."""
+"""Contact sheet of examples: references, scenes, questions, answers, boxes and identity maps in one image."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,134 +7,239 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
+from idavlm.data.images import ImageStore
+from idavlm.data.schema import Sample
+from idavlm.evaluation.answer_parsing import parse_image_number
+from idavlm.evaluation.answers import question_text
+from idavlm.evaluation.generation import evaluating, model_inputs
 from idavlm.evaluation.plots import INK, new_figure, save
+from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.modules.positions import square_grid
+from idavlm.utils import ImageRole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRUE, PREDICTED, WRONG = "#1a9850", "#f58b1f", "#c0392b"
-_TILE = 256  # pixels a side of one picture of a cell
+_TILE = 256  # side of one image in pixels
 _CELL, _GAP, _TEXT, _HEAD = 1.75, 0.14, 2.75, 0.3  # inches
+
+EXAMPLES_PER_TASK = {
+    "location": 5,
+    "matching": 3,
+    "qa_single": 1,
+    "caption_single": 1,
+    "qa_multi": 1,
+    "caption_multi": 1,
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the sheet.
+    """One row of the contact sheet.
 
     Attributes:
-        references: ``(name, photo)`` in the order the model saw them; photos of one name follow each other.
-        pictures: the pictures the question is about.
-        question, answer, gold: texts; ``gold`` may be "" where the right answer is a box.
+        references: ``(name, image)`` in the order of the prompt; images of one name are adjacent.
+        images: the images the question is about.
+        question, answer, gold: texts. ``gold`` may be "" if the right answer is a box.
         right: whether the answer counts as right.
-        true_box, predicted_box: pixels ``[x1, y1, x2, y2]`` of the last picture.
-        true_picture, predicted_picture: numbers from 1, for matching.
-        attention: identity maps ``[P, G + 1]``, one a picture, patches row by row, the last column nobody's.
-        grid_size: rows and columns of patches; patches cover the whole picture.
+        true_box, predicted_box: pixels ``[x1, y1, x2, y2]`` of the last image.
+        true_image, predicted_image: image numbers starting at 1, for matching.
+        attention: one identity map ``[P, G + 1]`` per image; patches in row-major order, the last column is null.
+        grid_size: rows and columns of patches. The patches cover the whole image.
     """
 
     references: Sequence[tuple[str, Image.Image]]
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     question: str
     answer: str
     gold: str
     right: bool
     true_box: Sequence[float] | None = None
     predicted_box: Sequence[float] | None = None
-    true_picture: int | None = None
-    predicted_picture: int | None = None
+    true_image: int | None = None
+    predicted_image: int | None = None
     attention: Sequence[np.ndarray] | None = None
     grid_size: tuple[int, int] | None = None
 
     @property
     def names(self) -> list[str]:
+        """Names of the identities in the order of the references."""
         return list(dict.fromkeys(name for name, _ in self.references))
 
-    def shares(self) -> list[np.ndarray] | None:
-        """``[G + 1, rows, columns]`` a picture, or None without maps.
+    def attention_grids(self) -> list[np.ndarray] | None:
+        """Identity maps as ``[G + 1, rows, columns]``, one per image; None without maps.
 
         Raises:
-            ValueError: maps that do not fit the pictures or ``grid_size``.
+            ValueError: maps that do not fit ``images`` or ``grid_size``.
         """
         if self.attention is None:
             return None
-        shapes = [np.shape(one) for one in self.attention]
+        shapes = [np.shape(map_) for map_ in self.attention]
         if self.grid_size is None or any(shape[:-1] != (self.grid_size[0] * self.grid_size[1],) for shape in shapes):
             raise ValueError(f"attention has shapes {shapes} and grid_size={self.grid_size}; expected [P, G + 1] maps.")
-        if len(shapes) != len(self.pictures):
-            raise ValueError(f"attention has {len(shapes)} maps for {len(self.pictures)} pictures; give one a picture.")
-        return [np.asarray(one, np.float32).T.reshape(-1, *self.grid_size) for one in self.attention]
+        if len(shapes) != len(self.images):
+            raise ValueError(f"attention has {len(shapes)} maps for {len(self.images)} images; pass one per image.")
+        return [np.asarray(map_, np.float32).T.reshape(-1, *self.grid_size) for map_ in self.attention]
+
+
+def pick_examples(
+    model: nn.Module,
+    processor,
+    samples: Sequence[Sample],
+    result: EvaluationResult,
+    *,
+    count: dict[str, int] | None = None,
+) -> list[Example]:
+    """The first samples of each task with their answers, right or wrong, and the identity maps of the model.
+
+    Args:
+        model: the model that was evaluated with the right references.
+        processor: as in :func:`evaluate`.
+        samples: the evaluated samples, with ``image_root``.
+        result: ``evaluate(model, processor, samples)``.
+        count: number of examples per task; by default :data:`EXAMPLES_PER_TASK`.
+
+    Returns:
+        Examples for :func:`write_report`; without identity maps if the model has no ID-Former.
+    """
+    examples, samples = [], list(samples)
+    for task, wanted in (EXAMPLES_PER_TASK if count is None else count).items():
+        of_task = [pair for pair in zip(samples, result.predictions, strict=True) if pair[0].task == task]
+        for sample, prediction in of_task[:wanted]:
+            maps, grid_size = identity_maps(model, processor, sample)
+            examples.append(make_example(sample, prediction, attention=maps, grid_size=grid_size))
+    return examples
+
+
+def identity_maps(
+    model: nn.Module, processor, sample: Sample
+) -> tuple[list[np.ndarray] | None, tuple[int, int] | None]:
+    """Identity maps ``[P, G + 1]`` of the scenes of ``sample``, averaged over layers, and their grid.
+
+    Returns:
+        ``(None, None)`` if the model has no ID-Former or the sample introduces no identity.
+    """
+    if getattr(model, "id_former", None) is None or not sample.identities:
+        return None, None
+    batch = processor.collate([processor.encode(sample, add_generation_prompt=True)], padding_side="left")
+    inputs = model_inputs(model, batch)
+    names = ("pixel_values", "image_features", "image_roles", "sample_index", "identity_index")
+    with evaluating(model):
+        _, maps, grid_size = model.encode_images(
+            **{name: inputs[name] for name in names if name in inputs}, output_identity_maps=True
+        )
+    scenes = inputs["image_roles"] == ImageRole.SCENE
+    grid_size = grid_size or square_grid("P, the number of patches,", maps[0].shape[1])
+    return list(torch.stack(maps).float().mean(0)[scenes].cpu().numpy()), grid_size
+
+
+def make_example(
+    sample: Sample,
+    prediction: Prediction,
+    *,
+    attention: Sequence[np.ndarray] | None = None,
+    grid_size: tuple[int, int] | None = None,
+) -> Example:
+    """An example with the images of ``sample``, which are opened below ``sample.image_root``."""
+    store = ImageStore(sample.image_root)
+    is_matching, is_location = sample.task == "matching", sample.task == "location"
+    return Example(
+        references=[(identity.name, store.open(path)) for identity in sample.identities for path in identity.images],
+        images=[store.open(path) for path in sample.message_images],
+        question=question_text(sample),
+        answer=f"{prediction.text} (IoU {prediction.scores['mean_iou']:.2f})" if is_location else prediction.text,
+        gold=prediction.answer,
+        right=prediction.main_score == 1,
+        true_box=prediction.gold_box,
+        predicted_box=prediction.box,
+        true_image=parse_image_number(prediction.answer) if is_matching else None,
+        predicted_image=parse_image_number(prediction.text) if is_matching else None,
+        attention=attention,
+        grid_size=grid_size,
+    )
 
 
 def draw_contact_sheet(path: str | Path, examples: Sequence[Example]) -> Path:
-    """One row an example: references, pictures with boxes, a heat map for each identity, question and answer.
+    """Draw one row per example: references, images with boxes, question and answer, a heat map for each identity.
 
-    The true box or picture is framed green, the predicted one orange and dashed. Heat maps run from grey (no
-    attention) to yellow (all of a patch's attention), the same scale everywhere.
+    The right box or image has a green frame, the predicted one a dashed orange frame. Heat maps run from grey (no
+    attention) to yellow (all attention of a patch) on one scale.
+
+    Args:
+        path: the PNG file to write.
+        examples: the rows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: identity maps that do not fit their example.
     """
-    shares = [example.shares() for example in examples]
-    maps = max((len(example.names) for example, one in zip(examples, shares, strict=True) if one), default=0)
+    grids = [example.attention_grids() for example in examples]
+    maps = max((len(example.names) for example, grid in zip(examples, grids, strict=True) if grid), default=0)
     lefts = [_GAP + number * (_CELL + _GAP) + (_TEXT - _CELL if number > 2 else 0) for number in range(3 + maps)]
     width = lefts[-1] + (_CELL if maps else _TEXT) + _GAP
-    line = _CELL + _HEAD + _GAP
-    height = len(examples) * line + _HEAD + _GAP
+    row_height = _CELL + _HEAD + _GAP
+    height = len(examples) * row_height + _HEAD + _GAP
     figure = new_figure(width, height)
     figure.set_layout_engine("none")
 
     def cell(row: int, column: int, title: str) -> "Axes":
-        bottom, inches = height - (row + 1) * line - _HEAD + _GAP, _TEXT if column == 2 else _CELL
+        bottom, inches = height - (row + 1) * row_height - _HEAD + _GAP, _TEXT if column == 2 else _CELL
         ax = figure.add_axes((lefts[column] / width, bottom / height, inches / width, _CELL / height))
         ax.set_axis_off()
         ax.set_title(title, fontsize=8.5, color=INK, loc="left", pad=3, parse_math=False)
         return ax
 
     _draw_legend(cell(-1, 0, ""), heat=maps > 0)
-    for row, (example, one) in enumerate(zip(examples, shares, strict=True)):
+    for row, (example, grid) in enumerate(zip(examples, grids, strict=True)):
         _draw_references(cell(row, 0, "references"), example)
-        scene = cell(row, 1, "scene" if len(example.pictures) == 1 else "pictures")
-        _draw_frames(scene, example, _show(scene, example.pictures))
-        _write(cell(row, 2, ""), example)
-        for column, name in enumerate(example.names if one else ()):
-            heat = [_lit(picture, map_[column]) for picture, map_ in zip(example.pictures, one, strict=True)]
-            _show(cell(row, 3 + column, f"attention to {_short(name, 16)}"), heat, numbers=False)
+        scene = cell(row, 1, "scene" if len(example.images) == 1 else "images")
+        _draw_frames(scene, example, _draw_images(scene, example.images))
+        _draw_texts(cell(row, 2, ""), example)
+        for column, name in enumerate(example.names if grid else ()):
+            heat = [_heat_map(image, maps_[column]) for image, maps_ in zip(example.images, grid, strict=True)]
+            _draw_images(cell(row, 3 + column, f"attention to {_shorten(name, 16)}"), heat, numbers=False)
     return save(figure, path)
 
 
 def _draw_legend(ax: "Axes", *, heat: bool) -> None:
-    entries = [(0, "— right place", TRUE), (0.62, "- - place the model gave", PREDICTED)]
+    entries = [(0, "— right", TRUE), (0.62, "- - predicted", PREDICTED)]
     if heat:
-        entries.append((1.9, "glow: share of a patch's attention, yellow = all of it", INK))
+        entries.append((1.9, "heat map: share of the attention of a patch, yellow = all", INK))
     for x, text, colour in entries:
         ax.text(x, -0.06, text, fontsize=8.5, color=colour, weight="bold", transform=ax.transAxes)
 
 
 def _draw_references(ax: "Axes", example: Example) -> None:
-    """A line of photos an identity, its name on the first."""
-    lines = [[photo for name, photo in example.references if name == wanted] for wanted in example.names]
-    side = max([1, len(lines), *map(len, lines)])
+    """One line of references per identity, with the name on the first."""
+    rows = [[image for name, image in example.references if name == wanted] for wanted in example.names]
+    side = max([1, len(rows), *map(len, rows)])
     ax.set(xlim=(0, side), ylim=(side, 0), aspect="equal")
-    for row, (name, photos) in enumerate(zip(example.names, lines, strict=True)):
-        top = row + (side - len(lines)) / 2
-        for column, photo in enumerate(photos):
-            left = column + (side - len(photos)) / 2
-            ax.imshow(_square(photo)[0], extent=(left + 0.02, left + 0.98, top + 0.98, top + 0.02))
-        left = (side - len(photos)) / 2
-        _label(ax, left + 0.02, top + 0.98, _short(name, 26 // side))
+    for row, (name, images) in enumerate(zip(example.names, rows, strict=True)):
+        top = row + (side - len(rows)) / 2
+        for column, image in enumerate(images):
+            left = column + (side - len(images)) / 2
+            ax.imshow(_square(image)[0], extent=(left + 0.02, left + 0.98, top + 0.98, top + 0.02))
+        left = (side - len(images)) / 2
+        _label(ax, left + 0.02, top + 0.98, _shorten(name, 26 // side))
     ax.set(xlim=(0, side), ylim=(side, 0))
 
 
-def _show(ax: "Axes", pictures: Sequence[Image.Image], numbers: bool = True) -> list[tuple[float, float, float]]:
-    """Draw pictures in a square of tiles; returns left, top and scale of each, for boxes in its pixels."""
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    step, empty = _TILE + 8, columns - int(np.ceil(len(pictures) / columns))
+def _draw_images(ax: "Axes", images: Sequence[Image.Image], numbers: bool = True) -> list[tuple[float, float, float]]:
+    """Draw images in a square of tiles; returns left, top and scale of each, to place boxes in its pixels."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    step, empty = _TILE + 8, columns - int(np.ceil(len(images) / columns))
     placed = []
-    for number, picture in enumerate(pictures):
-        tile, dx, dy, scale = _square(picture)
+    for number, image in enumerate(images):
+        tile, dx, dy, scale = _square(image)
         left, top = number % columns * step, (number // columns + empty / 2) * step
         ax.imshow(tile, extent=(left, left + _TILE, top + _TILE, top), interpolation="lanczos")
         placed.append((left + dx, top + dy, scale))
-        if numbers and len(pictures) > 1:
+        if numbers and len(images) > 1:
             _label(ax, left + dx, top + _TILE - dy, str(number + 1))
     end = columns * step - 8
     ax.set(xlim=(-2, end + 2), ylim=(end + 2, -2), aspect="equal")
@@ -144,8 +249,8 @@ def _show(ax: "Axes", pictures: Sequence[Image.Image], numbers: bool = True) -> 
 def _draw_frames(ax: "Axes", example: Example, placed: Sequence[tuple[float, float, float]]) -> None:
     from matplotlib.patches import Rectangle
 
-    def frame(picture: int, box: Sequence[float], **style) -> None:
-        left, top, scale = placed[picture]
+    def frame(image: int, box: Sequence[float], **style) -> None:
+        left, top, scale = placed[image]
         x1, y1, x2, y2 = (scale * edge for edge in box)
         ax.add_patch(Rectangle((left + x1, top + y1), x2 - x1, y2 - y1, fill=False, clip_on=False, **style))
 
@@ -153,16 +258,16 @@ def _draw_frames(ax: "Axes", example: Example, placed: Sequence[tuple[float, flo
     for box, style in ((example.true_box, true), (example.predicted_box, predicted)):
         if box is not None:
             frame(len(placed) - 1, box, **style)
-    for number, style in ((example.true_picture, true), (example.predicted_picture, predicted)):
+    for number, style in ((example.true_image, true), (example.predicted_image, predicted)):
         if number is not None and 1 <= number <= len(placed):
-            frame(number - 1, (0, 0, *example.pictures[number - 1].size), **style)
+            frame(number - 1, (0, 0, *example.images[number - 1].size), **style)
 
 
-def _write(ax: "Axes", example: Example) -> None:
-    """Question, answer in the colour of right or wrong, and the right answer where it is another text."""
+def _draw_texts(ax: "Axes", example: Example) -> None:
+    """Question, answer in green or red, and the right answer if the text differs."""
     ax.set(xlim=(0, 1), ylim=(1, 0))
     blocks = [(example.question, INK, "normal")]
-    blocks.append((example.answer or "(nothing)", TRUE if example.right else WRONG, "bold"))
+    blocks.append((example.answer or "(empty)", TRUE if example.right else WRONG, "bold"))
     if example.gold and example.gold != example.answer:
         blocks.append((f"right: {example.gold}", TRUE, "normal"))
     small = sum(len(text) for text, _, _ in blocks) > 220
@@ -184,34 +289,34 @@ def _label(ax: "Axes", left: float, bottom: float, text: str) -> None:
     )  # fmt: skip
 
 
-def _square(picture: Image.Image) -> tuple[Image.Image, float, float, float]:
-    """``picture`` in the middle of a white square, with left, top and scale of it there."""
-    picture = picture.convert("RGB")
-    scale = _TILE / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+def _square(image: Image.Image) -> tuple[Image.Image, float, float, float]:
+    """``image`` centred on a white square tile; also its left edge, top edge and scale on the tile."""
+    image = image.convert("RGB")
+    scale = _TILE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     tile = Image.new("RGB", (_TILE, _TILE), "white")
     left, top = (_TILE - width) // 2, (_TILE - height) // 2
-    tile.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+    tile.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
     return tile, left, top, scale
 
 
-def _lit(picture: Image.Image, share: np.ndarray) -> Image.Image:
-    """``picture`` in grey, glowing where ``share`` (0..1) is high."""
+def _heat_map(image: Image.Image, share: np.ndarray) -> Image.Image:
+    """``image`` in grey, overlaid with colour where ``share`` (0..1) is high."""
     from matplotlib import colormaps
 
-    size = (_TILE, max(1, round(_TILE * picture.height / picture.width)))
-    grey = np.asarray(picture.convert("L").resize(size), np.float32)[..., None] / 255
+    size = (_TILE, max(1, round(_TILE * image.height / image.width)))
+    grey = np.asarray(image.convert("L").resize(size), np.float32)[..., None] / 255
     share = np.asarray(Image.fromarray(share).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)
-    glow = colormaps["inferno"](0.25 + 0.7 * share)[..., :3]
+    colour = colormaps["inferno"](0.25 + 0.7 * share)[..., :3]
     weight = (0.7 * share)[..., None]
-    lit = (0.25 + 0.7 * grey) * (1 - weight) + glow * weight
-    return Image.fromarray((255 * lit.clip(0, 1)).astype(np.uint8))
+    blended = (0.25 + 0.7 * grey) * (1 - weight) + colour * weight
+    return Image.fromarray((255 * blended.clip(0, 1)).astype(np.uint8))
 
 
 def _printable(text: str) -> str:
-    """One line, without the control characters that a model that has learnt little may write."""
-    return "".join(letter if letter.isprintable() else "\u00b7" for letter in " ".join(text.split()))
+    """One line without control characters, which an untrained model may generate."""
+    return "".join(character if character.isprintable() else "\u00b7" for character in " ".join(text.split()))
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

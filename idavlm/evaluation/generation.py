@@ -1,4 +1,4 @@
-"""Ask a model every question: batches of like length, kept on disk as they are answered."""
+"""Generate the answers of a model to evaluation samples, in batches of similar length, with resumption."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from idavlm.data.schema import TASK_TYPES, Message, Part, Sample
-from idavlm.evaluation.answers import Answer, AnswerFile, candidates, question_text
-from idavlm.evaluation.baselines import Person, with_wrong_references, without_references
-from idavlm.utils import check_choice, check_positive
+from idavlm.evaluation.answers import CHOICE_TASKS, Answer, AnswerFile, candidates, question_text
+from idavlm.evaluation.baselines import IdentityKey, with_wrong_references, without_references
+from idavlm.utils import IGNORE_INDEX, check_choice, check_positive
 
 REFERENCES = ("right", "none", "wrong")
-CHOICE_TASKS = ("qa_single", "qa_multi")
-"""Tasks whose answer is chosen among the right and the false ones; the others are written freely."""
 
-# Inputs of training: neither generation nor likelihoods want a loss.
-_FOR_TRAINING = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source")
+# Batch fields that only training uses; generation and likelihoods compute no loss.
+_TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source")
 
 
 def generate_answers(
@@ -31,52 +29,53 @@ def generate_answers(
     max_new_tokens: int = 64,
     references: str = "right",
     write_choices: bool = False,
-    person: Person | None = None,
+    identity_key: IdentityKey | None = None,
     settings: dict | None = None,
     progress: bool = False,
 ) -> list[Answer]:
-    """Answer all samples, greedily.
+    """Generate answers to all samples with greedy decoding.
 
-    Questions with false answers are multiple choice: the log-likelihood (sum over tokens) of every candidate.
+    Questions with false answers are multiple choice: the log-likelihood (sum over tokens) of each candidate is
+    computed instead.
 
     Args:
-        model: has ``generate``, ``forward`` with ``logits``, and ``device``; in evaluation mode meanwhile.
+        model: has ``generate``, ``forward`` with ``logits``, and ``device``; set to evaluation mode during the call.
         processor: has ``encode(sample, add_generation_prompt=False)``, ``collate(encoded, padding_side=...)`` and
             ``tokenizer``.
-        samples: evaluation samples, their ids all different.
-        path: a ``.jsonl`` file for the answers; those that are there already are not asked again.
-        batch_size: rows at once.
-        max_new_tokens: longest answer.
-        references: what the model is shown: the ``"right"`` photos, ``"none"``, or the ``"wrong"`` ones, of other
-            persons.
-        write_choices: let the model write its answer to questions with choices too, for a judge to read.
-        person: for wrong references, see :func:`with_wrong_references`.
-        settings: what else the answers depend on (the model's name ...), kept beside ``path``.
+        samples: evaluation samples with unique ids.
+        path: a ``.jsonl`` file to which answers are appended. Samples that it already answers are skipped.
+        batch_size: samples per batch.
+        max_new_tokens: maximum length of an answer.
+        references: references that the model receives: ``"right"``, ``"none"``, or ``"wrong"`` (of other identities).
+        write_choices: also generate text for multiple-choice questions, for example for a judge.
+        identity_key: for wrong references, see :func:`with_wrong_references`.
+        settings: further settings the answers depend on (the name of the model ...), stored next to ``path``.
         progress: show a progress bar.
 
     Returns:
         Answers in the order of ``samples``.
 
     Raises:
-        ValueError: a training sample, two samples of one id, or answers at ``path`` that were made otherwise.
+        ValueError: a training sample, a repeated id, a question without false answers, too few identities for wrong
+            references, or answers at ``path`` that were generated with other settings.
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_choice("references", references, REFERENCES)
     samples = list(samples)
-    _check(samples, write_choices)
-    made_with = {"references": references, "max_new_tokens": max_new_tokens, "write_choices": write_choices}
-    file = AnswerFile(path, made_with | (settings or {})) if path is not None else None
-    answers: dict[str, Answer] = {} if file is None else file.answers
+    _check_samples(samples, write_choices)
     shown = samples
     if references == "none":
         shown = [without_references(sample) for sample in samples]
     elif references == "wrong":
-        shown = with_wrong_references(samples, person=person)
+        shown = with_wrong_references(samples, identity_key=identity_key)
+    generated_with = {"references": references, "max_new_tokens": max_new_tokens, "write_choices": write_choices}
+    file = AnswerFile(path, generated_with | (settings or {})) if path is not None else None
+    answers: dict[str, Answer] = {} if file is None else file.answers
     waiting = [number for number in _by_length(samples) if samples[number].id not in answers]
-    with evaluating(model), _bar(len(samples), len(samples) - len(waiting), progress) as bar:
+    with evaluating(model), _progress_bar(len(samples), len(samples) - len(waiting), progress) as bar:
         for chunk in _chunks(waiting, samples, batch_size):
-            asked = [shown[number] for number in chunk]
-            found = _answer(model, processor, asked, batch_size, max_new_tokens, write_choices)
+            batch = [shown[number] for number in chunk]
+            found = _answer(model, processor, batch, batch_size, max_new_tokens, write_choices)
             answers.update({answer.id: answer for answer in found})
             if file is not None:
                 file.add(found)
@@ -86,9 +85,9 @@ def generate_answers(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module, frozen parts too, comes back in the mode it was in.
+    """Evaluation mode without gradients; afterwards every submodule returns to its previous mode.
 
-    Not ``inference_mode``: a processor may keep the images it prepares here, and training reads them again.
+    Uses ``no_grad`` instead of ``inference_mode`` because the processor may cache images that training uses later.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -101,33 +100,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def model_inputs(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-    """``batch`` on the model's device, without what only training needs."""
-    kept = {name: value for name, value in batch.items() if name not in _FOR_TRAINING}
+    """The tensors of ``batch`` on the device of the model, without fields that only training uses."""
+    kept = {name: value for name, value in batch.items() if name not in _TRAINING_FIELDS}
     return {name: value.to(model.device) for name, value in kept.items() if isinstance(value, Tensor)}
 
 
 def generate_texts(
     model: nn.Module, processor, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[tuple[str, tuple[int, int] | None]]:
-    """What the model writes to each sample, in one batch, and height and width of its last picture."""
+    """Generate one batch; returns for each sample the text, and height and width of its last image."""
     encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
-    inputs = _look_once(model, model_inputs(model, processor.collate(encoded, padding_side="left")), samples)
+    inputs = _encode_images_once(model, model_inputs(model, processor.collate(encoded, padding_side="left")), samples)
     prompt = inputs["input_ids"]
-    stops = getattr(getattr(model, "generation_config", None), "stop_strings", None) or []
-    stopping = {"tokenizer": processor.tokenizer} if stops else {}
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **stopping)
-    # Some models return the new tokens alone.
+    stop_strings = getattr(getattr(model, "generation_config", None), "stop_strings", None) or []
+    # transformers needs the tokenizer to find stop strings.
+    options = {"tokenizer": processor.tokenizer} if stop_strings else {}
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
+    # Some models return the prompt and the new tokens, others the new tokens only.
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    texts = [cut_at(text, stops) for text in texts]
+    texts = [truncate_at(text, stop_strings).strip() for text in texts]
     sizes = [sample["image_sizes"].tolist() for sample in encoded]
-    return [(text.strip(), tuple(size[-1]) if size else None) for text, size in zip(texts, sizes, strict=True)]
+    return [(text, tuple(size[-1]) if size else None) for text, size in zip(texts, sizes, strict=True)]
 
 
-def cut_at(text: str, stops: str | Sequence[str]) -> str:
-    """``text`` up to the first of ``stops`` (a text, or several) that is in it."""
-    for stop in [stops] if isinstance(stops, str) else stops:
+def truncate_at(text: str, stop_strings: str | Sequence[str]) -> str:
+    """``text`` up to the first occurrence of any of ``stop_strings``."""
+    for stop in [stop_strings] if isinstance(stop_strings, str) else stop_strings:
         text = text.partition(stop)[0]
     return text
 
@@ -135,76 +135,76 @@ def cut_at(text: str, stops: str | Sequence[str]) -> str:
 def answer_likelihoods(model: nn.Module, processor, samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
     """Log-likelihood of each text as the answer to its sample, in one batch.
 
-    Earlier answers of a conversation count too; they are the same for all candidates of a sample.
+    Earlier answers of a conversation are included; they contribute equally to all candidates of a sample.
     """
     answered = [
         replace(sample, messages=[*sample.messages, Message("assistant", [Part("text", text=text)])])
         for sample, text in zip(samples, texts, strict=True)
     ]
     batch = processor.collate([processor.encode(sample) for sample in answered], padding_side="right")
-    logits = model(**_look_once(model, model_inputs(model, batch), answered)).logits[:, :-1]
+    logits = model(**_encode_images_once(model, model_inputs(model, batch), answered)).logits[:, :-1]
     labels = batch["labels"].to(logits.device)[:, 1:]
-    labelled = labels != -100
+    supervised = labels != IGNORE_INDEX
     losses = torch.zeros(labels.shape, device=logits.device)
-    losses[labelled] = nn.functional.cross_entropy(logits[labelled].float(), labels[labelled], reduction="none")
+    losses[supervised] = nn.functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
     return (-losses.sum(1)).tolist()
 
 
-def _look_once(model: nn.Module, inputs: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Let the vision tower see a picture once a batch, as the candidates of a question show the same ones."""
+def _encode_images_once(model: nn.Module, inputs: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Run the vision tower once per distinct image of the batch; the candidates of a question share their images."""
     paths = [(sample.image_root, path) for sample in samples for path in sample.images]
     first = {path: number for number, path in reversed(list(enumerate(paths)))}
     if len(first) == len(paths) or "pixel_values" not in inputs or not hasattr(model, "image_features"):
         return inputs
-    different = sorted(first.values())
-    features, grid_size = model.image_features(inputs["pixel_values"][different])
+    distinct = sorted(first.values())
+    features, grid_size = model.image_features(inputs["pixel_values"][distinct])
     if grid_size is not None and grid_size[0] != grid_size[1]:
-        return inputs  # the model could not tell how its patches stand
-    place = {number: row for row, number in enumerate(different)}
-    rows = torch.tensor([place[first[path]] for path in paths], device=features.device)
-    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return rest | {"image_features": features[rows]}
+        return inputs  # from features alone, the model would assume a square grid
+    row_of = {number: row for row, number in enumerate(distinct)}
+    rows = torch.tensor([row_of[first[path]] for path in paths], device=features.device)
+    others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return others | {"image_features": features[rows]}
 
 
 def _answer(
-    model: nn.Module, processor, asked: list[Sample], batch_size: int, max_new_tokens: int, write_choices: bool
+    model: nn.Module, processor, samples: list[Sample], batch_size: int, max_new_tokens: int, write_choices: bool
 ) -> list[Answer]:
     """Answers to samples of one task."""
-    choose = asked[0].task in CHOICE_TASKS
-    written: list = [(None, None)] * len(asked)
-    if not choose or write_choices:
-        written = generate_texts(model, processor, asked, max_new_tokens)
-    pairs = [(sample, text) for sample in asked for text in candidates(sample)] if choose else []
+    is_choice = samples[0].task in CHOICE_TASKS
+    generated: list = [(None, None)] * len(samples)
+    if not is_choice or write_choices:
+        generated = generate_texts(model, processor, samples, max_new_tokens)
+    pairs = [(sample, text) for sample in samples for text in candidates(sample)] if is_choice else []
     likelihoods: list[float] = []
     for start in range(0, len(pairs), batch_size):
-        some = pairs[start : start + batch_size]
-        likelihoods += answer_likelihoods(model, processor, *map(list, zip(*some, strict=True)))
-    found = iter(likelihoods)
+        batch = pairs[start : start + batch_size]
+        likelihoods += answer_likelihoods(model, processor, *map(list, zip(*batch, strict=True)))
+    remaining = iter(likelihoods)
     return [
         Answer(
             id=sample.id,
             prediction=text,
             question=question_text(sample),
             image_size=size,
-            likelihoods=tuple(next(found) for _ in candidates(sample)) if choose else None,
+            likelihoods=tuple(next(remaining) for _ in candidates(sample)) if is_choice else None,
         )
-        for sample, (text, size) in zip(asked, written, strict=True)
+        for sample, (text, size) in zip(samples, generated, strict=True)
     ]
 
 
 def _by_length(samples: list[Sample]) -> list[int]:
-    """Task by task, as their answers are of like length; the longest prompts first, that memory runs out at once."""
+    """Indices sorted by task, whose answers have similar length; longest prompts first to fail early on memory."""
 
     def key(number: int) -> tuple:
         sample = samples[number]
-        letters = sum(len(part.text) for message in sample.messages for part in message.content)
-        return _task(sample), -len(sample.images), -letters
+        length = sum(len(part.text) for message in sample.messages for part in message.content)
+        return _task_order(sample), -len(sample.images), -length
 
     return sorted(range(len(samples)), key=key)
 
 
 def _chunks(numbers: list[int], samples: list[Sample], size: int) -> Iterator[list[int]]:
-    """Batches of one task."""
+    """Batches of at most ``size`` samples of one task."""
     start = 0
     while start < len(numbers):
         task = samples[numbers[start]].task
@@ -213,26 +213,28 @@ def _chunks(numbers: list[int], samples: list[Sample], size: int) -> Iterator[li
         start += len(chunk)
 
 
-def _task(sample: Sample) -> int:
+def _task_order(sample: Sample) -> int:
     return TASK_TYPES.index(sample.task) if sample.task in TASK_TYPES else len(TASK_TYPES)
 
 
-def _bar(total: int, done: int, progress: bool):
-    from tqdm import tqdm  # transformers brings it
+def _progress_bar(total: int, done: int, progress: bool):
+    from tqdm import tqdm  # a dependency of transformers
 
     return tqdm(total=total, initial=done, desc="answers", unit="sample", disable=not progress)
 
 
-def _check(samples: Sequence[Sample], write_choices: bool) -> None:
-    seen: set[str] = set()
+def _check_samples(samples: Sequence[Sample], write_choices: bool) -> None:
+    ids: set[str] = set()
     for sample in samples:
         place = sample.where or sample.id
-        if sample.task is None:
-            raise ValueError(f"samples: {place} is a training sample; evaluation samples have type and answer.")
-        if sample.id in seen:
-            raise ValueError(f"samples: {place} has id={sample.id!r}, as one before it; ids tell answers apart.")
-        seen.add(sample.id)
+        if sample.answer is None:
+            raise ValueError(f"samples: {place} is a training sample; pass samples with 'type' and 'answer'.")
+        if sample.id in ids:
+            raise ValueError(
+                f"samples: id={sample.id!r} of {place} is not unique; use a different id for every sample."
+            )
+        ids.add(sample.id)
         if sample.task in CHOICE_TASKS and not sample.false_answers and not write_choices:
             raise ValueError(
-                f"samples: {place} of type {sample.task!r} has no false_answers to choose among; add some."
+                f"samples: {place} of type {sample.task!r} has no false_answers to choose among; add false_answers."
             )

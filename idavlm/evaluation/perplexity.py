@@ -1,4 +1,4 @@
-"""How well a language model still reads text."""
+"""Perplexity of a language model on plain text, to measure forgetting."""
 
 import math
 import pydoc_data.topics
@@ -11,19 +11,19 @@ from idavlm.utils import check_positive
 
 @torch.no_grad()
 def text_perplexity(language_model: nn.Module, tokenizer, *, num_windows: int = 64, length: int = 256) -> float:
-    """Perplexity of a causal language model on text that every machine has: the language reference in ``pydoc_data``.
+    """Perplexity of a causal language model on the Python language reference (``pydoc_data.topics``).
 
-    The text comes with Python and differs a little between its versions, so compare numbers of one. It is read in
-    windows that know nothing of each other, from its beginning.
+    The text is part of every Python installation, so no download is needed. It differs slightly between Python
+    versions; compare values of one version only. The beginning of the text is split into independent windows.
 
     Args:
-        language_model: a transformers causal language model; in evaluation mode meanwhile.
+        language_model: a causal language model of transformers; set to evaluation mode during the call.
         tokenizer: its tokenizer.
-        num_windows: how many windows.
-        length: tokens of a window.
+        num_windows: number of windows.
+        length: tokens per window.
 
     Raises:
-        ValueError: the text is shorter than that.
+        ValueError: the text has fewer than ``num_windows * length`` tokens.
     """
     check_positive(num_windows=num_windows, length=length)
     topics = pydoc_data.topics.topics
@@ -31,7 +31,7 @@ def text_perplexity(language_model: nn.Module, tokenizer, *, num_windows: int = 
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=language_model.device)
     if len(ids) < num_windows * length:
         raise ValueError(
-            f"num_windows={num_windows} of length={length} are more than the {len(ids)} tokens of the text; take fewer."
+            f"num_windows={num_windows} of length={length} exceed the {len(ids)} tokens of the text; reduce one."
         )
     was_training = language_model.training
     language_model.eval()

@@ -1,4 +1,4 @@
-"""Curves of the losses and bars of the scores, as PNG files."""
+"""Plot loss curves and scores as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ INK, FAINT = "#2b2d33", "#d9dce1"
 _DASHES = (0, (5, 2))
 
 LogHistory = Sequence[Mapping[str, float]]
-"""``log_history`` of a Trainer: one mapping a logged step, with "step" and the numbers logged there."""
+"""``trainer.state.log_history``: one mapping per logged step, with "step" and the logged values."""
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of its own, without pyplot: no display, no global state.
+    """A figure without pyplot: it needs no display and changes no global state.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -29,26 +29,29 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The report draws with matplotlib; install it with: pip install 'idavlm[eval]'") from error
+        raise ImportError("plots need matplotlib; install it with: pip install 'idavlm[eval]'") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> Path | None:
-    """Losses and learning rate over steps, faint as logged and bold smoothed; None where nothing was logged.
+    """Plot losses and learning rate over steps: raw values thin, smoothed values bold.
 
     Args:
-        path: the PNG to write.
-        logs: variant -> one history a seed. Read are ``loss_identity`` (or the Trainer's plain ``loss``),
-            ``loss_general``, ``identity_map_loss`` and ``learning_rate``; panels without numbers are left out.
+        path: the PNG file to write.
+        logs: variant -> one log history per seed. The keys ``loss_identity`` (or ``loss`` of a Trainer without separate
+            sources), ``loss_general``, ``identity_map_loss`` and ``learning_rate`` are plotted.
+
+    Returns:
+        ``path``, or None if none of these keys was logged.
     """
     panels = {
-        "loss of the answers": {"identity data": "loss_identity", "general data": "loss_general"},
-        "loss of the identity attention": {"": "identity_map_loss"},
+        "language loss": {"identity data": "loss_identity", "general data": "loss_general"},
+        "identity map loss": {"": "identity_map_loss"},
         "learning rate": {"": "learning_rate"},
     }
     histories = [history for seeds in logs.values() for history in seeds]
     if not any("loss_identity" in entry for history in histories for entry in history):
-        panels["loss of the answers"] = {"": "loss"}
+        panels["language loss"] = {"": "loss"}
     panels = {
         title: lines
         for title, lines in panels.items()
@@ -74,7 +77,7 @@ def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> P
 
 
 def _draw(ax: "Axes", history: LogHistory, key: str, colour: str, style, label: str) -> str:
-    """One curve; returns the label for the next seed's, which has none once this one carries it."""
+    """Draw one curve. Returns the label for the next seed: "" once a curve carries it, so the legend has one entry."""
     steps, values = _curve(history, key)
     if not steps:
         return label
@@ -87,20 +90,23 @@ def _draw(ax: "Axes", history: LogHistory, key: str, colour: str, style, label: 
 
 
 def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]]) -> Path | None:
-    """Main score of every task, a bar a variant: the mean over seeds, whiskers from the lowest to the highest.
+    """Plot the main metric of each task, one bar per variant: mean over seeds, whiskers from minimum to maximum.
 
-    A dashed line across a task's bars is what guessing would score.
+    A dashed line across the bars of a task marks the chance level.
 
     Args:
-        path: the PNG to write.
-        results: variant -> one result a seed.
+        path: the PNG file to write.
+        results: variant -> one result per seed.
+
+    Returns:
+        ``path``, or None if there is no score.
     """
     summaries = {variant: [result.summary for result in seeds] for variant, seeds in results.items()}
     found = [summary for seeds in summaries.values() for summary in seeds]
     main = {
         task: metric
         for task in TASK_TYPES
-        if (metric := next((main_metric(task, one[task]["metrics"]) for one in found if task in one), None))
+        if (metric := next((main_metric(task, summary[task]["metrics"]) for summary in found if task in summary), None))
     }
     tasks = list(main)
     if not tasks:
@@ -125,7 +131,9 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
                 f"{mean:.2f}", (x, max(values)), (0, 4), textcoords="offset points",
                 ha="center", fontsize=8, color=INK, zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )  # fmt: skip
-    chances = [next((one[task]["chance"].get(main[task]) for one in found if task in one), None) for task in tasks]
+    chances = [
+        next((summary[task]["chance"].get(main[task]) for summary in found if task in summary), None) for task in tasks
+    ]
     chances = {place: chance for place, chance in enumerate(chances) if chance is not None}
     for place, chance in chances.items():
         ax.plot([place - 0.45, place + 0.45], [chance] * 2, color=INK, lw=1.2, ls=(0, (4, 2)), zorder=3)
@@ -135,12 +143,13 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
     ax.tick_params(axis="x", length=0)
     handles, labels = ax.get_legend_handles_labels()
     if chances:
-        handles, labels = [*handles, ax.lines[-1]], [*labels, "guessing"]
+        handles, labels = [*handles, ax.lines[-1]], [*labels, "chance"]
     figure.legend(handles, labels, loc="outside upper center", ncols=len(summaries) + 1, fontsize=9, frameon=False)
     return save(figure, path)
 
 
 def save(figure: "Figure", path: str | Path) -> Path:
+    """Write ``figure`` as PNG; missing folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -153,7 +162,7 @@ def _curve(history: LogHistory, key: str) -> tuple[list[float], list[float]]:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of the neighbours on both sides, some 5% of the curve, fewer at the ends."""
+    """Moving average over about 5 % of the curve, over fewer values at its ends."""
     half = len(values) // 40
     return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 

@@ -1,30 +1,44 @@
-"""The report of a training run: report.md, plots and a contact sheet in one folder."""
+"""Reports of a training run and the tables they consist of: means over seeds, or means with confidence intervals."""
 
-import os
-import platform
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 from idavlm.data.schema import TASK_TYPES
+from idavlm.evaluation.bootstrap import bootstrap_mean
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet
 from idavlm.evaluation.plots import LogHistory, plot_bars, plot_curves
-from idavlm.evaluation.results import EvaluationResult
+from idavlm.evaluation.results import EvaluationResult, Prediction, metrics_of
+from idavlm.utils import describe_machine, markdown_table
+
+Label = Callable[[Prediction], str]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """``draw(path)`` returns None if there is nothing to draw."""
+
+    name: str
+    heading: str
+    caption: str
+    draw: Callable[[Path], Path | None]
+
 
 _METRICS = """\
-*matching*: which of the pictures shows X. *location*: the box of X, by mean intersection over union and the share of
-boxes that reach 0.5; guessing is to point at one of the persons. *qa*: the answer the model finds likeliest among the
-right and the false ones. *caption*: names of the description that are right (precision) and that are there (recall),
-and the share of the right clauses ("Kate is waving") found word by word. Answers that cannot be read score 0."""
+*matching*: accuracy of the chosen image. *location*: mean IoU of the predicted box, and the share of boxes with an IoU
+of at least 0.5; chance is a random choice among the annotated boxes of the image. *qa*: accuracy of the most likely
+candidate among the right and the false answers. *caption*: precision and recall of names, and the share of the clauses
+of the right description ("Kate is waving") that are reproduced literally. Answers that cannot be parsed score 0."""
 
 
 def write_report(
     folder: str | Path,
     results: Mapping[str, Sequence[EvaluationResult]],
     *,
-    title: str,
+    model: str,
+    data: str,
     logs: Mapping[str, Sequence[LogHistory]] | None = None,
     examples: Sequence[Example] = (),
     settings: Mapping[str, object] | None = None,
@@ -32,53 +46,88 @@ def write_report(
     seconds: float | None = None,
     machine: str | None = None,
 ) -> Path:
-    """Write ``report.md``, ``scores.png``, ``curves.png`` and ``examples.png``; sections without content are left out.
+    """Write ``report.md``, ``results.json``, ``scores.png``, ``examples.png`` and ``curves.png``.
+
+    The title is made from ``model``, ``data``, the number of records and the number of seeds. Sections without content
+    are left out. The results and a report without figures are written first; then each figure is drawn on its own. If
+    some figures fail, the report contains the error in their place, the other figures are kept, and an error is raised
+    at the end.
 
     Args:
-        folder: where to; made if missing, files of an earlier report are replaced.
-        results: variant ("ID-Former", "no references", ...) -> one result a seed, in the order of columns.
-        title: heading.
-        logs: variant -> ``trainer.state.log_history`` a seed.
+        folder: folder of the report; created if missing. Files of an earlier report are replaced.
+        results: variant ("ID-Former", "no references", ...) -> one result per seed. Variants become columns.
+        model: what was evaluated, for the title.
+        data: the data set it was evaluated on, for the title.
+        logs: variant -> one ``trainer.state.log_history`` per seed.
         examples: rows of the contact sheet.
-        settings: name -> value, as a table.
-        command: what reproduces the run.
-        seconds: what the whole run took.
-        machine: where; :func:`describe_machine` if not given.
+        settings: name -> value, printed as a table.
+        command: the command that reproduces the run.
+        seconds: duration of the whole run.
+        machine: description of the hardware; by default :func:`idavlm.utils.describe_machine`.
 
     Returns:
         The path of ``report.md``.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no results.
+        ValueError: ``results`` is empty. Nothing is written then.
+        RuntimeError: figures that could not be drawn, for example without matplotlib. The report is written.
     """
     if not any(results.values()):
-        raise ValueError(f"results={dict(results)!r} holds no result; give at least one variant with one result.")
+        raise ValueError(f"results={dict(results)!r} is empty; pass at least one variant with one result.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command and f"`{command}`", "time": seconds and format_seconds(seconds)}
-    facts["machine"] = machine or describe_machine()
-    parts = [f"# {title}", "  \n".join(f"{name}: {value}" for name, value in facts.items() if value)]
-    parts += ["## Scores on identities never trained on", score_table(results), _spread(results), _METRICS]
-    if plot_bars(folder / "scores.png", results):
-        parts.append("![main score of every task](scores.png)")
-    if examples:
-        draw_contact_sheet(folder / "examples.png", examples)
-        parts += ["## Examples", "![references, scenes, answers, identity attention](examples.png)"]
-    if logs and plot_curves(folder / "curves.png", logs):
-        parts += ["## Training", "![losses over steps](curves.png)"]
+    contents = {variant: [result.to_dict() for result in seeds] for variant, seeds in results.items()}
+    (folder / "results.json").write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    facts = {
+        "command": command and f"`{command}`",
+        "time": seconds and format_seconds(seconds),
+        "machine": machine or describe_machine(),
+    }
+    title = f"# {model} on {data}: {_count_records(results)}, {_count_seeds(results)}"
+    parts = [title, "  \n".join(f"{name}: {value}" for name, value in facts.items() if value)]
+    parts += ["## Scores", score_table(results), _describe_spread(results), _METRICS]
+    figures = [
+        _Figure("scores.png", "", "Main score of each task", lambda path: plot_bars(path, results)),
+        _Figure(
+            "examples.png", "## Examples", "Answers and identity maps", lambda path: _draw_examples(path, examples)
+        ),
+        _Figure("curves.png", "## Training", "Losses over steps", lambda path: plot_curves(path, logs or {})),
+    ]
+    last = []
     if settings:
-        parts += [
-            "## Settings",
-            markdown_table(["setting", "value"], [[f"`{name}`", value] for name, value in settings.items()]),
-        ]
+        rows = [[f"`{name}`", value] for name, value in settings.items()]
+        last = ["## Settings", markdown_table(["setting", "value"], rows)]
+
     path = folder / "report.md"
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    for figure in figures:
+        (folder / figure.name).unlink(missing_ok=True)
+    _write_parts(path, [*parts, *last])
+    errors: list[tuple[str, Exception]] = []
+    for figure in figures:
+        try:
+            drawn = figure.draw(folder / figure.name)
+        except Exception as error:
+            (folder / figure.name).unlink(missing_ok=True)
+            errors.append((f"{figure.name}: {type(error).__name__}: {error}", error))
+            parts += [figure.heading, f"**Could not be drawn:** {errors[-1][0]}"]
+        else:
+            parts += [figure.heading, f"![{figure.caption}]({figure.name})"] if drawn else []
+        _write_parts(path, [*parts, *last])
+    if errors:
+        messages = "; ".join(message for message, _ in errors)
+        raise RuntimeError(f"{path} is written, but {len(errors)} of its figures are missing ({messages}).") from (
+            errors[0][1]
+        )
     return path
 
 
 def score_table(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
-    """Markdown: a row a metric of a task, a column a variant, then what guessing would score."""
+    """Markdown table of means over seeds: one row per metric of a task, one column per variant, then chance.
+
+    Args:
+        results: variant -> one result per seed.
+    """
     summaries = {variant: [result.summary for result in seeds] for variant, seeds in results.items()}
     rows = []
     for task in TASK_TYPES:
@@ -90,23 +139,61 @@ def score_table(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
             ]
             chance = found[0]["chance"].get(metric)
             records = found[0]["n"] if number == 0 else ""
-            rows.append([task if number == 0 else "", metric, records, *map(_range, cells), _range(chance)])
+            cells = [_format_range(values) for values in cells]
+            rows.append([task if number == 0 else "", metric, records, *cells, _format_range(chance)])
         if any(summary["unparsed"] for summary in found):
             cells = [[s[task]["unparsed"] / s[task]["n"] for s in seeds if task in s] for seeds in summaries.values()]
-            rows.append(["", "not readable", "", *map(_range, cells), "-"])
-    return markdown_table(["task", "metric", "records", *summaries, "guessing"], rows)
+            rows.append(["", "unparsed", "", *map(_format_range, cells), "-"])
+    return markdown_table(["task", "metric", "records", *summaries, "chance"], rows)
 
 
-def describe_machine() -> str:
-    """Processor or GPU, threads and versions."""
-    name = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    elif os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}"
+def interval_summary(result: EvaluationResult, label: Label) -> dict[str, dict]:
+    """Means with 95 % bootstrap intervals of each group of predictions.
+
+    Args:
+        result: scored predictions.
+        label: returns the group of a prediction; "" excludes it. Groups follow the order of the tasks, then the order
+            of first appearance.
+
+    Returns:
+        ``{group: {"n", "unparsed", "metrics": {metric: {"mean", "low", "high", "n"}}, "chance": {metric: mean}}}``.
+    """
+    groups: dict[str, list[Prediction]] = {}
+    for predictions in result.by_task.values():
+        for prediction in predictions:
+            if name := label(prediction):
+                groups.setdefault(name, []).append(prediction)
+    return {name: _summarize_group(found) for name, found in groups.items()}
+
+
+def interval_table(results: Mapping[str, EvaluationResult], label: Label, *, first: str = "task") -> str:
+    """Markdown table of :func:`interval_summary`: one row per metric of a group, one column per variant, then chance.
+
+    ``n`` counts the items that have the metric. If answers could not be parsed, their share is a row of its own.
+
+    Args:
+        results: variant -> result.
+        label: see :func:`interval_summary`.
+        first: title of the first column.
+    """
+    summaries = {variant: interval_summary(result, label) for variant, result in results.items()}
+    rows = []
+    for name in dict.fromkeys(name for summary in summaries.values() for name in summary):
+        found = [summary[name] for summary in summaries.values() if name in summary]
+        head = name
+        for metric in metrics_of([group["metrics"] for group in found]):
+            cells = [
+                _format_interval(summary.get(name, {}).get("metrics", {}).get(metric)) for summary in summaries.values()
+            ]
+            counts = [group["metrics"][metric]["n"] for group in found if metric in group["metrics"]]
+            chance = next((group["chance"][metric] for group in found if metric in group["chance"]), None)
+            rows.append([head, metric, max(counts), *cells, "-" if chance is None else f"{chance:.2f}"])
+            head = ""
+        if any(group["unparsed"] for group in found):
+            groups = [summary.get(name) for summary in summaries.values()]
+            cells = ["-" if group is None else f"{group['unparsed'] / group['n']:.3f}" for group in groups]
+            rows.append([head, "unparsed", max(group["n"] for group in found), *cells, "-"])
+    return markdown_table([first, "metric", "n", *summaries, "chance"], rows)
 
 
 def format_seconds(seconds: float) -> str:
@@ -117,13 +204,32 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _spread(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
-    seeds = sorted({len(found) for found in results.values() if found})
-    many = f"up to {seeds[-1]}" if len(seeds) > 1 else seeds[-1]
-    return f"Mean of {many} seeds (lowest to highest)." if seeds[-1] > 1 else ""
+def _write_parts(path: Path, parts: Sequence[str]) -> None:
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _range(values: Sequence[float] | float | None) -> str:
+def _draw_examples(path: Path, examples: Sequence[Example]) -> Path | None:
+    return draw_contact_sheet(path, examples) if examples else None
+
+
+def _count_records(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
+    most = max(len(result.predictions) for seeds in results.values() for result in seeds)
+    return f"{most} record{'s' if most != 1 else ''}"
+
+
+def _count_seeds(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
+    counts = sorted({len(seeds) for seeds in results.values() if seeds})
+    if len(counts) > 1:
+        return f"{counts[0]} to {counts[-1]} seeds"
+    return f"{counts[0]} seed{'s' if counts[0] != 1 else ''}"
+
+
+def _describe_spread(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
+    several = max(map(len, results.values())) > 1
+    return f"Mean of {_count_seeds(results)} (lowest to highest)." if several else ""
+
+
+def _format_range(values: Sequence[float] | float | None) -> str:
     if isinstance(values, float):
         return f"{values:.2f}"
     if not values:
@@ -133,10 +239,25 @@ def _range(values: Sequence[float] | float | None) -> str:
     return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown; bars and line ends in cells are made harmless."""
+def _format_interval(interval: dict | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+def _summarize_group(predictions: list[Prediction]) -> dict:
+    metrics = metrics_of([prediction.scores for prediction in predictions])
+    values = {
+        metric: [prediction.scores[metric] for prediction in predictions if metric in prediction.scores]
+        for metric in metrics
+    }
+    chance = {
+        metric: [prediction.chance[metric] for prediction in predictions if metric in prediction.chance]
+        for metric in metrics
+    }
+    return {
+        "n": len(predictions),
+        "unparsed": sum(not prediction.parsed for prediction in predictions),
+        "metrics": {metric: asdict(bootstrap_mean(found)) for metric, found in values.items()},
+        "chance": {metric: fmean(found) for metric, found in chance.items() if found},
+    }

@@ -1,16 +1,148 @@
-"""From evaluation samples and answers to scored predictions."""
+"""Score answers: metrics in 0..1 for each kind of task, and :func:`score_answers` for whole evaluation sets."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 
 from idavlm.data.schema import Sample
-from idavlm.evaluation.answers import Answer, candidates, likeliest
-from idavlm.evaluation.generation import CHOICE_TASKS
-from idavlm.evaluation.metrics import closest, name_spellings, score_box, score_description, score_picture
+from idavlm.evaluation.answer_parsing import parse_image_number
+from idavlm.evaluation.answers import CHOICE_TASKS, Answer, candidates, most_likely
 from idavlm.evaluation.results import EvaluationResult, Prediction
 
 ParseBox = Callable[..., "list[float] | None"]
-"""``parse_box(text, image_size, name=...)``: pixels ``[x1, y1, x2, y2]``, or None where the text holds no box."""
+"""``parse_box(text, image_size, name=...)``: pixels ``[x1, y1, x2, y2]``, or None if the text contains no box."""
+
+_TOKEN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")
+_TITLES = (
+    {"Agent", "Captain", "Doctor", "Dr", "General", "King", "Lady", "Lord", "Major", "Master", "Miss", "Mr", "Mrs"}
+    | {"Ms", "Prince", "Princess", "Professor", "Queen", "Sergeant", "Sir", "The", "Young", "Old", "Big", "Little"}
+)  # fmt: skip
+_IMAGE_LABEL = re.compile(r"\s*(?:picture|image|photo)\s*#?\s*\w+\s*", re.IGNORECASE)
+_END_OF_CLAUSE = re.compile(r"[.;,!?\n]|\band\b")
+
+
+def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Intersection over union of two boxes ``[x1, y1, x2, y2]``; 0 if either is empty."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return width * height / (sum(areas) - width * height)
+
+
+def names_in(text: str, names: Iterable[str] | Mapping[str, str]) -> set[str]:
+    """The ``names`` that occur in ``text`` as whole words; "Elvish Ranger" does not count as "Ranger".
+
+    The search is case-sensitive: "Rose" is a name, "rose" is not. If ``names`` is a mapping of spellings to names
+    (:func:`name_spellings`), spellings are searched and the corresponding names are returned.
+    """
+    spellings = names if isinstance(names, Mapping) else {name: name for name in names}
+    longest_first = sorted((name for name in spellings if name in text), key=len, reverse=True)
+    if not longest_first:
+        return set()
+    found = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", text)
+    return {spellings[spelling] for spelling in found}
+
+
+def name_spellings(own: Sequence[str], all_names: Iterable[str] = ()) -> dict[str, str]:
+    """Map spellings to names: "Beth" and "Hardiment" are spellings of "Beth Hardiment".
+
+    Args:
+        own: names of the identities of a sample. A part of a name is a spelling if it starts with a capital letter, is
+            not a title ("Captain") and belongs to one name of ``own`` only.
+        all_names: names of other samples. They count only if they have at least two words, because a single word
+            ("Will", "Four") may be an ordinary word.
+    """
+    parts: dict[str, set[str]] = {}
+    for name in own:
+        for part in _TOKEN.findall(re.sub(r"\(.*?\)", " ", name)):
+            if part[:1].isupper() and len(part) > 1 and part not in _TITLES:
+                parts.setdefault(part, set()).add(name)
+    spellings = {name: name for name in all_names if len(name.split()) > 1}
+    spellings |= {part: next(iter(names)) for part, names in parts.items() if len(names) == 1}
+    return spellings | {name: name for name in own}
+
+
+def closest(text: str, texts: Sequence[str]) -> str:
+    """The element of ``texts`` with the highest F1 of words and word pairs with ``text``; the first one of a tie.
+
+    A text that equals ``text`` up to case and punctuation is always the closest.
+    """
+    text_words = words(text)
+
+    def similarity(other: str) -> float:
+        other_words = words(other)
+        if other_words == text_words:
+            return 2.0
+        return _f1([*text_words, *pairwise(text_words)], [*other_words, *pairwise(other_words)])
+
+    return max(texts, key=similarity)
+
+
+def word_f1(text: str, answer: str) -> float:
+    """F1 of the words of ``text`` and ``answer``."""
+    return _f1(words(text), words(answer))
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case; every Chinese or Japanese character is a word."""
+    return _TOKEN.findall(text.lower())
+
+
+def score_matching(text: str, answer: str, *, count: int | None = None, name: str = "") -> dict[str, float] | None:
+    """``accuracy`` of a matching answer; None if ``text`` chooses no image, see :func:`parse_image_number`.
+
+    Raises:
+        ValueError: ``answer`` does not name an image.
+    """
+    right = parse_image_number(answer)
+    if right is None:
+        raise ValueError(f"answer={answer!r} names no image; expected a text like 'Picture 3'.")
+    chosen = parse_image_number(text, count=count, name=name)
+    return None if chosen is None else {"accuracy": float(chosen == right)}
+
+
+def score_box(predicted: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
+    """``mean_iou`` and ``acc@0.5`` of one box; both boxes are ``[x1, y1, x2, y2]``."""
+    iou = box_iou(predicted, gold)
+    return {"mean_iou": iou, "acc@0.5": float(iou >= 0.5)}
+
+
+def score_description(
+    text: str, answer: str, names: Iterable[str] | Mapping[str, str], *, clauses: bool = True
+) -> dict[str, float]:
+    """Score which identities a description names, and what it says about them.
+
+    - ``name_precision``: share of the names in ``text`` that are in ``answer`` too. It is 0 if ``text`` names no
+      identity but ``answer`` does.
+    - ``name_recall``: share of the names in ``answer`` that are in ``text``.
+    - ``name_f1``: their harmonic mean. A model that repeats the introduced names without looking at the image reaches
+      1 in all three.
+    - ``clause_recall``: share of the clauses of ``answer`` with a name ("Kate is waving") that occur literally in
+      ``text``, in any order, about the same image.
+
+    Args:
+        text: generated description.
+        answer: right description.
+        names: the names that count. Include the names of all records, so that naming an identity of another record is
+            an error. May be a mapping of spellings to names, see :func:`name_spellings`.
+        clauses: whether to compute ``clause_recall``. It is meaningful only if right answers follow fixed wordings.
+    """
+    names = names if isinstance(names, Mapping) else list(names)
+    predicted, right = names_in(text, names), names_in(answer, names)
+    precision = _share(len(predicted & right), len(predicted), empty=not right)
+    recall = _share(len(predicted & right), len(right), empty=True)
+    scores = {"name_precision": precision, "name_recall": recall}
+    scores["name_f1"] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    if clauses:
+        predicted_clauses = set(_clauses(text))
+        right_clauses = [clause for clause in _clauses(answer) if names_in(clause[1], names)]
+        hits = sum(clause in predicted_clauses for clause in right_clauses)
+        scores["clause_recall"] = _share(hits, len(right_clauses), empty=True)
+    return scores
 
 
 def score_answers(
@@ -22,35 +154,38 @@ def score_answers(
     names: Sequence[str] | None = None,
     image_size: Callable[[Sample], tuple[int, int] | None] = lambda sample: None,
 ) -> EvaluationResult:
-    """Score answers, one a sample, in the same order.
+    """Score one answer per sample, both in the same order.
 
     Args:
-        samples: with their right answers.
-        answers: of :func:`generate_answers` or :func:`load_answers`.
-        parse_box: the model's way to write boxes: ``processor.parse_box``, or ``BoxFormat(kind).parse``. None will do
-            where nothing asks for a box.
-        prose: whether the right descriptions are free prose (MM-ID): then no ``clause_recall``, and people may be
-            called by parts of their names.
-        names: everybody who may be named wrongly; by default all people of ``samples``.
-        image_size: height and width of a sample's last picture, for answers without.
+        samples: evaluation samples.
+        answers: from :func:`generate_answers` or :func:`load_answers`.
+        parse_box: parses the boxes that the model writes: ``processor.parse_box``, or ``BoxFormat(kind).parse``. May be
+            None if no sample asks for a box.
+        prose: whether the right descriptions are free prose (MM-ID). Then ``clause_recall`` is not computed, and parts
+            of names count as names.
+        names: names that count in descriptions; by default the names of all samples.
+        image_size: returns height and width of the last image of a sample, for answers without ``image_size``.
 
     Raises:
-        ValueError: answers that are not of these samples.
+        ValueError: ``answers`` do not belong to ``samples``, or ``parse_box`` is missing.
     """
     if [sample.id for sample in samples] != [answer.id for answer in answers]:
         raise ValueError(
-            f"answers: {len(answers)} answers are not those to the {len(samples)} samples, in their order."
+            f"answers: the ids of {len(answers)} answers are not those of the {len(samples)} samples, in their order; "
+            "pass the answers that were generated for these samples."
         )
     if parse_box is None and any(sample.task == "location" for sample in samples):
-        raise ValueError("parse_box=None, but some samples ask for a box; say how the model writes boxes.")
+        raise ValueError(
+            "parse_box=None, but some samples ask for a box; pass processor.parse_box or BoxFormat(kind).parse."
+        )
     if names is None:
         names = sorted({identity.name for sample in samples for identity in sample.identities})
     predictions = []
     for sample, answer in zip(samples, answers, strict=True):
         size = answer.image_size or (image_size(sample) if sample.task == "location" else None)
-        known = name_spellings([identity.name for identity in sample.identities], names) if prose else names
+        spellings = name_spellings([identity.name for identity in sample.identities], names) if prose else names
         predictions.append(
-            score_answer(sample, answer, image_size=size, parse_box=parse_box, names=known, clauses=not prose)
+            score_answer(sample, answer, image_size=size, parse_box=parse_box, names=spellings, clauses=not prose)
         )
     return EvaluationResult(predictions)
 
@@ -64,16 +199,17 @@ def score_answer(
     names: Sequence[str] | Mapping[str, str],
     clauses: bool = True,
 ) -> Prediction:
-    """Score ``answer`` to ``sample``.
+    """Score the answer to one sample.
 
-    Guessing means: for matching and questions, one of the answers; for location, one of the persons with a box.
+    ``Prediction.chance`` is the expected score of a uniform choice: among the candidates for matching and questions,
+    among the annotated boxes of the image for location.
 
     Args:
-        sample: with its right answer.
-        answer: what the model wrote, or how likely it finds the candidates.
-        image_size: height and width of the last picture.
+        sample: evaluation sample.
+        answer: generated text, likelihoods of the candidates, or both.
+        image_size: height and width of the last image.
         parse_box: see :func:`score_answers`.
-        names: see :func:`idavlm.evaluation.score_description`.
+        names: see :func:`score_description`.
         clauses: whether descriptions get ``clause_recall``.
     """
     if sample.task == "location":
@@ -81,11 +217,11 @@ def score_answer(
     text, scores, chance = answer.prediction or "", None, {}
     if sample.task == "matching":
         count = len(sample.false_answers) + 1 if sample.false_answers else None
-        scores = score_picture(text, sample.answer, count=count, name=sample.target or "")
+        scores = score_matching(text, sample.answer, count=count, name=sample.target or "")
     elif sample.task in CHOICE_TASKS:
         scores = _score_choice(sample, answer)
         if answer.prediction is None:
-            text = likeliest(sample, answer)
+            text = most_likely(sample, answer)
     else:
         scores = score_description(text, sample.answer, names, clauses=clauses)
     parsed = scores is not None
@@ -96,10 +232,10 @@ def score_answer(
 
 
 def _score_choice(sample: Sample, answer: Answer) -> dict[str, float]:
-    """By likelihood, by what the text comes closest to, or both; nothing where there is nothing to choose among."""
+    """Accuracy by likelihood, by the closest candidate to the generated text, or both; {} without candidates."""
     scores: dict[str, float] = {}
     if answer.likelihoods and sample.false_answers:
-        scores["accuracy"] = float(likeliest(sample, answer) == sample.answer)
+        scores["accuracy"] = float(most_likely(sample, answer) == sample.answer)
     if answer.prediction is not None and sample.false_answers:
         scores["closest_accuracy"] = float(closest(answer.prediction, candidates(sample)) == sample.answer)
     return scores
@@ -107,17 +243,38 @@ def _score_choice(sample: Sample, answer: Answer) -> dict[str, float]:
 
 def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | None, parse_box: ParseBox) -> Prediction:
     box, gold = parse_box(text, image_size, name=sample.target), sample.target_box
-    persons = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]
-    chance = {metric: fmean(person[metric] for person in persons) for metric in persons[0]} if len(persons) > 1 else {}
+    boxes = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]
+    chance = {metric: fmean(scores[metric] for scores in boxes) for metric in boxes[0]} if len(boxes) > 1 else {}
     return Prediction(
         id=sample.id,
-        type=sample.task,
+        task=sample.task,
         text=text,
         answer=sample.answer,
-        # No box has no area in common with any.
-        scores=score_box(box or (0, 0, 0, 0), gold.box),
+        scores=score_box(box or (0, 0, 0, 0), gold.box),  # an empty box has IoU 0
         chance=chance,
         box=None if box is None else [float(edge) for edge in box],
         gold_box=[float(edge) for edge in gold.box],
         parsed=box is not None,
     )
+
+
+def _f1(first: Sequence, second: Sequence) -> float:
+    common = sum((Counter(first) & Counter(second)).values())
+    return 2 * common / max(1, len(first) + len(second))
+
+
+def _clauses(text: str) -> list[tuple[int | None, str]]:
+    """Clauses of ``text``, each with the number of the image ("Picture 2: ...") that it describes."""
+    found, image = [], None
+    for clause in _END_OF_CLAUSE.split(text):
+        head, colon, rest = clause.partition(":")
+        number = parse_image_number(head) if colon and _IMAGE_LABEL.fullmatch(head) else None
+        if number is not None:
+            image, clause = number, rest
+        if clause.strip():
+            found.append((image, " ".join(clause.split())))
+    return found
+
+
+def _share(part: int, whole: int, *, empty: bool) -> float:
+    return part / whole if whole else float(empty)

@@ -1,1 +1,1 @@
-"""Aids for small models that train from scratch in minutes. They are not part of the stable API."""
+"""Tools for training small models from scratch within minutes. Not part of the stable API."""

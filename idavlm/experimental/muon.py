@@ -1,29 +1,96 @@
-"""Muon for weight matrices, AdamW for all other parameters, as one optimiser."""
+"""Muon for the linear layers of some modules and AdamW for all other parameters, in one optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
+
+from idavlm.utils import check_choice
+from idavlm.utils.parameter_groups import MODULES, module_of, parameter_groups, require_module
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration, from Muon's publication."""
+"""Coefficients of the quintic Newton-Schulz iteration (Jordan et al., Muon, 2024)."""
+
+
+def muon_adamw(
+    model: nn.Module,
+    *,
+    modules: Sequence[str] = ("language_model",),
+    learning_rate: float = 6e-3,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.98),
+    module_learning_rates: Mapping[str, float] | None = None,
+    fused: bool = True,
+) -> "MuonAdamW":
+    """An optimizer that trains the linear layers of ``modules`` with Muon and all other parameters with AdamW.
+
+    Pass it to the Trainer, which makes the learning-rate schedule and saves and loads the optimizer's state::
+
+        IDTrainer(model, args, optimizers=(muon_adamw(model, learning_rate=6e-3), None), ...)
+
+    Parameters that ``IDTrainingArguments.freeze`` freezes get no gradient and are not updated. transformers does not
+    accept ``optimizers`` together with FSDP.
+
+    Args:
+        model: the model.
+        modules: modules of :class:`idavlm.IDTrainingArguments`. The weights of their linear layers are trained with
+            Muon, except that of an output layer.
+        learning_rate: learning rate of Muon and of AdamW.
+        weight_decay: weight decay of all parameters except biases and norms, as in ``transformers.Trainer``.
+        betas: of AdamW.
+        module_learning_rates: learning rates of single modules; ``learning_rate`` for all others.
+        fused: whether AdamW uses torch's fused implementation, as ``transformers.Trainer`` does by default.
+
+    Raises:
+        ValueError: an unknown module, one that the model does not have, or one without linear layers.
+    """
+    for argument, names in (("modules", modules), ("module_learning_rates", module_learning_rates or {})):
+        for name in names:
+            check_choice(argument, name, MODULES)
+            require_module(model, argument, name)
+    linear = linear_weights(model)
+    muon: dict[str, set[int]] = {module: set() for module in modules}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in linear and module_of(name) in muon:
+            muon[module_of(name)].add(id(parameter))
+    for module, weights in muon.items():
+        if not weights:
+            raise ValueError(f"modules names {module!r}, which has no linear layer for Muon; leave it out.")
+    matrices = set().union(*muon.values())
+    groups = parameter_groups(
+        model,
+        learning_rate=learning_rate,
+        module_learning_rates=module_learning_rates,
+        weight_decay=weight_decay,
+        # The method does not use the Trainer that it is called on.
+        decayed=Trainer.get_decay_parameter_names(None, model),
+    )
+    parts = []
+    for group in groups:
+        for is_muon in (True, False):
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in matrices) == is_muon]
+            if parameters:
+                parts.append({**group, "params": parameters, "muon": is_muon})
+    return MuonAdamW(parts, lr=learning_rate, betas=betas, fused=fused)
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW that takes an orthogonal step in groups with ``muon=True``.
+    """AdamW that updates parameter groups with ``muon=True`` by Muon.
 
-    There the step is the momentum (Nesterov), brought near the orthogonal matrix closest to it, so that all its
-    directions are learnt at one rate; scaled to a root mean square of 0.2, that of AdamW's steps, which makes their
-    learning rates comparable (K. Jordan et al., Muon, 2024; Moonshot AI, arXiv 2502.16982). In float32, which on a CPU
-    is many times as fast as ``torch.optim.Muon``'s bfloat16.
+    A Muon update is the Nesterov momentum of a weight matrix, replaced by the nearest orthogonal matrix, so that all
+    its directions are learned at the same rate (K. Jordan et al., Muon, 2024). It is scaled to a root mean square of
+    0.2, which is typical of AdamW's updates, so that both can use the same learning rate (J. Liu et al., Muon is
+    Scalable for LLM Training, arXiv 2502.16982). It is computed in float32, which is several times faster on a CPU
+    than the bfloat16 of ``torch.optim.Muon``.
 
     Args:
-        params: groups; parameters of those with ``muon=True`` must be matrices.
-        momentum: of the orthogonal steps.
-        kwargs: of ``torch.optim.AdamW``.
+        params: parameter groups; all parameters of groups with ``muon=True`` must be matrices.
+        momentum: momentum of the Muon updates.
+        kwargs: arguments of ``torch.optim.AdamW``.
 
     Raises:
-        ValueError: a parameter that is no matrix in a group with ``muon=True``.
+        ValueError: a group with ``muon=True`` has a parameter that is not a matrix.
     """
 
     def __init__(self, params, *, momentum: float = 0.95, **kwargs):
@@ -31,8 +98,12 @@ class MuonAdamW(torch.optim.AdamW):
         for group in groups:
             shapes = [tuple(p.shape) for p in group["params"] if group["muon"] and p.dim() != 2]
             if shapes:
-                raise ValueError(f"a group with muon=True has a parameter of shape {shapes[0]}; it takes matrices.")
+                raise ValueError(
+                    f"a group with muon=True has a parameter of shape {shapes[0]}, but Muon updates matrices only."
+                )
         super().__init__(groups, **kwargs)
+        # Fused AdamW unscales the gradients of a GradScaler by itself, which would leave out the Muon updates.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -43,36 +114,39 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"] if group["muon"] else ():
                 if parameter.grad is not None:
-                    self._orthogonal_step(parameter, group)
-                    parameter.grad = None  # AdamW leaves parameters without a gradient alone
+                    self._muon_update(parameter, group)
+                    parameter.grad = None  # AdamW skips parameters without a gradient
         super().step()
         return loss
 
-    def _orthogonal_step(self, parameter: Tensor, group: dict) -> None:
+    def _muon_update(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)  # AdamW looks for it when a state is loaded
+            state["step"] = torch.tensor(0.0)  # AdamW expects it when a state is loaded
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        step = orthogonal(torch.lerp(parameter.grad, buffer, group["momentum"]).float())
+        update = orthogonal(torch.lerp(parameter.grad, buffer, group["momentum"]).float())
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(step.to(parameter), alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
+        parameter.add_(update.to(parameter), alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 
 
-def linear_weights(model: nn.Module, modules: Sequence[nn.Module]) -> set[int]:
-    """``id`` of the weights of all linear layers of ``modules``, but for an output layer tied to embeddings or not."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = (layer for module in modules for layer in module.modules())
-    return {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear) and layer is not head}
+def linear_weights(model: nn.Module) -> set[int]:
+    """``id`` of the weights of all linear layers except the output layer, which may be tied to the embeddings."""
+    output_layer = getattr(model, "get_output_embeddings", lambda: None)()
+    return {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not output_layer}
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Near ``U V^T`` where ``U S V^T`` is the singular value decomposition: singular values come to lie about 1."""
+    """Approximately ``U V^T``, where ``U S V^T`` is the singular value decomposition of ``matrix``.
+
+    The Newton-Schulz iteration brings all singular values near 1.
+    """
     a, b, c = NEWTON_SCHULZ
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / wide.norm().clamp(min=1e-7)
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if is_wide else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(iterations):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if is_wide else x.T

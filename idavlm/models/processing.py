@@ -102,7 +102,11 @@ class IDAVLMProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "image_roles", "sample_index", "identity_index"]
 
     def to_dict(self, *args, **kwargs) -> dict[str, Any]:
-        output = super().to_dict(*args, **kwargs)
+        loader, self.image_loader = self.image_loader, None  # to_dict copies all attributes; a loader may be large
+        try:
+            output = super().to_dict(*args, **kwargs)
+        finally:
+            self.image_loader = loader
         for name in ("_boxes", "_crop_boxes", "image_loader", "image_token_id"):
             output.pop(name, None)
         return output

@@ -5,7 +5,14 @@ from idavlm.modules.connectors import build_connector
 from idavlm.modules.id_former import IdentityLayer, IdentityTokens, IDFormer
 from idavlm.modules.identity_embedding import IdentityEmbedding, ImageIndexEmbedding
 from idavlm.modules.identity_map import NULL, identity_map_loss, identity_patch_targets
-from idavlm.modules.inner_adaptor import InnerAdaptor, add_inner_adaptors, load_adaptors, save_adaptors
+from idavlm.modules.inner_adaptor import (
+    InnerAdaptor,
+    add_inner_adaptors,
+    load_adaptors,
+    save_adaptors,
+    train_workflow,
+    use_workflow,
+)
 from idavlm.modules.resampler import Resampler
 
 __all__ = [
@@ -25,4 +32,6 @@ __all__ = [
     "identity_patch_targets",
     "load_adaptors",
     "save_adaptors",
+    "train_workflow",
+    "use_workflow",
 ]

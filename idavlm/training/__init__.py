@@ -1,7 +1,6 @@
-"""Floor 3: training. A thin Trainer over two sources of data."""
+"""Training: ``transformers.Trainer`` with two data sources, training stages and per-module learning rates."""
 
-from idavlm.experimental.muon import MuonAdamW
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.trainer import IDTrainer, last_complete_checkpoint
 
-__all__ = ["IDTrainer", "IDTrainingArguments", "MuonAdamW", "last_complete_checkpoint"]
+__all__ = ["IDTrainer", "IDTrainingArguments", "last_complete_checkpoint"]

@@ -1,14 +1,22 @@
-"""What a run shows."""
+"""The progress bar of a training run."""
 
 from pathlib import Path
 
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 
 
 class SourceProgress(ProgressCallback):
-    """The progress bar, named after the run's folder, with the losses of each source for printed dictionaries."""
+    """A progress bar that shows the loss of each source and the name of the output folder.
 
-    SHOWN = {"loss_identity": "identity", "loss_general": "general", "identity_map_loss": "attention"}  # noqa: RUF012
+    It replaces transformers' ``ProgressCallback``, which prints every log entry as a dictionary.
+    """
+
+    LABELS = {  # noqa: RUF012
+        "loss_identity": "identity",
+        "loss_general": "general",
+        "identity_map_loss": "identity map",
+    }
+    """Label in the progress bar of each log entry that is shown."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -18,10 +26,22 @@ class SourceProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or logs is None:
             return
-        shown = {label: f"{logs[name]:.3f}" for name, label in self.SHOWN.items() if name in logs}
-        if shown:
-            self.training_bar.set_postfix(shown)
-        evaluated = {name: value for name, value in logs.items() if name.startswith("eval_")}
-        if evaluated:
-            values = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in evaluated.items())
+        losses = {label: f"{logs[name]:.3f}" for name, label in self.LABELS.items() if name in logs}
+        if losses:
+            self.training_bar.set_postfix(losses)
+        scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if scores:
+            values = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self.training_bar.write(f"{self.training_bar.desc}step {state.global_step}: {values}")
+
+
+class SetEpoch(TrainerCallback):
+    """Sets the epoch of the loader before the Trainer skips the batches that a resumed run has read already.
+
+    transformers 5.24 does this itself. Version 5.13 sets the epoch of the loader that remains after skipping, which
+    does not pass it on, so a run that is resumed after its first epoch would read the batches of the first epoch.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(int(state.epoch))

@@ -1,42 +1,57 @@
-"""transformers' Trainer with two sources of data and learning rates per module."""
+"""transformers' Trainer with two data sources, training stages and per-module learning rates."""
 
 import json
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, Trainer
+from transformers import ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from idavlm.data import DualDataLoader
 from idavlm.data.schema import SOURCES
-from idavlm.experimental.muon import MuonAdamW, linear_weights
-from idavlm.training.arguments import MODULES, IDTrainingArguments
-from idavlm.training.callbacks import SourceProgress
+from idavlm.training.arguments import IDTrainingArguments
+from idavlm.training.callbacks import SetEpoch, SourceProgress
 from idavlm.utils import IGNORE_INDEX
+from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
 
-TEXT = ("input_ids", "attention_mask", "labels", "token_identity_index", "name_mask")
+TEXT_FIELDS = ("input_ids", "attention_mask", "labels", "token_identity_index", "name_mask")
+"""Batch fields of the language model; identity pretraining leaves them out."""
+
+MAX_BATCHES_WITHOUT_BOXES = 10
+"""Identity pretraining stops if this many batches at its start have no boxes."""
 
 
 class IDTrainer(Trainer):
-    """Trains on identity data and, where given, general data.
+    """Trains on identity data and, optionally, on general data.
 
-    Hooks of ``transformers.Trainer`` only: the loop, checkpoints, accelerate, DeepSpeed and PEFT are its own. Log
-    entries have ``loss_identity``, ``loss_general`` (language loss of each source since the last entry, unweighted) and
-    ``identity_map_loss``. A run that was killed and is resumed goes on with the very batches it would have seen.
+    The training loop, checkpoints, accelerate, DeepSpeed and PEFT are those of ``transformers.Trainer``; this class
+    overrides its hooks only. A run that was killed and is resumed reads the batches that it would have read otherwise.
+
+    Log entries have ``loss_identity`` and ``loss_general``, the mean language loss of each source since the last entry
+    without loss weights, and ``identity_map_loss``. Any transformers model can be trained: where the outputs have no
+    ``language_loss``, their ``loss`` is used.
 
     Args:
-        model: an :class:`idavlm.IDAVLMForConditionalGeneration` or a model with modules of its names.
-        args: arguments.
-        train_dataset: identity samples, encoded.
-        general_dataset: general samples, encoded.
-        task_evaluation: called with the model at every evaluation; gives numbers by name, logged as ``eval_<name>``.
-        kwargs: further arguments of ``Trainer``; ``data_collator`` is the processor's ``collate``.
+        model: an :class:`idavlm.IDAVLMForConditionalGeneration` or any other transformers model.
+        args: training arguments.
+        train_dataset: encoded identity samples.
+        general_dataset: encoded general samples.
+        data_collator: makes a batch of encoded samples; ``processing_class.collate`` by default.
+        processing_class: the processor. It is saved in every checkpoint and by ``save_model``, so that these can be
+            loaded for evaluation. It need not be passed if ``data_collator`` is a processor's ``collate``.
+        task_evaluation: function of the model that returns scores by name. It is called at every evaluation; the
+            scores are logged as ``eval_<name>``.
+        kwargs: further arguments of ``transformers.Trainer``.
+
+    Raises:
+        ValueError: the model lacks what ``args`` asks for, or an argument cannot take effect.
     """
 
     def __init__(
@@ -46,42 +61,53 @@ class IDTrainer(Trainer):
         *,
         train_dataset: Dataset | None = None,
         general_dataset: Dataset | None = None,
+        data_collator: Callable[[list], dict[str, Any]] | None = None,
+        processing_class=None,
         task_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs,
     ):
-        self.general_dataset = general_dataset
-        self.task_evaluation = task_evaluation
-        self._evaluating = False
-        self._sums: dict[str, Tensor | float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        _check_stage(model, args, general_dataset)
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process would cut a batch between a row and its images; start one process a "
-                "GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
+                f"{args.n_gpu} GPUs in one process would split a batch between a sample and its images. Start one "
+                "process per GPU with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
-        slots = getattr(getattr(model, "id_former", None), "identity_embedding", None)
-        if args.teacher_forcing_steps and slots is None and not getattr(model.config, "names_as_marks", False):
+        if args.module_learning_rates and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError(
-                f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with max_identities, or "
-                "names_as_marks, which mark image tokens; leave it 0."
+                "module_learning_rates has no effect on an optimizer that is passed; set the learning rates of its "
+                "parameter groups instead."
             )
-        if args.workflow is not None:
-            model.train_workflow(args.workflow)
-        for name in args.freeze:
-            _module(model, "freeze", name)
-        for name, parameter in model.named_parameters():
-            if _module_of(name) in args.freeze:
-                parameter.requires_grad_(False)
+        self.general_dataset = general_dataset
+        self.task_evaluation = task_evaluation
+        self._is_evaluating = False
+        self._loss_sums: dict[str, Tensor | float] = defaultdict(float)
+        self._loss_counts: dict[str, int] = defaultdict(int)
+        self._pretraining_batches = self._pretraining_boxes = 0
+        _freeze(model, args)
+        if data_collator is None:
+            data_collator = getattr(processing_class, "collate", None)
+        elif processing_class is None and isinstance(getattr(data_collator, "__self__", None), ProcessorMixin):
+            processing_class = data_collator.__self__
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
-            kwargs["eval_dataset"] = []  # the Trainer wants one wherever it is to evaluate
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        # Losses are means of their batch, weighted by source: accumulated batches count alike.
+            kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # compute_loss returns the mean of a batch, weighted by source, so accumulated batches have equal weight.
         self.model_accepts_loss_kwargs = False
+        self.add_callback(SetEpoch())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SourceProgress())
 
+    # --- Data --------------------------------------------------------------------------------------------------------
+
     def get_train_dataloader(self):
-        """A loader of identity data, or of both."""
+        """The loader of the identity data, or of identity and general data."""
         identity_loader = super().get_train_dataloader()
         if self.general_dataset is None:
             return identity_loader
@@ -95,167 +121,238 @@ class IDTrainer(Trainer):
             general_loader,
             mixing_ratio=self.args.mixing_ratio,
             mode=self.args.mixing_mode,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
+    # --- Training ----------------------------------------------------------------------------------------------------
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``Trainer.train``; ``True`` takes the newest checkpoint that was written to its end."""
+        """``Trainer.train``; ``resume_from_checkpoint=True`` resumes from :func:`last_complete_checkpoint`."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def create_optimizer(self, model=None):
+        """The optimizer of ``args.optim``, with one parameter group per learning rate and weight decay."""
+        if self.optimizer is not None or not self.args.module_learning_rates:
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        trained_model = self.model if model is None else model
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained_model)
+        if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & options.keys():
+            raise ValueError(
+                f"optim={self.args.optim!r} makes its own parameter groups and cannot be combined with "
+                "module_learning_rates; use an optimizer such as 'adamw_torch'."
+            )
+        groups = parameter_groups(
+            trained_model,
+            learning_rate=self.args.learning_rate,
+            module_learning_rates=self.args.module_learning_rates,
+            weight_decay=self.args.weight_decay,
+            decayed=self.get_decay_parameter_names(trained_model),
+        )
+        self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Loss of a batch, weighted by its source."""
-        inputs = dict(inputs)
-        sources = inputs.pop("source", None)
-        sample_source = inputs.pop("sample_source", None)
-        source = _one_source(sources)
-        if self.args.workflow is not None:
-            inputs["workflow"] = self.args.workflow
-        if model.training and source == "identity" and self.state.global_step < self.args.identity_warmup_steps:
-            return self._identity_loss(model, inputs, return_outputs)
-        if model.training and self.state.global_step < self.args.teacher_forcing_steps:
-            inputs["teacher_forcing"] = True
-        labels = None if source is not None else inputs.pop("labels")  # mixed: its losses are made here, from logits
-        outputs = model(**inputs)
-        if source is not None:
-            losses = {source: outputs["language_loss"]}
+        """The loss of a batch in the current stage, weighted by source."""
+        batch = dict(inputs)
+        sources, sample_source = batch.pop("source", None), batch.pop("sample_source", None)
+        if self.args.stage == "identity_pretraining":
+            loss, outputs = self._identity_pretraining_loss(model, batch)
         else:
-            if sample_source is None:  # one data set with samples of both sources
+            loss, outputs = self._instruction_tuning_loss(model, batch, sources, sample_source)
+        return (loss, outputs) if return_outputs else loss
+
+    def _identity_pretraining_loss(self, model, batch: dict[str, Any]) -> tuple[Tensor, dict]:
+        """The losses of the identity attention; the language model is not run."""
+        if batch.get("boxes") is None:
+            raise ValueError("stage='identity_pretraining' needs boxes, but the batch has no field 'boxes'.")
+        if model.training:
+            self._check_boxes(batch["boxes"])
+        outputs = model(**{name: value for name, value in batch.items() if name not in TEXT_FIELDS})
+        if outputs.get("auxiliary_loss") is None:
+            raise ValueError("stage='identity_pretraining' needs 'auxiliary_loss', which the model did not return.")
+        if model.training:
+            self._record_loss("identity_map_loss", outputs["identity_map_loss"])
+        return self.args.loss_weights["identity"] * outputs["auxiliary_loss"], outputs
+
+    def _instruction_tuning_loss(
+        self, model, batch: dict[str, Any], sources: str | list[str] | None, sample_source: Tensor | None
+    ) -> tuple[Tensor, dict]:
+        """The language loss of each source, and the losses of the identity attention where the batch has boxes."""
+        if self.args.workflow is not None:
+            batch["workflow"] = self.args.workflow
+        if model.training and self.state.global_step < self.args.teacher_forcing_steps:
+            batch["teacher_forcing"] = True
+        source = _common_source(sources)
+        if source is not None:
+            outputs = model(**batch)
+            losses, auxiliary_loss = {source: _language_loss(outputs)}, None
+            if outputs.get("language_loss") is not None:  # otherwise outputs["loss"] includes all losses
+                auxiliary_loss = outputs.get("auxiliary_loss")
+        else:
+            labels = batch.pop("labels")  # without labels the model returns logits
+            outputs = model(**batch)
+            if sample_source is None:
                 sample_source = torch.tensor([SOURCES.index(name) for name in sources])
-            sample_source = sample_source.to(outputs["logits"].device)
-            losses = language_loss_by_source(outputs["logits"], labels, sample_source)
+            losses = language_loss_by_source(outputs["logits"], labels, sample_source.to(outputs["logits"].device))
+            auxiliary_loss = outputs.get("auxiliary_loss")
         loss = sum(self.args.loss_weights[name] * value for name, value in losses.items())
-        if outputs.get("auxiliary_loss") is not None:
-            # Only identity samples have boxes of known persons.
-            loss = loss + self.args.loss_weights["identity"] * outputs["auxiliary_loss"]
+        if auxiliary_loss is not None:
+            # Only identity samples have boxes of identities with references.
+            loss = loss + self.args.loss_weights["identity"] * auxiliary_loss
         if model.training:
             for name, value in losses.items():
-                self._note(f"loss_{name}", value)
-            if outputs.get("identity_map_loss") is not None and "identity" in losses:
-                self._note("identity_map_loss", outputs["identity_map_loss"])
-        return (loss, outputs) if return_outputs else loss
+                self._record_loss(f"loss_{name}", value)
+            if "identity" in losses and outputs.get("identity_map_loss") is not None:
+                self._record_loss("identity_map_loss", outputs["identity_map_loss"])
+        return loss, outputs
 
-    def _identity_loss(self, model, inputs, return_outputs: bool):
-        """What the boxes of a batch teach, without its text."""
-        outputs = model(**{name: value for name, value in inputs.items() if name not in TEXT})
-        if outputs.get("auxiliary_loss") is None:
+    def _check_boxes(self, boxes: Tensor) -> None:
+        """Stop if none of the first batches has a box."""
+        self._pretraining_batches += 1
+        self._pretraining_boxes += len(boxes)
+        if not self._pretraining_boxes and self._pretraining_batches >= MAX_BATCHES_WITHOUT_BOXES:
             raise ValueError(
-                f"identity_warmup_steps={self.args.identity_warmup_steps} needs a model with an ID-Former, and boxes."
+                f"stage='identity_pretraining' needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have "
+                "none; add 'boxes' to the records of train_dataset."
             )
-        self._note("identity_map_loss", outputs["identity_map_loss"])
-        loss = self.args.loss_weights["identity"] * outputs["auxiliary_loss"]
-        return (loss, outputs) if return_outputs else loss
+
+    # --- Logging and evaluation --------------------------------------------------------------------------------------
+
+    def _record_loss(self, name: str, value: Tensor) -> None:
+        self._loss_sums[name] = self._loss_sums[name] + value.detach()
+        self._loss_counts[name] += 1
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._counts:
+        """``Trainer.log``, with the mean of each recorded loss since the last entry of the training loss."""
+        if "loss" in logs:
             for name in ("loss_identity", "loss_general", "identity_map_loss"):
-                count = self._counts.pop(name, 0)
+                count = self._loss_counts.pop(name, 0)
                 if count:
-                    mean = self.accelerator.reduce(self._sums.pop(name) / count, reduction="mean")
+                    mean = self.accelerator.reduce(self._loss_sums.pop(name) / count, reduction="mean")
                     logs[name] = round(mean.item(), 6)
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Losses on ``eval_dataset`` and the numbers of ``task_evaluation``."""
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        """Losses on ``eval_dataset``, and the scores of ``task_evaluation``."""
+        if self._is_evaluating:  # Trainer.evaluate calls itself for each of several data sets
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics = {}
-        outermost, self._evaluating = not self._evaluating, True  # several data sets are evaluated one by one
-        try:
-            if given is not None and (not hasattr(given, "__len__") or len(given)):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is not None and (not hasattr(dataset, "__len__") or len(dataset)):
+            self._is_evaluating = True
+            try:
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._evaluating = not outermost
-        if self.task_evaluation is not None and outermost:
-            was_training = self.model.training
-            self.model.eval()
-            model = self.accelerator.unwrap_model(self.model)
-            with nullcontext() if self.args.workflow is None else model.workflow(self.args.workflow):
-                scores = self.task_evaluation(model)
-            self.model.train(was_training)
-            scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-            self.log(dict(scores))
-            if not metrics:
-                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
-            metrics.update(scores)
-        return metrics
+            finally:
+                self._is_evaluating = False
+        if self.task_evaluation is None:
+            return metrics
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in self._task_scores().items()}
+        self.log(dict(scores))
+        if not metrics:
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return metrics | scores
 
-    def create_optimizer(self, model=None):
-        """One group per learning rate, with and without weight decay, by Muon or not."""
-        rates, by_muon = self.args.module_learning_rates, self.args.muon_modules
-        if self.optimizer is not None or not (rates or by_muon):
-            return super().create_optimizer(model) if model is not None else super().create_optimizer()
-        trained = self.model if model is None else model
-        for name in rates:
-            _module(trained, "module_learning_rates", name)
-        matrices = linear_weights(trained, [_module(trained, "muon_modules", name) for name in by_muon])
-        decayed = set(self.get_decay_parameter_names(trained))
-        groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in trained.named_parameters():
-            if parameter.requires_grad:
-                rate = rates.get(_module_of(name), self.args.learning_rate)
-                muon = id(parameter) in matrices and _module_of(name) in by_muon
-                groups[rate, name in decayed, muon].append(parameter)
-        optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-        if not isinstance(optimizer_cls, type) or {"params", "model", "optimizer_dict"} & options.keys():
-            raise ValueError(
-                f"optim={self.args.optim!r} groups the parameters itself; it does not go with module_learning_rates. "
-                "Use an optimiser such as adamw_torch."
-            )
-        parts = [
-            {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
-            | ({"muon": muon} if by_muon else {})
-            for (rate, decay, muon), parameters in groups.items()
-        ]
-        self.optimizer = MuonAdamW(parts, **options) if by_muon else optimizer_cls(parts, **options)
-        return self.optimizer
-
-    def _note(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value.detach()
-        self._counts[name] += 1
+    def _task_scores(self) -> dict[str, float]:
+        """The scores of ``task_evaluation``, for the model in evaluation mode and with the trained workflow."""
+        was_training = self.model.training
+        self.model.eval()
+        model = self.accelerator.unwrap_model(self.model)
+        with nullcontext() if self.args.workflow is None else model.workflow(self.args.workflow):
+            scores = self.task_evaluation(model)
+        self.model.train(was_training)
+        return scores
 
 
 def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tensor) -> dict[str, Tensor]:
-    """Mean next-token cross-entropy of each source of a batch that mixes them.
+    """Mean next-token cross-entropy of each source in a batch that mixes them.
 
     Args:
         logits: ``[B, T, vocabulary]``.
-        labels: ``[B, T]``, -100 where nothing counts.
-        sample_source: ``[B]``, 0 identity, 1 general.
+        labels: ``[B, T]``, -100 at tokens that have no loss.
+        sample_source: ``[B]``, 0 for identity samples and 1 for general samples.
+
+    Returns:
+        The loss of each source that the batch has samples of.
     """
-    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    loss = F.cross_entropy(
-        logits.float().transpose(1, 2), targets.to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    counted = targets.to(loss.device) != IGNORE_INDEX
-    means = {}
-    for number, name in enumerate(SOURCES):
-        rows = sample_source == number
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(logits.device)
+    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    is_labelled = targets != IGNORE_INDEX
+    losses = {}
+    for index, source in enumerate(SOURCES):
+        rows = sample_source == index
         if rows.any():
-            means[name] = loss[rows].sum() / counted[rows].sum().clamp(min=1)
-    return means
+            losses[source] = loss[rows].sum() / is_labelled[rows].sum().clamp(min=1)
+    return losses
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest checkpoint whose state, written last, is whole: a killed run may leave a broken one behind.
+    """The newest checkpoint in ``output_dir`` that was written completely.
+
+    A run that is killed while it writes a checkpoint leaves an incomplete checkpoint. The Trainer writes
+    ``trainer_state.json`` last, so a checkpoint is complete if that file can be read.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no complete checkpoint.
     """
-    found = {}
+    complete = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             json.loads((folder / "trainer_state.json").read_text())
-            found[int(folder.name.rsplit("-", 1)[1])] = folder
+            complete[int(folder.name.rsplit("-", 1)[1])] = folder
         except (OSError, ValueError):
             continue
-    if not found:
+    if not complete:
         raise ValueError(f"output_dir={str(output_dir)!r} holds no complete checkpoint to resume from.")
-    return str(found[max(found)])
+    return str(complete[max(complete)])
 
 
-def _one_source(sources: str | list[str] | None) -> str | None:
-    """The source of a batch, None where it is mixed; a batch that does not say is identity data."""
+def _check_stage(model: nn.Module, args: IDTrainingArguments, general_dataset: Dataset | None) -> None:
+    """Check that model and data have what the stage needs."""
+    id_former = _find_module(model, "id_former")
+    if args.stage == "identity_pretraining":
+        if id_former is None:
+            raise ValueError(
+                f"stage='identity_pretraining' trains an ID-Former, which {type(model).__name__} does not have."
+            )
+        if general_dataset is not None:
+            raise ValueError(
+                "general_dataset has no effect with stage='identity_pretraining', which trains on boxes of identities; "
+                "leave it out."
+            )
+    if args.teacher_forcing_steps and not _has_identity_embedding(model, id_former):
+        raise ValueError(
+            f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with identity_embedding, which "
+            f"{type(model).__name__} does not have; set it to 0."
+        )
+
+
+def _has_identity_embedding(model: nn.Module, id_former: nn.Module | None) -> bool:
+    """Whether image tokens get an identity embedding, learned or made from the names in the text."""
+    if id_former is None:
+        return False
+    options = getattr(getattr(model, "config", None), "connector_config", None) or {}
+    return getattr(id_former, "identity_embedding", None) is not None or options.get("identity_embedding") is not None
+
+
+def _freeze(model: nn.Module, args: IDTrainingArguments) -> None:
+    """Freeze the modules of ``args.freeze`` and the inner adaptors of all workflows but ``args.workflow``."""
+    if args.workflow is not None:
+        model.train_workflow(args.workflow)
+    for module in args.freeze:
+        require_module(model, "freeze", module)
+    for name, parameter in model.named_parameters():
+        if module_of(name) in args.freeze:
+            parameter.requires_grad_(False)
+
+
+def _find_module(model: nn.Module, name: str) -> nn.Module | None:
+    return next((module for path, module in model.named_modules() if path.rsplit(".", 1)[-1] == name), None)
+
+
+def _common_source(sources: str | list[str] | None) -> str | None:
+    """The source of all samples of a batch, None if they differ. Without sources it is identity data."""
     if sources is None:
         return "identity"
     if isinstance(sources, str):
@@ -263,13 +360,9 @@ def _one_source(sources: str | list[str] | None) -> str | None:
     return sources[0] if len(set(sources)) == 1 else None
 
 
-def _module_of(parameter: str) -> str | None:
-    """The innermost module of our names that a parameter lies in."""
-    return next((part for part in reversed(parameter.split(".")) if part in MODULES), None)
-
-
-def _module(model: nn.Module, argument: str, name: str) -> nn.Module:
-    found = [module for path, module in model.named_modules() if path.rsplit(".", 1)[-1] == name]
-    if not found:
-        raise ValueError(f"{argument} names {name!r}, which {type(model).__name__} does not have.")
-    return found[0]
+def _language_loss(outputs) -> Tensor:
+    """``language_loss`` of the outputs, or ``loss`` of a model that does not return its losses separately."""
+    for name in ("language_loss", "loss"):
+        if outputs.get(name) is not None:
+            return outputs[name]
+    raise ValueError("the model returned neither 'language_loss' nor 'loss'; does the batch have 'labels'?")

@@ -1,4 +1,4 @@
-"""Floor 0: small things every floor may use."""
+"""Layer 0: small helpers that every layer may use."""
 
 from idavlm.utils.answer_text import last_answer, plain_answer
 from idavlm.utils.checks import check_choice, check_positive
@@ -6,14 +6,18 @@ from idavlm.utils.compiling import outside_compile
 from idavlm.utils.files import drop_torn_line
 from idavlm.utils.ignore_index import IGNORE_INDEX
 from idavlm.utils.image_roles import ImageRole
+from idavlm.utils.machine import describe_machine
+from idavlm.utils.markdown import markdown_table
 
 __all__ = [
     "IGNORE_INDEX",
     "ImageRole",
     "check_choice",
     "check_positive",
+    "describe_machine",
     "drop_torn_line",
     "last_answer",
+    "markdown_table",
     "outside_compile",
     "plain_answer",
 ]

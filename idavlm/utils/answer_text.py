@@ -1,4 +1,4 @@
-"""What of a model's answer is the answer: without the thinking before it, from its last "the answer is" on."""
+"""Normalise a model's answer: remove reasoning, unify characters, find the text after "the answer is"."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ import unicodedata
 _THINKING = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _PLAIN = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2212": "-"}
-    | {"\ufe0f": None, "\u20e3": None}  # what makes a digit an emoji
+    | {"\ufe0f": None, "\u20e3": None}  # the code points that turn a digit into an emoji
 )
 _MARKER = re.compile(
     r"\b(?:(?:final|my|the|correct|right)\s+)*answer\s*(?:is\b\s*:?|:)|(?:最终)?答案\s*(?:是|为|[::])", re.IGNORECASE
@@ -14,11 +14,11 @@ _MARKER = re.compile(
 
 
 def plain_answer(text: str) -> str:
-    """``text`` in ordinary digits, brackets and quotes (full-width ones are turned), without what is in ``<think>``."""
+    """``text`` without ``<think>`` blocks, with full-width digits, brackets and quotes replaced by ASCII ones."""
     return unicodedata.normalize("NFKC", _THINKING.sub(" ", text)).translate(_PLAIN)
 
 
 def last_answer(text: str) -> str:
-    """What follows the last "answer:", "the answer is" or 答案是; "" where nothing does."""
+    """The text after the last "answer:", "the answer is" or 答案是; "" if there is no such marker."""
     found = list(_MARKER.finditer(text))
     return text[found[-1].end() :] if found else ""

@@ -1,4 +1,4 @@
-"""Argument checks whose errors name the argument, the value and the remedy."""
+"""Checks of arguments. Their errors name the argument, its value and the remedy."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_positive(**sizes: int | None) -> None:
-    """Raise ``ValueError`` for the first keyword whose value is not an integer >= 1; None, "not given", passes."""
+    """Raise ``ValueError`` for the first keyword that is neither an integer >= 1 nor None."""
     for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")

@@ -1,4 +1,4 @@
-"""Keep host-side bookkeeping out of ``torch.compile``."""
+"""Exclude host-side functions from ``torch.compile``."""
 
 import functools
 import sys
@@ -12,7 +12,7 @@ _R = TypeVar("_R")
 
 
 def outside_compile(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """``torch.compiler.disable``, without the two seconds that importing the compiler takes when nobody compiles."""
+    """Like ``torch.compiler.disable``, but does not import the compiler, which takes two seconds, unless it is used."""
     disabled: Callable[_P, _R] | None = None
 
     @functools.wraps(function)
@@ -24,6 +24,6 @@ def outside_compile(function: Callable[_P, _R]) -> Callable[_P, _R]:
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
 
-    # A code object of its own: the compiler counts recompilations by code object, and names it in its messages.
+    # The compiler counts recompilations per code object and prints its name, so every function needs its own.
     call.__code__ = call.__code__.replace(co_name=function.__name__)
     return call

@@ -1,14 +1,14 @@
-"""Files of lines that are appended to by runs that may be killed."""
+"""Append-only JSONL files that survive a killed process."""
 
 from pathlib import Path
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off a last line without an end, which a killed run left half written; no file is no line."""
+    """Remove an incomplete last line, which a killed process left; a missing file is left alone."""
     if not path.exists():
         return
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
         with path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(complete)

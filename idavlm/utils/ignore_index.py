@@ -1,3 +1,3 @@
-"""The target that no loss counts, as in ``torch.nn.functional.cross_entropy``."""
+"""Label of tokens without loss, the default of ``torch.nn.functional.cross_entropy``."""
 
 IGNORE_INDEX = -100

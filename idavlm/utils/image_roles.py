@@ -1,14 +1,15 @@
-"""What an image is in its sample."""
+"""The role of an image in its sample."""
 
 from enum import IntEnum
 
 
 class ImageRole(IntEnum):
-    """Role of an image, written by the data reader and carried in ``image_roles``; never inferred later.
+    """The role of an image. The data reader assigns it; batches carry it in ``image_roles``.
 
-    REFERENCE: a photo that introduces a named identity ("Kate is <image>").
-    SCENE: an image of a sample with references, in which those identities are looked for.
-    GENERAL: an image of a sample without references.
+    Attributes:
+        REFERENCE: introduces a named identity ("Kate is <image>").
+        SCENE: an image in which the identities of the sample are to be recognised.
+        GENERAL: an image of a sample without references.
     """
 
     REFERENCE = 0

@@ -1,16 +1,16 @@
-"""Data formats in use, each turned into a record of the schema: ``read(record, where) -> dict``."""
+"""Readers of common data formats. A reader converts a record to the schema: ``read(record, where) -> dict``."""
 
 from collections.abc import Callable
 from typing import Any
 
 from idavlm.data.readers.conversations import read_llava, read_sharegpt, read_yi_vl
 from idavlm.data.readers.mmid import MMID_TYPES, read_mmid
-from idavlm.data.readers.openai_parts import read_openai
-from idavlm.data.readers.qwen_inline import read_qwen_vl
+from idavlm.data.readers.openai import read_openai
+from idavlm.data.readers.qwen_vl import read_qwen_vl
 
 
 def read_idavlm(record: Any, where: str) -> Any:
-    """The schema itself: nothing to do."""
+    """Return a record of the schema unchanged."""
     return record
 
 
@@ -23,7 +23,7 @@ READERS: dict[str, Callable[[Any, str], Any]] = {
     "sharegpt": read_sharegpt,
     "yi_vl": read_yi_vl,
 }
-"""Readers by name, for ``RecordDataset(reader=...)``; a new format is one more function and one more line."""
+"""Readers by name, for ``RecordDataset(reader=...)``. To support a new format, add a function and an entry here."""
 
 __all__ = [
     "MMID_TYPES",

@@ -1,4 +1,4 @@
-"""Conversations of ``{"from", "value"}`` with a placeholder for every picture: LLaVA, Yi-VL, ShareGPT."""
+"""Conversations of ``{"from", "value"}`` with one placeholder per image: LLaVA, Yi-VL and ShareGPT."""
 
 from typing import Any
 
@@ -7,20 +7,20 @@ from idavlm.data.readers.turns import new_record, text_of, text_part, turns_of
 
 
 def read_llava(record: Any, where: str) -> dict[str, Any]:
-    """LLaVA's JSON: ``image`` (a path, a list of paths, or none) and ``<image>`` in the text.
+    """Read LLaVA's format: ``image`` (a path, a list of paths, or absent) and ``<image>`` in the text.
 
-    Pictures stand where their placeholders do; LLaVA itself moves a turn's picture to the front.
+    Images keep the position of their placeholder. (LLaVA's own code moves the image to the front of the turn.)
     """
     return _read(record, where, "image", "<image>")
 
 
 def read_yi_vl(record: Any, where: str) -> dict[str, Any]:
-    """Yi-VL's JSON: as LLaVA's, with ``<image_placeholder>``."""
+    """Read Yi-VL's format: LLaVA's with ``<image_placeholder>``."""
     return _read(record, where, "image", "<image_placeholder>")
 
 
 def read_sharegpt(record: Any, where: str) -> dict[str, Any]:
-    """ShareGPT with pictures: ``images`` (a list of paths), ``<image>`` in the text, perhaps a ``system`` string."""
+    """Read ShareGPT with images: ``images`` (a list of paths), ``<image>`` in the text, optional ``system`` text."""
     return _read(record, where, "images", "<image>")
 
 
@@ -29,23 +29,25 @@ def _read(record: Any, where: str, field: str, placeholder: str) -> dict[str, An
     images = record.get(field)
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list):
-        raise DataError(f"{field} is {type(images).__name__} {str(images)[:80]!r}; expected paths.", where=where)
+        raise DataError(
+            f"{field} is {type(images).__name__} {str(images)[:80]!r}; expected a path or a list of paths.", where=where
+        )
     if field == "images" and record.get("system"):
         turns = [("system", record["system"]), *turns]
     texts = [text_of(text, f"value of turn {number}", where) for number, (_, text) in enumerate(turns)]
     found = sum(text.count(placeholder) for text in texts)
     if found != len(images):
         raise DataError(
-            f"the text holds {found} {placeholder} but {field!r} has {len(images)} pictures; make them equal.",
+            f"the text has {found} {placeholder} but {field!r} has {len(images)} images; the numbers must be equal.",
             where=where,
             kind="placeholders",
         )
-    waiting = iter(images)
+    remaining = iter(images)
     messages = []
     for (role, _), text in zip(turns, texts, strict=True):
-        first, *others = text.split(placeholder)
-        content = text_part(first)
-        for other in others:
-            content += [{"type": "image", "image": next(waiting)}, *text_part(other)]
+        before, *following = text.split(placeholder)
+        content = text_part(before)
+        for after in following:
+            content += [{"type": "image", "image": next(remaining)}, *text_part(after)]
         messages.append({"role": role, "content": content})
     return new_record(record, messages)

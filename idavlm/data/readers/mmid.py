@@ -1,11 +1,11 @@
-"""MM-ID, the benchmark of IDA-VLM: ``benchmark_mmid.json`` as it was released."""
+"""MM-ID, the benchmark of IDA-VLM, in its released format (``benchmark_mmid.json``)."""
 
 import json
 import re
 from typing import Any
 
 from idavlm.data.errors import DataError
-from idavlm.data.readers.qwen_inline import read_qwen_vl
+from idavlm.data.readers.qwen_vl import read_qwen_vl
 from idavlm.data.readers.turns import text_of
 
 MMID_TYPES = {
@@ -16,24 +16,25 @@ MMID_TYPES = {
     "QA_multiimage": "qa_multi",
     "caption_multiimage": "caption_multi",
 }
-"""Types as the file names them, and the schema's."""
+"""Types of MM-ID and the corresponding tasks of the schema."""
 
 _IMAGE = re.compile(r"<img>\s*(image_\d+)\s*</img>")
 _SLASH = re.compile(r"(?<!\d)\s*/\s*(?!\d)|\s+/\s+")
 
 
 def read_mmid(record: Any, where: str) -> dict[str, Any]:
-    """An item of MM-ID as an evaluation record of the schema.
+    """Convert an item of MM-ID to an evaluation record of the schema.
 
-    ``NAME is <img>image_N</img>`` introduces a person, as in Qwen-VL's records; the other pictures stay where they are.
-    ``answer`` of ``location`` is a box in pixels of the last picture, that of ``ground_target``. ``false answers`` are
-    parted at slashes, with or without spaces around (the file has both); none is allowed, one item has none.
+    ``NAME is <img>image_N</img>`` introduces an identity, as in Qwen-VL's format. All other images keep their position.
+    The ``answer`` of a ``location`` item is a box in pixels of the last image, for the identity ``ground_target``.
+    ``false answers`` are separated by slashes, with or without spaces (the file has both). They are optional, because
+    one item has none.
 
     Raises:
-        DataError: an unknown type, a picture that the question names but the item lacks, an answer that does not fit.
+        DataError: the type is unknown, the question names an image that the item lacks, or the answer is invalid.
     """
     if not isinstance(record, dict) or "question" not in record or "type" not in record:
-        raise DataError("no item of MM-ID: it lacks 'question' or 'type'; is it of another format?", where=where)
+        raise DataError("not an item of MM-ID: 'question' or 'type' is missing; use another reader.", where=where)
     kind = record["type"]
     if kind not in MMID_TYPES:
         raise DataError(f"type={kind!r} is not known; MM-ID has {', '.join(map(repr, MMID_TYPES))}.", where=where)
@@ -46,30 +47,33 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
         return f"<img>{text_of(record[match[1]], match[1], where)}</img>"
 
     turn = {"from": "user", "value": _IMAGE.sub(fill, question)}
-    read = read_qwen_vl({"id": record.get("id"), "conversations": [turn]}, where)
-    read |= {"type": MMID_TYPES[kind], "answer": answer}
+    converted = read_qwen_vl({"id": record.get("id"), "conversations": [turn]}, where)
+    converted |= {"type": MMID_TYPES[kind], "answer": answer}
     if kind == "location":
-        images = [part["image"] for part in read["messages"][-1]["content"] if part["type"] == "image"]
+        images = [part["image"] for part in converted["messages"][-1]["content"] if part["type"] == "image"]
         if not images:
-            raise DataError("a location item without a scene: every picture introduces somebody.", where=where)
+            raise DataError("a location item has no scene, only reference photos; add a scene.", where=where)
         target = text_of(record.get("ground_target"), "ground_target", where).strip()
-        read |= {"answer": "", "target": target}
-        read["boxes"] = [{"name": target, "image": images[-1], "box": _box(answer, where)}]
+        converted |= {"answer": "", "target": target}
+        converted["boxes"] = [{"name": target, "image": images[-1], "box": _box(answer, where)}]
     elif kind == "matching":
-        numbers = range(1, sum(part["type"] == "image" for part in read["messages"][-1]["content"]) + 1)
+        numbers = range(1, sum(part["type"] == "image" for part in converted["messages"][-1]["content"]) + 1)
         names = [f"Image {number}" for number in numbers]
         if answer not in names:
-            raise DataError(f"answer={answer!r} of a matching item; expected one of {', '.join(names)}.", where=where)
-        read["false_answers"] = [name for name in names if name != answer]
-        read["target"] = read["identities"][0]["name"] if read["identities"] else None
+            raise DataError(
+                f"answer={answer!r} of a matching item; expected one of {', '.join(names)}.",
+                where=where,
+            )
+        converted["false_answers"] = [name for name in names if name != answer]
+        converted["target"] = converted["identities"][0]["name"] if converted["identities"] else None
     elif "false answers" in record:
         false = text_of(record["false answers"], "false answers", where)
-        read["false_answers"] = [one.strip() for one in _SLASH.split(false) if one.strip()]
-    return read
+        converted["false_answers"] = [text.strip() for text in _SLASH.split(false) if text.strip()]
+    return converted
 
 
 def _box(answer: str, where: str) -> list[float]:
     try:
         return json.loads(answer)
     except ValueError:
-        raise DataError(f"answer={answer!r} of a location item is no [x1, y1, x2, y2].", where=where) from None
+        raise DataError(f"answer={answer!r} of a location item is not [x1, y1, x2, y2].", where=where) from None

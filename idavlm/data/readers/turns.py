@@ -1,4 +1,4 @@
-"""What the readers share: roles by their many names, and fields that must be there."""
+"""Helpers of the readers: names of roles, and checks of required fields."""
 
 from typing import Any
 
@@ -15,19 +15,17 @@ _ROLES = {
 
 
 def role_of(name: Any, where: str) -> str:
-    """The schema's role for a format's ``name``."""
+    """Return the role of the schema for the ``name`` of a role in another format."""
     if not isinstance(name, str) or name not in _ROLES:
-        raise DataError(f"role {name!r} is not known; known are {', '.join(map(repr, _ROLES))}.", where=where)
+        raise DataError(f"role {name!r} is not known; choose one of {', '.join(map(repr, _ROLES))}.", where=where)
     return _ROLES[name]
 
 
 def turns_of(record: Any, field: str, role: str, content: str, where: str) -> list[tuple[str, Any]]:
-    """``(role, content)`` of every turn of the list ``record[field]``."""
+    """Return ``(role, content)`` of every turn in the list ``record[field]``."""
     turns = record.get(field) if isinstance(record, dict) else None
     if not isinstance(turns, list):
-        raise DataError(
-            f"the record has no list {field!r}; is it of another format? Choose another reader.", where=where
-        )
+        raise DataError(f"the record has no list {field!r}; choose the reader of its format.", where=where)
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {role, content} <= turn.keys():
             raise DataError(
@@ -37,18 +35,18 @@ def turns_of(record: Any, field: str, role: str, content: str, where: str) -> li
 
 
 def text_of(value: Any, field: str, where: str) -> str:
-    """``value``, which must be a string."""
+    """Return ``value`` after checking that it is a string."""
     if not isinstance(value, str):
         raise DataError(f"{field}={str(value)[:80]!r} is {type(value).__name__}; expected a string.", where=where)
     return value
 
 
 def text_part(text: str) -> list[dict[str, str]]:
-    """A text part, or none for no text."""
+    """Return a list with one text part, or an empty list if ``text`` is empty."""
     return [{"type": "text", "text": text}] if text else []
 
 
 def new_record(record: dict, messages: list[dict], identities: list[dict] | None = None) -> dict[str, Any]:
-    """A record of the schema that keeps the ``id`` it had."""
-    kept = {"id": record["id"]} if record.get("id") is not None else {}
-    return {**kept, "identities": identities or [], "messages": messages}
+    """Return a record of the schema with the ``id`` of ``record``, if it has one."""
+    identifier = {"id": record["id"]} if record.get("id") is not None else {}
+    return {**identifier, "identities": identities or [], "messages": messages}

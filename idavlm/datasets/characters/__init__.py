@@ -1,8 +1,8 @@
-"""The embedded default data set: a generator of drawn characters, their pictures and records about them."""
+"""The default data set, which needs no download: drawn characters, images of them, and records."""
 
 from idavlm.datasets.characters.activities import ACTIVITIES, Activity
 from idavlm.datasets.characters.builder import build_characters
+from idavlm.datasets.characters.images import draw_characters
 from idavlm.datasets.characters.look import CharacterLook
-from idavlm.datasets.characters.pictures import draw_people
 
-__all__ = ["ACTIVITIES", "Activity", "CharacterLook", "build_characters", "draw_people"]
+__all__ = ["ACTIVITIES", "Activity", "CharacterLook", "build_characters", "draw_characters"]

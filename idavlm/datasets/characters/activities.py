@@ -1,34 +1,34 @@
-"""What characters do: where hands and feet go, and the words for it."""
+"""Activities of characters: the pose, the object that is used, and the words for it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Activity:
-    """A pose and its thing.
+    """A pose and an object.
 
-    ``hands`` are (left, right) as seen, relative to the middle of the shoulders, in arm lengths; ``feet`` relative to
-    the middle of the hips, in leg lengths; x points right, y down. Knees and elbows bend towards the side given by
-    ``knees`` and ``elbows`` (-1 or 1 each, left and right).
+    ``hands`` are (left, right) as seen in the image, relative to the centre of the shoulders, in arm lengths. ``feet``
+    are relative to the centre of the hips, in leg lengths. x points right and y down. ``knees`` and ``elbows`` (left,
+    right) are the sides they bend to, -1 or 1.
     """
 
     name: str
-    """What follows "is" in "Kate is ...": "waving", "carrying a box"."""
+    """Text that follows "is" in "Kate is ...": "waving", "carrying a box"."""
     hands: tuple[tuple[float, float], tuple[float, float]] = ((-0.66, 0.95), (0.66, 0.95))
     feet: tuple[tuple[float, float], tuple[float, float]] = ((-0.3, 1.0), (0.3, 1.0))
     elbows: tuple[int, int] = (1, -1)
     knees: tuple[int, int] = (1, -1)
     lean: float = 0.0
-    """Degrees the torso leans to the right."""
+    """Angle of the torso to the right, in degrees."""
     lift: float = 0.0
     """Height above the ground, in leg lengths."""
     look: float = 0.0
     """Direction of the face: -1 left, 0 straight, 1 right."""
     gaze_down: bool = False
     prop: str = ""
-    """What is held or used: a key of ``props.PROPS``."""
+    """Object that is held or used: a key of ``props.PROPS``; empty for none."""
     loose: float = 0.08
-    """How far hands without a thing wander between pictures, in arm lengths."""
+    """Random displacement of the hands between images, in arm lengths; 0 if they hold an object."""
 
 
 ACTIVITIES: tuple[Activity, ...] = (

@@ -1,9 +1,9 @@
-"""The whole figure: clothes and limbs around the joints."""
+"""The complete figure: clothes, limbs, head and objects around the joints."""
 
 import numpy as np
 
 from idavlm.datasets.characters.activities import Activity
-from idavlm.datasets.characters.clothes import draw_extra_before, draw_extra_behind, draw_skirt, draw_torso
+from idavlm.datasets.characters.clothes import draw_extra_back, draw_extra_front, draw_skirt, draw_torso
 from idavlm.datasets.characters.head import Expression, head_sketches
 from idavlm.datasets.characters.look import CharacterLook
 from idavlm.datasets.characters.pose import Joints, pose
@@ -12,26 +12,26 @@ from idavlm.datasets.characters.shapes import Sketch, between, moved, shade
 
 
 def figure(look: CharacterLook, activity: Activity, rng: np.random.Generator) -> Sketch:
-    """Draw a character doing something, feet on y = 0, about 100 units tall.
+    """Sketch a character in an activity, with the feet on y = 0, about 100 units tall.
 
-    ``rng`` moves what differs between two pictures of the same one: expression, tilt of the head, limbs.
+    ``rng`` decides what differs between two images of one character: expression, tilt of the head, limbs.
     """
     joints = pose(look, activity, rng)
-    behind, before = PROPS[activity.prop](joints, rng) if activity.prop else (Sketch(), Sketch())
+    back, front = PROPS[activity.prop](joints, rng) if activity.prop else (Sketch(), Sketch())
     tilt = rng.uniform(-7, 7) + activity.lean * 0.5
     back_of_head, head = head_sketches(look, Expression.drawn(rng, activity), tilt)
 
     sketch = Sketch()
-    sketch.add(behind)
-    draw_extra_behind(sketch, look, joints)
+    sketch.add(back)
+    draw_extra_back(sketch, look, joints)
     sketch.add(back_of_head, joints.head)
     _draw_legs(sketch, look, joints, activity)
     draw_torso(sketch, look, joints)
     if look.lower in ("skirt", "robe"):
         draw_skirt(sketch, look, joints)
-    draw_extra_before(sketch, look, joints)
+    draw_extra_front(sketch, look, joints)
     sketch.add(head, joints.head)
-    sketch.add(before)
+    sketch.add(front)
     _draw_arms(sketch, look, joints)
     return sketch
 

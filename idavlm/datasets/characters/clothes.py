@@ -1,4 +1,4 @@
-"""Shirts and their patterns, skirts, and what is worn over them."""
+"""Shirts and their patterns, skirts, robes, and accessories worn over them."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from idavlm.datasets.characters.shapes import Colour, Sketch, arc, between, move
 
 
 class Torso:
-    """The torso as a cloth: points by their share of the way across (u) and down (v)."""
+    """The torso as a surface: points by their relative position across (u) and down (v)."""
 
     def __init__(self, look: CharacterLook, joints: Joints) -> None:
         axis = joints.hips - joints.chest
@@ -28,7 +28,7 @@ class Torso:
 
 
 def draw_torso(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
-    """Neck, shirt and its pattern."""
+    """Draw the neck, the shirt and its pattern."""
     torso = Torso(look, joints)
     colour, second = look.shirt_colour, look.second_colour
     sketch.limb(moved(joints.chest, 0, 1), joints.head, 7.5, shade(look.skin, 0.85))
@@ -39,7 +39,7 @@ def draw_torso(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
 
 
 def draw_skirt(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
-    """A skirt to the knees or a robe to the feet, as wide as the legs are spread."""
+    """Draw a skirt to the knees or a robe to the feet, as wide as the legs are spread."""
     torso = Torso(look, joints)
     hips = joints.hips
     ends = joints.knees if look.lower == "skirt" else joints.feet
@@ -55,8 +55,8 @@ def draw_skirt(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
         sketch.polygon([start, end, (right, low), ((left + right) / 2, low + 1.6), (left, low)], colour)
 
 
-def draw_extra_behind(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
-    """Cape or backpack."""
+def draw_extra_back(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
+    """Draw the cape or backpack that is hidden by the body."""
     colour = look.extra_colour
     if look.extra == "cape":
         left, right = joints.shoulders
@@ -69,8 +69,8 @@ def draw_extra_behind(sketch: Sketch, look: CharacterLook, joints: Joints) -> No
         sketch.ellipse(middle, 15.5 * look.build**0.6, 14, shade(colour, 0.85))
 
 
-def draw_extra_before(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
-    """Scarf, tie, belt, straps of a backpack, clasp of a cape."""
+def draw_extra_front(sketch: Sketch, look: CharacterLook, joints: Joints) -> None:
+    """Draw a scarf, tie or belt, the straps of a backpack, or the clasp of a cape."""
     torso = Torso(look, joints)
     colour = look.extra_colour
     if look.extra == "scarf":
@@ -91,7 +91,7 @@ def draw_extra_before(sketch: Sketch, look: CharacterLook, joints: Joints) -> No
         sketch.limb(torso.at(0.1, 0.03), torso.at(0.9, 0.03), 4, shade(colour, 0.85))
 
 
-def _plain(sketch: Sketch, torso: Torso, second: Colour, look: CharacterLook) -> None:
+def _solid(sketch: Sketch, torso: Torso, second: Colour, look: CharacterLook) -> None:
     sketch.polygon(torso.patch(0, 0.9, 1, 1), shade(look.shirt_colour, 0.8))
 
 
@@ -166,7 +166,7 @@ def _zigzag(sketch: Sketch, torso: Torso, second: Colour, look: CharacterLook) -
 
 
 _PATTERNS = {
-    "plain": _plain,
+    "solid": _solid,
     "stripes": _stripes,
     "bars": _bars,
     "dots": _dots,

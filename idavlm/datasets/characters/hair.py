@@ -1,11 +1,11 @@
-"""Hair, in front of the face and behind the body."""
+"""Hair: the part in front of the face and the part at the back of the body."""
 
 from idavlm.datasets.characters.look import CharacterLook
 from idavlm.datasets.characters.shapes import Sketch, arc, shade
 
 
-def draw_hair_behind(sketch: Sketch, look: CharacterLook, width: float, height: float, covered: bool) -> None:
-    """Hair that lies behind head and body; with ``covered`` a hat hides what sticks out at the top."""
+def draw_back_hair(sketch: Sketch, look: CharacterLook, width: float, height: float, covered: bool) -> None:
+    """Draw the hair at the back of head and body. If ``covered``, a hat hides the parts that stick out at the top."""
     colour, dark = look.hair_colour, shade(look.hair_colour, 0.82)
     style = look.hair_style
     if style == "long":
@@ -42,8 +42,8 @@ def draw_hair_behind(sketch: Sketch, look: CharacterLook, width: float, height: 
         sketch.limb((-4, -height * 1.0), (4, -height * 1.0), 3, look.extra_colour)
 
 
-def draw_hair_before(sketch: Sketch, look: CharacterLook, width: float, height: float, covered: bool) -> None:
-    """Hair that lies before the face."""
+def draw_front_hair(sketch: Sketch, look: CharacterLook, width: float, height: float, covered: bool) -> None:
+    """Draw the hair in front of the face."""
     colour, dark = look.hair_colour, shade(look.hair_colour, 0.86)
     style = look.hair_style
     if style == "bald":

@@ -6,11 +6,11 @@ from idavlm.datasets.characters.look import CharacterLook
 from idavlm.datasets.characters.shapes import Sketch, arc, shade
 
 HATS_OVER_HAIR = frozenset({"cap", "beanie", "top hat", "sun hat", "wizard hat", "helmet"})
-"""Hats under which a bun, spikes or a mohawk do not show."""
+"""Hats that hide a bun, spikes or a mohawk."""
 
 
 def draw_hat(sketch: Sketch, look: CharacterLook, width: float, height: float, facing: int) -> None:
-    """Draw the look's hat on a head of half ``width`` and half ``height``; a peak points to ``facing`` (-1 or 1)."""
+    """Draw the look's hat on a head of half ``width`` and half ``height``; a peak points to ``facing``, -1 or 1."""
     if look.hat != "none":
         _HATS[look.hat](sketch, look, width, height, facing)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from idavlm.datasets.characters.activities import Activity
-from idavlm.datasets.characters.hair import draw_hair_before, draw_hair_behind
+from idavlm.datasets.characters.hair import draw_back_hair, draw_front_hair
 from idavlm.datasets.characters.hats import HATS_OVER_HAIR, draw_hat
 from idavlm.datasets.characters.look import CharacterLook
 from idavlm.datasets.characters.shapes import Sketch, arc, moved, shade
@@ -18,13 +18,13 @@ DARK = (44, 30, 34)
 
 @dataclass(frozen=True)
 class Expression:
-    """What a face does in one picture."""
+    """Expression of a face in one image."""
 
     mouth: str
     blink: bool
     brow_lift: float
     look: float
-    """Where the face points: -1 left .. 1 right."""
+    """Direction of the face: -1 left, 1 right."""
     gaze_down: bool
 
     @classmethod
@@ -35,23 +35,23 @@ class Expression:
 
 
 def head_sketches(look: CharacterLook, expression: Expression, tilt: float) -> tuple[Sketch, Sketch]:
-    """What of the head lies behind the body (long hair) and what before it, both about the head's middle."""
+    """Sketch the back layer (long hair) and the front layer of the head, both with the centre of the head as origin."""
     width, height = 15.0 * look.head_width, 15.5 * look.head_height
-    behind, before = Sketch(), Sketch()
+    back, front = Sketch(), Sketch()
     covered = look.hat in HATS_OVER_HAIR
-    draw_hair_behind(behind, look, width, height, covered)
+    draw_back_hair(back, look, width, height, covered)
     shift = expression.look * 3.6
     for side in (-1, 1):
-        before.circle((side * width * 0.97 - shift * 0.4, 2), 3.1, shade(look.skin, 0.9))
-    before.ellipse((0, 0), width, height, look.skin)
-    _draw_beard(before, look, width, height, shift)
-    _draw_face(before, look, expression, shift)
-    draw_hair_before(before, look, width, height, covered)
-    _draw_glasses(before, look, shift)
-    draw_hat(before, look, width, height, 1 if expression.look >= 0 else -1)
+        front.circle((side * width * 0.97 - shift * 0.4, 2), 3.1, shade(look.skin, 0.9))
+    front.ellipse((0, 0), width, height, look.skin)
+    _draw_beard(front, look, width, height, shift)
+    _draw_face(front, look, expression, shift)
+    draw_front_hair(front, look, width, height, covered)
+    _draw_glasses(front, look, shift)
+    draw_hat(front, look, width, height, 1 if expression.look >= 0 else -1)
     tilted = Sketch(), Sketch()
-    for plain, turned in zip((behind, before), tilted, strict=True):
-        turned.add(plain, angle=tilt)
+    for upright, turned in zip((back, front), tilted, strict=True):
+        turned.add(upright, angle=tilt)
     return tilted
 
 

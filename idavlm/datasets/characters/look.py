@@ -1,4 +1,4 @@
-"""What makes a drawn character that character: attributes drawn from a seed, the same in every picture."""
+"""The look of a drawn character: attributes that depend on a seed and are the same in every image."""
 
 import colorsys
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ HATS = ("none", "cap", "beanie", "top hat", "crown", "sun hat", "wizard hat", "h
 BEARDS = ("none", "moustache", "goatee", "full")
 GLASSES = ("none", "round", "square", "sunglasses")
 SHIRT_PATTERNS = (
-    *("plain", "stripes", "bars", "dots", "checks", "sash", "halves"),
+    *("solid", "stripes", "bars", "dots", "checks", "sash", "halves"),
     *("hoop", "jacket", "overalls", "star", "zigzag"),
 )
 LOWER_GARMENTS = ("trousers", "shorts", "skirt", "robe")
@@ -40,7 +40,7 @@ EXTRAS = ("none", "cape", "scarf", "tie", "belt", "backpack")
 
 @dataclass(frozen=True)
 class CharacterLook:
-    """Everything that stays the same between two pictures of one character. Colours are RGB, 0..255."""
+    """Attributes that are the same in all images of one character. Colours are RGB in 0..255."""
 
     skin: Colour
     hair_style: str
@@ -69,7 +69,7 @@ class CharacterLook:
 
     @classmethod
     def from_seed(cls, *seed: int) -> "CharacterLook":
-        """The character of a seed (one or several non-negative integers). Seeds never run out."""
+        """Return the look for a seed of one or several non-negative integers."""
         rng = np.random.default_rng(seed)
         shirt = clothes_colour(rng)
         hat = clothes_colour(rng)
@@ -102,11 +102,11 @@ class CharacterLook:
 
 
 def clothes_colour(rng: np.random.Generator) -> Colour:
-    """A colour of any hue, mostly strong; one in seven is a white, grey or black."""
+    """Draw a colour for clothes: any hue, mostly saturated; one in seven is white, grey or black."""
     if rng.random() < 1 / 7:
         value = rng.choice((0.2, 0.5, 0.95)) + rng.uniform(-0.05, 0.05)
         return hsv(rng.random(), rng.uniform(0, 0.08), value)
-    # Greens and violets fill more of the circle of hues than of what people wear, and glare when they are strong.
+    # Greens and violets cover more of the hue circle than of real clothes, and are garish if saturated.
     hue = float(
         np.interp(rng.random(), (0, 0.22, 0.36, 0.5, 0.64, 0.82, 1), (-0.03, 0.11, 0.17, 0.42, 0.55, 0.67, 0.97))
     )
@@ -115,7 +115,7 @@ def clothes_colour(rng: np.random.Generator) -> Colour:
 
 
 def contrasting_colour(rng: np.random.Generator, other: Colour) -> Colour:
-    """A clothes colour that stands out against ``other``."""
+    """Draw a colour for clothes that contrasts with ``other``."""
     for _ in range(20):
         colour = clothes_colour(rng)
         if np.abs(np.subtract(colour, other)).sum() > 220:
@@ -124,7 +124,7 @@ def contrasting_colour(rng: np.random.Generator, other: Colour) -> Colour:
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
-    """RGB, 0..255, of hue (1 = once round), saturation and value, both cut to 0..1."""
+    """Convert hue (period 1), saturation and value (both clamped to 0..1) to RGB in 0..255."""
     red, green, blue = colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1))
     return int(red * 255), int(green * 255), int(blue * 255)
 

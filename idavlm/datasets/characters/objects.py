@@ -1,4 +1,4 @@
-"""Things of one colour for pictures without characters: drawn about 20 units tall, standing on y = 0."""
+"""Objects of one colour for general images: about 20 units tall, on the ground at y = 0."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ COLOURS = {
     "white": (0.1, 0.03, 0.97),
     "black": (0.7, 0.15, 0.16),
 }
-"""Names of colours, and their hue, saturation and value."""
+"""Colours by name: hue, saturation and value."""
 
 LEAF = (84, 148, 74)
 GLASS = (196, 228, 240)
@@ -24,7 +24,7 @@ DARK = (52, 48, 56)
 
 
 def named_colour(name: str, rng: np.random.Generator) -> Colour:
-    """A colour that everybody calls ``name``."""
+    """Draw a random colour that is commonly called ``name``."""
     hue, saturation, value = COLOURS[name]
     return hsv(
         hue + rng.uniform(-0.015, 0.015), saturation + rng.uniform(-0.03, 0.05), value + rng.uniform(-0.05, 0.03)
@@ -32,7 +32,7 @@ def named_colour(name: str, rng: np.random.Generator) -> Colour:
 
 
 def draw_thing(thing: str, colour: Colour) -> Sketch:
-    """Draw one of :data:`THINGS`."""
+    """Sketch one of :data:`THINGS`."""
     sketch = Sketch()
     THINGS[thing][1](sketch, colour)
     return sketch
@@ -135,4 +135,4 @@ THINGS = {
     "mushroom": ("mushrooms", _mushroom),
     "tent": ("tents", _tent),
 }
-"""Names of things: their plural and how to draw them."""
+"""Objects by name: the plural and the function that sketches the object."""

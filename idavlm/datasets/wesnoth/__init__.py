@@ -1,4 +1,4 @@
-"""Real art: pictures and records from Battle for Wesnoth, whose package the user's own apt fetches."""
+"""The Wesnoth data set: sprites of the game Battle for Wesnoth, from Debian's package, which apt downloads."""
 
 from idavlm.datasets.wesnoth.builder import build_wesnoth
 

@@ -1,4 +1,4 @@
-"""Backgrounds from the game: grounds laid out of hexagonal tiles, and landscapes of its stories."""
+"""Backgrounds from the game: grounds of hexagonal tiles, and landscapes of the story images."""
 
 import re
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ GROUNDS: dict[str, tuple[str, ...]] = {
     "stone": ("interior/stone-regular", "cave/flagstones-dark"),
     "wood": ("interior/wood-regular", "interior/wood-tan"),
 }
-"""Kinds of ground and their tiles below the game's ``terrain`` folder, without number and ``.png``."""
+"""Kinds of ground, and their tiles below the game's ``terrain`` folder, without number and ``.png``."""
 
 TILE_COLUMN, TILE_ROW = 54, 72
-"""Distance of neighbouring hexagons, whose pictures are 72 x 72: every other column lies half a row lower."""
+"""Distance of adjacent hexagons. Tiles are 72 x 72 pixels; every second column is half a row lower."""
 
 _MOSAIC = 256
 _STORY_HEIGHT = 320
@@ -32,12 +32,12 @@ _STORY_HEIGHT = 320
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """A large picture to cut backgrounds from.
+    """A large image that backgrounds are cropped from.
 
     Attributes:
-        kind: what it shows: a key of :data:`GROUNDS`, or of a landscape "hills", "castle" ..., as its file is called.
-        image: RGB, larger than any piece cut from it.
-        landscape: seen from the side, not from above.
+        kind: a key of :data:`GROUNDS`, or for a landscape the word in its file name, such as "hills" or "castle".
+        image: RGB, larger than any crop.
+        landscape: whether the view is from the side and not from above.
     """
 
     kind: str
@@ -46,10 +46,10 @@ class Ground:
 
 
 def read_grounds(data: Path, rng: Random) -> list[Ground]:
-    """All grounds and landscapes there are below ``data``, the game's data folder.
+    """Read all grounds and landscapes below ``data``, the data folder of the game.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there are none.
     """
     images = data / "core" / "images"
     grounds = []
@@ -64,12 +64,12 @@ def read_grounds(data: Path, rng: Random) -> list[Ground]:
             image = image.convert("RGB").resize((width, _STORY_HEIGHT), Image.Resampling.BICUBIC)
             grounds.append(Ground(re.split("[-_]", file.stem)[1], image, landscape=True))
     if not grounds:
-        raise FileNotFoundError(f"no terrain and no story pictures below {images}; is it the data folder of Wesnoth?")
+        raise FileNotFoundError(f"no terrain and no story images below {images}; pass the data folder of Wesnoth.")
     return grounds
 
 
 def cut(ground: Ground, size: int, rng: Random) -> Image.Image:
-    """A square of ``size`` pixels from anywhere in the ground, at a random scale, perhaps mirrored."""
+    """Random square crop of the ground at a random scale, resized to ``size`` pixels, mirrored with probability 1/2."""
     side = rng.randint(160, min(300, *ground.image.size)) if ground.landscape else rng.randint(96, 160)
     left, top = (rng.randint(0, extent - side) for extent in ground.image.size)
     piece = ground.image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
@@ -91,7 +91,7 @@ def _lay(tiles: Sequence[Image.Image], rng: Random) -> Image.Image:
     mosaic = Image.new("RGB", (_MOSAIC, _MOSAIC))
     for column in range(-1, _MOSAIC // TILE_COLUMN + 1):
         for row in range(-1, _MOSAIC // TILE_ROW + 1):
-            # The first tile is the plain one; the others are its variations.
+            # The first tile is the base tile; the others are variations of it.
             tile = tiles[0] if rng.random() < 0.4 else rng.choice(tiles)
             place = (column * TILE_COLUMN, row * TILE_ROW + (TILE_ROW // 2) * (column % 2))
             mosaic.paste(tile, place, tile)

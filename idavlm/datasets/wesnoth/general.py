@@ -1,4 +1,4 @@
-"""Pictures without identities: grounds, landscapes, and portraits that are of no character of test or validation."""
+"""General images: grounds, landscapes, and portraits of training characters, and records about them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from idavlm.datasets.jpeg import save_jpeg
+from idavlm.datasets.dataset_folder import save_jpeg
 from idavlm.datasets.wesnoth.backgrounds import Ground, cut
 from idavlm.datasets.wesnoth.sprites import Character
 
@@ -24,7 +24,7 @@ def general_records(
     size: int,
     rng: Random,
 ) -> list[dict[str, Any]]:
-    """Write ``count`` pictures below ``image_root`` and return a record of each: half grounds and half portraits."""
+    """Write ``count`` images below ``image_root`` and return one record per image: half grounds, half portraits."""
     (image_root / "general").mkdir(parents=True, exist_ok=True)
     portraits = _portraits(splits, data)
     records = []
@@ -47,9 +47,13 @@ def general_records(
 
 
 def _portraits(splits: Mapping[str, Sequence[Character]], data: Path) -> list[tuple[Path, str]]:
-    """Files and races of the training characters' portraits; units of different splits may share one."""
+    """Files and races of the portraits of training characters, except those shared with a held-out character."""
     held_out = {
-        one for split, members in splits.items() if split != "train" for each in members for one in each.profiles
+        profile
+        for split, characters in splits.items()
+        if split != "train"
+        for character in characters
+        for profile in character.profiles
     }
     files = {
         (data / "core" / "images" / profile, character.race)
@@ -61,7 +65,7 @@ def _portraits(splits: Mapping[str, Sequence[Character]], data: Path) -> list[tu
 
 
 def _framed(file: Path, size: int, rng: Random) -> Image.Image:
-    """A square of the upper part of a portrait."""
+    """Random square crop of the upper part of a portrait."""
     with Image.open(file) as image:
         portrait = image.convert("RGBA")
     side = rng.uniform(0.6, 1) * min(portrait.size)

@@ -1,4 +1,4 @@
-"""The game's data: Debian's package, fetched by the user's own apt into the cache, and unpacked there."""
+"""Data of the game: Debian's package, downloaded with apt-get into the cache and unpacked there."""
 
 import os
 import shutil
@@ -6,25 +6,25 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from idavlm.datasets.download_cache import cache_folder
+from idavlm.datasets.dataset_folder import cache_folder
 
 PACKAGE = "wesnoth-1.16-data"
 _BY_HAND = (
-    f"Fetch the package by hand where apt works (`apt-get download {PACKAGE}`) and give its path, or that of an "
-    "unpacked folder, as package=."
+    f"Download the package by hand on a machine with apt (`apt-get download {PACKAGE}`) and pass its path, or the "
+    "path of the unpacked folder, as package=."
 )
 
 
 def find_data(package: str | Path | None = None) -> Path:
-    """The game's data folder, the one with ``core/`` in it; fetched and unpacked if need be.
+    """Return the data folder of the game, which contains ``core/``. Download and unpack the package if necessary.
 
     Args:
-        package: a ``.deb`` file of :data:`PACKAGE`, or a folder that holds the unpacked data at any depth; None for
-            the cache (``~/.cache/idavlm`` or ``$IDAVLM_CACHE``), filled with ``apt-get download`` when it is empty.
+        package: a ``.deb`` file of :data:`PACKAGE`, or a folder that contains the unpacked data at any depth; None for
+            the cache (``$IDAVLM_CACHE`` or ``~/.cache/idavlm``), filled with ``apt-get download`` if it is empty.
 
     Raises:
-        FileNotFoundError: no such file, or no data in it.
-        RuntimeError: a program is missing or failed; the message says what to do by hand.
+        FileNotFoundError: ``package`` does not exist or contains no data of the game.
+        RuntimeError: a program is missing or failed; the message describes the manual steps.
     """
     if package is not None and Path(package).is_dir():
         return _data_below(Path(package))
@@ -32,10 +32,10 @@ def find_data(package: str | Path | None = None) -> Path:
     if package is None and unpacked.is_dir():
         return _data_below(unpacked)
     if package is not None and not Path(package).is_file():
-        raise FileNotFoundError(f"package={str(package)!r} does not exist; give a .deb file or an unpacked folder.")
+        raise FileNotFoundError(f"package={str(package)!r} does not exist; pass a .deb file or an unpacked folder.")
     deb = Path(package) if package is not None else _download()
     if package is not None:
-        # Another version of the package does not pass for this one.
+        # Packages of other versions are unpacked into folders of their own.
         unpacked = cache_folder("wesnoth") / f"unpacked-{deb.stem}-{deb.stat().st_size}"
     if not unpacked.is_dir():
         _unpack(deb, unpacked)
@@ -54,11 +54,11 @@ def _download() -> Path:
 
 
 def _unpack(deb: Path, unpacked: Path) -> None:
-    """Into a folder beside, renamed at the end: a killed run leaves nothing half done."""
+    """Unpack into a temporary folder that is renamed at the end, so that an interrupted run leaves no partial data."""
     with tempfile.TemporaryDirectory(dir=unpacked.parent) as folder:
         _run(["dpkg-deb", "-x", str(deb.resolve()), folder], Path(folder))
         data = _data_below(Path(folder))
-        # Fonts, translations and interface pictures are not needed; what is kept has its licence beside it.
+        # Keep the data folder and the licence; fonts, translations and interface images are not needed.
         target = Path(folder) / "kept"
         target.mkdir()
         data.rename(target / "data")
@@ -72,12 +72,14 @@ def _data_below(folder: Path) -> Path:
         if Path(path, "core", "units").is_dir():
             return Path(path)
         folders.sort()
-    raise FileNotFoundError(f"no data of Wesnoth (a folder core/units) in {folder}; is it the package {PACKAGE}?")
+    raise FileNotFoundError(f"no data of Wesnoth (a folder core/units) in {folder}; pass the package {PACKAGE}.")
 
 
 def _run(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
-        raise RuntimeError(f"{command[0]!r} is not installed, so Wesnoth's pictures cannot be fetched. {_BY_HAND}")
+        raise RuntimeError(
+            f"{command[0]!r} is not installed, so the images of Wesnoth cannot be downloaded. {_BY_HAND}"
+        )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()} {_BY_HAND}")

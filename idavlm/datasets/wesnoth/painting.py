@@ -1,4 +1,4 @@
-"""Whole pictures: sprites on a background, under some light, with exact boxes."""
+"""Complete images: sprites on a background, under random light, with exact boxes."""
 
 from collections.abc import Sequence
 from random import Random
@@ -6,11 +6,11 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from idavlm.datasets.album import Box
+from idavlm.datasets.album import PixelBox
 from idavlm.datasets.wesnoth.sprites import VISIBLE
 
 ALONE = (0.55, 0.9)
-"""Longer side of the one figure of a photo, in shares of the picture."""
+"""Range of the longer side of a single figure, as a share of the image size."""
 
 _OPAQUE = [255 * (alpha >= VISIBLE) for alpha in range(256)]
 _MAX_ENLARGEMENT = 3.0
@@ -20,18 +20,18 @@ _COLUMN_HEIGHT = {2: 0.75, 3: 0.62, 4: 0.47}
 
 def paint(
     figures: Sequence[np.ndarray], stretches: Sequence[float], background: Image.Image, rng: Random
-) -> tuple[Image.Image, list[Box]]:
-    """Place figures on a background; two to four stand side by side, every other one of four further back.
+) -> tuple[Image.Image, list[PixelBox]]:
+    """Paint figures on a background. Two to four figures are side by side; of four, every second is further back.
 
     Args:
         figures: 1 to 4 sprites ``[H, W, 4]`` uint8, from left to right.
-        stretches: width of each figure by its sprite's.
-        background: a square RGB picture; it is drawn on.
-        rng: sizes, places, sides and light.
+        stretches: horizontal scale of each figure relative to its sprite.
+        background: a square RGB image; it is modified.
+        rng: decides sizes, positions, mirroring and light.
 
     Returns:
-        The picture and for each figure the box of its pixels that are at least half opaque, also where a neighbour
-        hides some of them.
+        The image, and per figure the box of its pixels that are at least half opaque, including pixels that are hidden
+        by a neighbour.
     """
     size, count = background.width, len(figures)
     brightness = rng.uniform(0.85, 1.12)
@@ -39,10 +39,10 @@ def paint(
     back_first = rng.randrange(2)
     placed = []
     for place, (figure, stretch) in enumerate(zip(figures, stretches, strict=True)):
-        behind = count == 4 and place % 2 == back_first
+        is_back = count == 4 and place % 2 == back_first
         sprite = _resized(figure, stretch, _scale(figure, stretch, count, size, rng), mirror=rng.random() < 0.5)
-        placed.append((behind, sprite, _corner(sprite, place, count, behind, size, rng)))
-    boxes: list[Box] = [(0, 0, 0, 0)] * count
+        placed.append((is_back, sprite, _corner(sprite, place, count, is_back, size, rng)))
+    boxes: list[PixelBox] = [(0, 0, 0, 0)] * count
     for index in sorted(range(count), key=lambda index: not placed[index][0]):
         _, sprite, (left, top) = placed[index]
         background.paste(sprite, (left, top), sprite)
@@ -62,7 +62,7 @@ def _scale(figure: np.ndarray, stretch: float, count: int, size: int, rng: Rando
 
 def _resized(figure: np.ndarray, stretch: float, scale: float, mirror: bool) -> Image.Image:
     height, width = figure.shape[:2]
-    # Premultiplied, so that the invisible colour around the figure does not shine through its edge.
+    # Resize premultiplied pixels, so that the invisible colour around the figure does not bleed into its edge.
     image = Image.fromarray(figure, "RGBA").convert("RGBa")
     image = image.resize(
         (max(round(width * stretch * scale), 2), max(round(height * scale), 2)), Image.Resampling.BICUBIC
@@ -71,11 +71,11 @@ def _resized(figure: np.ndarray, stretch: float, scale: float, mirror: bool) -> 
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
 
 
-def _corner(sprite: Image.Image, place: int, count: int, behind: bool, size: int, rng: Random) -> tuple[int, int]:
-    """Left and top of a figure: alone anywhere, else in its column, with its feet on the ground."""
+def _corner(sprite: Image.Image, place: int, count: int, is_back: bool, size: int, rng: Random) -> tuple[int, int]:
+    """Left and top of a figure: anywhere if it is alone, otherwise in its column with the feet on the ground."""
     room_x, room_y = size - sprite.width, size - sprite.height
     if count == 1:
         return rng.randint(0, max(room_x, 0)), rng.randint(0, max(room_y, 0))
     middle = (place + 0.5) * size / count + rng.uniform(-0.02, 0.02) * size
-    ground = size * (rng.uniform(0.48, 0.54) if behind else rng.uniform(0.86, 0.99))
+    ground = size * (rng.uniform(0.48, 0.54) if is_back else rng.uniform(0.86, 0.99))
     return min(max(round(middle - sprite.width / 2), 0), room_x), min(max(round(ground) - sprite.height, 0), room_y)

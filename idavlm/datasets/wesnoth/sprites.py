@@ -1,4 +1,4 @@
-"""Sprites of Wesnoth characters: which frames show whom, and what they do in them."""
+"""Sprites of Wesnoth characters: the frames of each character and the activity that a frame shows."""
 
 import re
 from collections import defaultdict
@@ -12,10 +12,10 @@ from PIL import Image
 from idavlm.datasets.wesnoth.units import Unit
 
 MIN_FRAMES = 8
-"""Characters with fewer usable frames are left out."""
+"""Minimum number of usable frames of a character."""
 
 VISIBLE = 128
-"""Alpha from which a pixel counts as part of the figure."""
+"""Minimum alpha of a pixel that belongs to the figure."""
 
 _ACTIVITIES: dict[str, str] = {
     "falling": "die death dying dead fall decay",
@@ -28,7 +28,7 @@ _ACTIVITIES: dict[str, str] = {
     "running": "run running move moving walk swim jump",
     "leading": "lead leading leadership",
 }
-"""What characters do and the words for it in file names; the first of several in a name counts."""
+"""Activities and the words for them in file names. If a name contains several, the first entry here is used."""
 
 _WORDS = {word: activity for activity, words in _ACTIVITIES.items() for word in words.split()}
 _OTHER_WORDS = {"n", "ne", "se", "s", "nw", "sw", "e", "w", "female", "male", "base", "bob", "idle", "stand", "long"}
@@ -38,7 +38,7 @@ _PRECEDENCE = list(_ACTIVITIES)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A sprite: ``pixels`` ``[H, W, 4]`` uint8, cut to what is visible; ``file`` below the game's image folder."""
+    """A sprite: ``pixels`` ``[H, W, 4]`` uint8, cropped to the visible part; ``file`` below the game's image folder."""
 
     file: str
     activity: str
@@ -47,7 +47,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """Somebody with a look of their own: a unit, or several units that share pictures (the first one's name)."""
+    """A character: one unit, or several units that share sprites; name and description are those of the first."""
 
     key: str
     name: str
@@ -58,18 +58,18 @@ class Character:
 
 
 def read_characters(data: Path, units: Sequence[Unit], *, min_frames: int = MIN_FRAMES) -> list[Character]:
-    """Characters with at least ``min_frames`` frames, in the order of the units.
+    """Read the characters with at least ``min_frames`` frames, in the order of the units.
 
-    Units become one character when they name the same file or files of equal pixels. Files that no unit names belong
-    to the unit in whose folder they lie and with whose image's name they begin, followed by words like "attack".
+    Units become one character if they name the same file or files with equal pixels. A file that no unit names belongs
+    to the unit in the same folder whose base image has the same name up to words like "attack".
 
     Args:
-        data: the game's data folder, with ``core/images`` and perhaps ``campaigns/*/images``.
-        units: of :func:`read_units`.
-        min_frames: see above.
+        data: data folder of the game, with ``core/images`` and optionally ``campaigns/*/images``.
+        units: result of :func:`read_units`.
+        min_frames: minimum number of frames of a character.
     """
     sprites = _read_sprites(data)
-    names = _pictures_of_units(units, sprites)
+    names = _sprites_of_units(units, sprites)
     characters = []
     for group in _groups_that_share(units, names, sprites):
         files = {file: units[index] for index in group for file in names[index]}
@@ -89,21 +89,21 @@ def read_characters(data: Path, units: Sequence[Unit], *, min_frames: int = MIN_
     return characters
 
 
-def activity_of(file: str, base: str = "", at_rest: str = "standing") -> str:
-    """What a frame shows, as far as its file name tells: ``"archer-bow-attack1.png"`` is "shooting".
+def activity_of(file: str, base: str = "", default: str = "standing") -> str:
+    """Activity of a frame according to its file name: ``"archer-bow-attack1.png"`` is "shooting".
 
     Args:
-        file: the frame's file.
-        base: file of the unit at rest, whose name is no part of what the frame shows.
-        at_rest: what the unit does when the name tells nothing.
+        file: file of the frame.
+        base: base image of the unit; its name is not part of the activity.
+        default: activity if the name contains none.
     """
     stem, base_stem = Path(file).stem, Path(base).stem
     found = {_WORDS[word] for word in re.findall("[a-z]+", stem.removeprefix(base_stem)) if word in _WORDS}
-    return min(found, key=_PRECEDENCE.index, default=at_rest)
+    return min(found, key=_PRECEDENCE.index, default=default)
 
 
 def _read_sprites(data: Path) -> dict[str, np.ndarray]:
-    """All unit sprites as ``[H, W, 4]`` uint8, by the game's name of the file."""
+    """Read all unit sprites, ``[H, W, 4]`` uint8, by file name."""
     sprites = {}
     for images in [data / "core" / "images", *sorted(data.glob("campaigns/*/images"))]:
         for file in sorted(images.glob("units/**/*.png")):
@@ -112,8 +112,8 @@ def _read_sprites(data: Path) -> dict[str, np.ndarray]:
     return sprites
 
 
-def _pictures_of_units(units: Sequence[Unit], sprites: Mapping[str, np.ndarray]) -> list[set[str]]:
-    names = [{name for name in unit.pictures if name in sprites} for unit in units]
+def _sprites_of_units(units: Sequence[Unit], sprites: Mapping[str, np.ndarray]) -> list[set[str]]:
+    names = [{name for name in unit.sprites if name in sprites} for unit in units]
     bases: dict[Path, list[tuple[str, int]]] = defaultdict(list)
     for index, unit in enumerate(units):
         if unit.image:
@@ -131,7 +131,7 @@ def _pictures_of_units(units: Sequence[Unit], sprites: Mapping[str, np.ndarray])
 
 
 def _is_about_a_frame(rest: str) -> bool:
-    """Whether what follows a unit's name tells frames apart: "+female-die-2" does, "-bat" (a bat) does not."""
+    """Whether the rest of a file name denotes a frame: "+female-die-2" does, "-bat" (another creature) does not."""
     return rest[:1] in "-+_0123456789" and all(
         word in _WORDS or word in _OTHER_WORDS for word in re.findall("[a-z]+", rest)
     )
@@ -140,7 +140,7 @@ def _is_about_a_frame(rest: str) -> bool:
 def _groups_that_share(
     units: Sequence[Unit], names: Sequence[set[str]], sprites: Mapping[str, np.ndarray]
 ) -> list[list[int]]:
-    """Indices of units, joined where they have a picture in common."""
+    """Group the indices of units that share a sprite (union-find)."""
     parent = list(range(len(units)))
 
     def root(index: int) -> int:
@@ -149,8 +149,8 @@ def _groups_that_share(
         return index
 
     owner: dict[bytes, int] = {}
-    for index, pictures in enumerate(names):
-        for name in sorted(pictures):
+    for index, files in enumerate(names):
+        for name in sorted(files):
             pixels = sprites[name]
             if (pixels[..., 3] >= VISIBLE).any():
                 other = owner.setdefault(str(pixels.shape).encode() + pixels.tobytes(), index)
@@ -163,17 +163,17 @@ def _groups_that_share(
 
 
 def _usable_frames(sprites: Mapping[str, np.ndarray], units: Sequence[Unit]) -> list[Frame]:
-    """Frames that show most of the figure, each picture once: no flames, glare, falcons, or what the dead leave."""
+    """Frames that show most of the figure, without duplicates, flames, halos, small companions and remains."""
     areas = {name: int((pixels[..., 3] >= VISIBLE).sum()) for name, pixels in sprites.items()}
     usual = np.median(list(areas.values())) if areas else 0
-    at_rest = "flying" if any(unit.flies for unit in units) else "standing"
+    default = "flying" if any(unit.flies for unit in units) else "standing"
     frames, seen = [], set()
     for name, pixels in sprites.items():
         if areas[name] < max(0.6 * usual, 100) or _GLARE.search(name) or pixels.tobytes() in seen:
             continue
         seen.add(pixels.tobytes())
         base = max((unit.image for unit in units if _begins(name, unit.image)), key=len, default="")
-        frames.append(Frame(name, activity_of(name, base, at_rest), _cut(pixels)))
+        frames.append(Frame(name, activity_of(name, base, default), _cut(pixels)))
     return frames
 
 

@@ -1,4 +1,4 @@
-"""Unit types of Battle for Wesnoth: names, descriptions and pictures, read from their ``.cfg`` files (WML)."""
+"""Unit types of Battle for Wesnoth: names, descriptions and sprites, read from their ``.cfg`` files (WML)."""
 
 import re
 from dataclasses import dataclass
@@ -13,21 +13,24 @@ _FLAPPING = ("smallfly",)
 _VARIATION = re.compile(r"\[variation\].*?\[/variation\]", re.DOTALL)
 _BLOCK = re.compile(r"\[(?!/)(\+?\w+)\](?:(?!\[\1\]).)*?\[/\1\]", re.DOTALL)
 _KEY = re.compile(r'^\s*(\w+)\s*=\s*(?:_\s*)?(?:"([^"]*)"|([^\n]*?))\s*(?:#.*)?$', re.MULTILINE)
-_PICTURE = re.compile(r"units/[\w+/\-.!]*(?:\[[\d~,*]+\][\w+/\-.!]*)*?\.png")
+_SPRITE = re.compile(r"units/[\w+/\-.!]*(?:\[[\d~,*]+\][\w+/\-.!]*)*?\.png")
 _RANGE = re.compile(r"\[([\d~,*]+)\]")
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A unit type. Pictures are named as the game names them, ``"units/elves-wood/ranger.png"``.
+    """A unit type. File names are those of the game, such as ``"units/elves-wood/ranger.png"``.
 
     Attributes:
-        race: "elf"; empty where the file does not say.
-        flies: whether its wings beat even when it rests.
-        image: the sprite of the unit at rest; empty where the file does not say.
-        profile: the portrait, ``"portraits/elves/ranger.png"``; likewise.
-        pictures: all sprites the file names, women and men, every frame of every animation. Variations (a bat as a
-            walking corpse) are left out: they look like somebody else.
+        id: identifier of the unit type.
+        name: displayed name.
+        race: such as "elf"; empty if not specified.
+        flies: whether the unit flies in its base image.
+        description: displayed description.
+        image: base image of the unit; empty if not specified.
+        profile: portrait, such as ``"portraits/elves/ranger.png"``; empty if not specified.
+        sprites: all sprites named in the file: female and male, every frame of every animation. Variations (a walking
+            corpse of a bat) are excluded, because they look like other characters.
     """
 
     id: str
@@ -37,11 +40,11 @@ class Unit:
     description: str
     image: str
     profile: str
-    pictures: tuple[str, ...]
+    sprites: tuple[str, ...]
 
 
 def read_units(data: Path) -> list[Unit]:
-    """All unit types below ``data`` (the folder with ``core/`` and ``campaigns/``), in the order of file names."""
+    """Read all unit types below ``data``, the folder with ``core/`` and ``campaigns/``, in the order of file names."""
     units = []
     for folder in sorted({data / "core" / "units", *data.glob("campaigns/*/units")}):
         for file in sorted(folder.rglob("*.cfg")):
@@ -50,33 +53,33 @@ def read_units(data: Path) -> list[Unit]:
 
 
 def parse_units(text: str) -> list[Unit]:
-    """The unit types of one file. Macros defined in the file are filled in, others are left as they stand."""
+    """Parse the unit types of one file. Macros that are defined in the file are expanded, others are left unchanged."""
     units = []
     for body in _UNIT_TYPE.findall(_expand(text)):
         body = _VARIATION.sub("", body)
         keys = _own_keys(body)
         if "id" not in keys:
             continue
-        pictures = {name for found in _PICTURE.findall(body) for name in expand_frames(found)}
-        image = _PICTURE.match(keys.get("image", ""))
+        sprites = {name for found in _SPRITE.findall(body) for name in expand_frames(found)}
+        image = _SPRITE.match(keys.get("image", ""))
         units.append(
             Unit(
                 id=keys["id"],
-                # "female^Dune Harrier": what stands before ^ tells translators apart words that look the same.
+                # "female^Dune Harrier": the part before ^ is a context for translators.
                 name=keys.get("name", keys["id"]).split("^")[-1],
                 race=keys.get("race", ""),
                 flies=keys.get("movement_type", "") in _FLAPPING,
                 description=keys.get("description", ""),
                 image=image.group() if image else "",
                 profile=keys.get("profile", "").split("~")[0],
-                pictures=tuple(sorted(pictures)),
+                sprites=tuple(sorted(sprites)),
             )
         )
     return units
 
 
 def expand_frames(name: str) -> list[str]:
-    """File names of a frame sequence: ``"bow-[1~3,2].png"`` is bow-1, bow-2, bow-3 (each once)."""
+    """Expand a frame sequence to file names: ``"bow-[1~3,2].png"`` is bow-1, bow-2, bow-3, without duplicates."""
     match = _RANGE.search(name)
     if match is None:
         return [name]
@@ -90,7 +93,7 @@ def expand_frames(name: str) -> list[str]:
 
 
 def _own_keys(body: str) -> dict[str, str]:
-    """``key=value`` lines of a block itself, not of the blocks inside it; the first one of a key counts."""
+    """``key=value`` lines of a block, without those of nested blocks. The first line of a key is used."""
     while True:
         outer, inner_blocks = _BLOCK.subn("", body)
         if not inner_blocks:
@@ -103,7 +106,7 @@ def _own_keys(body: str) -> dict[str, str]:
 
 
 def _expand(text: str) -> str:
-    """Fill in the macros that the file itself defines, each from where it is defined to where it is undefined."""
+    """Expand the macros that the file defines, each between its ``#define`` and its ``#undef``."""
     text = _COMMENT.sub("", text)
     macros: dict[str, tuple[list[str], str]] = {}
     expanded, position = [], 0
@@ -130,5 +133,5 @@ def _fill(text: str, macros: dict[str, tuple[list[str], str]], depth: int = 0) -
         return body
 
     filled = _CALL.sub(replacement, text)
-    # Bodies may call macros in turn; a macro that calls itself ends here.
+    # Bodies may contain macros. The depth limit ends macros that contain themselves.
     return filled if filled == text or depth > 8 else _fill(filled, macros, depth + 1)

@@ -1,4 +1,4 @@
-"""Chat messages with pictures to samples: "Kate is <picture>" on a line of its own introduces Kate."""
+"""Convert chat messages with images to samples: a line "Kate is <image>" introduces Kate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +11,16 @@ from idavlm.data.readers import read_qwen_vl
 
 
 def sample_of(messages: Sequence[dict[str, Any]], folder: Path, name: str) -> Sample:
-    """A sample to answer, its pictures written to ``folder``.
+    """Convert messages to a sample. Its images are written to ``folder``.
 
     Args:
-        messages: ``{"role", "content": [{"type": "text", "text"} | {"type": "image", "url"}]}``; ``url`` is a picture
-            of Pillow or a file.
-        folder: for the pictures.
-        name: of the sample; different for every sample of a folder.
+        messages: ``{"role", "content": [{"type": "text", "text"} | {"type": "image", "url"}]}``; ``url`` is a PIL image
+            or a file.
+        folder: folder for the images.
+        name: id of the sample, unique within ``folder``.
 
     Raises:
-        ValueError: video or audio.
+        ValueError: video or audio content.
     """
     turns, images = [], []
     for message in messages:
@@ -34,14 +34,14 @@ def sample_of(messages: Sequence[dict[str, Any]], folder: Path, name: str) -> Sa
                 _write(part["url"], folder / path)
                 text += f"<img>{path}</img>"
             else:
-                raise ValueError(f"content of type {part['type']!r}: idavlm reads text and pictures.")
+                raise ValueError(f"content of type {part['type']!r} is not supported; pass text and images only.")
         turns.append({"from": message["role"], "value": text})
     record = read_qwen_vl({"id": name, "conversations": turns}, name)
-    # An evaluation record needs an answer; this one is asked, not scored.
+    # The schema requires an answer of evaluation records. It is not used: lmms-eval scores the answers.
     return parse_sample(record | {"type": "caption_single", "answer": "-"}, where=name, image_root=folder)
 
 
-def _write(picture: Image.Image | str | Path, path: Path) -> None:
-    if not isinstance(picture, Image.Image):
-        picture = Image.open(picture)
-    picture.convert("RGB").save(path, compress_level=1)
+def _write(image: Image.Image | str | Path, path: Path) -> None:
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    image.convert("RGB").save(path, compress_level=1)

@@ -1,4 +1,4 @@
-"""idavlm's models in lmms-eval: generation from chat messages with pictures."""
+"""Models of idavlm in lmms-eval: generation from chat messages with images."""
 
 import tempfile
 from pathlib import Path
@@ -7,19 +7,19 @@ from lmms_eval import utils
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from idavlm.evaluation.generation import cut_at, evaluating, generate_texts
+from idavlm.evaluation.checkpoint import load_checkpoint
+from idavlm.evaluation.generation import evaluating, generate_texts, truncate_at
 from idavlm.evaluation.lmms_eval.messages import sample_of
-from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
 
 
 class IDAVLM(lmms):
-    """A checkpoint of :class:`idavlm.IDAVLMForConditionalGeneration`, answering greedily.
+    """A checkpoint of :class:`idavlm.IDAVLMForConditionalGeneration` with greedy decoding.
 
     Args:
-        pretrained: checkpoint.
-        batch_size: answers at once.
-        device: of the model.
-        dtype: of its weights; that of the checkpoint if not given.
+        pretrained: folder or hub name of the checkpoint.
+        batch_size: samples per batch.
+        device: device of the model.
+        dtype: type of the weights; by default that of the checkpoint.
     """
 
     is_simple = False
@@ -31,15 +31,13 @@ class IDAVLM(lmms):
         unknown = sorted(set(kwargs) - {"max_batch_size", "system_prompt"})
         if unknown:
             raise ValueError(
-                f"model_args: {unknown[0]}={kwargs[unknown[0]]!r} is not known; known are pretrained, dtype."
+                f"model_args: {unknown[0]}={kwargs[unknown[0]]!r} is not known; supported are pretrained and dtype."
             )
-        options = {"dtype": dtype} if dtype else {}
-        self.model = IDAVLMForConditionalGeneration.from_pretrained(pretrained, **options).to(device or "cpu")
-        self.processor = IDAVLMProcessor.from_pretrained(pretrained)
+        self.model, self.processor = load_checkpoint(pretrained, device=device or "cpu", dtype=dtype)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests) -> list[str]:
-        """Answers to chat messages, in the order of the requests, cut at the first of ``until``."""
+        """Answer chat messages in the order of the requests; answers end at the first of the stop strings ``until``."""
         order = utils.Collator(
             [request.args for request in requests],
             lambda arguments: (-len(arguments[0]), arguments[3]),
@@ -55,10 +53,10 @@ class IDAVLM(lmms):
         return order.get_original(answers)
 
     def _answer(self, chunk) -> list[str]:
-        options = dict(chunk[0][2])  # the same for all of a chunk
+        options = dict(chunk[0][2])  # equal within a chunk
         if options.get("do_sample") or options.get("num_beams", 1) != 1:
             raise ValueError(
-                f"generation_kwargs={options}: idavlm answers greedily; leave do_sample and num_beams out."
+                f"generation_kwargs={options}: only greedy decoding is supported; remove do_sample and num_beams."
             )
         with tempfile.TemporaryDirectory() as folder:
             samples = [
@@ -69,13 +67,13 @@ class IDAVLM(lmms):
                 written = generate_texts(self.model, self.processor, samples, int(options.get("max_new_tokens", 256)))
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(filter(None, until))
-        texts = [cut_at(text, until).strip() for text, _ in written]
-        for (context, _, given, *_), text in zip(chunk, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", (context, given), text)
+        texts = [truncate_at(text, until).strip() for text, _ in written]
+        for (context, _, arguments, *_), text in zip(chunk, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", (context, arguments), text)
         return texts
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("idavlm in lmms-eval generates; likelihoods of candidates: idavlm eval mmid.")
+        raise NotImplementedError("likelihoods are not supported in lmms-eval; use idavlm eval.")
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("idavlm in lmms-eval answers tasks of one round.")
+        raise NotImplementedError("tasks with several rounds are not supported.")

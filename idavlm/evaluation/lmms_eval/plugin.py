@@ -1,8 +1,8 @@
-"""What the entry point ``lmms_eval.models`` gives."""
+"""Target of the entry point ``lmms_eval.models``."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
 
 def manifest() -> ModelManifest:
-    """The model ``idavlm``, read in chat messages."""
+    """Manifest of the model ``idavlm``, which takes chat messages."""
     return ModelManifest(model_id="idavlm", chat_class_path="idavlm.evaluation.lmms_eval.model.IDAVLM")

@@ -1,4 +1,4 @@
-"""MM-ID (IDA-VLM, arXiv 2407.07577): 585 items of six types about people in films, animation and pictures to match."""
+"""MM-ID (IDA-VLM, arXiv 2407.07577): 585 items of six tasks about people in films, animations and image sets."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -8,20 +8,22 @@ from idavlm.data.readers import MMID_TYPES
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.scoring import ParseBox, score_answers
-from idavlm.evaluation.tasks.images import image_size
-from idavlm.evaluation.tasks.task import EvaluationTask, Item
+from idavlm.evaluation.tasks.base import EvaluationTask, Item
+from idavlm.evaluation.tasks.image_files import image_size
 
-_NAME_OF = {ours: theirs for theirs, ours in MMID_TYPES.items()}
+_MMID_NAME = {ours: theirs for theirs, ours in MMID_TYPES.items()}
 
 
 def load_mmid(data: Path, images: Path | None) -> list[Item]:
-    """Items of ``benchmark_mmid.json``; their paths (``./images/movie/...``) stand below ``images``.
+    """Load ``benchmark_mmid.json``. Its paths (``./images/movie/...``) are relative to ``images``.
 
-    Without ``images`` they stand beside the file, as in the release.
+    The default of ``images`` is the folder of the file, as in the release.
     """
     root = images if images is not None else data.parent
     samples = RecordDataset(data, root, reader="mmid")
-    return [Item(one, {"type": _NAME_OF[one.task], "domain": domain_of(one.images[0])}) for one in samples]
+    return [
+        Item(sample, {"task": _MMID_NAME[sample.task], "domain": domain_of(sample.images[0])}) for sample in samples
+    ]
 
 
 def domain_of(path: str) -> str:
@@ -31,30 +33,32 @@ def domain_of(path: str) -> str:
 
 
 def score_mmid(items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None) -> EvaluationResult:
-    """Scores that need no judge.
+    """Compute the scores that need no judge.
 
-    ``matching``: accuracy. ``location``: mean IoU and accuracy at IoU 0.5. ``QA_*``: accuracy among the right and the
-    false answers, by likelihood (``accuracy``) and by what was written (``closest_accuracy``). ``caption_*``:
-    precision, recall and F1 of character names, full or in part.
+    - ``matching``: accuracy.
+    - ``location``: mean IoU and accuracy at IoU 0.5.
+    - ``QA_*``: accuracy among the right and the false answers, by likelihood (``accuracy``) and by the candidate that
+      is closest to the generated text (``closest_accuracy``).
+    - ``caption_*``: precision, recall and F1 of character names, full or in part.
     """
     samples = [item.sample for item in items]
     return score_answers(samples, answers, parse_box=parse_box, prose=True, image_size=image_size)
 
 
-def person_of(name: str, path: str) -> str:
-    """Film and character; photos of one character have the name before ``_shot_`` in common."""
+def identity_key(name: str, path: str) -> str:
+    """Film and character: the file names of a character share the part before ``_shot_``."""
     file = PurePosixPath(path)
     return f"{file.parent}/{file.stem.split('_shot_')[0]}"
 
 
 MMID = EvaluationTask(
     name="mmid",
-    about="MM-ID: matching, location, questions and captions about people (benchmark_mmid.json)",
+    description="MM-ID: matching, location, questions and captions about characters (benchmark_mmid.json)",
     load=load_mmid,
     score=score_mmid,
     boxes=True,
     write_choices=True,
     judged=("qa_single", "qa_multi", "caption_single", "caption_multi"),
-    person=person_of,
+    identity_key=identity_key,
     max_new_tokens=256,
 )

@@ -1,43 +1,44 @@
-"""Metrics of personalised models (MyVLM, arXiv 2403.14599; Yo'LLaVA, arXiv 2406.09400)."""
+"""Metrics of personalized models (MyVLM, arXiv 2403.14599; Yo'LLaVA, arXiv 2406.09400)."""
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from idavlm.data.errors import DataError
+from idavlm.evaluation.answer_parsing import parse_letter, parse_yes_no
 from idavlm.evaluation.answers import Answer
-from idavlm.evaluation.parsing import parse_letter, parse_yes_no
-from idavlm.evaluation.report import markdown_table
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
-from idavlm.evaluation.tasks.questions import field, images_of, question, records_of
-from idavlm.evaluation.tasks.task import EvaluationTask, Item
-from idavlm.utils import plain_answer
+from idavlm.evaluation.tasks.base import EvaluationTask, Item
+from idavlm.evaluation.tasks.benchmark_records import field, images_of, iterate_records, question_sample
+from idavlm.utils import markdown_table, plain_answer
 
 KINDS = ("recognition", "choice_v", "choice_t", "caption")
 
 
 def load_personal(data: Path, images: Path | None) -> list[Item]:
-    """Records ``{"id", "kind", "concept", "image", "text", "answer"}``.
+    """Load records ``{"id", "kind", "concept", "image", "text", "answer"}``.
 
-    ``kind``: ``recognition`` ("Is Kate in this photo?", answer yes or no), ``choice_v`` (a lettered choice about a
-    picture), ``choice_t`` (one without), ``caption`` (the answer should name ``concept``). ``identities`` (the
-    schema's) introduce the concept by photos, where the model takes photos.
+    ``kind`` is ``recognition`` ("Is Kate in this photo?", answer yes or no), ``choice_v`` (a multiple-choice question
+    with letters about an image), ``choice_t`` (the same without image), or ``caption`` (the answer should name
+    ``concept``). ``identities``, as in the schema of idavlm, introduces the concept by references.
     """
     root = images if images is not None else data.parent / "images"
     items = []
-    for record, where in records_of(data):
+    for record, where in iterate_records(data):
         kind, concept = field(record, ("kind",), where), field(record, ("concept",), where)
         if kind not in KINDS:
             raise DataError(f"kind={kind!r} is not known; choose one of {', '.join(map(repr, KINDS))}.", where=where)
         answer = concept if kind == "caption" else field(record, ("answer",), where)
-        if kind != "caption" and _READ[kind](answer) is None:
-            raise DataError(f"answer={answer!r} of kind {kind!r} cannot be read; give yes/no or a letter.", where=where)
-        sample = question(
+        if kind != "caption" and _PARSERS[kind](answer) is None:
+            raise DataError(
+                f"answer={answer!r} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
+            )
+        sample = question_sample(
             str(field(record, ("id", "question_id"), where, kind=(str, int))),
             field(record, ("text", "question"), where),
             images_of(record, where),
-            type=kind,
+            task=kind,
             where=where,
             root=root,
             answer=answer,
@@ -48,7 +49,7 @@ def load_personal(data: Path, images: Path | None) -> list[Item]:
 
 
 def score_personal(items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None) -> EvaluationResult:
-    """``positive`` and ``negative`` recognition, ``accuracy`` of choices, ``recall`` of the name in captions."""
+    """Score ``positive`` and ``negative`` recognition, ``accuracy`` of choices, ``recall`` of the name in captions."""
     predictions = []
     for item, answer in zip(items, answers, strict=True):
         kind, text, gold = item.sample.task, answer.prediction or "", item.sample.answer
@@ -57,16 +58,16 @@ def score_personal(items: Sequence[Item], answers: Sequence[Answer], parse_box: 
             found = re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", plain_answer(text), re.IGNORECASE)
             scores = {"recall": float(found is not None)}
         else:
-            said, right = _READ[kind](text), _READ[kind](gold)
+            predicted, right = _PARSERS[kind](text), _PARSERS[kind](gold)
             metric = "accuracy" if kind != "recognition" else "positive" if right else "negative"
-            scores, parsed = {metric: float(said == right and said is not None)}, said is not None
+            scores, parsed = {metric: float(predicted == right and predicted is not None)}, predicted is not None
             chance = {metric: 0.5} if kind == "recognition" else {}
         predictions.append(Prediction(item.sample.id, kind, text, gold, scores, chance, parsed=parsed))
     return EvaluationResult(predictions)
 
 
 def recognition_scores(result: EvaluationResult) -> dict[str, float]:
-    """``positive``, ``negative``, and ``weighted``: their mean, whatever the number of each, as in Yo'LLaVA."""
+    """``positive``, ``negative``, and ``weighted``: the unweighted mean of both classes, as in Yo'LLaVA."""
     metrics = result.summary.get("recognition", {}).get("metrics", {})
     if {"positive", "negative"} <= metrics.keys():
         return {**metrics, "weighted": (metrics["positive"] + metrics["negative"]) / 2}
@@ -78,7 +79,7 @@ def _summary(items: Sequence[Item], result: EvaluationResult) -> str:
     return "## Recognition\n\n" + markdown_table(["", "accuracy"], rows) if rows else ""
 
 
-_READ: dict[str, Callable[[str], object]] = {
+_PARSERS: dict[str, Callable[[str], object]] = {
     "recognition": parse_yes_no,
     "choice_v": parse_letter,
     "choice_t": parse_letter,
@@ -86,7 +87,7 @@ _READ: dict[str, Callable[[str], object]] = {
 
 PERSONAL = EvaluationTask(
     name="personal",
-    about="personalisation: recognition, choice-V, choice-T, recall of names in captions",
+    description="personalization: recognition, choice-V, choice-T, recall of names in captions",
     load=load_personal,
     score=score_personal,
     judged=("caption",),

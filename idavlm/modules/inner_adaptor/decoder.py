@@ -1,44 +1,54 @@
-"""Find the parts of a transformers decoder by what they are, not by whose they are."""
+"""What inner adaptors need of a transformers decoder: its parts, and layers of its cache."""
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
+
+from idavlm.utils import outside_compile
+
+# The workflow in which no adaptor runs.
+TEXT = "text"
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderParts:
-    """What inner adaptors need of a language model.
+    """Parts of a language model.
 
     Attributes:
-        name: class of the decoder, for messages.
-        layers: its decoder layers.
-        embeddings: token embeddings.
-        norm: the norm behind the last layer, None where it has no usual name.
-        lm_head: None where the model has no head.
+        decoder: the module that runs the layers; the language model itself if it has no head.
+        layers: the decoder layers.
+        embeddings: the token embeddings.
+        norm: the norm after the last layer; None if it has no usual name.
+        lm_head: the language model head; None if there is none.
     """
 
-    name: str
+    decoder: nn.Module
     layers: nn.ModuleList
     embeddings: nn.Module
     norm: nn.Module | None
     lm_head: nn.Module | None
 
+    @property
+    def name(self) -> str:
+        """The class of the decoder, for messages."""
+        return type(self.decoder).__name__
+
 
 def find_decoder_parts(language_model: nn.Module) -> DecoderParts:
-    """The parts of any transformers decoder.
+    """Find the parts of any transformers decoder by their structure, not by the model's name.
 
-    The layers are the one ``nn.ModuleList`` as long as the configuration's ``num_hidden_layers`` that lies nearest to
-    the top.
+    The decoder layers are the ``nn.ModuleList`` of length ``config.num_hidden_layers`` nearest to the root.
 
     Raises:
-        ValueError: no such list or several; the message says which lists there are.
+        ValueError: ``language_model`` is not a transformers model, or there is no such list or more than one.
     """
     if not hasattr(language_model, "get_decoder") or not hasattr(language_model, "config"):
         raise ValueError(
-            f"language_model={type(language_model).__name__} is no transformers model (no get_decoder, no config); "
-            "give one, such as AutoModelForCausalLM makes."
+            f"language_model={type(language_model).__name__} is not a transformers model (it has no get_decoder or no "
+            "config); pass one, for example from AutoModelForCausalLM."
         )
     decoder = language_model.get_decoder()
     decoder = language_model if decoder is None else decoder
@@ -48,17 +58,73 @@ def find_decoder_parts(language_model: nn.Module) -> DecoderParts:
     depth = min((name.count(".") for name in lengths), default=0)
     found = [module for name, module in lengths.items() if name.count(".") == depth]
     if len(found) != 1:
-        there = ", ".join(f"{name!r} of {len(module)}" for name, module in lists.items()) or "none"
+        present = ", ".join(f"{name!r} of length {len(module)}" for name, module in lists.items()) or "none"
         raise ValueError(
             f"language_model={type(language_model).__name__}: {len(found) or 'no'} nn.ModuleList of "
-            f"num_hidden_layers={config.num_hidden_layers} layers in its decoder {type(decoder).__name__}; lists "
-            f"there: {there}. Give a decoder whose layers are one list."
+            f"num_hidden_layers={config.num_hidden_layers} layers in its decoder {type(decoder).__name__}; its lists: "
+            f"{present}. Pass a decoder whose layers are in one list."
         )
     children = dict(decoder.named_children())
     return DecoderParts(
-        name=type(decoder).__name__,
+        decoder=decoder,
         layers=found[0],
         embeddings=language_model.get_input_embeddings(),
         norm=next((children[name] for name in _NORMS if name in children), None),
         lm_head=language_model.get_output_embeddings(),
     )
+
+
+def enter_cache(cache, workflow: str) -> None:
+    """Record on the cache that ``workflow`` fills it from now on.
+
+    The record is an attribute of the cache, so that copies of the cache keep it.
+
+    Raises:
+        ValueError: the cache holds tokens of another workflow. Their keys and values differ from those that this
+            workflow would compute.
+    """
+    filled_by = getattr(cache, "filled_by_workflow", TEXT)
+    if filled_by == workflow:
+        return
+    length = int(cache.get_seq_length())
+    if length:
+        raise ValueError(
+            f"cache holds {length} tokens of workflow {filled_by!r}, but the active workflow is {workflow!r}, which "
+            "computes other keys and values; keep one cache per workflow, or pass the whole conversation without a "
+            "cache when the workflow changes."
+        )
+    cache.filled_by_workflow = workflow
+
+
+def ensure_cache_layer(cache, base_index: int, cache_index: int, workflow: str) -> None:
+    """Add layers up to ``cache_index`` to the cache, of the same kind as its layer ``base_index``."""
+    if len(cache.layers) <= cache_index:
+        _add_layers(cache, base_index, cache_index, workflow)
+    if getattr(cache, "offloading", False):
+        cache.layers[cache_index].prefetch()
+
+
+@outside_compile
+def _add_layers(cache, base_index: int, cache_index: int, workflow: str) -> None:
+    cache.filled_by_workflow = workflow  # a cache that the decoder created itself did not pass through enter_cache
+    while len(cache.layers) <= cache_index:
+        cache.layers.append(_empty_like(cache.layers[base_index]))
+
+
+def _empty_like(layer):
+    """An empty cache layer of the same class and sizes."""
+    sizes = {}
+    for name, parameter in inspect.signature(type(layer).__init__).parameters.items():
+        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if hasattr(layer, name):
+            sizes[name] = getattr(layer, name)
+        elif name == "sliding_window":  # static layers store min(window, length) as max_cache_len
+            sizes[name] = layer.max_cache_len
+        elif parameter.default is parameter.empty:
+            raise ValueError(
+                f"cache has layers of class {type(layer).__name__}, whose argument {name!r} cannot be read from the "
+                "layer; inner adaptors support the dynamic, static, sliding-window and quantised layers of "
+                "transformers."
+            )
+    return type(layer)(**sizes)

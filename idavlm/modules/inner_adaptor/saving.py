@@ -1,4 +1,4 @@
-"""Adaptors in a file of their own, beside the untouched base."""
+"""Save and load inner adaptors in a file of their own, without the base model."""
 
 import json
 from pathlib import Path
@@ -8,28 +8,32 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from idavlm.modules.inner_adaptor.adding import InnerAdaptor, add_inner_adaptors
+from idavlm.modules.inner_adaptor.adaptor import InnerAdaptor, add_inner_adaptors
 from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
 
 FILE_NAME = "inner_adaptors.safetensors"
 _METADATA = "inner_adaptors"
-_VALUES = 4  # of every tensor of the base, enough to tell checkpoints of one architecture apart
+_NUM_VALUES = 4  # saved of every base layer tensor; enough to distinguish checkpoints of one architecture
 
 
 def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> Path:
-    """Write the inner adaptors of a model, their options and what tells their base apart, without the base.
+    """Write the inner adaptors of a model, without the base model, to ``<folder>/inner_adaptors.safetensors``.
+
+    The metadata of the file holds the options of the adaptors, the sizes of the base model and a few values of each of
+    its layers, which :func:`load_adaptors` compares.
 
     Args:
-        model: a language model with inner adaptors, or a model around one.
-        folder: where ``inner_adaptors.safetensors`` goes.
-        state_dict: of ``model``, where its own parameters are not whole: under ZeRO-3 or FSDP
+        model: a language model with inner adaptors, or a model that contains one.
+        folder: output folder; it is created.
+        state_dict: the state dict of ``model``; required if its parameters are partitioned. Under ZeRO-3 or FSDP pass
             ``accelerator.get_state_dict(model)``.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ValueError: no adaptors; layers in them that were changed since, e.g. by peft; parameters that are not whole.
+        ValueError: the model has no adaptors, the adaptors were changed after they were added (for example by peft), or
+            parameters are partitioned and ``state_dict`` is not passed.
     """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, InnerAdaptor)]
     if not found:
@@ -43,11 +47,11 @@ def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str,
     if set(tensors) != inner_adaptor.tensor_names:
         wrong = sorted(set(tensors) ^ inner_adaptor.tensor_names)[0]
         raise ValueError(
-            f"the adaptors of model={type(model).__name__} have other tensors than when they were added, e.g. "
-            f"{wrong!r}; merge what was put on top (peft: merge_and_unload()), or give state_dict= of the bare model."
+            f"the adaptors of model={type(model).__name__} have other tensors than when they were added, for example "
+            f"{wrong!r}; merge peft adapters (merge_and_unload()), or pass state_dict= of the model without wrappers."
         )
     if any(tensor.numel() == 0 for tensor in tensors.values()):
-        raise ValueError("parameters are partitioned; give state_dict=accelerator.get_state_dict(model).")
+        raise ValueError("parameters are partitioned; pass state_dict=accelerator.get_state_dict(model).")
     holder = model.get_submodule(path.rpartition(".")[0])
     prefix = f"{path.rpartition('.')[0]}." if "." in path else ""
     tensors_of_base = {name.removeprefix(prefix): tensor for name, tensor in (state_dict or {}).items()}
@@ -60,23 +64,24 @@ def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str,
 
 
 def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: nn.Module | None = None) -> nn.Module:
-    """Read what :func:`save_adaptors` wrote into a language model, which gets adaptors first if it has none.
+    """Load inner adaptors that :func:`save_adaptors` wrote. A model without adaptors gets them first.
 
     Args:
-        language_model: the base, or a model with adaptors of the same options.
-        folder: holds ``inner_adaptors.safetensors``.
-        connector: as of :func:`add_inner_adaptors`, where the saved workflows own one.
+        language_model: the base model, or a model with adaptors of the same options. It is changed in place.
+        folder: the folder that contains ``inner_adaptors.safetensors``.
+        connector: as in :func:`add_inner_adaptors`; required if the saved ``modules_to_copy`` has ``"connector"`` and
+            ``language_model`` has no adaptors yet.
 
     Returns:
-        The same model.
+        ``language_model``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another base than the adaptors were trained on; other options.
+        FileNotFoundError: there is no such file.
+        ValueError: the adaptors were trained on another base model, or have other options.
     """
     file = Path(folder) / FILE_NAME
     if not file.exists():
-        raise FileNotFoundError(f"folder={str(folder)!r} holds no {FILE_NAME}; give one that save_adaptors wrote.")
+        raise FileNotFoundError(f"folder={str(folder)!r} has no {FILE_NAME}; pass a folder that save_adaptors wrote.")
     with safe_open(file, framework="pt") as opened:
         description = json.loads(opened.metadata()[_METADATA])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -88,14 +93,15 @@ def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: n
     for name, value in options.items():
         if inner_adaptor.options[name] != value:
             raise ValueError(
-                f"{file}: saved with {name}={value}, but the model has {name}={inner_adaptor.options[name]}."
+                f"{file}: saved with {name}={value}, but language_model has {name}={inner_adaptor.options[name]}; "
+                "load the adaptors into a model without adaptors, or with the same options."
             )
     inner_adaptor.load_state_dict(tensors)
     return language_model
 
 
 def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
-    """Sizes of a base model, and a few values of each weight of its layers, from ``tensors`` where they are given."""
+    """Sizes of a base model and a few values of each layer weight, read from ``tensors`` where it has them."""
     layers = find_decoder_parts(language_model).layers
     path = next(name for name, module in language_model.named_modules() if module is layers)
     config = language_model.config.get_text_config(decoder=True)
@@ -103,26 +109,27 @@ def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
     for name, parameter in layers.named_parameters():
         tensor = tensors.get(f"{path}.{name}", parameter).detach()
         if tensor.is_floating_point() and tensor.numel():
-            places = torch.linspace(0, tensor.numel() - 1, _VALUES, device=tensor.device).long()
-            values[name.replace(".base_layer", "")] = tensor.flatten()[places].float().tolist()
+            indices = torch.linspace(0, tensor.numel() - 1, _NUM_VALUES, device=tensor.device).long()
+            values[name.replace(".base_layer", "")] = tensor.flatten()[indices].float().tolist()
     sizes = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
     return {"sizes": {name: getattr(config, name, None) for name in sizes}, "values": values}
 
 
-def _check_base(file: Path, saved: dict, given: dict) -> None:
-    there = saved["sizes"] | {"vocab_size": given["sizes"]["vocab_size"]}  # a resized vocabulary changes no layer
-    if there != given["sizes"]:
+def _check_base(file: Path, saved: dict, present: dict) -> None:
+    # A resized vocabulary does not change the layers.
+    if saved["sizes"] | {"vocab_size": present["sizes"]["vocab_size"]} != present["sizes"]:
         raise ValueError(
-            f"{file}: trained on {_listed(saved['sizes'])}, but language_model is {_listed(given['sizes'])}; "
-            "load them onto their own base."
+            f"{file}: trained on {_listed(saved['sizes'])}, but language_model is {_listed(present['sizes'])}; "
+            "load the adaptors into the base model that they were trained with."
         )
     for name, values in saved["values"].items():
-        # As far apart as rounding to another dtype brings them; quantised weights have no values to compare.
-        other = given["values"].get(name, values)
+        # The tolerance covers rounding to another dtype. Quantised weights have no values to compare.
+        other = present["values"].get(name, values)
         if not torch.allclose(torch.tensor(values), torch.tensor(other), rtol=1e-2, atol=1e-6):
             raise ValueError(
-                f"{file}: trained on another language model of the same sizes: its layer weight {name!r} begins with "
-                f"{values[0]:.5g}, that of language_model with {other[0]:.5g}; load them onto their own base."
+                f"{file}: trained on another language model of the same sizes; its layer weight {name!r} starts with "
+                f"{values[0]:.5g}, that of language_model with {other[0]:.5g}. Load the adaptors into the base model "
+                "that they were trained with."
             )
 
 

@@ -1,4 +1,4 @@
-"""Ragged cross-attention. One file an implementation; ``interface.py`` checks, dispatches and names them."""
+"""Ragged cross-attention: one file per backend, and ``interface.py`` with the public function that selects one."""
 
 from idavlm.ops.cross_attention.interface import ATTN_IMPLEMENTATIONS, cross_attention
 

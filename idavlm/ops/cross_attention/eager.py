@@ -1,4 +1,7 @@
-"""The reference: one segment after the other, the attention matrix written out, in float32 (float64 stays float64)."""
+"""``attn_implementation="eager"``: the reference implementation.
+
+It loops over segments, materialises the attention matrix, and computes in float32 (float64 inputs in float64).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from torch import Tensor
 from idavlm.ops.cross_attention.segments import Segments, add_key_bias, group_sums, repeat_shared, split_segments
 
 
-def naive_cross_attention(
+def eager_cross_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -19,7 +22,7 @@ def naive_cross_attention(
     num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``softmax(scale * q k^T) v`` for each segment; arguments as in :func:`idavlm.ops.cross_attention`, all given."""
+    """``softmax(scale * q k^T) v`` per segment; arguments as in :func:`idavlm.cross_attention`, all required."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = repeat_shared(q, segments), add_key_bias(k, key_bias, segments)
     outputs, attentions = [], []

@@ -1,10 +1,9 @@
-"""``attn_implementation="flash_attention_2"``: the package flash-attn, which packs segments as this library does."""
+"""``attn_implementation="flash_attention_2"``: the variable-length attention of the package flash-attn."""
 
 import torch
 from torch import Tensor
 
-from idavlm.ops.cross_attention.fused import autocast_like_sdpa
-from idavlm.ops.cross_attention.sdpa import attention_weights
+from idavlm.ops.cross_attention.sdpa import attention_weights, cast_for_autocast
 from idavlm.ops.cross_attention.segments import Segments, add_key_bias, repeat_shared
 
 
@@ -20,15 +19,15 @@ def flash_cross_attention(
     num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.ops.cross_attention`, all given. Shared queries are copied for each segment."""
-    q, k, v, key_bias = autocast_like_sdpa(q, k, v, key_bias)
+    """Arguments as in :func:`idavlm.cross_attention`, all required. Shared queries are copied per segment."""
+    q, k, v, key_bias = cast_for_autocast(q, k, v, key_bias)
     _check(q)
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
         raise ImportError(
-            "attn_implementation='flash_attention_2' needs the package flash-attn; pip install 'idavlm[flash-attn]', "
-            "or use attn_implementation='sdpa'."
+            "attn_implementation='flash_attention_2' needs the package flash-attn; run pip install "
+            "'idavlm[flash-attn]', or use attn_implementation='sdpa'."
         ) from error
     q, k = repeat_shared(q, segments), add_key_bias(k, key_bias, segments)
     dense = segments.cu_seqlens_q is None
@@ -36,8 +35,8 @@ def flash_cross_attention(
         q.flatten(0, 1) if dense else q,
         k.flatten(0, 1) if k.dim() == 4 else k,
         v.flatten(0, 1) if v.dim() == 4 else v,
-        _starts(segments.cu_seqlens_q, segments.num, segments.max_seqlen_q, q.device),
-        _starts(segments.cu_seqlens_k, segments.num, segments.max_seqlen_k, q.device),
+        _segment_starts(segments.cu_seqlens_q, segments.num, segments.max_seqlen_q, q.device),
+        _segment_starts(segments.cu_seqlens_k, segments.num, segments.max_seqlen_k, q.device),
         segments.max_seqlen_q,
         segments.max_seqlen_k,
         softmax_scale=scale,
@@ -50,7 +49,7 @@ def flash_cross_attention(
     return output, attention_weights(q, k, segments, scale, key_groups, num_key_groups)
 
 
-def _starts(cu_seqlens: Tensor | None, num: int, length: int, device: torch.device) -> Tensor:
+def _segment_starts(cu_seqlens: Tensor | None, num: int, length: int, device: torch.device) -> Tensor:
     if cu_seqlens is None:
         return torch.arange(num + 1, dtype=torch.int32, device=device) * length
     return cu_seqlens.to(device=device, dtype=torch.int32)
@@ -59,11 +58,11 @@ def _starts(cu_seqlens: Tensor | None, num: int, length: int, device: torch.devi
 def _check(q: Tensor) -> None:
     if q.device.type != "cuda":
         raise ValueError(
-            f"attn_implementation='flash_attention_2' runs on CUDA GPUs but q is on {q.device}; use "
-            "attn_implementation='sdpa' there."
+            f"attn_implementation='flash_attention_2' needs a CUDA GPU, but q is on {q.device}; use "
+            "attn_implementation='sdpa'."
         )
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"q has dtype {q.dtype}; attn_implementation='flash_attention_2' takes float16 and bfloat16. Cast it or "
+            f"q has dtype {q.dtype}; attn_implementation='flash_attention_2' supports float16 and bfloat16. Cast it or "
             "use autocast, or use attn_implementation='sdpa'."
         )

@@ -1,26 +1,26 @@
-"""The public function: checks, the three layouts of queries, and the choice of implementation."""
+"""The public function: it checks the arguments, unifies the layouts and calls the selected backend."""
 
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from idavlm.ops.cross_attention.eager import naive_cross_attention
+from idavlm.ops.cross_attention.eager import eager_cross_attention
 from idavlm.ops.cross_attention.flash import flash_cross_attention
-from idavlm.ops.cross_attention.fused import triton_cross_attention
 from idavlm.ops.cross_attention.sdpa import sdpa_cross_attention
 from idavlm.ops.cross_attention.segments import Segments
+from idavlm.ops.cross_attention.triton_backend import triton_cross_attention
 from idavlm.utils import check_choice, check_positive, outside_compile
 
 _IMPLEMENTATIONS = {
-    "eager": naive_cross_attention,
+    "eager": eager_cross_attention,
     "sdpa": sdpa_cross_attention,
     "triton": triton_cross_attention,
     "flash_attention_2": flash_cross_attention,
 }
 
 ATTN_IMPLEMENTATIONS = tuple(_IMPLEMENTATIONS)
-"""Values of ``attn_implementation``. A kernel enters by a line in the table above."""
+"""Values of ``attn_implementation``."""
 
 
 def cross_attention(
@@ -41,38 +41,39 @@ def cross_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head cross-attention ``softmax(scale * q k^T) v`` over N independent segments, dense or ragged.
 
-    Keys and values come dense, or packed with ``cu_seqlens_k``. Queries come dense, packed with ``cu_seqlens_q``, or
-    shared: one set for all segments, stored once, its gradient summed over them. All combinations are allowed.
+    Keys and values are dense, or packed with ``cu_seqlens_k``. Queries are dense, packed with ``cu_seqlens_q``, or
+    shared: all segments use the same queries, which are stored once. Their gradient is summed over the segments. All
+    combinations are allowed.
 
     Args:
-        q: ``[N, Lq, H, D]`` dense; ``[Tq, H, D]`` packed (``cu_seqlens_q`` given); ``[Lq, H, D]`` shared.
-        k: ``[N, Lk, H, D]`` dense, or ``[Tk, H, D]`` packed (``cu_seqlens_k`` given).
-        v: as ``k``.
-        key_bias: ``[L, H, D]`` added to the keys by their position in their segment, such as projected positions of
-            patches; a segment longer than L goes through it again (photos, one after the other).
+        q: ``[N, Lq, H, D]`` dense; ``[Tq, H, D]`` packed (with ``cu_seqlens_q``); ``[Lq, H, D]`` shared.
+        k: ``[N, Lk, H, D]`` dense, or ``[Tk, H, D]`` packed (with ``cu_seqlens_k``).
+        v: same shape as ``k``.
+        key_bias: ``[L, H, D]`` added to the keys by their position in their segment, for example projected positions
+            of patches. Positions are taken modulo L, so a segment of several images repeats it for every image.
         cu_seqlens_q: ``[N + 1]`` integers from 0 to Tq: segment n holds tokens ``cu_seqlens_q[n]`` up to
             ``cu_seqlens_q[n + 1]``, as in flash-attn. Segments may be empty.
-        cu_seqlens_k: the same for keys. A query of a segment without keys gives zeros.
-        max_seqlen_q: longest segment of queries; read from ``cu_seqlens_q`` if not given (a host sync on CUDA).
-            On CUDA a given value is trusted: one that is too small gives wrong results.
+        cu_seqlens_k: the same for keys. The output for queries of a segment without keys is zero.
+        max_seqlen_q: length of the longest segment of queries; by default read from ``cu_seqlens_q``, which is a host
+            sync on CUDA. On CUDA the value is not checked: if it is too small, the result is wrong.
         max_seqlen_k: the same for keys.
-        scale: factor on the scores; ``D ** -0.5`` if not given.
+        scale: factor on the scores; by default ``D ** -0.5``.
         attn_implementation: ``"sdpa"``; ``"eager"``, the float32 reference; ``"triton"``, this library's kernels
             (``docs/kernels.md``); ``"flash_attention_2"``, the package flash-attn. The last two need a CUDA GPU.
         output_attentions: also return the attention weights.
-        key_groups: integers, one a key (``k.shape[:-2]``): the weights are then returned summed over the keys of each
-            group, such as the photos of one identity. Keys of group -1 count in no sum. ``"triton"`` sums in the same
-            pass, without the matrix of weights.
-        num_key_groups: G, the number of groups; with ``key_groups``.
+        key_groups: integers with the shape ``k.shape[:-2]``, the group of each key. The returned weights are then
+            summed over the keys of each group, for example over the references of one identity. Keys of group -1 are
+            in no sum. ``"triton"`` computes the sums in the forward kernel, without a matrix of weights.
+        num_key_groups: G, the number of groups; required with ``key_groups``.
 
     Returns:
-        ``[N, Lq, H, D]`` for dense and shared queries, ``[Tq, H, D]`` for packed ones. With ``output_attentions`` a
-        pair of it and the weights in float32: ``[N, H, max_seqlen_q, max_seqlen_k]``, zero where nothing stands; with
-        ``key_groups`` ``[N, Lq, H, G]`` or ``[Tq, H, G]``. Gradients flow through either.
+        Output: ``[N, Lq, H, D]`` for dense and shared queries, ``[Tq, H, D]`` for packed ones. With
+        ``output_attentions``, a pair of the output and the weights in float32: ``[N, H, max_seqlen_q, max_seqlen_k]``,
+        zero for padding, or with ``key_groups`` ``[N, Lq, H, G]`` or ``[Tq, H, G]``. Both are differentiable.
 
     Raises:
-        ValueError: shapes, segments or implementation that do not fit, with the argument and the remedy.
-        ImportError: the implementation's package is not installed.
+        ValueError: shapes or segments that do not fit, or inputs that the backend does not support.
+        ImportError: the package of the backend is not installed.
     """
     check_choice("attn_implementation", attn_implementation, ATTN_IMPLEMENTATIONS)
     _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
@@ -82,12 +83,12 @@ def cross_attention(
     num_query_segments = num_segments if shared else len(q) if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     if num_query_segments != num_segments:
         raise ValueError(
-            f"q has {num_query_segments} segments but k and v have {num_segments}; give one group of queries to each "
-            "group of keys, or [Lq, H, D] queries without cu_seqlens_q to share them."
+            f"q has {num_query_segments} segments, but k and v have {num_segments}; pass one segment of queries per "
+            "segment of keys, or [Lq, H, D] queries without cu_seqlens_q to share them."
         )
     max_seqlen_q, equal_q = (len(q), False) if shared else _measure_segments("q", q, cu_seqlens_q, max_seqlen_q)
     max_seqlen_k, equal_k = _measure_segments("k", k, cu_seqlens_k, max_seqlen_k)
-    # Implementations see cu_seqlens only where segments differ in length.
+    # Backends get cu_seqlens only where segments differ in length.
     if equal_q:
         q, cu_seqlens_q = q.unflatten(0, (num_segments, max_seqlen_q)), None
     if equal_k:
@@ -97,7 +98,7 @@ def cross_attention(
             key_groups = key_groups.unflatten(0, (num_segments, max_seqlen_k))
     num_key_groups = num_key_groups or 0
     if num_segments == 0:
-        output, attentions = _nothing(q, k, v, max_seqlen_q, max_seqlen_k, num_key_groups)
+        output, attentions = _no_segments(q, k, v, max_seqlen_q, max_seqlen_k, num_key_groups)
     else:
         output, attentions = _IMPLEMENTATIONS[attn_implementation](
             q,
@@ -117,11 +118,11 @@ def cross_attention(
     return (output, attentions) if output_attentions else output
 
 
-def _nothing(
+def _no_segments(
     q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, num_groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Results of no segments: empty, and still hanging on all three."""
-    if q.dim() == 3 and len(q):  # shared by nobody
+    """Outputs for zero segments: empty, with a gradient to ``q``, ``k`` and ``v``."""
+    if q.dim() == 3 and len(q):  # shared queries, of which there are zero copies
         q = q.expand(0, -1, -1, -1)
     output = q + k.sum() + v.sum()
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -138,7 +139,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
     if k.dim() not in dims_k:
         raise ValueError(f"k has shape {tuple(k.shape)}; expected [Tk, H, D] with cu_seqlens_k, [N, Lk, H, D] without.")
     if v.shape != k.shape:
-        raise ValueError(f"v has shape {tuple(v.shape)} but k has {tuple(k.shape)}; they must be the same.")
+        raise ValueError(f"v has shape {tuple(v.shape)}, but k has {tuple(k.shape)}; they must be equal.")
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu_seqlens is not None and (
             cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point()
@@ -147,24 +148,25 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
                 f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers."
             )
     if q.shape[-2:] != k.shape[-2:]:
-        raise ValueError(f"q has [H, D] = {list(q.shape[-2:])} but k has {list(k.shape[-2:])}; they must be the same.")
+        raise ValueError(f"q has [H, D] = {list(q.shape[-2:])}, but k has {list(k.shape[-2:])}; they must be equal.")
 
 
 def _check_keys(k: Tensor, key_bias: Tensor | None, key_groups: Tensor | None, num_groups: int | None) -> None:
     if key_bias is not None and (key_bias.dim() != 3 or key_bias.shape[1:] != k.shape[-2:] or not len(key_bias)):
         raise ValueError(
-            f"key_bias has shape {tuple(key_bias.shape)}; expected [L, H, D], L at least 1 and [H, D] = "
-            f"{list(k.shape[-2:])} as of k."
+            f"key_bias has shape {tuple(key_bias.shape)}; expected [L, H, D] with L >= 1 and [H, D] = "
+            f"{list(k.shape[-2:])}, as k has."
         )
     if (key_groups is None) != (num_groups is None):
         raise ValueError(
-            f"key_groups is {'not ' if key_groups is None else ''}given but num_key_groups={num_groups}; give both."
+            f"key_groups is {'' if key_groups is None else 'not '}None, but num_key_groups={num_groups}; pass both or "
+            "neither."
         )
     check_positive(num_key_groups=num_groups)
     if key_groups is not None and (key_groups.shape != k.shape[:-2] or key_groups.is_floating_point()):
         raise ValueError(
             f"key_groups has shape {tuple(key_groups.shape)} and dtype {key_groups.dtype}; expected integers "
-            f"{list(k.shape[:-2])}, one for each key."
+            f"{list(k.shape[:-2])}, one per key."
         )
 
 
@@ -172,21 +174,24 @@ def _check_keys(k: Tensor, key_bias: Tensor | None, key_groups: Tensor | None, n
 def _measure_segments(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, bool]:
     """Check ``cu_seqlens_{name}`` and ``max_seqlen_{name}`` of ``x``.
 
-    Values are read on the CPU only: elsewhere that would cost a host sync.
+    The values are checked on the CPU only; on other devices reading them would be a host sync.
 
     Returns:
-        Length of the longest segment, and whether ``x`` is packed with all segments of that length.
+        Length of the longest segment, and whether ``x`` is packed and all segments have that length.
     """
     if cu_seqlens is None:
         return x.shape[1], False
     if max_seqlen is None or cu_seqlens.device.type == "cpu":
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] != x.shape[0] or values != sorted(values):
-            raise ValueError(f"cu_seqlens_{name}={values} must rise from 0 to the number of packed tokens, {len(x)}.")
+            raise ValueError(
+                f"cu_seqlens_{name}={values} must increase from 0 to the number of packed tokens, {len(x)}."
+            )
         longest = max((end - start for start, end in pairwise(values)), default=0)
         if max_seqlen is not None and max_seqlen < longest:
             raise ValueError(
-                f"max_seqlen_{name}={max_seqlen} but a segment has {longest} tokens; give the longest, or leave it out."
+                f"max_seqlen_{name}={max_seqlen}, but a segment has {longest} tokens; pass the length of the "
+                "longest segment, or None."
             )
         max_seqlen = longest if max_seqlen is None else max_seqlen
     num_segments = cu_seqlens.numel() - 1

@@ -1,8 +1,8 @@
-"""Cross-attention through ``torch.nn.functional.scaled_dot_product_attention``.
+"""``attn_implementation="sdpa"``: ``torch.nn.functional.scaled_dot_product_attention``.
 
-Dense input is one call. Ragged input takes one of two ways, both measured in
-``benchmarks/cross_attention.py``: on the CPU one call for each pair of lengths that occurs, which computes no padding;
-elsewhere one padded call with a mask, which needs no host sync.
+Dense input is one call. Ragged input is handled in one of two ways, both measured in ``benchmarks/cross_attention.py``.
+On the CPU, segments with the same lengths share one call, so that no padding is computed. On other devices there is one
+padded call with a mask, which needs no host sync.
 """
 
 from collections import defaultdict
@@ -36,7 +36,7 @@ def sdpa_cross_attention(
     num_key_groups: int,
     output_attentions: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.ops.cross_attention`, all given."""
+    """Arguments as in :func:`idavlm.cross_attention`, all required."""
     q, k = repeat_shared(q, segments), add_key_bias(k, key_bias, segments)
     cu_seqlens_q, cu_seqlens_k = segments.cu_seqlens_q, segments.cu_seqlens_k
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -58,7 +58,7 @@ def attention_weights(
     key_groups: Tensor | None = None,
     num_key_groups: int = 0,
 ) -> Tensor:
-    """The matrix that fused kernels do not return, or its sums over groups of keys; in float32, written out."""
+    """Attention weights in float32, which fused kernels do not return, or their sums over groups of keys."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     num_queries = len(q)
     cu_seqlens_q, cu_seqlens_k = segments.cu_seqlens_q, segments.cu_seqlens_k
@@ -79,10 +79,19 @@ def attention_weights(
     return group_sums(weights, key_groups, num_key_groups, num_queries, segments)
 
 
+def cast_for_autocast(q: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast all tensors to the dtype of autocast where it is enabled, as torch does for its own attention."""
+    device_type = q.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return q, *others
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if x is None else x.to(dtype) for x in (q, *others))
+
+
 def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
     """``[N, Lq, H, D]`` queries over ``[N, Lk, H, D]`` keys."""
     if k.shape[1] == 0 or q.numel() == 0:
-        # SDPA kernels disagree on empty inputs; a sum over no keys is zero, and still hangs on q, k and v.
+        # SDPA kernels disagree on empty inputs. A sum over no keys is zero and still has a gradient to q, k and v.
         weights = torch.einsum("nqhd,nkhd->nhqk", q, k)
         return torch.einsum("nhqk,nkhd->nqhd", weights, v)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
@@ -105,10 +114,10 @@ def _bucketed(
     for number, (queries, keys, _) in enumerate(segments):
         buckets[len(queries), len(keys)].append(number)
     outputs = [q] * len(segments)
-    for members in buckets.values():
-        batch = zip(*(segments[number] for number in members), strict=True)
+    for numbers in buckets.values():
+        batch = zip(*(segments[number] for number in numbers), strict=True)
         output = _dense(*(x[0][None] if len(x) == 1 else torch.stack(x) for x in batch), scale=scale)
-        for number, segment in zip(members, output.unbind(0), strict=True):
+        for number, segment in zip(numbers, output.unbind(0), strict=True):
             outputs[number] = segment
     return torch.stack(outputs) if cu_seqlens_q is None else torch.cat(outputs)
 
@@ -123,7 +132,7 @@ def _padded(
     max_seqlen_k: int,
     scale: float,
 ) -> Tensor:
-    # At least one key: a segment without keys attends to one zero vector, which gives zeros and zero gradients.
+    # At least one key: a segment without keys attends to one zero vector, so its output and gradients are zero.
     max_seqlen_k = max(max_seqlen_k, 1)
     mask = None
     if cu_seqlens_k is not None:

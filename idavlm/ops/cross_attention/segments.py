@@ -1,4 +1,4 @@
-"""Two forms of the same tokens: dense ``[N, L, H, D]``, and packed ``[T, H, D]`` with ``cu_seqlens`` ``[N + 1]``."""
+"""Segments of tokens: dense ``[N, L, H, D]``, or packed ``[T, H, D]`` with ``cu_seqlens`` ``[N + 1]``."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """N segments of queries and keys. ``cu_seqlens`` stand only where segments differ in length."""
+    """N segments of queries and keys. ``cu_seqlens`` is None where all segments have the same length."""
 
     num: int
     cu_seqlens_q: Tensor | None
@@ -18,13 +18,13 @@ class Segments:
 
 
 def repeat_shared(q: Tensor, segments: Segments) -> Tensor:
-    """Queries ``[Lq, H, D]`` that all segments share, as a dense view of N copies; others as they are."""
+    """Shared queries ``[Lq, H, D]`` as a dense view ``[N, Lq, H, D]``; other queries are returned unchanged."""
     shared = q.dim() == 3 and segments.cu_seqlens_q is None
     return q.expand(segments.num, -1, -1, -1) if shared else q
 
 
 def add_key_bias(k: Tensor, key_bias: Tensor | None, segments: Segments) -> Tensor:
-    """``k`` plus the bias ``[L, H, D]`` of each key's position in its segment, modulo L."""
+    """Add ``key_bias`` ``[L, H, D]`` to the keys by their position in their segment, modulo L."""
     if key_bias is None:
         return k
     length = segments.max_seqlen_k
@@ -38,16 +38,16 @@ def add_key_bias(k: Tensor, key_bias: Tensor | None, segments: Segments) -> Tens
 
 
 def group_sums(weights: Tensor, key_groups: Tensor, num_groups: int, num_queries: int, segments: Segments) -> Tensor:
-    """Weights ``[N, H, Lq, Lk]`` summed over each group's keys: ``[N, Lq, H, G]``, or packed ``[Tq, H, G]``."""
-    members = (key_groups[..., None] == torch.arange(num_groups, device=key_groups.device)).to(weights.dtype)
-    members = pad_segments(members, segments.cu_seqlens_k, segments.max_seqlen_k)
+    """Sum weights ``[N, H, Lq, Lk]`` over the keys of each group: ``[N, Lq, H, G]``, or packed ``[Tq, H, G]``."""
+    one_hot = (key_groups[..., None] == torch.arange(num_groups, device=key_groups.device)).to(weights.dtype)
+    one_hot = pad_segments(one_hot, segments.cu_seqlens_k, segments.max_seqlen_k)
     with torch.autocast(weights.device.type, enabled=False):
-        sums = torch.einsum("nhqk,nkg->nqhg", weights, members)
+        sums = torch.einsum("nhqk,nkg->nqhg", weights, one_hot)
     return unpad_segments(sums, segments.cu_seqlens_q, num_queries)
 
 
 def split_segments(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-    """The N segments of ``x``, as views. Reads ``cu_seqlens`` on the host."""
+    """Views of the N segments of ``x``. ``cu_seqlens`` is read on the host."""
     if cu_seqlens is None:
         return x.unbind(0)
     return x.split(cu_seqlens.diff().tolist())
@@ -64,7 +64,7 @@ def token_positions(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int) -> Ten
 
 
 def pad_segments(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    """``[N, max_seqlen, ...]`` of packed ``[T, ...]``, zeros behind each segment's end."""
+    """Packed ``[T, ...]`` to ``[N, max_seqlen, ...]``, with zeros after the end of each segment."""
     if cu_seqlens is None:
         return x
     shape = (cu_seqlens.numel() - 1, max_seqlen, *x.shape[1:])
@@ -80,5 +80,5 @@ def unpad_segments(padded: Tensor, cu_seqlens: Tensor | None, num_tokens: int) -
 
 
 def length_mask(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """``[N, max_seqlen]``, true where a token stands."""
+    """``[N, max_seqlen]``: True for tokens, False for padding."""
     return torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]

@@ -1,4 +1,4 @@
-"""From tensors to launches: what is allocated, the grids, and the arguments all kernels share."""
+"""Launches of the kernels: outputs are allocated, grids chosen, and tensors turned into the arguments of a kernel."""
 
 from contextvars import copy_context
 
@@ -7,13 +7,12 @@ import triton
 from torch import Tensor
 
 from idavlm.ops.cross_attention.segments import Segments
-from idavlm.ops.cross_attention.triton.backward_delta import attend_backward_delta
-from idavlm.ops.cross_attention.triton.backward_keys import attend_backward_keys
-from idavlm.ops.cross_attention.triton.backward_queries import attend_backward_queries
-from idavlm.ops.cross_attention.triton.forward import attend_forward
-from idavlm.ops.cross_attention.triton.tiles import INTERPRETED
-from idavlm.ops.cross_attention.triton.tiling import compiler_options, tiling_for
-from idavlm.ops.cross_attention.triton.tuning import Tile
+from idavlm.ops.cross_attention.triton.bwd_delta import bwd_delta
+from idavlm.ops.cross_attention.triton.bwd_dkdv import bwd_dkdv
+from idavlm.ops.cross_attention.triton.bwd_dq import bwd_dq
+from idavlm.ops.cross_attention.triton.device_functions import INTERPRETED
+from idavlm.ops.cross_attention.triton.fwd import fwd
+from idavlm.ops.cross_attention.triton.tiling import Tile, compiler_options, tiling_for
 
 DELTA_ROWS = 64
 
@@ -29,7 +28,7 @@ def launch_forward(
     shared_q: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`idavlm.ops.cross_attention.triton.operator.attend`."""
+    """See :func:`idavlm.ops.cross_attention.triton.operator.fused_cross_attention`."""
     num_rows = segments.num * segments.max_seqlen_q if shared_q else q.shape[0]
     heads, head_dim = q.shape[1:]
     out = q.new_empty((num_rows, heads, head_dim))
@@ -37,14 +36,14 @@ def launch_forward(
     lse = q.new_empty((heads, num_rows), dtype=torch.float32)
     if out.numel() == 0:
         return out, sums, lse
-    common = _common(q, k, v, key_bias, key_groups, segments, num_rows, num_groups, shared_q, scale)
+    common = _shared_arguments(q, k, v, key_bias, key_groups, segments, num_rows, num_groups, shared_q, scale)
     tiling = tiling_for(common["q"], common["k"], common["v"], out)
-    specialised = tiling.specialised is not None and _specialisable(common)
-    tile = tiling.specialised if specialised else tiling.forward
+    warp_specialized = tiling.fwd_warp_specialized is not None and _can_specialize(common)
+    tile = tiling.fwd_warp_specialized if warp_specialized else tiling.fwd
     blocks = triton.cdiv(segments.max_seqlen_q, tile.block_q)
     common |= {"out": out, "sums": sums, "lse": lse, "num_blocks": blocks}
-    grid = _grid(tile, q, segments.num * blocks, heads, specialised)
-    _launch(attend_forward, tile, grid, common, specialised)
+    grid = _grid(tile, q, segments.num * blocks, heads, warp_specialized)
+    _launch(fwd, tile, grid, common, warp_specialized)
     return out, sums, lse
 
 
@@ -63,45 +62,45 @@ def launch_backward(
     shared_q: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`idavlm.ops.cross_attention.triton.operator.attend_backward`."""
+    """See :func:`idavlm.ops.cross_attention.triton.operator.fused_cross_attention_backward`."""
     num_rows, heads, head_dim = out.shape
     num_groups = 0 if grad_sums is None else sums.shape[-1]
     grad_sums = sums if grad_sums is None else grad_sums
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     grad_k, grad_v, delta = k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(lse.shape)
-    common = _common(q, k, v, key_bias, key_groups, segments, num_rows, num_groups, shared_q, scale)
+    common = _shared_arguments(q, k, v, key_bias, key_groups, segments, num_rows, num_groups, shared_q, scale)
     tiling = tiling_for(common["q"], common["k"], common["v"], grad_out)
-    joined = tiling.joined and not torch.are_deterministic_algorithms_enabled()
-    grad_q = q.new_zeros(q.shape, dtype=torch.float32) if joined else None
+    fuse_dq = tiling.fuse_dq and not torch.are_deterministic_algorithms_enabled()
+    grad_q = q.new_zeros(q.shape, dtype=torch.float32) if fuse_dq else None
     if num_rows:
-        with _device_of(q):
-            attend_backward_delta[triton.cdiv(num_rows, DELTA_ROWS), heads](
+        with _device_context(q):
+            bwd_delta[triton.cdiv(num_rows, DELTA_ROWS), heads](
                 out, grad_out, sums, grad_sums, delta, heads, num_rows, num_groups,
                 GROUPS=common["GROUPS"], HEAD_DIM=head_dim, BLOCK_D=common["BLOCK_D"], BLOCK_Q=DELTA_ROWS,
             )  # fmt: skip
     common |= {"grad_out": grad_out, "grad_sums": grad_sums, "lse": lse, "delta": delta}
-    keys = {"grad_q": grad_q if joined else q, "grad_k": grad_k, "grad_v": grad_v, "JOINED": joined}
-    passes = [(tiling.keys, {"KEYS": True, "VALUES": tiling.values is None})]
-    passes += [] if tiling.values is None else [(tiling.values, {"KEYS": False, "VALUES": True})]
-    for tile, wanted in passes:
+    outputs = {"grad_q": grad_q if fuse_dq else q, "grad_k": grad_k, "grad_v": grad_v, "FUSE_DQ": fuse_dq}
+    passes = [(tiling.bwd_dkdv, {"COMPUTE_DK": True, "COMPUTE_DV": tiling.bwd_dv is None})]
+    passes += [] if tiling.bwd_dv is None else [(tiling.bwd_dv, {"COMPUTE_DK": False, "COMPUTE_DV": True})]
+    for tile, gradients in passes:
         blocks = triton.cdiv(segments.max_seqlen_k, tile.block_k)
         grid = _grid(tile, q, segments.num * blocks, heads)
-        _launch(attend_backward_keys, tile, grid, common | keys | wanted | {"num_blocks": blocks})
-    if joined:
+        _launch(bwd_dkdv, tile, grid, common | outputs | gradients | {"num_blocks": blocks})
+    if fuse_dq:
         return grad_q.to(q.dtype), grad_k, grad_v
-    tile = tiling.shared if shared_q else tiling.queries
+    tile = tiling.bwd_dq_shared if shared_q else tiling.bwd_dq
     blocks = triton.cdiv(segments.max_seqlen_q, tile.block_q)
     if shared_q:
-        parts = _parts(q, segments.num, blocks * heads)
+        parts = _num_parts(q, segments.num, blocks * heads)
         grad_q, grid = q.new_empty((parts, *q.shape), dtype=torch.float32), (parts * blocks, heads)
     else:
         grad_q, grid = q.new_empty(q.shape), _grid(tile, q, segments.num * blocks, heads)
-    _launch(attend_backward_queries, tile, grid, common | {"grad_q": grad_q, "num_blocks": blocks})
+    _launch(bwd_dq, tile, grid, common | {"grad_q": grad_q, "num_blocks": blocks})
     return grad_q.sum(0).to(q.dtype) if shared_q else grad_q, grad_k, grad_v
 
 
-def _common(
+def _shared_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,7 +112,10 @@ def _common(
     shared_q: bool,
     scale: float,
 ) -> dict[str, object]:
-    """Arguments by name. A pointer that is not needed is another tensor's: its flag keeps it from being read."""
+    """Arguments that all kernels take, by name.
+
+    ``q`` is passed in place of optional tensors that are None; a flag tells the kernel not to read them.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     heads, head_dim = q.shape[1:]
     return {
@@ -149,35 +151,42 @@ def _common(
     }
 
 
-def _specialisable(common: dict[str, object]) -> bool:
-    """Whether Triton can give the forward kernel warps that only load (3.7.1 as compiled, see ``docs/kernels.md``)."""
-    beside = all(x.stride(1) * x.shape[1] <= x.stride(0) for x in (common["q"], common["k"], common["v"]))
-    return beside and common["HEAD_DIM"] == common["BLOCK_D"] and not common["HAS_BIAS"] and not common["GROUPS"]
+def _can_specialize(common: dict[str, object]) -> bool:
+    """Whether Triton can compile the forward kernel with load-only warps (as of Triton 3.7.1, ``docs/kernels.md``)."""
+    heads_adjacent = all(x.stride(1) * x.shape[1] <= x.stride(0) for x in (common["q"], common["k"], common["v"]))
+    return (
+        heads_adjacent and common["HEAD_DIM"] == common["BLOCK_D"] and not common["HAS_BIAS"] and not common["GROUPS"]
+    )
 
 
-def _launch(kernel, tile: Tile, grid: tuple[int, ...], arguments: dict[str, object], specialised: bool = False) -> None:
+def _launch(
+    kernel, tile: Tile, grid: tuple[int, ...], arguments: dict[str, object], warp_specialized: bool = False
+) -> None:
     q = arguments["q"]
     options = compiler_options(tile, q.element_size())
-    dimensions = (2 if specialised else 4) if tile.tma else 0
+    dimensions = (2 if warp_specialized else 4) if tile.tma else 0
     arguments = arguments | {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "TMA": dimensions} | options
     context = copy_context()
     if tile.tma and q.is_cuda:
-        # Descriptors are written to memory. In a context of its own: who called may have an allocator of theirs.
+        # Triton allocates memory for descriptors. A separate context leaves the allocator of the caller in place.
         context.run(triton.set_allocator, lambda size, alignment, stream: q.new_empty(size, dtype=torch.int8))
-    with _device_of(q):
+    with _device_context(q):
         context.run(kernel[grid], **arguments)
 
 
-def _grid(tile: Tile, q: Tensor, blocks: int, heads: int, specialised: bool = False) -> tuple[int, ...]:
-    """A program for every block; with ``tma`` as many as a GPU holds at a time: one of 8 warps, or of special ones."""
+def _grid(tile: Tile, q: Tensor, blocks: int, heads: int, warp_specialized: bool = False) -> tuple[int, ...]:
+    """One program per block and head; with ``tma`` as many programs as the GPU runs at the same time.
+
+    A multiprocessor runs one program of 8 warps or one with load-only warps, or several with fewer warps.
+    """
     if not tile.tma:
         return blocks, heads
-    held = 1 if specialised else max(1, 8 // tile.num_warps)
-    return (min(_multiprocessors(q) * held, blocks * heads),)
+    resident = 1 if warp_specialized else max(1, 8 // tile.num_warps)
+    return (min(_multiprocessors(q) * resident, blocks * heads),)
 
 
-def _parts(q: Tensor, num_segments: int, programs: int) -> int:
-    """Over how many programs to spread the segments of shared queries: about two for each multiprocessor."""
+def _num_parts(q: Tensor, num_segments: int, programs: int) -> int:
+    """Number of partial sums of the gradient of shared queries, for about two programs per multiprocessor."""
     return min(num_segments, 2 if INTERPRETED else triton.cdiv(2 * _multiprocessors(q), programs))
 
 
@@ -185,5 +194,5 @@ def _multiprocessors(q: Tensor) -> int:
     return 3 if INTERPRETED else torch.cuda.get_device_properties(q.device).multi_processor_count
 
 
-def _device_of(q: Tensor):
+def _device_context(q: Tensor):
     return torch.cuda.device(q.device if q.is_cuda else -1)

@@ -1,4 +1,4 @@
-"""The kernels as operators of torch: ``torch.compile``, autocast and checkpointing see one call and its shapes."""
+"""The kernels as custom operators of torch with autograd, for ``torch.compile``, autocast and checkpointing."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from idavlm.ops.cross_attention.triton.launch import launch_backward, launch_for
 
 
 @torch.library.custom_op("idavlm::cross_attention", mutates_args=())
-def attend(
+def fused_cross_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -23,16 +23,31 @@ def attend(
     shared_q: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[Tq, H, D]``, sums of weights over groups of keys ``[Tq, H, G]``, and norms ``[H, Tq]``.
+    """Cross-attention of packed segments.
 
-    Everything is packed, ``q`` being ``[Lq, H, D]`` where ``shared_q``. ``cu_seqlens`` that are not given stand for
-    segments that all have the ``max_seqlen``. Keys of a group outside ``0..num_groups - 1`` count in no sum.
+    Args:
+        q: ``[Tq, H, D]``, or ``[Lq, H, D]`` with ``shared_q``.
+        k: ``[Tk, H, D]``.
+        v: ``[Tk, H, D]``.
+        key_bias: ``[L, H, D]`` added to the keys by position, modulo L.
+        key_groups: ``[Tk]`` int32; keys of a group outside ``0..num_groups - 1`` are in no sum.
+        cu_seqlens_q: ``[N + 1]`` int32, or None where all segments have ``max_seqlen_q`` queries.
+        cu_seqlens_k: the same for keys.
+        num_segments: N.
+        max_seqlen_q: queries of the longest segment.
+        max_seqlen_k: keys of the longest segment.
+        num_groups: G; 0 without ``key_groups``.
+        shared_q: all segments use the same queries.
+        scale: factor on the scores.
+
+    Returns:
+        Output ``[Tq, H, D]``, weights summed over groups of keys ``[Tq, H, G]``, and log2-sum-exp ``[H, Tq]``.
     """
     segments = Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return launch_forward(q, k, v, key_bias, key_groups, segments, num_groups, shared_q, scale)
 
 
-@attend.register_fake
+@fused_cross_attention.register_fake
 def _(
     q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, num_segments, max_seqlen_q, max_seqlen_k, num_groups,
     shared_q, scale,
@@ -47,7 +62,7 @@ def _(
 
 
 @torch.library.custom_op("idavlm::cross_attention_backward", mutates_args=())
-def attend_backward(
+def fused_cross_attention_backward(
     grad_out: Tensor | None,
     grad_sums: Tensor | None,
     q: Tensor,
@@ -66,7 +81,7 @@ def attend_backward(
     shared_q: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v``. A gradient that is not given is zero."""
+    """Gradients of ``q``, ``k`` and ``v``. ``grad_out`` or ``grad_sums`` None means zero."""
     segments = Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
     if grad_sums is not None:
@@ -76,7 +91,7 @@ def attend_backward(
     )
 
 
-@attend_backward.register_fake
+@fused_cross_attention_backward.register_fake
 def _(
     grad_out, grad_sums, q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, out, sums, lse, num_segments,
     max_seqlen_q, max_seqlen_k, shared_q, scale,
@@ -95,7 +110,7 @@ def _backward(ctx, grad_out: Tensor | None, grad_sums: Tensor | None, grad_lse: 
     q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k, out, sums, lse = ctx.saved_tensors
     if grad_out is None and grad_sums is None:
         return (None,) * 13
-    grad_q, grad_k, grad_v = attend_backward(
+    grad_q, grad_k, grad_v = fused_cross_attention_backward(
         grad_out, grad_sums if ctx.num_groups else None, q, k, v, key_bias, key_groups, cu_seqlens_q, cu_seqlens_k,
         out, sums, lse, *ctx.sizes, ctx.shared_q, ctx.scale,
     )  # fmt: skip
@@ -108,12 +123,12 @@ def _backward(ctx, grad_out: Tensor | None, grad_sums: Tensor | None, grad_lse: 
 
 
 def _sum_over_positions(grad_k: Tensor, length: int, segments: Segments) -> Tensor:
-    """Gradient of a bias that keys get by their position, modulo ``length``: a sum in a fixed order."""
+    """Gradient of ``key_bias``: ``grad_k`` summed over positions modulo ``length``, in a fixed order."""
     shape = (segments.num, segments.max_seqlen_k, *grad_k.shape[1:])
     grads = pad_segments(grad_k, segments.cu_seqlens_k, segments.max_seqlen_k).reshape(shape)
-    behind = -segments.max_seqlen_k % length
-    grads = torch.nn.functional.pad(grads, (0, 0, 0, 0, 0, behind))
+    padding = -segments.max_seqlen_k % length
+    grads = torch.nn.functional.pad(grads, (0, 0, 0, 0, 0, padding))
     return grads.unflatten(1, (-1, length)).sum((0, 1), dtype=torch.float32).to(grad_k.dtype)
 
 
-attend.register_autograd(_backward, setup_context=_setup_context)
+fused_cross_attention.register_autograd(_backward, setup_context=_setup_context)

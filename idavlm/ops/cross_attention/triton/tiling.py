@@ -1,20 +1,70 @@
-"""Which tiles a kernel works in: shipped ones by capability, head width and type, or those measured on this machine."""
+"""Tile sizes of the kernels: defaults for each GPU architecture, and tiles measured on this machine.
+
+Measured tiles are kept in a JSON file: ``$IDAVLM_TUNING_CACHE``, else ``idavlm/attention_tiles.json`` in
+``$XDG_CACHE_HOME`` (default ``~/.cache``). Only ``python -m benchmarks.tune_attention`` writes it; nothing is measured
+during training or inference. Entries belong to a GPU model and a version of Triton.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from idavlm.ops.cross_attention.triton.tiles import INTERPRETED
-from idavlm.ops.cross_attention.triton.tuning import KERNELS, Tile, Tiling, measured_tilings
+from idavlm.ops.cross_attention.triton.device_functions import INTERPRETED
 
-INTERPRETER = Tiling(Tile(16, 32, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(16, 32, 1, 1))
-"""Small, so that small tensors have several of each."""
 
-_EXACT = Tile(16, 16, 8, 1)
-_WIDE = Tile(16, 16, 16, 1)
-_FLOAT32 = {width: Tiling(_EXACT, _EXACT, _EXACT, _EXACT) for width in (32, 64, 128)}
-_FLOAT32[256] = Tiling(_WIDE, _WIDE, _EXACT, _EXACT)
-"""Exact products have no matrix instruction: float32 is for checks, and these tiles fit every GPU."""
+class Tile(NamedTuple):
+    """Queries and keys of one step, warps of a program, and software-pipeline stages.
+
+    ``tma``: read and written through tensor descriptors by a persistent kernel (capability 9.0 and later).
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+class Tiling(NamedTuple):
+    """The tile of each kernel, and how the gradient of the queries is computed.
+
+    Attributes:
+        fwd: forward kernel (``fwd.py``).
+        bwd_dkdv: gradients of keys and values (``bwd_dkdv.py``).
+        bwd_dq: gradient of queries (``bwd_dq.py``).
+        bwd_dq_shared: the same kernel for queries that all segments share.
+        fuse_dq: ``bwd_dkdv`` also accumulates the gradient of the queries, with atomic additions; no ``bwd_dq``.
+        bwd_dv: a separate pass of ``bwd_dkdv`` for the values; None: the first pass computes both gradients.
+        fwd_warp_specialized: forward kernel with load-only warps, where possible (``launch.py``); None: ``fwd``.
+    """
+
+    fwd: Tile
+    bwd_dkdv: Tile
+    bwd_dq: Tile
+    bwd_dq_shared: Tile
+    fuse_dq: bool = True
+    bwd_dv: Tile | None = None
+    fwd_warp_specialized: Tile | None = None
+
+
+KERNELS = ("fwd", "bwd_dkdv", "bwd_dq", "bwd_dq_shared")
+OPTIONAL_KERNELS = ("bwd_dv", "fwd_warp_specialized")
+
+
+INTERPRETER_TILING = Tiling(Tile(16, 32, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(16, 32, 1, 1))
+"""Tiles for Triton's interpreter, small enough that the tensors of tests span several of them."""
+
+_FLOAT32_TILE = Tile(16, 16, 8, 1)
+_FLOAT32_WIDE_TILE = Tile(16, 16, 16, 1)
+_FLOAT32 = {width: Tiling(_FLOAT32_TILE, _FLOAT32_TILE, _FLOAT32_TILE, _FLOAT32_TILE) for width in (32, 64, 128)}
+_FLOAT32[256] = Tiling(_FLOAT32_WIDE_TILE, _FLOAT32_WIDE_TILE, _FLOAT32_TILE, _FLOAT32_TILE)
+"""GPUs have no matrix instruction for exact float32 products. float32 serves for checks; these tiles fit every GPU."""
 
 _SIXTEEN_BITS = {
     80: {
@@ -29,7 +79,7 @@ _SIXTEEN_BITS = {
         128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
         256: Tiling(
             Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2),
-            joined=False, values=Tile(64, 64, 8, 2),
+            fuse_dq=False, bwd_dv=Tile(64, 64, 8, 2),
         ),
     },
     100: {
@@ -39,61 +89,63 @@ _SIXTEEN_BITS = {
         256: Tiling(Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
 }  # fmt: skip
-"""Chosen as the largest that spill nothing, whatever is switched on (``python -m benchmarks.kernel_resources
---every-option``), not by measurement."""
+"""The largest tiles that spill no registers with any combination of options (``python -m benchmarks.kernel_resources
+--every-option``). They were not chosen by measurement."""
 
-SHIPPED: dict[tuple[int, int, int], Tiling] = {
+DEFAULT_TILINGS: dict[tuple[int, int, int], Tiling] = {
     (capability, itemsize, width): tiling
     for capability, sixteen_bits in _SIXTEEN_BITS.items()
     for itemsize, tilings in ((2, sixteen_bits), (4, _FLOAT32))
     for width, tiling in tilings.items()
 }
-"""By capability, bytes of an element and padded width of a head. A GPU takes the highest capability below its own."""
+"""Tiles read through pointers, by capability, bytes per element and padded head dimension."""
 
+_TMA_128 = Tile(128, 64, 8, 2, tma=True)
+_TMA_64 = Tile(64, 32, 8, 2, tma=True)
 
-_ROWS_128 = Tile(128, 64, 8, 2, tma=True)
-_ROWS_64 = Tile(64, 32, 8, 2, tma=True)
-
-DESCRIBED: dict[tuple[int, int], Tiling] = {
+TMA_TILINGS: dict[tuple[int, int], Tiling] = {
     (90, 32): Tiling(
-        Tile(128, 128, 8, 3, tma=True), Tile(64, 128, 8, 2, tma=True), _ROWS_128, _ROWS_128,
-        specialised=Tile(128, 128, 4, 2, tma=True),
+        Tile(128, 128, 8, 3, tma=True), Tile(64, 128, 8, 2, tma=True), _TMA_128, _TMA_128,
+        fwd_warp_specialized=Tile(128, 128, 4, 2, tma=True),
     ),
     (90, 64): Tiling(
-        Tile(128, 128, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), _ROWS_128, _ROWS_128,
-        specialised=Tile(128, 128, 4, 2, tma=True),
+        Tile(128, 128, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), _TMA_128, _TMA_128,
+        fwd_warp_specialized=Tile(128, 128, 4, 2, tma=True),
     ),
     (90, 128): Tiling(
-        _ROWS_128, Tile(64, 64, 8, 2, tma=True), _ROWS_128, Tile(128, 64, 8, 1, tma=True),
-        specialised=Tile(128, 128, 4, 2, tma=True),
+        _TMA_128, Tile(64, 64, 8, 2, tma=True), _TMA_128, Tile(128, 64, 8, 1, tma=True),
+        fwd_warp_specialized=Tile(128, 128, 4, 2, tma=True),
     ),
     (90, 256): Tiling(
-        Tile(64, 64, 8, 2, tma=True), Tile(32, 64, 8, 2, tma=True), _ROWS_64, Tile(64, 16, 8, 2, tma=True),
-        joined=False, values=Tile(64, 64, 8, 2, tma=True),
+        Tile(64, 64, 8, 2, tma=True), Tile(32, 64, 8, 2, tma=True), _TMA_64, Tile(64, 16, 8, 2, tma=True),
+        fuse_dq=False, bwd_dv=Tile(64, 64, 8, 2, tma=True),
     ),
     (100, 32): Tiling(
-        Tile(128, 64, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), _ROWS_128, _ROWS_128,
-        specialised=Tile(128, 128, 8, 2, tma=True),
+        Tile(128, 64, 8, 2, tma=True), Tile(64, 128, 8, 2, tma=True), _TMA_128, _TMA_128,
+        fwd_warp_specialized=Tile(128, 128, 8, 2, tma=True),
     ),
     (100, 64): Tiling(
-        Tile(64, 128, 8, 2, tma=True), Tile(64, 64, 8, 2, tma=True), _ROWS_128, _ROWS_128,
-        specialised=Tile(128, 128, 8, 2, tma=True),
+        Tile(64, 128, 8, 2, tma=True), Tile(64, 64, 8, 2, tma=True), _TMA_128, _TMA_128,
+        fwd_warp_specialized=Tile(128, 128, 8, 2, tma=True),
     ),
     (100, 128): Tiling(
-        _ROWS_128, Tile(64, 64, 8, 2, tma=True), _ROWS_128, _ROWS_128, specialised=Tile(128, 128, 8, 2, tma=True)
+        _TMA_128, Tile(64, 64, 8, 2, tma=True), _TMA_128, _TMA_128, fwd_warp_specialized=Tile(128, 128, 8, 2, tma=True)
     ),
     (100, 256): Tiling(
-        _ROWS_64, Tile(16, 64, 8, 2, tma=True), Tile(64, 32, 8, 1, tma=True), _ROWS_64,
-        specialised=Tile(64, 64, 8, 2, tma=True),
+        _TMA_64, Tile(16, 64, 8, 2, tma=True), Tile(64, 32, 8, 1, tma=True), _TMA_64,
+        fwd_warp_specialized=Tile(64, 64, 8, 2, tma=True),
     ),
 }  # fmt: skip
-"""By capability and padded width, in 16 bits: read by tensor descriptors. Used where the tuner finds them faster."""
+"""Tiles read through tensor descriptors, by capability and padded head dimension, for 16-bit elements.
+
+They are used only where the tuner has measured them to be faster."""
 
 
 def compiler_options(tile: Tile, itemsize: int) -> dict[str, int]:
-    """What Triton compiles a tile with.
+    """Options that Triton compiles a kernel with.
 
-    float32 asks for all registers there are: left alone, ptxas spills a few bytes to fit one more program beside.
+    float32 kernels request all available registers. By default ptxas uses fewer to fit one more program per
+    multiprocessor, and spills a few bytes.
     """
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if itemsize == 4:
@@ -102,49 +154,109 @@ def compiler_options(tile: Tile, itemsize: int) -> dict[str, int]:
 
 
 def tiling_for(*tensors: Tensor) -> Tiling:
-    """What was measured on this GPU (``tuning.py``), else what is shipped; ``tensors`` are what is read, ``q`` first.
+    """The tiling measured on this GPU, else the default one. ``tensors`` are those that the kernel reads, ``q`` first.
 
-    Where a descriptor cannot describe one of them, shipped tiles stand in for those with ``tma``: they read anything.
-    How the gradients of keys and values share the work comes with their tiles.
+    Tiles with ``tma`` are replaced by default tiles where a tensor does not fit a tensor descriptor. ``bwd_dkdv``,
+    ``bwd_dv`` and ``fuse_dq`` are replaced together.
     """
     q = tensors[0]
     width = max(32, triton.next_power_of_2(q.shape[-1]))
     if INTERPRETED:
-        name, shipped = "interpreter", INTERPRETER
+        device_name, default = "interpreter", INTERPRETER_TILING
     else:
-        name = torch.cuda.get_device_name(q.device)
-        shipped = shipped_tiling(torch.cuda.get_device_capability(q.device), q.element_size(), width)
-    chosen = measured_tilings(name).get((q.element_size(), width), shipped)
-    if all(map(describable, tensors)):
-        return chosen
-    portable = {name: getattr(shipped, name) for name in KERNELS if getattr(chosen, name).tma}
-    if chosen.keys.tma or (chosen.values and chosen.values.tma):
-        portable |= {"keys": shipped.keys, "values": shipped.values, "joined": shipped.joined}
-    return chosen._replace(**portable, specialised=None)
+        device_name = torch.cuda.get_device_name(q.device)
+        default = default_tiling(torch.cuda.get_device_capability(q.device), q.element_size(), width)
+    tiling = measured_tilings(device_name).get((q.element_size(), width), default)
+    if all(map(fits_descriptor, tensors)):
+        return tiling
+    replaced = {name: getattr(default, name) for name in KERNELS if getattr(tiling, name).tma}
+    if tiling.bwd_dkdv.tma or (tiling.bwd_dv and tiling.bwd_dv.tma):
+        replaced |= {"bwd_dkdv": default.bwd_dkdv, "bwd_dv": default.bwd_dv, "fuse_dq": default.fuse_dq}
+    return tiling._replace(**replaced, fwd_warp_specialized=None)
 
 
-def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can describe ``[T, H, D]``: 16 bytes divide its address and its strides."""
+def fits_descriptor(x: Tensor) -> bool:
+    """Whether a tensor descriptor can describe ``[T, H, D]``: its address and strides are multiples of 16 bytes."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
-def shipped_tiling(capability: tuple[int, int], itemsize: int, width: int) -> Tiling:
-    """The entry of the highest capability that is not above ``capability``."""
-    shipped = _shipped_below(capability)
-    if shipped is None:
+def default_tiling(capability: tuple[int, int], itemsize: int, width: int) -> Tiling:
+    """The entry of :data:`DEFAULT_TILINGS` with the highest capability that is not above ``capability``.
+
+    Raises:
+        ValueError: ``capability`` is below 8.0.
+    """
+    architecture = _architecture(capability)
+    if architecture is None:
         raise ValueError(
-            f"attn_implementation='triton' knows no GPU of capability {capability[0]}.{capability[1]}; it takes 8.0 "
-            "and later. Use attn_implementation='sdpa'."
+            f"attn_implementation='triton' does not support GPUs of capability {capability[0]}.{capability[1]}; it "
+            "needs 8.0 or later. Use attn_implementation='sdpa'."
         )
-    return SHIPPED[shipped, itemsize, width]
+    return DEFAULT_TILINGS[architecture, itemsize, width]
 
 
-def described_tiling(capability: tuple[int, int], width: int) -> Tiling | None:
-    """The same with tensor descriptors; None before capability 9.0."""
-    return DESCRIBED.get((_shipped_below(capability), width))
+def default_tma_tiling(capability: tuple[int, int], width: int) -> Tiling | None:
+    """The entry of :data:`TMA_TILINGS`, selected in the same way; None for capabilities below 9.0."""
+    return TMA_TILINGS.get((_architecture(capability), width))
 
 
-def _shipped_below(capability: tuple[int, int]) -> int | None:
+def _architecture(capability: tuple[int, int]) -> int | None:
     number = 10 * capability[0] + capability[1]
-    return max((shipped for shipped in _SIXTEEN_BITS if shipped <= number), default=None)
+    return max((architecture for architecture in _SIXTEEN_BITS if architecture <= number), default=None)
+
+
+def tuning_file() -> Path:
+    """Path of the file of measured tiles."""
+    from_environment = os.environ.get("IDAVLM_TUNING_CACHE")
+    if from_environment:
+        return Path(from_environment)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idavlm" / "attention_tiles.json"
+
+
+@cache
+def measured_tilings(device_name: str) -> dict[tuple[int, int], Tiling]:
+    """Measured tilings by bytes per element and padded head dimension; the file is read once per process.
+
+    Raises:
+        ValueError: the file does not have the format that :func:`save_tiling` writes.
+    """
+    path = tuning_file()
+    try:
+        entries = _read(path).get(_machine(device_name), {})
+        return {tuple(map(int, key.split())): _parse(entry) for key, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a file of tiles ({error!r}); delete it, and run python -m "
+            "benchmarks.tune_attention to measure tiles again."
+        ) from error
+
+
+def save_tiling(device_name: str, itemsize: int, width: int, tiling: Tiling) -> None:
+    """Add an entry to the file, or replace it."""
+    path = tuning_file()
+    content = _read(path)
+    content.setdefault(_machine(device_name), {})[f"{itemsize} {width}"] = tiling._asdict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+    measured_tilings.cache_clear()
+
+
+def _machine(device_name: str) -> str:
+    return f"{device_name}, triton {triton.__version__}"
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _parse(entry: dict) -> Tiling:
+    tiles = {name: _parse_tile(entry[name]) for name in KERNELS}
+    tiles |= {name: _parse_tile(entry[name]) for name in OPTIONAL_KERNELS if entry.get(name)}
+    return Tiling(**tiles, fuse_dq=bool(entry["fuse_dq"]))
+
+
+def _parse_tile(fields: list) -> Tile:
+    return Tile(*map(int, fields[:4]), *map(bool, fields[4:]))

@@ -1,0 +1,254 @@
+"""Files of a checkpoint: read configuration and weights, write safetensors; one tensor at a time in memory."""
+
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+SHARDED = tuple(f"{name}.index.json" for name in WHOLE)
+SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class ConversionError(ValueError):
+    """A checkpoint cannot be converted. The message names the file, what was expected and what was found."""
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """Count and first names in sorted order: ``3 (a, b, c)``."""
+    names = sorted(names)
+    shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return f"{len(names)} ({shown})" if names else "none"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file of weights.
+
+    Attributes:
+        path: a ``.safetensors`` file, or a ``.bin`` file of ``torch.save`` that contains tensors only.
+        add_prefix: prefix that is added to every name, to distinguish files of different folders.
+        remove_prefix: prefix that is removed from the names that start with it, before ``add_prefix`` is added.
+        exclude: names that contain this text are skipped.
+        overrides: whether its tensors replace tensors of other files that map to the same name.
+    """
+
+    path: Path
+    add_prefix: str = ""
+    remove_prefix: str = ""
+    exclude: str | None = None
+    overrides: bool = False
+
+    @contextmanager
+    def open(self) -> Iterator[Mapping[str, Tensor]]:
+        """Mapping of names to tensors that are read from disk on access."""
+        try:
+            if self.path.suffix == ".safetensors":
+                with safe_open(self.path, framework="pt") as opened:
+                    yield _Renamed(self._names(opened.keys()), opened.get_tensor)
+            else:
+                tensors = load_pickle(self.path)
+                yield _Renamed(self._names(tensors), tensors.__getitem__)
+        except SafetensorError as error:
+            raise ConversionError(
+                f"{self.path} is not a complete safetensors file ({error}); it may be truncated. Download it again."
+            ) from error
+
+    def header(self) -> dict[str, Tensor]:
+        """Names with tensors on device ``meta``, which have shape and type only."""
+        with self.open() as tensors:
+            return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+    def _names(self, names: Iterable[str]) -> dict[str, str]:
+        kept = (name for name in names if self.exclude is None or self.exclude not in name)
+        return {self.add_prefix + name.removeprefix(self.remove_prefix): name for name in kept}
+
+
+class _Renamed(Mapping):
+    """A lazy mapping with other names."""
+
+    def __init__(self, names: dict[str, str], get):
+        self._names, self._get = names, get
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._get(self._names[name])
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of a ``torch.save`` file with ``weights_only=True``.
+
+    Raises:
+        ConversionError: the file is truncated or contains anything but tensors.
+    """
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        with open(path, "rb") as opened:
+            zipped = opened.read(4) == b"PK\x03\x04"
+        # Files written before torch 1.6 cannot be memory-mapped; they are read completely.
+        loaded = torch.load(path, mmap=zipped, **options)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} is refused because it contains more than tensors (weights_only=True: {first_line(error)}). "
+            "A pickle can run code; obtain the weights as safetensors from a trusted source."
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ConversionError(
+            f"{path} is not a complete file of torch.save ({first_line(error)}); it may be truncated. Download it "
+            "again."
+        ) from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise ConversionError(f"{path}: expected names and tensors, found {type(loaded).__name__}.")
+    other = [str(name) for name, value in loaded.items() if not torch.is_tensor(value)]
+    if other:
+        raise ConversionError(f"{path}: expected names and tensors, found {listed(other)}.")
+    return dict(loaded)
+
+
+@dataclass
+class SourceCheckpoint:
+    """Configuration and headers of a checkpoint; no tensor has been read.
+
+    Attributes:
+        folder: folder of the checkpoint.
+        config: contents of its ``config.json``.
+        files: weight files.
+        headers: :meth:`WeightFile.header` of each file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    files: list[WeightFile]
+    headers: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All names with ``meta`` tensors."""
+        return {name: tensor for header in self.headers for name, tensor in header.items()}
+
+    def add(self, files: list[WeightFile]) -> None:
+        """Add further files, for example of a vision tower or an adapter."""
+        for file in files:
+            header = file.header()
+            repeated = set() if file.overrides else header.keys() & self.tensors.keys()
+            if repeated:
+                raise ConversionError(
+                    f"{file.path}: contains {listed(repeated)}, which another file contains as well; remove one "
+                    "of the files."
+                )
+            self.files.append(file)
+            self.headers.append(header)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Contents of ``config.json``."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{folder}: no config.json; pass the folder of a checkpoint.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{path}: invalid JSON ({error}).") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Weight files of a folder; safetensors take precedence over pickles. With an index, the files that it names."""
+    for whole, sharded in zip(WHOLE, SHARDED, strict=True):
+        if (folder / sharded).is_file():
+            named = sorted(set(json.loads((folder / sharded).read_text())["weight_map"].values()))
+            missing = [name for name in named if not (folder / name).is_file()]
+            if missing:
+                raise ConversionError(
+                    f"{folder / sharded}: names {len(named)} files, of which {listed(missing)} are missing; download "
+                    "them."
+                )
+            return [folder / name for name in named]
+        if (folder / whole).is_file():
+            return [folder / whole]
+    if (folder / "adapter_config.json").is_file():
+        raise ConversionError(
+            f"{folder}: an adapter without its model; pass the folder of the model, and this folder with adapter= "
+            "(--adapter)."
+        )
+    raise ConversionError(f"{folder}: no weight files; expected one of {', '.join(WHOLE + SHARDED)}.")
+
+
+def read_checkpoint(folder: Path) -> SourceCheckpoint:
+    """Read configuration and headers of the checkpoint in ``folder``."""
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: no such folder.")
+    source = SourceCheckpoint(folder, read_config(folder), [])
+    source.add([WeightFile(path) for path in weight_files(folder)])
+    return source
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Size in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def write_safetensors(path: Path, header: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file one tensor at a time; ``safetensors.torch.save_file`` needs all tensors in memory.
+
+    The file is written under a temporary name and renamed when it is complete on disk.
+
+    Args:
+        path: the file.
+        header: names with (meta) tensors of the expected shapes and types, in the order of ``tensors``.
+        tensors: names and values; each is written before the next one is requested.
+    """
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in header.items():
+        start, end = end, end + size_of([tensor])
+        entries[name] = {
+            "dtype": SAFETENSORS_TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    unfinished = path.with_name(path.name + ".unfinished")
+    remaining = iter(header.items())
+    with open(unfinished, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            expected_name, expected_tensor = next(remaining)
+            if (name, tensor.shape, tensor.dtype) != (expected_name, expected_tensor.shape, expected_tensor.dtype):
+                raise AssertionError(f"{name} {tuple(tensor.shape)} instead of {expected_name}")
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

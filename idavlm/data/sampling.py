@@ -1,0 +1,155 @@
+"""Sampling order: curricula over tasks, and batches of samples with similar lengths."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from torch.utils.data import Sampler
+
+from idavlm.data.dataset import RecordDataset
+from idavlm.data.schema import Sample
+from idavlm.utils import check_positive
+
+ALL_TASKS = "*"
+"""Key of :attr:`CurriculumStage.weights` for all samples, whatever their task."""
+
+
+@dataclass(frozen=True)
+class CurriculumStage:
+    """A stage of a curriculum.
+
+    Attributes:
+        steps: number of training steps.
+        weights: relative frequency of each task. For every draw, a key is chosen with its weight, then a sample of
+            this task with equal probability. The key ``"*"`` stands for all samples.
+        condition: only samples for which this function returns True are drawn; None for all.
+    """
+
+    steps: int
+    weights: Mapping[str, float]
+    condition: Callable[[Sample], bool] | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(steps=self.steps)
+        if (
+            not self.weights
+            or any(not weight >= 0 for weight in self.weights.values())
+            or not sum(self.weights.values())
+        ):
+            raise ValueError(
+                f"weights={dict(self.weights)!r} must have at least one positive weight and no negative weight."
+            )
+
+
+class CurriculumSampler(Sampler[int]):
+    """Indices of samples, drawn with replacement in the stages of a curriculum.
+
+    The order is computed once and depends only on the arguments. Every iteration returns the same order. For example,
+    150 steps on location samples only, then 700 steps with 30 % location samples and 70 % samples of any task::
+
+        stages = [CurriculumStage(150, {"location": 1.0}), CurriculumStage(700, {"location": 0.3, "*": 0.7})]
+        sampler = CurriculumSampler(dataset, stages, batch_size=16, lengths=lengths)
+        loader = DataLoader(dataset, batch_size=16, sampler=sampler, collate_fn=processor.collate)
+
+    ``transformers.Trainer`` creates its sampler itself. Pass it the indices as a subset that is read sequentially; a
+    resumed run then continues with exactly the same batches::
+
+        args = IDTrainingArguments(..., max_steps=850, train_sampling_strategy="sequential")
+        trainer = IDTrainer(..., args=args, train_dataset=Subset(dataset, sampler.indices))
+
+    Args:
+        samples: the samples, or the :class:`RecordDataset` that contains them (with or without ``encode``).
+        stages: stages in their order.
+        batch_size: samples per training step, over all processes and accumulation steps.
+        seed: seed of the draws.
+        lengths: length of every sample, in any unit; if given, the order is rearranged by :func:`group_by_length`. A
+            sample then moves by less than ``window`` batches, also across the boundary of two stages.
+        window: see :func:`group_by_length`.
+
+    Attributes:
+        indices: the order, ``batch_size`` x (steps of all stages) indices of ``samples``.
+
+    Raises:
+        ValueError: no sample has a task of ``weights`` and meets ``condition``, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample] | RecordDataset,
+        stages: Sequence[CurriculumStage],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        window: int = 8,
+    ) -> None:
+        check_positive(batch_size=batch_size, window=window)
+        if not stages:
+            raise ValueError("stages is empty; pass at least one CurriculumStage.")
+        if isinstance(samples, RecordDataset):
+            samples = [samples.sample(index) for index in range(len(samples))]
+        if lengths is not None and len(lengths) != len(samples):
+            raise ValueError(f"lengths has {len(lengths)} entries for {len(samples)} samples; pass one per sample.")
+        rng = Random(seed)
+        indices = [index for stage in stages for index in _draw(samples, stage, batch_size, rng)]
+        self.indices = indices if lengths is None else _group(indices, lengths, batch_size, window, rng)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+def group_by_length(
+    indices: Sequence[int], lengths: Sequence[int], batch_size: int, *, window: int = 8, seed: int = 0
+) -> list[int]:
+    """Rearrange an order of samples so that each batch contains samples of similar length, which reduces padding.
+
+    Every ``window`` batches are sorted by length and cut into batches, and these batches are shuffled. A sample moves
+    by less than ``window`` batches, so the stages of a curriculum are preserved up to that distance. In contrast to
+    ``train_sampling_strategy="group_by_length"`` of transformers, the lengths are given, so that no sample has to be
+    encoded in advance.
+
+    Args:
+        indices: indices of samples, in the order in which they are to be read. Repetitions are allowed.
+        lengths: length of every sample, by index. Any unit is possible: the number of images works as well as tokens.
+        batch_size: samples per batch.
+        window: number of batches that are sorted together.
+        seed: seed for shuffling the batches.
+
+    Returns:
+        The rearranged indices. If the last batch is incomplete, it remains the last.
+    """
+    check_positive(batch_size=batch_size, window=window)
+    return _group(indices, lengths, batch_size, window, Random(seed))
+
+
+def _draw(samples: Sequence[Sample], stage: CurriculumStage, batch_size: int, rng: Random) -> list[int]:
+    candidates: dict[str | None, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        if stage.condition is None or stage.condition(sample):
+            candidates[sample.task].append(index)
+            candidates[ALL_TASKS].append(index)
+    tasks = list(stage.weights)
+    for task in tasks:
+        if not candidates[task]:
+            condition = "" if stage.condition is None else " that meets the condition of the stage"
+            raise ValueError(
+                f"weights={dict(stage.weights)!r} names {task!r}, but no sample has this task{condition}; training "
+                'records name their task in "type".'
+            )
+    weights = list(stage.weights.values())
+    return [rng.choice(candidates[rng.choices(tasks, weights)[0]]) for _ in range(stage.steps * batch_size)]
+
+
+def _group(indices: Sequence[int], lengths: Sequence[int], batch_size: int, window: int, rng: Random) -> list[int]:
+    grouped: list[int] = []
+    for start in range(0, len(indices), window * batch_size):
+        by_length = sorted(indices[start : start + window * batch_size], key=lambda index: lengths[index])
+        batches = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
+        incomplete = batches.pop() if len(batches[-1]) < batch_size else []
+        rng.shuffle(batches)
+        grouped += [index for batch in [*batches, incomplete] for index in batch]
+    return grouped

@@ -1,0 +1,241 @@
+"""Compare two evaluation runs on the same items: paired bootstrap, wins and losses, an HTML page of the differences."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from idavlm.data.errors import DataError
+from idavlm.data.images import ImageStore
+from idavlm.data.schema import Sample
+from idavlm.evaluation.answers import question_text
+from idavlm.evaluation.bootstrap import RESAMPLES, Interval, resample_counts
+from idavlm.evaluation.results import EvaluationResult, Prediction, main_metric, metrics_of
+from idavlm.utils import markdown_table
+
+Pair = tuple[Prediction, Prediction]
+
+GOLD, A, B = "#1a9850", "#c0392b", "#2c6fbb"
+_SIDE = 240  # longest side of an image on the page in pixels
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #22242a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0 2rem; } th, td { padding: .25rem .7rem; text-align: right; }
+th { border-bottom: 2px solid #22242a; font-weight: 600; } td { border-bottom: 1px solid #e3e5ea; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+article { border-top: 1px solid #cfd2d9; padding: 1rem 0; } .images { display: flex; flex-wrap: wrap; gap: .6rem; }
+figure { margin: 0; } figcaption { font-size: 12px; color: #666b76; } img { display: block; border-radius: 3px; }
+.gold { color: #1a9850; } .a { color: #c0392b; } .b { color: #2c6fbb; } p { margin: .35rem 0; }
+.id { color: #666b76; font-size: 13px; } .score { font-variant-numeric: tabular-nums; font-weight: 600; }
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of runs A and B by one metric of one task.
+
+    Attributes:
+        task, metric: what is compared.
+        a, b: means over the common items.
+        difference: B minus A, with the 95 % interval of a paired bootstrap.
+        p_value: two-sided p-value of the paired bootstrap.
+        wins: number of items where B scores higher.
+        losses: number of items where A scores higher.
+        ties: number of items with equal scores.
+    """
+
+    task: str
+    metric: str
+    a: float
+    b: float
+    difference: Interval
+    p_value: float
+    wins: int
+    losses: int
+    ties: int
+
+
+def pair_predictions(a: EvaluationResult, b: EvaluationResult) -> list[Pair]:
+    """Pairs of predictions for the items that both runs have, in the order of ``a``.
+
+    Raises:
+        ValueError: the runs have no common item, or an id belongs to different items.
+    """
+    by_id = {prediction.id: prediction for prediction in b.predictions}
+    pairs = [(first, by_id[first.id]) for first in a.predictions if first.id in by_id]
+    if not pairs:
+        raise ValueError("a and b have no item in common; compare runs on the same data.")
+    for first, second in pairs:
+        if (first.task, first.answer, first.gold_box) != (second.task, second.answer, second.gold_box):
+            raise ValueError(f"item {first.id!r} differs between a and b; compare runs on the same data.")
+    return pairs
+
+
+def compare_scores(pairs: Sequence[Pair]) -> list[Comparison]:
+    """Compare every common metric of each task; with several tasks, the last row compares all main scores."""
+    tasks: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        tasks.setdefault(pair[0].task, []).append(pair)
+    rows = []
+    for task, found in tasks.items():
+        for metric in metrics_of([first.scores for first, _ in found]):
+            scores = [
+                (a.scores[metric], b.scores[metric]) for a, b in found if metric in a.scores and metric in b.scores
+            ]
+            if scores:
+                rows.append(_compare(task, metric, scores))
+    if len(tasks) > 1:
+        main = [scores for pair in pairs if (scores := main_scores(pair)) is not None]
+        rows += [_compare("all", "main scores", main)] if main else []
+    return rows
+
+
+def main_scores(pair: Pair) -> tuple[float, float] | None:
+    """Main scores of both predictions, by a metric that both have; None without one."""
+    a, b = pair
+    metric = main_metric(a.task, [metric for metric in a.scores if metric in b.scores])
+    return None if metric is None else (a.scores[metric], b.scores[metric])
+
+
+def comparison_table(rows: Sequence[Comparison], a: str, b: str) -> str:
+    """Markdown table of means, difference with interval, p-value, wins, losses and ties of ``b``."""
+    return markdown_table(*_table_cells(rows, a, b))
+
+
+def write_comparison_page(
+    path: str | Path,
+    pairs: Sequence[Pair],
+    comparisons: Sequence[Comparison],
+    *,
+    names: tuple[str, str],
+    samples: Mapping[str, Sample],
+    max_items: int = 60,
+) -> int:
+    """Write a self-contained HTML page of the items whose main scores differ most, wins and losses of B alternating.
+
+    Args:
+        path: the ``.html`` file.
+        pairs: from :func:`pair_predictions`.
+        comparisons: from :func:`compare_scores`.
+        names: names of A and B.
+        samples: id -> evaluated sample. Items without a sample or image files are shown without images.
+        max_items: maximum number of items on the page.
+
+    Returns:
+        Number of items whose main scores differ.
+    """
+    scored = [(pair, scores) for pair in pairs if (scores := main_scores(pair)) is not None]
+    differ = [(pair, scores) for pair, scores in scored if scores[0] != scores[1]]
+    wins = sorted((item for item in differ if item[1][1] > item[1][0]), key=lambda item: item[1][0] - item[1][1])
+    losses = sorted((item for item in differ if item[1][1] < item[1][0]), key=lambda item: item[1][1] - item[1][0])
+    shown = _alternate(wins, losses)[:max_items]
+    a, b = map(html.escape, names)
+    articles = "\n".join(_article(pair, scores, (a, b), samples.get(pair[0].id)) for pair, scores in shown)
+    page = (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{a} / {b}</title><style>{_STYLE}</style>\n'
+        f"<h1><span class=a>{a}</span> against <span class=b>{b}</span></h1>\n{_html_table(comparisons, names)}\n"
+        f"<p>{len(differ)} of {len(pairs)} items differ: {b} is better on {len(wins)}, worse on {len(losses)}. "
+        f"{len(shown)} of them are shown. Boxes: <span class=gold>right</span>, <span class=a>{a}</span>, "
+        f"<span class=b>{b}</span>.</p>\n{articles}\n</html>\n"
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return len(differ)
+
+
+def _article(pair: Pair, scores: tuple[float, float], names: tuple[str, str], sample: Sample | None) -> str:
+    first = pair[0]
+    question = html.escape(question_text(sample)) if sample is not None else ""
+    gold = html.escape(first.answer) or ("the green box" if first.gold_box else "")
+    answers = "".join(
+        f"<p><span class={style}>{name}</span> <span class=score>{score:.2f}</span> {html.escape(prediction.text)}</p>"
+        for style, name, score, prediction in zip("ab", names, scores, pair, strict=True)
+    )
+    return (
+        f"<article><p class=id>{html.escape(first.id)} ({html.escape(first.task)})</p>{_figures(pair, sample)}"
+        f"<p><b>{question}</b></p><p class=gold>{gold}</p>{answers}</article>"
+    )
+
+
+def _figures(pair: Pair, sample: Sample | None) -> str:
+    if sample is None or sample.image_root is None:
+        return ""
+    store, figures = ImageStore(sample.image_root), []
+    shown = [(identity.name, image) for identity in sample.identities for image in identity.images]
+    several = len(sample.message_images) > 1
+    shown += [(str(place) if several else "", path) for place, path in enumerate(sample.message_images, 1)]
+    for number, (caption, path) in enumerate(shown, 1):
+        try:
+            image = store.open(path)
+        except DataError:
+            figures.append(f"<figure><figcaption>{html.escape(path)} is missing</figcaption></figure>")
+            continue
+        boxes = []
+        if number == len(shown):
+            found = [(pair[0].gold_box, GOLD), (pair[0].box, A), (pair[1].box, B)]
+            boxes = [(box, colour) for box, colour in found if box is not None]
+        figures.append(f"<figure>{_image(image, boxes)}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return f"<div class=images>{''.join(figures)}</div>"
+
+
+def _image(image: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> str:
+    scale = min(1.0, _SIDE / max(image.size))
+    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(small)
+    for box, colour in boxes:
+        draw.rectangle([edge * scale for edge in box], outline=colour, width=3)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" width={small.width} height={small.height} src="data:image/jpeg;base64,{data}">'
+
+
+def _html_table(rows: Sequence[Comparison], names: tuple[str, str]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+
+    header, cells = _table_cells(rows, *names)
+    return f"<table>{line('th', header)}{''.join(line('td', row) for row in cells)}</table>"
+
+
+def _alternate(first: list, second: list) -> list:
+    """Elements of both lists in turn, then the rest of the longer one."""
+    turns = [element for pair in zip(first, second, strict=False) for element in pair]
+    return turns + first[len(second) :] + second[len(first) :]
+
+
+def _table_cells(rows: Sequence[Comparison], a: str, b: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison table."""
+    header = ["task", "metric", "n", a, b, "difference", "p", f"{b} wins", "loses", "ties"]
+    cells = []
+    for row in rows:
+        difference = f"{row.difference.mean:+.3f} [{row.difference.low:+.3f}, {row.difference.high:+.3f}]"
+        p_value = f"{row.p_value:.3f}" if row.p_value >= 0.001 else "< 0.001"
+        cells.append([row.task, row.metric, str(row.difference.n), f"{row.a:.3f}", f"{row.b:.3f}", difference, p_value])
+        cells[-1] += [str(row.wins), str(row.losses), str(row.ties)]
+    return header, cells
+
+
+def _compare(task: str, metric: str, scores: Sequence[tuple[float, float]]) -> Comparison:
+    a, b = np.asarray(scores, np.float64).T
+    differences = b - a
+    means = resample_counts(len(differences), RESAMPLES, 0) @ differences / len(differences)
+    low, high = np.percentile(means, [2.5, 97.5])
+    tail = min((means <= 0).mean(), (means >= 0).mean())
+    return Comparison(
+        task=task,
+        metric=metric,
+        a=float(a.mean()),
+        b=float(b.mean()),
+        difference=Interval(float(differences.mean()), float(low), float(high), len(differences)),
+        p_value=float(min(1.0, max(2 * tail, 1 / RESAMPLES))),
+        wins=int((differences > 0).sum()),
+        losses=int((differences < 0).sum()),
+        ties=int((differences == 0).sum()),
+    )

@@ -1,0 +1,186 @@
+"""A run of ``idavlm eval``: generate answers, score them and write the report of a task to one folder."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from idavlm.evaluation.answers import Answer, load_answers
+from idavlm.evaluation.baselines import check_wrong_references
+from idavlm.evaluation.bootstrap import RESAMPLES
+from idavlm.evaluation.generation import generate_answers
+from idavlm.evaluation.report import interval_summary, interval_table
+from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.evaluation.scoring import ParseBox
+from idavlm.evaluation.tasks.base import EvaluationTask, Item
+from idavlm.evaluation.tasks.image_files import with_images
+from idavlm.utils import describe_machine
+
+VARIANT_FOLDERS = {"right": "", "none": "no-references", "wrong": "wrong-references"}
+VARIANT_NAMES = {"right": "right references", "none": "no references", "wrong": "wrong references"}
+
+Judge = Callable[[Sequence[Item], EvaluationResult], EvaluationResult]
+"""Adds scores to a result, for example ``partial(judge_answers, client, tasks=...)``."""
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """A task, its data and the output folder.
+
+    Attributes:
+        task: a task of :data:`idavlm.evaluation.tasks.TASKS`.
+        data: file or folder of the data.
+        out: folder for ``predictions.jsonl``, ``scores.json``, ``report.md``.
+        images: folder that image paths are relative to; None for the default of the task.
+        missing: what to do about missing image files: ``"fail"``, or ``"skip"`` the items that need them.
+    """
+
+    task: EvaluationTask
+    data: Path
+    out: Path
+    images: Path | None = None
+    missing: str = "fail"
+
+    def load_items(self, *, need_images: bool = True) -> list[Item]:
+        """Load the items of the task.
+
+        Args:
+            need_images: whether to check the image files. Items without them are an error or left out, according to
+                ``missing``; the missing files are printed.
+        """
+        items = self.task.load(self.data, self.images)
+        if need_images:
+            items, absent = with_images(items, self.missing)
+            if absent:
+                listed = "\n  ".join(absent)
+                print(f"{len(absent)} image files are missing, {len(items)} items are left:\n  {listed}")
+        return items
+
+    def check_baselines(self, items: Sequence[Item]) -> None:
+        """Check that the baselines without references and with wrong references can be computed.
+
+        Raises:
+            ValueError: no item has references, or there are too few identities for wrong references.
+        """
+        if not any(item.sample.identities for item in items):
+            raise ValueError(f"{self.data}: no item introduces an identity by references, so there are no baselines.")
+        check_wrong_references([item.sample for item in items], identity_key=self.task.identity_key)
+
+    def generate(
+        self,
+        items: Sequence[Item],
+        model,
+        processor,
+        *,
+        name: str,
+        references: str = "right",
+        batch_size: int = 16,
+        max_new_tokens: int | None = None,
+    ) -> list[Answer]:
+        """Generate the answers of a model; an interrupted run is resumed."""
+        answers = generate_answers(
+            model,
+            processor,
+            [item.sample for item in items],
+            path=self.folder(references) / "predictions.jsonl",
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens or self.task.max_new_tokens,
+            references=references,
+            write_choices=self.task.write_choices,
+            identity_key=self.task.identity_key,
+            settings={"task": self.task.name, "data": str(self.data), "model": name},
+            progress=True,
+        )
+        if self.task.write is not None:
+            self.task.write(self.folder(references) / "answers.jsonl", items, answers, name)
+        return answers
+
+    def folder(self, references: str = "right") -> Path:
+        """Output folder for a choice of references."""
+        return self.out / VARIANT_FOLDERS[references]
+
+    def score(
+        self,
+        items: Sequence[Item],
+        answers: Sequence[Answer],
+        parse_box: ParseBox | None,
+        *,
+        references: str = "right",
+        judge: Judge | None = None,
+        **facts: object,
+    ) -> EvaluationResult:
+        """Score answers and write ``scores.json``: tables with intervals, ``facts`` and all predictions."""
+        result = self.task.score(items, answers, parse_box)
+        if judge is not None:
+            result = judge(items, result)
+        tables = {name: interval_summary(result, self._label(items, name)) for name in self._tables(items)}
+        facts = {"task": self.task.name, "data": str(self.data), "images": str(self.images or ""), **facts}
+        result.save(self.folder(references) / "scores.json", **facts, references=references, tables=tables)
+        return result
+
+    def report(
+        self, items: Sequence[Item], results: dict[str, EvaluationResult], *, model: str, **facts: object
+    ) -> Path:
+        """Write ``report.md`` with the tables of the task; each choice of references is a column.
+
+        Args:
+            items: the evaluated items.
+            results: choice of references (``"right"``, ``"none"``, ``"wrong"``) -> result.
+            model: the evaluated model or file of predictions, for the title.
+            facts: lines below the title.
+        """
+        columns = {VARIANT_NAMES[references]: result for references, result in results.items()}
+        lines = {"task": self.task.description, "data": f"`{self.data}`", **facts, "machine": describe_machine()}
+        count = f"{len(items)} item{'s' if len(items) != 1 else ''}"
+        parts = [f"# {model} on {self.task.name} ({self.data.name}): {count}"]
+        parts += ["  \n".join(f"{name}: {value}" for name, value in lines.items() if value)]
+        for name in self._tables(items):
+            parts += [f"## By {name}", interval_table(columns, self._label(items, name), first=name)]
+        if len(self._tables(items)) > 1:
+            parts += ["## By " + " and ".join(self._tables(items))]
+            parts += [interval_table(columns, self._label_of_all(items), first=" / ".join(self._tables(items)))]
+        if self.task.summary is not None:
+            for references, result in results.items():
+                text = self.task.summary(items, result)
+                parts += [text if len(results) == 1 else f"{text}\n\n({VARIANT_NAMES[references]})"] if text else []
+        parts.append(
+            f"Means with 95 % bootstrap intervals over the items ({RESAMPLES} resamples). Answers that cannot be "
+            "parsed score 0. Chance: a random candidate; for boxes, a random annotated box of the image."
+        )
+        path = self.out / "report.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        return path
+
+    @staticmethod
+    def _tables(items: Sequence[Item]) -> list[str]:
+        return list(dict.fromkeys(name for item in items for name in item.groups))
+
+    @staticmethod
+    def _label(items: Sequence[Item], table: str) -> Callable[[Prediction], str]:
+        groups = {item.sample.id: item.groups.get(table, "") for item in items}
+        return lambda prediction: groups[prediction.id]
+
+    @staticmethod
+    def _label_of_all(items: Sequence[Item]) -> Callable[[Prediction], str]:
+        groups = {item.sample.id: " / ".join(item.groups.values()) for item in items}
+        return lambda prediction: groups[prediction.id]
+
+
+def load_predictions(path: Path, items: Sequence[Item], missing: str) -> tuple[list[Item], list[Answer]]:
+    """Items and their answers from a file; with ``missing="skip"`` items without an answer are left out."""
+    if missing == "skip":
+        answered = {answer.id for answer in load_answers(path)}
+        items = [item for item in items if item.sample.id in answered]
+    return list(items), load_answers(path, [item.sample for item in items])
+
+
+def load_scores(path: str | Path) -> tuple[EvaluationResult, dict]:
+    """Load ``scores.json`` of a folder (or the file itself): the result, and the facts stored with it."""
+    path = Path(path)
+    path = path / "scores.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; pass a folder that idavlm eval wrote.")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    facts = {key: value for key, value in content.items() if key not in ("predictions", "summary", "seconds")}
+    return EvaluationResult.load(path), facts

@@ -1,0 +1,42 @@
+"""The preprocessing kernel of the backward pass. Both gradient kernels use its result."""
+
+import triton
+import triton.language as tl
+
+from idavlm.ops.cross_attention.triton.device_functions import load_rows, row_mask, row_pointers
+
+
+@triton.jit
+def bwd_delta(
+    out,
+    grad_out,
+    sums,
+    grad_sums,
+    delta,
+    num_heads,
+    num_rows,
+    num_groups,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Compute ``delta``, the mean of each query's weight gradients under its weights.
+
+    It equals ``sum(out * grad_out)`` plus ``sum(sums * grad_sums)``, so the weights themselves are not needed.
+    """
+    head = tl.program_id(1)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_Q
+    rows = tl.arange(0, BLOCK_Q)
+    left = num_rows - first
+    base = (first * num_heads + head) * HEAD_DIM
+    outputs = load_rows(out + base, rows, left, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D).to(tl.float32)
+    grads = load_rows(grad_out + base, rows, left, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D).to(tl.float32)
+    mean = tl.sum(outputs * grads, 1)
+    if GROUPS:
+        base = (first * num_heads + head) * num_groups
+        mask = row_mask(rows, left, GROUPS, GROUPS) & (tl.arange(0, GROUPS)[None, :] < num_groups)
+        shares = tl.load(row_pointers(sums + base, rows, num_heads * num_groups, GROUPS), mask=mask, other=0.0)
+        grads = tl.load(row_pointers(grad_sums + base, rows, num_heads * num_groups, GROUPS), mask=mask, other=0.0)
+        mean += tl.sum(shares * grads, 1)
+    tl.store(delta + head.to(tl.int64) * num_rows + first + rows, mean, mask=rows < left)

@@ -1,0 +1,83 @@
+"""The modules that training arguments name, and optimizer groups with a learning rate per module."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+MODULES = ("vision_tower", "connector", "id_former", "inner_adaptor", "image_index_embedding", "language_model")
+"""Names of the modules that can be frozen or trained with a learning rate of their own."""
+
+
+def module_of(parameter_name: str) -> str | None:
+    """The module of :data:`MODULES` that a parameter belongs to, None if it belongs to none of them.
+
+    A parameter belongs to the innermost of these modules. All parameters of inner adaptors belong to
+    ``inner_adaptor``, including those of the modules that a workflow copies (``modules_to_copy``), such as
+    ``inner_adaptor.multimodal.connector.weight``.
+
+    Args:
+        parameter_name: name of the parameter in ``model.named_parameters()``.
+    """
+    path = parameter_name.split(".")
+    if "inner_adaptor" in path:
+        return "inner_adaptor"
+    return next((part for part in reversed(path) if part in MODULES), None)
+
+
+def require_module(model: nn.Module, argument: str, module: str) -> None:
+    """Check that ``model`` has parameters that belong to ``module``.
+
+    Args:
+        model: the model.
+        argument: the argument that names the module, for the error message.
+        module: one of :data:`MODULES`.
+
+    Raises:
+        ValueError: the model has no such parameters.
+    """
+    present = {module_of(name) for name, _ in model.named_parameters()}
+    if module not in present:
+        choices = ", ".join(repr(name) for name in MODULES if name in present) or "none of these modules"
+        raise ValueError(f"{argument} names {module!r}, which {type(model).__name__} does not have; it has {choices}.")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    module_learning_rates: Mapping[str, float] | None = None,
+    weight_decay: float = 0.0,
+    decayed: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Optimizer groups of all trainable parameters, one per learning rate and weight decay.
+
+    The order of groups and parameters depends on the model and the arguments only, because a checkpoint stores
+    the state of an optimizer by position.
+
+    Args:
+        model: the model.
+        learning_rate: learning rate of modules without one of their own.
+        module_learning_rates: learning rates by module name, see :data:`MODULES`.
+        weight_decay: weight decay of the parameters in ``decayed``; it is 0 for all others.
+        decayed: names of the parameters with weight decay.
+
+    Returns:
+        Groups with ``params``, ``lr`` and ``weight_decay``.
+
+    Raises:
+        ValueError: ``module_learning_rates`` names a module that the model does not have.
+    """
+    module_learning_rates = module_learning_rates or {}
+    for module in module_learning_rates:
+        require_module(model, "module_learning_rates", module)
+    decayed = set(decayed)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = module_learning_rates.get(module_of(name), learning_rate)
+            groups.setdefault((rate, name in decayed), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        for (rate, decays), parameters in groups.items()
+    ]
