@@ -22,27 +22,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    set_seed,
-)
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments, RecordDataset
 from idavlm.data import chat_templates
 from idavlm.datasets import build_characters, build_faces, build_wesnoth
 from idavlm.evaluation import evaluate, load_checkpoint, score_table
-from idavlm.experimental.small_models import (
-    NUM_BOX_BINS,
-    record_texts,
-    small_image_processor,
-    small_language_model,
-    small_tokenizer,
-    small_vision_tower,
-)
+from idavlm.experimental import small_models
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 
@@ -65,10 +51,10 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.checkpoint and (self.vision_tower or self.language_model):
-            raise ValueError("checkpoint is a whole model; leave out vision_tower and language_model.")
         if isinstance(self.model_options, str):
             self.model_options = json.loads(self.model_options)
+        if self.checkpoint and (self.vision_tower or self.language_model):
+            raise ValueError("checkpoint is a whole model; leave out vision_tower and language_model.")
 
 
 @dataclass
@@ -125,17 +111,17 @@ def build_model(args: ModelArguments, data: Path) -> tuple[IDAVLMForConditionalG
             language_model.resize_token_embeddings(len(tokenizer))
         box_format = "thousand"
     else:
-        tokenizer = small_tokenizer(record_texts(RecordDataset(data / "train.jsonl")))
-        language_model = small_language_model(tokenizer)
-        box_format = f"bins{NUM_BOX_BINS}"
+        tokenizer = small_models.small_tokenizer(small_models.record_texts(RecordDataset(data / "train.jsonl")))
+        language_model = small_models.small_language_model(tokenizer)
+        box_format = f"bins{small_models.NUM_BOX_BINS}"
 
     # The vision tower and its image processor
     if args.vision_tower:
-        vision_tower = AutoModel.from_pretrained(args.vision_tower)
+        vision_tower = args.vision_tower
         image_processor = AutoImageProcessor.from_pretrained(args.vision_tower)
     else:
-        vision_tower = small_vision_tower()
-        image_processor = small_image_processor(64)
+        vision_tower = small_models.small_vision_tower()
+        image_processor = small_models.small_image_processor(64)
 
     chat_template = getattr(chat_templates, args.chat_template) if args.chat_template else None
     processor = IDAVLMProcessor(image_processor, tokenizer, chat_template=chat_template, box_format=box_format)

@@ -51,7 +51,7 @@ BATCH_SIZE = 16
 IMAGE_SIZE = 64
 HIDDEN_SIZE = 128
 NUM_QUERIES = 16
-IMAGE_TOKEN_SCALE = 0.3  # see initialise_image_tokens
+TOKEN_SCALE = 0.3  # see initialise_image_tokens
 
 # Columns of the report: the model, and the references that it receives.
 COLUMNS = {
@@ -207,7 +207,7 @@ def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resum
     # Muon trains a new language model in fewer steps than AdamW. AdamW moves every parameter by about its learning
     # rate, so the image index embedding, which has small values, gets a smaller one.
     learning_rate = 6e-3
-    module_learning_rates = {"image_index_embedding": IMAGE_TOKEN_SCALE * learning_rate}
+    module_learning_rates = {"image_index_embedding": TOKEN_SCALE * learning_rate}
     if variant == "with-id-former":
         freeze = ["vision_tower", "id_former"]
         teacher_forcing_steps = steps // 3
@@ -300,7 +300,7 @@ def load(folder: Path, name: str, **options) -> tuple[IDAVLMForConditionalGenera
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def initialise_image_tokens(model: IDAVLMForConditionalGeneration, scale: float = IMAGE_TOKEN_SCALE) -> None:
+def initialise_image_tokens(model: IDAVLMForConditionalGeneration, scale: float = TOKEN_SCALE) -> None:
     """Scale down the initial image tokens.
 
     The token embeddings of a new language model have a standard deviation of 0.02. Image tokens with unit variance

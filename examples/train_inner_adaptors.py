@@ -269,9 +269,9 @@ def tune(args: ExampleArguments, data: Path, folder: Path, seed: int, variant: s
     }
     predictions = []
     for workflow, samples in questions.items():
-        with use_workflow(model, workflow), torch.autocast(model.device.type, torch.bfloat16):
+        with workflow_context(model, workflow), torch.autocast(model.device.type, torch.bfloat16):
             predictions += evaluate(model, processor, samples, batch_size=8, max_new_tokens=16).predictions
-    with use_workflow(model, "text"):
+    with workflow_context(model, "text"):
         perplexity = text_perplexity(model.language_model, processor.tokenizer, num_windows=args.perplexity_windows)
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     facts = {
@@ -336,12 +336,12 @@ def build_model(language_model, processor: IDAVLMProcessor, num_queries: int) ->
     resampler = model.id_former.resampler
     with torch.no_grad():
         resampler.token_norm.weight.fill_(0.1)
-        resampler.output_norm.weight.fill_(image_token_scale(model))
+        resampler.output_norm.weight.fill_(initial_token_scale(model))
         model.image_index_embedding.weight.copy_(IMAGE_INDEX_SCALE * embeddings[number_ids])
     return model
 
 
-def image_token_scale(model: IDAVLMForConditionalGeneration) -> float:
+def initial_token_scale(model: IDAVLMForConditionalGeneration) -> float:
     return CONTENT_SCALE * model.get_input_embeddings().weight.std().item()
 
 
@@ -350,7 +350,7 @@ def image_index_learning_rate(model: IDAVLMForConditionalGeneration, learning_ra
 
     AdamW moves every parameter by about its learning rate, so embeddings with small values get a smaller one.
     """
-    return {"image_index_embedding": image_token_scale(model) * learning_rate}
+    return {"image_index_embedding": initial_token_scale(model) * learning_rate}
 
 
 def add_lora(model: IDAVLMForConditionalGeneration, num_parameters: int) -> None:
@@ -429,7 +429,7 @@ def mix_batches(first: list[int], second: list[int], batch_size: int, rng: Rando
     return [next(orders[turn]) for turn in turns for _ in range(batch_size)]
 
 
-def use_workflow(model: IDAVLMForConditionalGeneration, workflow: str):
+def workflow_context(model: IDAVLMForConditionalGeneration, workflow: str):
     """A context manager that selects the workflow of a model with inner adaptors, and does nothing for other models."""
     return model.workflow(workflow) if model.config.inner_adaptors else nullcontext()
 

@@ -91,13 +91,77 @@ def test_peak_memory_counts_tensors_that_exist_at_the_same_time():
     assert measure.peak_megabytes(two_then_one, torch.device("cpu")) == pytest.approx(3, abs=0.01)
 
 
-def test_find_identities_writes_its_picture(monkeypatch, capsys, tmp_path):
-    arguments = ["program", "--steps", "3", "--seeds", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(ROOT / "examples" / "find_identities.py"), run_name="__main__")
-    assert "right photos" in capsys.readouterr().out
-    with Image.open(tmp_path / "found.png") as picture:
-        assert picture.size == (1080, 864)
+def run_example(monkeypatch, capsys, name: str, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_find_identities_draws_its_examples(monkeypatch, capsys, tmp_path):
+    out = run_example(monkeypatch, capsys, "find_identities.py", "--steps", 3, "--seeds", 1, "--out", tmp_path)
+    assert "right references" in out
+    with Image.open(tmp_path / "found.png") as image:
+        assert image.size == (1080, 864)
+
+
+def test_a_model_is_trained_and_asked_and_fine_tuned(monkeypatch, capsys, tmp_path):
+    """make demo on a folder of records, then the two examples that continue from its checkpoint."""
+    records = {"num_train_records": 60, "num_test_records": 4, "num_general_records": 8}
+    sizes = {"num_train": 8, "num_test": 10, "num_train_scenes": 12, "num_test_scenes": 8, "num_general": 4}
+    data = build_characters(tmp_path / "people", **sizes, **records)
+    arguments = ["--data", data, "--steps", 2, 4, "--out", tmp_path / "demo"]
+    out = run_example(monkeypatch, capsys, "train_idformer.py", *arguments)
+    assert "| with ID-Former | no references | wrong references | without ID-Former |" in out
+    report = (tmp_path / "demo" / "people" / "report.md").read_text()
+    assert "held-out identities of people" in report.splitlines()[0]
+    assert "1 seed" in report.splitlines()[0]
+    folder = tmp_path / "demo" / "people" / "seed-0"
+    trained = (folder / "with-id-former" / "model.safetensors").read_bytes()
+    pretrained = (folder / "identity-pretraining" / "model.safetensors").stat()
+    run_example(monkeypatch, capsys, "train_idformer.py", *arguments, "--resume")
+    assert (folder / "identity-pretraining" / "model.safetensors").stat() == pretrained, "it is not trained again"
+    assert (folder / "with-id-former" / "model.safetensors").read_bytes() == trained
+
+    model = folder / "with-id-former"
+    arguments = ["--model", model, "--data", data / "test.jsonl", "--out", tmp_path / "default.png"]
+    out = run_example(monkeypatch, capsys, "quickstart.py", *arguments)
+    assert out.startswith("Where is ")
+    monkeypatch.chdir(data / "images" / "test")
+    arguments = ["--identity", "Kate", "photos/0000-0.jpg", "--identity", "Tom", "photos/0001-0.jpg"]
+    arguments += ["--scene", "scenes/0000.jpg", "--model", model, "--out", tmp_path / "own.png"]
+    assert run_example(monkeypatch, capsys, "quickstart.py", *arguments).startswith("Where is Kate?\n")
+    for name in ("default.png", "own.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (512, 512)
+
+    settings = {"checkpoint": model, "data": data, "output_dir": tmp_path / "tuned", "max_steps": 1}
+    settings |= {"per_device_train_batch_size": 2, "report_to": "none", "freeze": "[language_model]"}
+    settings |= {"max_test_records": 2, "max_new_tokens": 4, "module_learning_rates": "{vision_tower: 1.0e-5}"}
+    (tmp_path / "config.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    out = run_example(monkeypatch, capsys, "finetune.py", tmp_path / "config.yaml")
+    assert "| task | metric | records | tuned | chance |" in out
+    assert (tmp_path / "tuned" / "processor_config.json").exists()
+    assert json.loads((tmp_path / "tuned" / "scores.json").read_text())["predictions"]
+
+
+def test_a_model_is_fine_tuned_from_parts(monkeypatch, capsys, tmp_path):
+    data = small_models.draw_images(tmp_path / "images", small_models.IMAGES).parent
+    records = [small_models.record(number) for number in range(4)]
+    (data / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["--data", data, "--output_dir", tmp_path / "model", "--max_steps", 1, "--save_strategy", "no"]
+    arguments += ["--per_device_train_batch_size", 2, "--report_to", "none"]
+    arguments += ["--model_options", '{"num_queries": 4, "num_heads": 2, "gate": "none", "null_token": true}']
+    run_example(monkeypatch, capsys, "finetune.py", *arguments)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["connector_config"]["gate"] == "none"
+    assert json.loads((tmp_path / "model" / "processor_config.json").read_text())["image_seq_length"] == 4
+
+
+def test_wrong_references_are_checked_before_the_training(monkeypatch, capsys, tmp_path):
+    small_models.draw_images(tmp_path / "images", small_models.IMAGES)
+    (tmp_path / "test.jsonl").write_text(json.dumps(small_models.record(answer=False)) + "\n")
+    with pytest.raises(ValueError, match="wrong references"):
+        run_example(monkeypatch, capsys, "train_idformer.py", "--data", tmp_path, "--out", tmp_path / "demo")
 
 
 def test_generation_benchmark(monkeypatch, capsys, tmp_path):
@@ -136,10 +200,9 @@ def test_inner_adaptor_benchmark(monkeypatch, capsys):
 
 
 def test_inner_adaptors_are_trained_by_stages(monkeypatch, capsys, tmp_path):
-    arguments = ["program", "--tiny", "--steps", "1", "1", "1", "1", "--batch-size", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(ROOT / "examples" / "train_inner_adaptors.py"), run_name="__main__")
-    settings = dict(re.findall(r"\| `perplexity of (\w+)` \| \[(.*)\] \|", capsys.readouterr().out))
+    arguments = ["--tiny", "--steps", 2, 2, 2, 2, "--batch_size", 2, "--out", tmp_path]
+    out = run_example(monkeypatch, capsys, "train_inner_adaptors.py", *arguments)
+    settings = dict(re.findall(r"\| `perplexity of (\w+)` \| \[(.*)\] \|", out))
     assert settings["base"] == settings["adaptors"] == settings["projector"], "to the last bit"
     assert settings["base"] != settings["LoRA"]
 
