@@ -18,11 +18,13 @@ The report is written to runs/train_idformer/<data>/report.md. examples/quicksta
 """
 
 import functools
+import json
 import multiprocessing
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -99,7 +101,9 @@ def main(args: DemoArguments) -> None:
     # --- Identity pretraining, one seed after the other ---
     seed_folders = [out / f"seed-{seed}" for seed in range(args.seeds)]
     for seed, folder in enumerate(seed_folders):
-        if not (args.resume and (folder / "identity-pretraining" / "config.json").exists()):
+        if not args.resume:
+            shutil.rmtree(folder, ignore_errors=True)  # results of an earlier run
+        if not (folder / "identity-pretraining" / "config.json").exists():
             pretrain_identities(data, folder, seed=seed, steps=pretraining_steps)
 
     # --- Instruction tuning and evaluation, in two processes that share the processor cores ---
@@ -109,19 +113,19 @@ def main(args: DemoArguments) -> None:
         initializer=torch.set_num_threads,
         initargs=(max(1, torch.get_num_threads() // 2),),
     ) as pool:
-        runs = {
+        trainings = {
             variant: [
                 pool.submit(tune, variant, data, folder, seed=seed, steps=tuning_steps, resume=args.resume)
                 for seed, folder in enumerate(seed_folders)
             ]
             for variant in ("with-id-former", "without-id-former")
         }
-        logs = {variant: [run.result() for run in variant_runs] for variant, variant_runs in runs.items()}
-        runs = {
+        logs = {variant: [training.result() for training in seeds] for variant, seeds in trainings.items()}
+        evaluations = {
             column: [pool.submit(answer, variant, data, folder, references=references) for folder in seed_folders]
             for column, (variant, references) in COLUMNS.items()
         }
-        results = {column: [run.result() for run in column_runs] for column, column_runs in runs.items()}
+        results = {column: [evaluation.result() for evaluation in seeds] for column, seeds in evaluations.items()}
 
     # --- Report ---
     model, processor = load(seed_folders[0], "with-id-former")
@@ -132,7 +136,13 @@ def main(args: DemoArguments) -> None:
         data=f"held-out identities of {out.name}",
         logs=logs,
         examples=pick_examples(model, processor, test, results["with ID-Former"][0]),
-        settings=asdict(args) | {"steps": [pretraining_steps, tuning_steps], "parameters": model.num_parameters()},
+        settings={
+            "seeds": list(range(args.seeds)),
+            "steps of identity pretraining": pretraining_steps,
+            "steps of instruction tuning": tuning_steps,
+            "batch size": BATCH_SIZE,
+            "parameters": model.num_parameters(),
+        },
         command=" ".join(["python", *sys.argv]),
         seconds=time.time() - start,
     )
@@ -194,13 +204,15 @@ def pretrain_identities(data: Path, folder: Path, *, seed: int, steps: int) -> N
     trainer.train()
 
     ImageFeatures.write(folder / "features", model, processor, [*train, *general, *test])
-    trainer.save_model()  # last: --resume takes a saved model for a finished stage
+    trainer.save_model()  # last, because --resume skips the stage if its model is saved
 
 
 def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resume: bool) -> list[dict[str, float]]:
     """Train a language model to read the features of the pretrained vision tower. Returns the log of the training."""
-    set_seed(seed)
     out = folder / variant
+    if resume and (out / "trainer_state.json").exists():  # saved at the end of the training
+        return json.loads((out / "trainer_state.json").read_text())["log_history"]
+    set_seed(seed)
     # The contrastive loss is expensive, and the ID-Former is frozen from here on.
     model, processor = load(folder, "identity-pretraining", contrastive_loss_weight=0.0)
 
@@ -282,6 +294,7 @@ def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resum
     )
     trainer.train(resume_from_checkpoint=resume and any(out.glob("checkpoint-*")))
     trainer.save_model()
+    trainer.save_state()
     return trainer.state.log_history
 
 

@@ -210,7 +210,7 @@ def align(args: ExampleArguments, data: Path, folder: Path, seed: int) -> None:
         bf16=True,
     )
     processor.save_pretrained(out)
-    model.save_pretrained(out)  # last: --resume takes a saved model for a finished stage
+    model.save_pretrained(out)  # last, because --resume skips the stage if its model is saved
 
 
 def tune(args: ExampleArguments, data: Path, folder: Path, seed: int, variant: str) -> None:
