@@ -58,7 +58,7 @@ gpu:
 	$(foreach width,$(WIDTHS),$(PYTHON) -m benchmarks.tune_attention --head-dim $(width) --dtype bfloat16 &&) true
 	$(PYTHON) -m benchmarks.cross_attention --device cuda --dtype bfloat16
 	$(PYTHON) -m benchmarks.loss_curves --bf16
-	compute-sanitizer $(PYTHON) -m pytest tests/test_triton_attention.py -k widths
+	compute-sanitizer $(PYTHON) -m pytest tests/test_triton_attention.py -k head_dims
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest

@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from idavlm.data import Identity, Message, Part, RecordDataset, Sample
-from idavlm.evaluation import identity_maps
-from idavlm.evaluation.generation import generate_texts
+from idavlm.evaluation import generate_texts, identity_maps
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="runs/train_idformer/characters/seed-0/with-id-former")

@@ -81,9 +81,8 @@ def restate(
         side, rows = int(len(shares) ** 0.5), int(len(position) ** 0.5)
         edges = [(math.floor(i * side / rows), math.ceil((i + 1) * side / rows)) for i in range(rows)]
         grid = shares[:, :-1].view(side, side, -1)
-        rows = [
-            grid[top:bottom, left:right].mean((0, 1)) @ embeddings for top, bottom in edges for left, right in edges
-        ]
+        cells = [grid[top:bottom, left:right].mean((0, 1)) for top, bottom in edges for left, right in edges]
+        return torch.stack(cells) @ embeddings
 
     patches = [norm("resampler.input_norm", x @ weights["resampler.input_proj.weight"].T) for x in features]
     tokens, maps = [], [[] for _ in id_former.identity_layers]

@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm._compat import auto_image_processor
 from idavlm.conversion import ConversionError, convert
 from idavlm.data import chat_templates
 from tests.released import released, tiny_tokenizer
@@ -108,7 +108,7 @@ FOR_PARTS += "{% endfor %}{% endfor %}"
 def test_what_transformers_processor_saves_is_read(folders, tmp_path):
     """All settings are in ``processor_config.json``; the template supports lists of parts and would drop text."""
     base = shutil.copytree(folders / "base", tmp_path / "base")
-    image_processor = AutoImageProcessor.from_pretrained(base)
+    image_processor = auto_image_processor().from_pretrained(base)
     (base / "preprocessor_config.json").unlink()
     made = tokenizer()
     made.chat_template = None

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig
 
-from idavlm._compat import pil_image_processor
+from idavlm._compat import auto_image_processor, pil_image_processor
 from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint, WeightFile, first_line, weight_files
 from idavlm.conversion.key_mapping import KeyMap, Rule
 from idavlm.models.configuration import IDAVLMConfig
@@ -212,7 +212,7 @@ def read_image_processor(*folders: Path):
     """Load the image processor from the first folder that has one."""
     for folder in folders:
         if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
-            return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return auto_image_processor().from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     raise ConversionError(f"{folders[-1]}: no preprocessor_config.json; download that of the vision tower.")
 
 

@@ -7,7 +7,7 @@ from idavlm.evaluation.bootstrap import Interval, bootstrap_mean
 from idavlm.evaluation.checkpoint import load_checkpoint
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet, identity_maps, make_example, pick_examples
 from idavlm.evaluation.evaluator import evaluate
-from idavlm.evaluation.generation import generate_answers
+from idavlm.evaluation.generation import generate_answers, generate_texts
 from idavlm.evaluation.perplexity import text_perplexity
 from idavlm.evaluation.plots import plot_bars, plot_curves
 from idavlm.evaluation.report import interval_summary, interval_table, score_table, write_report
@@ -36,6 +36,7 @@ __all__ = [
     "draw_contact_sheet",
     "evaluate",
     "generate_answers",
+    "generate_texts",
     "identity_maps",
     "interval_summary",
     "interval_table",

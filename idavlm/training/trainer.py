@@ -135,7 +135,7 @@ class IDTrainer(Trainer):
     def create_optimizer(self, model=None):
         """The optimizer of ``args.optim``, with one parameter group per learning rate and weight decay."""
         if self.optimizer is not None or not self.args.module_learning_rates:
-            return super().create_optimizer() if model is None else super().create_optimizer(model)
+            return super().create_optimizer(model)
         trained_model = self.model if model is None else model
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained_model)
         if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & options.keys():

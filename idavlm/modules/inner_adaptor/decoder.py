@@ -1,10 +1,10 @@
 """What inner adaptors need of a transformers decoder: its parts, and layers of its cache."""
 
-import inspect
 from dataclasses import dataclass
 
 from torch import nn
 
+from idavlm._compat import empty_cache_layer_like
 from idavlm.utils import outside_compile
 
 # The workflow in which no adaptor runs.
@@ -108,23 +108,4 @@ def ensure_cache_layer(cache, base_index: int, cache_index: int, workflow: str) 
 def _add_layers(cache, base_index: int, cache_index: int, workflow: str) -> None:
     cache.filled_by_workflow = workflow  # a cache that the decoder created itself did not pass through enter_cache
     while len(cache.layers) <= cache_index:
-        cache.layers.append(_empty_like(cache.layers[base_index]))
-
-
-def _empty_like(layer):
-    """An empty cache layer of the same class and sizes."""
-    sizes = {}
-    for name, parameter in inspect.signature(type(layer).__init__).parameters.items():
-        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if hasattr(layer, name):
-            sizes[name] = getattr(layer, name)
-        elif name == "sliding_window":  # static layers store min(window, length) as max_cache_len
-            sizes[name] = layer.max_cache_len
-        elif parameter.default is parameter.empty:
-            raise ValueError(
-                f"cache has layers of class {type(layer).__name__}, whose argument {name!r} cannot be read from the "
-                "layer; inner adaptors support the dynamic, static, sliding-window and quantised layers of "
-                "transformers."
-            )
-    return type(layer)(**sizes)
+        cache.layers.append(empty_cache_layer_like(cache.layers[base_index]))
