@@ -9,32 +9,10 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig
 
 from idavlm._compat import auto_image_processor, pil_image_processor
-from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint, WeightFile, first_line, weight_files
+from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint, first_line
 from idavlm.conversion.key_mapping import KeyMap, Rule
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.processing import IDAVLMProcessor
-
-TOWER = "vision_tower."
-"""Prefix of the names of a vision tower that is read from its own folder."""
-
-_LLAMA = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "initializer_range",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "attention_bias",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 @dataclass
@@ -57,14 +35,6 @@ class ConversionPlan:
 
 
 @dataclass(frozen=True)
-class PartFolders:
-    """Folders of parts that a checkpoint may lack; None: search next to the checkpoint."""
-
-    vision_tower: Path | None = None
-    tokenizer: Path | None = None
-
-
-@dataclass(frozen=True)
 class CheckpointFormat:
     """A released format.
 
@@ -78,7 +48,7 @@ class CheckpointFormat:
     name: str
     signature: str
     matches: Callable[[SourceCheckpoint], bool]
-    plan: Callable[[SourceCheckpoint, PartFolders], ConversionPlan]
+    plan: Callable[[SourceCheckpoint], ConversionPlan]
 
 
 def llama_config(config: dict[str, Any], vocab_size: int) -> LlamaConfig:
@@ -86,8 +56,8 @@ def llama_config(config: dict[str, Any], vocab_size: int) -> LlamaConfig:
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    options = {name: config[name] for name in _LLAMA if name in config}
-    return LlamaConfig(**{**options, "vocab_size": vocab_size}, rope_parameters=rope)
+    names = LlamaConfig.__annotations__.keys() & config.keys() - {"vocab_size", "rope_parameters", "use_cache"}
+    return LlamaConfig(**{name: config[name] for name in names}, vocab_size=vocab_size, rope_parameters=rope)
 
 
 def num_embeddings(config: dict[str, Any], tokenizer) -> int:
@@ -95,25 +65,25 @@ def num_embeddings(config: dict[str, Any], tokenizer) -> int:
     return max(config["vocab_size"], len(tokenizer))
 
 
-def tower_folder(source: SourceCheckpoint, folders: PartFolders, named: str | None) -> Path:
+def tower_folder(source: SourceCheckpoint, named: str | None) -> Path:
     """Find the folder with the configuration (and possibly weights) of the vision tower.
 
     Args:
-        source: the checkpoint.
-        folders: folders of the user, which take precedence.
+        source: the checkpoint; its ``vision_tower`` takes precedence.
         named: the tower in the configuration: a path relative to the checkpoint, or a name on the hub.
 
     Raises:
         ConversionError: no such folder.
     """
-    candidates = [] if named is None else [source.folder / named, Path(named)]
-    for folder in [folders.vision_tower] if folders.vision_tower is not None else candidates:
+    if source.vision_tower is not None:
+        if (source.vision_tower / "config.json").is_file():
+            return source.vision_tower
+        raise ConversionError(
+            f"vision_tower={str(source.vision_tower)!r} has no config.json; pass the folder of the tower."
+        )
+    for folder in [] if named is None else [source.folder / named, Path(named)]:
         if (folder / "config.json").is_file():
             return folder
-    if folders.vision_tower is not None:
-        raise ConversionError(
-            f"vision_tower={str(folders.vision_tower)!r} has no config.json; pass the folder of the tower."
-        )
     raise ConversionError(
         f"{source.folder}: its vision tower {named!r} is not a local folder; download that model and pass its folder "
         "with vision_tower= (--vision-tower)."
@@ -124,11 +94,6 @@ def tower_config(folder: Path) -> PretrainedConfig:
     """Configuration of the vision model in ``folder``, or of the vision part of an image-text model."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return getattr(config, "vision_config", config)
-
-
-def add_tower_weights(source: SourceCheckpoint, folder: Path) -> None:
-    """Add the weight files of the tower under the names ``vision_tower.*``."""
-    source.add([WeightFile(path, add_prefix=TOWER, remove_prefix="vision_model.") for path in weight_files(folder)])
 
 
 def tower_rules(config: PretrainedConfig, prefix: str) -> list[Rule]:
@@ -147,15 +112,15 @@ def tower_rules(config: PretrainedConfig, prefix: str) -> list[Rule]:
     ]
 
 
-def read_tokenizer(source: SourceCheckpoint, folders: PartFolders, **options):
+def read_tokenizer(source: SourceCheckpoint):
     """Tokenizer of the checkpoint, with a padding token.
 
     Raises:
         ConversionError: there is none that can be loaded.
     """
-    folder = folders.tokenizer or source.folder
+    folder = source.tokenizer or source.folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ConversionError(
             f"{folder}: no tokenizer that can be loaded ({first_line(error)}). Pass its folder with tokenizer= "
@@ -209,7 +174,7 @@ def space_after(tokenizer, token: str) -> str:
 
 
 def read_image_processor(*folders: Path):
-    """Load the image processor from the first folder that has one."""
+    """Image processor of the first folder that has one."""
     for folder in folders:
         if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
             return auto_image_processor().from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,15 +1,14 @@
-"""Formats of LLaVA's code base: LLaVA-1.5 (and YAICON), Yi-VL, and IAA."""
+"""Formats of LLaVA: the code base (LLaVA-1.5, YAICON, Yi-VL, IAA), and ``LlavaForConditionalGeneration``."""
 
 from collections.abc import Sequence
 
-from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint
+from transformers import AutoConfig
+
+from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint, WeightFile, weight_files
 from idavlm.conversion.checkpoint_format import (
-    TOWER,
     CheckpointFormat,
     ConversionPlan,
-    PartFolders,
     add_image_token,
-    add_tower_weights,
     generation_tokens,
     llama_config,
     num_embeddings,
@@ -23,13 +22,16 @@ from idavlm.conversion.checkpoint_format import (
     tower_rules,
 )
 from idavlm.conversion.key_mapping import KeyMap, Rule, resize_rows
-from idavlm.data.chat_templates import LLAMA_3, VICUNA, YI_VL_STOP
+from idavlm.data.chat_templates import LLAMA_3, QWEN_CHATML, VICUNA, YI_VL_STOP
 from idavlm.data.chat_templates import YI_VL as YI_VL_TEMPLATE
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.processing import IDAVLMProcessor
 
 INCLUDED_TOWER = "model.vision_tower.vision_tower."
 """Prefix of a vision tower whose weights are part of the checkpoint."""
+
+TEMPLATES = {"llama": VICUNA, "qwen2": QWEN_CHATML}
+"""``model_type`` of the language model -> chat template, if the tokenizer has none for text messages."""
 
 
 def has_projector(source: SourceCheckpoint) -> bool:
@@ -44,18 +46,17 @@ def has_projector_norm(source: SourceCheckpoint) -> bool:
 
 def plan_llava(
     source: SourceCheckpoint,
-    folders: PartFolders,
     tokenizer,
     *,
-    image_token: str,
-    chat_template: str,
-    box_format: str,
+    image_token: str = "<image>",
+    chat_template: str = VICUNA,
+    box_format: str = "unit",
     inner_adaptors: dict | None = None,
     first_rules: Sequence[Rule] = (),
 ) -> ConversionPlan:
     """Plan the conversion of LLaVA-1.5 and its derivatives; ``first_rules`` take precedence over the common rules."""
     config = source.config
-    vision, folder, prefix = read_tower(source, folders)
+    vision, folder, prefix = read_tower(source)
     with_cls = config.get("mm_vision_select_feature", "patch") == "cls_patch"
     image_token_id = add_image_token(tokenizer, image_token)
     text = llama_config(config, num_embeddings(config, tokenizer))
@@ -90,16 +91,18 @@ def plan_llava(
     )
 
 
-def read_tower(source: SourceCheckpoint, folders: PartFolders):
+def read_tower(source: SourceCheckpoint):
     """Configuration and folder of the vision tower, and the prefix of its names (a regular expression).
 
     Weights in the checkpoint take precedence over the folder, because they may have been fine-tuned.
     """
-    folder = tower_folder(source, folders, source.config.get("mm_vision_tower"))
-    if any(name.startswith(INCLUDED_TOWER) for name in source.tensors):
-        return tower_config(folder), folder, INCLUDED_TOWER.replace(".", r"\.")
-    add_tower_weights(source, folder)
-    return tower_config(folder), folder, TOWER.replace(".", r"\.")
+    folder, prefix = tower_folder(source, source.config.get("mm_vision_tower")), INCLUDED_TOWER
+    if not any(name.startswith(INCLUDED_TOWER) for name in source.tensors):
+        prefix = "vision_tower."
+        source.add(
+            [WeightFile(path, add_prefix=prefix, remove_prefix="vision_model.") for path in weight_files(folder)]
+        )
+    return tower_config(folder), folder, prefix.replace(".", r"\.")
 
 
 def connector_kind(config: dict) -> str:
@@ -122,27 +125,23 @@ def language_rules(vocab_size: int) -> list[Rule]:
     ]
 
 
-def plan_yi_vl(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
+def plan_yi_vl(source: SourceCheckpoint) -> ConversionPlan:
     """Plan the conversion of Yi-VL: norms in the projector, a fine-tuned tower, its own prompt."""
-    tokenizer = read_tokenizer(source, folders)
+    tokenizer = read_tokenizer(source)
     has_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     template = "{{ bos_token }}" + YI_VL_TEMPLATE if has_bos else YI_VL_TEMPLATE
-    plan = plan_llava(
-        source, folders, tokenizer, image_token="<image_placeholder>", chat_template=template, box_format="unit"
-    )
+    plan = plan_llava(source, tokenizer, image_token="<image_placeholder>", chat_template=template)
     plan.generation["stop_strings"] = [YI_VL_STOP]
     return plan
 
 
-def plan_iaa(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
+def plan_iaa(source: SourceCheckpoint) -> ConversionPlan:
     """Plan the conversion of IAA: Llama with inner adaptors; each workflow has embeddings, norm, head and projector."""
-    tokenizer = read_tokenizer(source, folders)
+    tokenizer = read_tokenizer(source)
     add_image_token(tokenizer, "<image>")
     plan = plan_llava(
         source,
-        folders,
         tokenizer,
-        image_token="<image>",
         chat_template=LLAMA_3,
         box_format="square",
         inner_adaptors={
@@ -178,42 +177,108 @@ def adaptor_layers(source: SourceCheckpoint) -> list[int]:
 def adaptor_rules(vocab_size: int) -> list[Rule]:
     """Rules of the inner adaptors. The connector outside all workflows, which the release lacks, is a copy of the
     multimodal one."""
-    rows = resize_rows(vocab_size)
+    rows, adaptor = resize_rows(vocab_size), "language_model.inner_adaptor"
     rules = [
-        Rule(
-            r"model\.mm_projector\.(.*)",
-            {r"connector.\1": None, f"{_workflow_prefix('multimodal')}.connector.\\1": None},
-        )
+        Rule(r".*\.rotary_emb\.inv_freq", {}),
+        Rule(r"model\.mm_projector\.(.*)", {r"connector.\1": None, rf"{adaptor}.multimodal.connector.\1": None}),
+        Rule(r"model\.mm_projector_G\.(.*)", {rf"{adaptor}.grounding.connector.\1": None}),
     ]
-    for workflow, suffix, projector in (
-        ("multimodal", "", "mm_projector"),
-        ("grounding", "_grounding", "mm_projector_G"),
-    ):
-        to = _workflow_prefix(workflow)
+    for workflow, suffix in (("multimodal", ""), ("grounding", "_grounding")):
+        to = f"{adaptor}.{workflow}"
         rules += [
             Rule(rf"model\.condition_layers{suffix}\.(.*)", {rf"{to}.layers.\1": None}),
             Rule(rf"model\.embed_tokens_condition{suffix}\.(.*)", {rf"{to}.embeddings.\1": rows}),
             Rule(rf"model\.norm_condition{suffix}\.(.*)", {rf"{to}.norm.\1": None}),
             Rule(rf"lm_head_condtion{suffix}\.(.*)", {rf"{to}.lm_head.\1": rows}),
-            Rule(rf"model\.{projector}\.(.*)", {rf"{to}.connector.\1": None}),
         ]
-    return [Rule(r".*\.rotary_emb\.inv_freq", {}), *rules]
+    return rules
 
 
-def _workflow_prefix(workflow: str) -> str:
-    return f"language_model.inner_adaptor.{workflow}"
+def plan_transformers_llava(source: SourceCheckpoint) -> ConversionPlan:
+    """Plan the conversion of ``LlavaForConditionalGeneration`` with any language model and vision tower."""
+    config = AutoConfig.for_model(**source.config)
+    if not config.multimodal_projector_bias or config.projector_hidden_act != "gelu":
+        raise ConversionError(
+            f"{source.folder}: multimodal_projector_bias={config.multimodal_projector_bias}, projector_hidden_act="
+            f"{config.projector_hidden_act!r}; expected True and 'gelu'."
+        )
+    if not isinstance(config.vision_feature_layer, int):
+        raise ConversionError(
+            f"{source.folder}: vision_feature_layer={config.vision_feature_layer}; expected one layer."
+        )
+    with_cls = config.vision_feature_select_strategy == "full"
+    tokenizer = read_tokenizer(source)
+    image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
+    if image_token is None:
+        raise ConversionError(
+            f"{source.folder}: image_token_index={config.image_token_index} is not a token of the tokenizer "
+            f"({len(tokenizer)} tokens); add it to the tokenizer."
+        )
+    tokens = num_image_tokens(config.vision_config, with_cls=with_cls)
+    vocab_size = max(config.text_config.vocab_size, len(tokenizer))
+    config.text_config.vocab_size = vocab_size
+    return ConversionPlan(
+        config=IDAVLMConfig(
+            vision_config=config.vision_config,
+            text_config=config.text_config,
+            connector="mlp2x_gelu",
+            image_token_id=config.image_token_index,
+            image_seq_length=tokens,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select="all" if with_cls else "patch",
+        ),
+        key_map=KeyMap(
+            [*transformers_llava_rules(vocab_size), *tower_rules(config.vision_config, r"(?:model\.)?vision_tower\.")]
+        ),
+        processor=IDAVLMProcessor(
+            read_image_processor(source.folder),
+            tokenizer,
+            chat_template=_text_chat_template(source, tokenizer),
+            image_seq_length=tokens,
+            image_token=image_token,
+            box_format="unit",
+        ),
+        generation=generation_tokens(source, tokenizer),
+    )
 
 
-def _plan_llava_1_5(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
-    tokenizer = read_tokenizer(source, folders)
-    return plan_llava(source, folders, tokenizer, image_token="<image>", chat_template=VICUNA, box_format="unit")
+def _text_chat_template(source: SourceCheckpoint, tokenizer) -> str:
+    """Template of the tokenizer if it supports text messages; many support lists of parts only and drop plain text."""
+    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "An answer."}]
+    try:
+        text = tokenizer.apply_text_chat_template(messages, tokenize=False)
+    except Exception:
+        text = ""
+    if all(message["content"] in text for message in messages):
+        return tokenizer.chat_template
+    template = TEMPLATES.get(source.config["text_config"].get("model_type"))
+    if template is None:
+        raise ConversionError(
+            f"{source.folder}: the tokenizer has no chat_template that supports text messages; set one, save the "
+            "tokenizer and pass its folder with tokenizer= (--tokenizer)."
+        )
+    return template
+
+
+def transformers_llava_rules(vocab_size: int) -> list[Rule]:
+    """Rules for the names of transformers 4 (used on disk) and of transformers 5 (used by peft)."""
+    rows = resize_rows(vocab_size)
+    decoder = r"(?:language_model\.model|model\.language_model)\."
+    return [
+        Rule(r".*\.rotary_emb\.inv_freq", {}),
+        Rule(r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", {r"connector.0.\1": None}),
+        Rule(r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", {r"connector.2.\1": None}),
+        Rule(decoder + r"(embed_tokens\.weight)", {r"language_model.model.\1": rows}),
+        Rule(r"(?:language_model\.)?(lm_head\.weight)", {r"language_model.\1": rows}),
+        Rule(decoder + r"(.*)", {r"language_model.model.\1": None}),
+    ]
 
 
 LLAVA = CheckpointFormat(
     name="LLaVA-1.5",
     signature="keys model.mm_projector.*, mm_projector_type without norm",
     matches=lambda source: has_projector(source) and not has_projector_norm(source),
-    plan=_plan_llava_1_5,
+    plan=lambda source: plan_llava(source, read_tokenizer(source)),
 )
 YI_VL = CheckpointFormat(
     name="Yi-VL",
@@ -226,4 +291,12 @@ IAA = CheckpointFormat(
     signature="keys model.condition_layers.*, lm_head_condtion.*",
     matches=lambda source: any(name.startswith("model.condition_layers.") for name in source.tensors),
     plan=plan_iaa,
+)
+TRANSFORMERS_LLAVA = CheckpointFormat(
+    name="LLaVA of transformers",
+    signature="model_type 'llava' with text_config and vision_config",
+    matches=lambda source: (
+        source.config.get("model_type") == "llava" and {"text_config", "vision_config"} <= source.config.keys()
+    ),
+    plan=plan_transformers_llava,
 )

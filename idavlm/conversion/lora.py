@@ -69,12 +69,12 @@ def read_adapter(folder: Path, source: SourceCheckpoint, key_map: KeyMap) -> Lor
     pairs: dict[str, dict[str, Tensor]] = {}
     with WeightFile(path, remove_prefix=PREFIX).open() as tensors:
         low_rank = [name for name in tensors if ".lora_" in name]
-        unexpected = [name for name in low_rank if not _LORA.fullmatch(name) or tensors[name].dim() != 2]
+        unexpected = [name for name in low_rank if not _LORA.fullmatch(name) or tensors[name]().dim() != 2]
         if unexpected:
             raise ConversionError(f"{path}: expected lora_A and lora_B of linear layers, found {listed(unexpected)}.")
         for name in low_rank:
             match = _LORA.fullmatch(name)
-            pairs.setdefault(match["module"], {})[match["part"]] = tensors[name].clone()
+            pairs.setdefault(match["module"], {})[match["part"]] = tensors[name]().clone()
     names = {_target(key_map, name): name for header in source.headers for name in header}
     deltas = {}
     for module, pair in pairs.items():

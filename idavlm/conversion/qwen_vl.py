@@ -5,13 +5,7 @@ from typing import Any
 from transformers import Qwen2Config
 
 from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint
-from idavlm.conversion.checkpoint_format import (
-    CheckpointFormat,
-    ConversionPlan,
-    PartFolders,
-    read_tokenizer,
-    square_image_processor,
-)
+from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan, read_tokenizer, square_image_processor
 from idavlm.conversion.key_mapping import KeyMap, Rule, head_rows, row_block, transposed
 from idavlm.conversion.qwen_tokenizer import FILE_NAME, qwen_tokenizer
 from idavlm.data.chat_templates import QWEN_CHATML
@@ -27,10 +21,10 @@ def _matches(source: SourceCheckpoint) -> bool:
     return "visual" in source.config and any(name.startswith("transformer.visual.") for name in source.tensors)
 
 
-def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
+def _plan(source: SourceCheckpoint) -> ConversionPlan:
     visual = source.config["visual"]
     has_id_former = any(name.startswith("transformer.visual.attn_pool.attn1.") for name in source.tensors)
-    tokenizer = read_qwen_tokenizer(source, folders)
+    tokenizer = read_qwen_tokenizer(source)
     image_start, image_token_id = tokenizer.convert_tokens_to_ids(["<img>", "<imgpad>"])
     if image_start != visual["image_start_id"]:
         raise ConversionError(
@@ -68,11 +62,11 @@ def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
     )
 
 
-def read_qwen_tokenizer(source: SourceCheckpoint, folders: PartFolders):
+def read_qwen_tokenizer(source: SourceCheckpoint):
     """Load the tokenizer from ``qwen.tiktoken``, or a converted tokenizer."""
-    location = folders.tokenizer or source.folder
+    location = source.tokenizer or source.folder
     path = location if location.is_file() else location / FILE_NAME
-    return qwen_tokenizer(path) if path.is_file() else read_tokenizer(source, folders)
+    return qwen_tokenizer(path) if path.is_file() else read_tokenizer(source)
 
 
 def language_config(config: dict[str, Any]) -> Qwen2Config:
