@@ -8,7 +8,7 @@ from pathlib import Path
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.bootstrap import RESAMPLES
 from idavlm.evaluation.generation import generate_answers
-from idavlm.evaluation.report import interval_summary, interval_table
+from idavlm.evaluation.report import count_of, interval_summary, interval_table
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
@@ -120,8 +120,7 @@ class TaskRun:
         """
         columns = {VARIANT_NAMES[references]: result for references, result in results.items()}
         lines = {"task": self.task.description, "data": f"`{self.data}`", **facts, "machine": describe_machine()}
-        count = f"{len(items)} item{'s' if len(items) != 1 else ''}"
-        parts = [f"# {model} on {self.task.name} ({self.data.name}): {count}"]
+        parts = [f"# {model} on {self.task.name} ({self.data.name}): {count_of(len(items), 'item')}"]
         parts += ["  \n".join(f"{name}: {value}" for name, value in lines.items() if value)]
         labels = _labels(items)
         for name, label in labels.items():
