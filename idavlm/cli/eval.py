@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from idavlm.cli import eval_compare
-from idavlm.cli.eval_judge import add_judge_arguments, judge_client
 from idavlm.evaluation.answers import load_answers
 from idavlm.evaluation.baselines import check_wrong_references
 from idavlm.evaluation.judge import judge_answers
@@ -50,7 +49,7 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
             "--boxes", type=_box_kind, metavar="KIND", help=f"box format ({kinds}); by default that of the processor"
         )
     if task.judged:
-        add_judge_arguments(parser)
+        eval_compare.add_judge_arguments(parser)
 
 
 def _box_kind(kind: str) -> str:
@@ -74,7 +73,7 @@ def _run_task(arguments: argparse.Namespace) -> None:
     parse_box = BoxFormat(box_kind).parse if box_kind else None
     facts = {"answered by": f"`{arguments.predictions or arguments.model}`", "boxes": box_kind}
     judge = None
-    if task.judged and (client := judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
+    if task.judged and (client := eval_compare.judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
         judge = partial(judge_answers, client, tasks=task.judged, workers=arguments.judge_workers, progress=True)
         facts["judged by"] = client.model
     start = time.perf_counter()

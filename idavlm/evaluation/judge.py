@@ -17,6 +17,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.tasks.base import Item
@@ -282,8 +284,6 @@ def judge_pairs(
 
 def _map_concurrently(function: Callable[[int], T], numbers: Iterable[int], workers: int, progress: bool) -> list[T]:
     """Results in order; the first error cancels calls that have not started."""
-    from tqdm import tqdm
-
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(function, number) for number in numbers]
         try:

@@ -58,16 +58,7 @@ class TaskRun:
     def generate(
         self, items: Sequence[Item], model, processor, *, name: str, references: str = "right", **options: int
     ) -> list[Answer]:
-        """Generate the answers of a model; an interrupted run is resumed.
-
-        Args:
-            items: from :meth:`load_items`.
-            model: as in :func:`idavlm.evaluation.generate_answers`.
-            processor: as in :func:`idavlm.evaluation.generate_answers`.
-            name: name of the model, stored with the answers.
-            references: references that the model receives, ``"right"``, ``"none"`` or ``"wrong"``.
-            options: ``batch_size`` and ``max_new_tokens``.
-        """
+        """Call :func:`idavlm.evaluation.generate_answers` (``options``: its sizes); an interrupted run is resumed."""
         answers = generate_answers(
             model,
             processor,
