@@ -27,7 +27,7 @@ from idavlm.conversion.checkpoint_files import (
 from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan
 from idavlm.conversion.key_mapping import KeyMap, Transform
 from idavlm.conversion.llava import IAA, LLAVA, TRANSFORMERS_LLAVA, YI_VL
-from idavlm.conversion.lora import LoraAdapter, add_adapter_files, read_adapter
+from idavlm.conversion.lora import Deltas, add_adapter_files, merge_delta, read_adapter
 from idavlm.conversion.qwen_vl import QWEN_VL
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.modeling import IDAVLMForConditionalGeneration
@@ -83,7 +83,7 @@ def convert(
         plan = detect_format(source).plan(source)
     except KeyError as error:
         raise ConversionError(f"{src}: its config.json has no {error}.") from error
-    lora = LoraAdapter({}) if adapter is None else read_adapter(Path(adapter), source, plan.key_map)
+    deltas = {} if adapter is None else read_adapter(Path(adapter), source, plan.key_map)
     dtype = _parse_dtype(dtype)
     outputs = plan_files(source, plan.key_map, dtype)
     check_complete(source, plan.config, outputs)
@@ -97,7 +97,7 @@ def convert(
     try:
         with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, disable=not progress) as bar:
             for output in remaining:
-                write_safetensors(partial / output.name, output.header, _stream(output, dtype, lora, bar))
+                write_safetensors(partial / output.name, output.header, _stream(output, dtype, deltas, bar))
         _write_configuration(partial, plan, outputs)
         if out.exists():
             out.rmdir()
@@ -217,11 +217,11 @@ def check_complete(source: SourceCheckpoint, config: IDAVLMConfig, outputs: list
         )
 
 
-def _stream(output: OutputFile, dtype: torch.dtype | None, lora: LoraAdapter, bar) -> Iterator[tuple[str, Tensor]]:
+def _stream(output: OutputFile, dtype: torch.dtype | None, deltas: Deltas, bar) -> Iterator[tuple[str, Tensor]]:
     with output.source.open() as tensors:
         for name in output.header:
             old_name, transform = output.origins[name]
-            tensor = transform_tensor(lora.merge(old_name, tensors[old_name]()), transform, dtype)
+            tensor = transform_tensor(merge_delta(deltas, old_name, tensors[old_name]()), transform, dtype)
             yield name, tensor
             bar.update(size_of([tensor]))
 
@@ -289,9 +289,8 @@ def _main_dtype(outputs: list[OutputFile]) -> torch.dtype:
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    for supported in (torch.float32, torch.float16, torch.bfloat16):
-        if dtype in (supported, str(supported).removeprefix("torch.")):
-            return supported
-    if dtype is not None:
+    supported = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    dtype = supported.get(dtype, dtype)
+    if dtype not in (None, *supported.values()):
         raise ValueError(f"dtype={dtype!r} is not supported; choose 'float32', 'float16' or 'bfloat16', or None.")
-    return None
+    return dtype

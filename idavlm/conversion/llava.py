@@ -1,26 +1,15 @@
 """Formats of LLaVA: the code base (LLaVA-1.5, YAICON, Yi-VL, IAA), and ``LlavaForConditionalGeneration``."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AddedToken, AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
 
+from idavlm._compat import auto_image_processor, pil_image_processor
 from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint, WeightFile, weight_files
-from idavlm.conversion.checkpoint_format import (
-    CheckpointFormat,
-    ConversionPlan,
-    add_image_token,
-    generation_tokens,
-    llama_config,
-    num_embeddings,
-    num_image_tokens,
-    pad_to_square,
-    read_image_processor,
-    read_tokenizer,
-    space_after,
-    tower_config,
-    tower_folder,
-    tower_rules,
-)
+from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan, generation_tokens, read_tokenizer
 from idavlm.conversion.key_mapping import KeyMap, Rule, resize_rows
 from idavlm.data.chat_templates import LLAMA_3, QWEN_CHATML, VICUNA, YI_VL_STOP
 from idavlm.data.chat_templates import YI_VL as YI_VL_TEMPLATE
@@ -32,16 +21,6 @@ INCLUDED_TOWER = "model.vision_tower.vision_tower."
 
 TEMPLATES = {"llama": VICUNA, "qwen2": QWEN_CHATML}
 """``model_type`` of the language model -> chat template, if the tokenizer has none for text messages."""
-
-
-def has_projector(source: SourceCheckpoint) -> bool:
-    """Whether the checkpoint has LLaVA's projector."""
-    return any(name.startswith("model.mm_projector.") for name in source.tensors)
-
-
-def has_projector_norm(source: SourceCheckpoint) -> bool:
-    """Whether the projector contains norms, as in Yi-VL."""
-    return str(source.config.get("mm_projector_type", "")).lower().endswith("_norm")
 
 
 def plan_llava(
@@ -91,7 +70,7 @@ def plan_llava(
     )
 
 
-def read_tower(source: SourceCheckpoint):
+def read_tower(source: SourceCheckpoint) -> tuple[PretrainedConfig, Path, str]:
     """Configuration and folder of the vision tower, and the prefix of its names (a regular expression).
 
     Weights in the checkpoint take precedence over the folder, because they may have been fine-tuned.
@@ -99,10 +78,10 @@ def read_tower(source: SourceCheckpoint):
     folder, prefix = tower_folder(source, source.config.get("mm_vision_tower")), INCLUDED_TOWER
     if not any(name.startswith(INCLUDED_TOWER) for name in source.tensors):
         prefix = "vision_tower."
-        source.add(
-            [WeightFile(path, add_prefix=prefix, remove_prefix="vision_model.") for path in weight_files(folder)]
-        )
-    return tower_config(folder), folder, prefix.replace(".", r"\.")
+        source.add([WeightFile(path, prefix, remove_prefix="vision_model.") for path in weight_files(folder)])
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # The folder may hold a complete image-text model.
+    return getattr(config, "vision_config", config), folder, prefix.replace(".", r"\.")
 
 
 def connector_kind(config: dict) -> str:
@@ -274,16 +253,117 @@ def transformers_llava_rules(vocab_size: int) -> list[Rule]:
     ]
 
 
+def llama_config(config: dict[str, Any], vocab_size: int) -> LlamaConfig:
+    """Configuration of the language model of a Llama-like checkpoint with ``vocab_size`` embeddings."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    names = LlamaConfig.__annotations__.keys() & config.keys() - {"vocab_size", "rope_parameters", "use_cache"}
+    return LlamaConfig(**{name: config[name] for name in names}, vocab_size=vocab_size, rope_parameters=rope)
+
+
+def num_embeddings(config: dict[str, Any], tokenizer) -> int:
+    """Number of embeddings: that of the checkpoint, but at least one per token of the tokenizer."""
+    return max(config["vocab_size"], len(tokenizer))
+
+
+def tower_folder(source: SourceCheckpoint, named: str | None) -> Path:
+    """Find the folder with the configuration (and possibly weights) of the vision tower.
+
+    Args:
+        source: the checkpoint; its ``vision_tower`` takes precedence.
+        named: the tower in the configuration: a path relative to the checkpoint, or a name on the hub.
+
+    Raises:
+        ConversionError: no such folder.
+    """
+    if source.vision_tower is not None:
+        if (source.vision_tower / "config.json").is_file():
+            return source.vision_tower
+        raise ConversionError(
+            f"vision_tower={str(source.vision_tower)!r} has no config.json; pass the folder of the tower."
+        )
+    for folder in [] if named is None else [source.folder / named, Path(named)]:
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConversionError(
+        f"{source.folder}: its vision tower {named!r} is not a local folder; download that model and pass its folder "
+        "with vision_tower= (--vision-tower)."
+    )
+
+
+def tower_rules(config: PretrainedConfig, prefix: str) -> list[Rule]:
+    """Rules from names below ``prefix`` (a regular expression) to the names in the installed transformers."""
+    with torch.device("meta"):
+        names = AutoModel.from_config(config).state_dict()
+    head = "vision_model." if all(name.startswith("vision_model.") for name in names) else ""
+    return [
+        # A complete CLIP also has the text tower and the projections; they are not needed.
+        Rule(prefix + r"(text_model|text_projection|visual_projection|logit_scale|logit_bias)(\..*)?", {}),
+        Rule(prefix + r"(?:.*\.)?position_ids", {}),
+        Rule(prefix + r"(?:vision_model\.)?(.*)", {rf"vision_tower.{head}\1": None}),
+    ]
+
+
+def add_image_token(tokenizer, token: str) -> int:
+    """Add ``token`` as a special token unless it exists; returns its id."""
+    if token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(token)
+
+
+def space_after(tokenizer, token: str) -> str:
+    """Text to insert after a special token so that the following text is tokenized as at the beginning of a text.
+
+    The code of LLaVA tokenizes the text between images piece by piece. A SentencePiece tokenizer starts every piece
+    with a space marker, but after a special token only if there is a space.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    return " " if ids(f"{token}a")[1:] != ids("a") == ids(f"{token} a")[1:] else ""
+
+
+def read_image_processor(*folders: Path):
+    """Image processor of the first folder that has one."""
+    for folder in folders:
+        if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
+            return auto_image_processor().from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    raise ConversionError(f"{folders[-1]}: no preprocessor_config.json; download that of the vision tower.")
+
+
+def pad_to_square(image_processor):
+    """The same image processor with padding to squares in the mean colour first, as in LLaVA-1.5."""
+    names = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor", "do_resize")
+    names += ("do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    options = image_processor.to_dict()
+    options = {name: options[name] for name in names if options.get(name) is not None}
+    return pil_image_processor("llava", "LlavaImageProcessor")(**options, do_pad=True)
+
+
+def num_image_tokens(config: PretrainedConfig, *, with_cls: bool = False) -> int:
+    """Number of patches of an image, plus one for the class token if it is used."""
+    return (config.image_size // config.patch_size) ** 2 + int(with_cls)
+
+
+def has_projector(source: SourceCheckpoint) -> bool:
+    """Whether the checkpoint has LLaVA's projector. Yi-VL and IAA have it too; their formats are tried first."""
+    return any(name.startswith("model.mm_projector.") for name in source.tensors)
+
+
 LLAVA = CheckpointFormat(
     name="LLaVA-1.5",
     signature="keys model.mm_projector.*, mm_projector_type without norm",
-    matches=lambda source: has_projector(source) and not has_projector_norm(source),
+    matches=has_projector,
     plan=lambda source: plan_llava(source, read_tokenizer(source)),
 )
 YI_VL = CheckpointFormat(
     name="Yi-VL",
     signature="keys model.mm_projector.*, mm_projector_type with norm",
-    matches=lambda source: has_projector(source) and has_projector_norm(source),
+    matches=lambda source: (
+        has_projector(source) and str(source.config.get("mm_projector_type")).lower().endswith("_norm")
+    ),
     plan=plan_yi_vl,
 )
 IAA = CheckpointFormat(

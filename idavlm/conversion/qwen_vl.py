@@ -4,8 +4,9 @@ from typing import Any
 
 from transformers import Qwen2Config
 
+from idavlm._compat import pil_image_processor
 from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint
-from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan, read_tokenizer, square_image_processor
+from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan, read_tokenizer
 from idavlm.conversion.key_mapping import KeyMap, Rule, head_rows, row_block, transposed
 from idavlm.conversion.qwen_tokenizer import FILE_NAME, qwen_tokenizer
 from idavlm.data.chat_templates import QWEN_CHATML
@@ -32,6 +33,7 @@ def _plan(source: SourceCheckpoint) -> ConversionPlan:
             "tokenizer; pass the tokenizer of the checkpoint with tokenizer= (--tokenizer)."
         )
     num_queries = visual.get("n_queries", 256)
+    size = {"height": visual["image_size"], "width": visual["image_size"]}
     return ConversionPlan(
         config=IDAVLMConfig(
             vision_config=vision_config(source),
@@ -47,7 +49,7 @@ def _plan(source: SourceCheckpoint) -> ConversionPlan:
         ),
         key_map=KeyMap([*language_rules(), *vision_rules(visual["heads"]), *connector_rules(has_id_former)]),
         processor=IDAVLMProcessor(
-            square_image_processor(visual["image_size"]),
+            pil_image_processor("clip", "CLIPImageProcessor")(size=size, crop_size=size, do_center_crop=False),
             tokenizer,
             chat_template=QWEN_CHATML,
             image_seq_length=num_queries,
