@@ -93,7 +93,7 @@ def convert(
     remaining = [output for output in outputs if not (partial / output.name).exists()]
     total, left = (sum(output.size for output in group) for group in (outputs, remaining))
     _check_disk_space(out, left)
-    _open_partial(partial, _state(source, outputs))
+    _open_partial(partial, source, outputs)
     try:
         with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, disable=not progress) as bar:
             for output in remaining:
@@ -242,22 +242,21 @@ def _write_configuration(folder: Path, plan: ConversionPlan, outputs: list[Outpu
         processor.save_pretrained(folder / name)
 
 
-def _state(source: SourceCheckpoint, outputs: list[OutputFile]) -> dict:
-    """Fingerprint of the files that are read and written; an interrupted conversion resumes only if it is equal."""
+def _open_partial(partial: Path, source: SourceCheckpoint, outputs: list[OutputFile]) -> None:
+    """Create the folder of the unfinished output, or reuse it if it belongs to the same conversion.
+
+    A fingerprint of the files that are read and written identifies the conversion.
+    """
     stats = [(file.path.resolve(), file.path.stat()) for file in source.files]
     written = [
         [output.name, name, list(tensor.shape), str(tensor.dtype)]
         for output in outputs
         for name, tensor in output.header.items()
     ]
-    return {
+    state = {
         "read": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "written": hashlib.sha256(json.dumps(written).encode()).hexdigest(),
     }
-
-
-def _open_partial(partial: Path, state: dict) -> None:
-    """Create the folder of the unfinished output, or reuse it if it belongs to the same conversion."""
     if partial.exists():
         path = partial / STATE
         if not path.is_file() or json.loads(path.read_text()) != state:

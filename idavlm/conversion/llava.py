@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from transformers import AddedToken, AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
 
@@ -36,34 +37,74 @@ def plan_llava(
     """Plan the conversion of LLaVA-1.5 and its derivatives; ``first_rules`` take precedence over the common rules."""
     config = source.config
     vision, folder, prefix = read_tower(source)
-    with_cls = config.get("mm_vision_select_feature", "patch") == "cls_patch"
-    image_token_id = add_image_token(tokenizer, image_token)
+    add_image_token(tokenizer, image_token)
     text = llama_config(config, num_embeddings(config, tokenizer))
+    connector = str(config.get("mm_projector_type", "linear")).lower()
+    if connector != "linear" and not connector.startswith("mlp"):
+        raise ConversionError(
+            f"mm_projector_type={connector!r} is not supported; expected 'linear' or 'mlp2x_gelu[_Norm]'."
+        )
     image_processor = read_image_processor(source.folder, folder)
     if config.get("image_aspect_ratio") == "pad":
         image_processor = pad_to_square(image_processor)
-    tokens = num_image_tokens(vision, with_cls=with_cls)
     space = space_after(tokenizer, image_token)
     image_format = "<im_start>{image}<im_end>" if config.get("mm_use_im_start_end") else "{image}"
+    return build_plan(
+        source,
+        tokenizer,
+        image_processor,
+        vision_config=vision,
+        text_config=text,
+        connector=connector,
+        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        with_cls=config.get("mm_vision_select_feature", "patch") == "cls_patch",
+        rules=[*first_rules, *language_rules(text.vocab_size), *tower_rules(vision, prefix)],
+        image_token=image_token,
+        chat_template=chat_template.replace("{{ bos_token }}", "{{ bos_token }}" + space),
+        image_format=image_format + space,
+        box_format=box_format,
+        inner_adaptors=inner_adaptors,
+    )
+
+
+def build_plan(
+    source: SourceCheckpoint,
+    tokenizer,
+    image_processor,
+    *,
+    vision_config: PretrainedConfig,
+    text_config: PretrainedConfig,
+    connector: str,
+    vision_feature_layer: int,
+    with_cls: bool,
+    rules: Sequence[Rule],
+    image_token: str,
+    chat_template: str,
+    image_format: str = "{image}",
+    box_format: str = "unit",
+    inner_adaptors: dict | None = None,
+) -> ConversionPlan:
+    """Plan of a model whose image tokens are the projected patches of an image, ``with_cls`` the class token too."""
+    tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + int(with_cls)
     return ConversionPlan(
         config=IDAVLMConfig(
-            vision_config=vision,
-            text_config=text,
-            connector=connector_kind(config),
-            image_token_id=image_token_id,
+            vision_config=vision_config,
+            text_config=text_config,
+            connector=connector,
+            image_token_id=tokenizer.convert_tokens_to_ids(image_token),
             image_seq_length=tokens,
-            vision_feature_layer=config.get("mm_vision_select_layer", -2),
+            vision_feature_layer=vision_feature_layer,
             vision_feature_select="all" if with_cls else "patch",
             inner_adaptors=inner_adaptors,
         ),
-        key_map=KeyMap([*first_rules, *language_rules(text.vocab_size), *tower_rules(vision, prefix)]),
+        key_map=KeyMap(rules),
         processor=IDAVLMProcessor(
             image_processor,
             tokenizer,
-            chat_template=chat_template.replace("{{ bos_token }}", "{{ bos_token }}" + space),
+            chat_template=chat_template,
             image_seq_length=tokens,
             image_token=image_token,
-            image_format=image_format + space,
+            image_format=image_format,
             box_format=box_format,
         ),
         generation=generation_tokens(source, tokenizer),
@@ -73,23 +114,28 @@ def plan_llava(
 def read_tower(source: SourceCheckpoint) -> tuple[PretrainedConfig, Path, str]:
     """Configuration and folder of the vision tower, and the prefix of its names (a regular expression).
 
-    Weights in the checkpoint take precedence over the folder, because they may have been fine-tuned.
+    The folder is ``source.vision_tower``, or the one that config.json names: a path relative to the checkpoint, or
+    any path. Weights in the checkpoint take precedence over the folder, because they may have been fine-tuned.
     """
-    folder, prefix = tower_folder(source, source.config.get("mm_vision_tower")), INCLUDED_TOWER
+    named = str(source.config.get("mm_vision_tower"))
+    folders = [source.folder / named, Path(named)] if source.vision_tower is None else [source.vision_tower]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None and source.vision_tower is not None:
+        raise ConversionError(
+            f"vision_tower={str(source.vision_tower)!r} has no config.json; pass the folder of the tower."
+        )
+    if folder is None:
+        raise ConversionError(
+            f"{source.folder}: its vision tower {named!r} is not a local folder; download that model and pass its "
+            "folder with vision_tower= (--vision-tower)."
+        )
+    prefix = INCLUDED_TOWER
     if not any(name.startswith(INCLUDED_TOWER) for name in source.tensors):
         prefix = "vision_tower."
         source.add([WeightFile(path, prefix, remove_prefix="vision_model.") for path in weight_files(folder)])
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # The folder may hold a complete image-text model.
     return getattr(config, "vision_config", config), folder, prefix.replace(".", r"\.")
-
-
-def connector_kind(config: dict) -> str:
-    """Name of the projector for :func:`idavlm.build_connector`."""
-    kind = str(config.get("mm_projector_type", "linear")).lower()
-    if kind != "linear" and not kind.startswith("mlp"):
-        raise ConversionError(f"mm_projector_type={kind!r} is not supported; expected 'linear' or 'mlp2x_gelu[_Norm]'.")
-    return kind
 
 
 def language_rules(vocab_size: int) -> list[Rule]:
@@ -185,7 +231,6 @@ def plan_transformers_llava(source: SourceCheckpoint) -> ConversionPlan:
         raise ConversionError(
             f"{source.folder}: vision_feature_layer={config.vision_feature_layer}; expected one layer."
         )
-    with_cls = config.vision_feature_select_strategy == "full"
     tokenizer = read_tokenizer(source)
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
     if image_token is None:
@@ -193,31 +238,20 @@ def plan_transformers_llava(source: SourceCheckpoint) -> ConversionPlan:
             f"{source.folder}: image_token_index={config.image_token_index} is not a token of the tokenizer "
             f"({len(tokenizer)} tokens); add it to the tokenizer."
         )
-    tokens = num_image_tokens(config.vision_config, with_cls=with_cls)
-    vocab_size = max(config.text_config.vocab_size, len(tokenizer))
-    config.text_config.vocab_size = vocab_size
-    return ConversionPlan(
-        config=IDAVLMConfig(
-            vision_config=config.vision_config,
-            text_config=config.text_config,
-            connector="mlp2x_gelu",
-            image_token_id=config.image_token_index,
-            image_seq_length=tokens,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select="all" if with_cls else "patch",
-        ),
-        key_map=KeyMap(
-            [*transformers_llava_rules(vocab_size), *tower_rules(config.vision_config, r"(?:model\.)?vision_tower\.")]
-        ),
-        processor=IDAVLMProcessor(
-            read_image_processor(source.folder),
-            tokenizer,
-            chat_template=_text_chat_template(source, tokenizer),
-            image_seq_length=tokens,
-            image_token=image_token,
-            box_format="unit",
-        ),
-        generation=generation_tokens(source, tokenizer),
+    vision, text = config.vision_config, config.text_config
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
+    return build_plan(
+        source,
+        tokenizer,
+        read_image_processor(source.folder),
+        vision_config=vision,
+        text_config=text,
+        connector="mlp2x_gelu",
+        vision_feature_layer=config.vision_feature_layer,
+        with_cls=config.vision_feature_select_strategy == "full",
+        rules=[*transformers_llava_rules(text.vocab_size), *tower_rules(vision, r"(?:model\.)?vision_tower\.")],
+        image_token=image_token,
+        chat_template=_text_chat_template(source, tokenizer),
     )
 
 
@@ -225,8 +259,8 @@ def _text_chat_template(source: SourceCheckpoint, tokenizer) -> str:
     """Template of the tokenizer if it supports text messages; many support lists of parts only and drop plain text."""
     messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "An answer."}]
     try:
-        text = tokenizer.apply_text_chat_template(messages, tokenize=False)
-    except Exception:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (ValueError, TypeError, jinja2.TemplateError):
         text = ""
     if all(message["content"] in text for message in messages):
         return tokenizer.chat_template
@@ -267,31 +301,6 @@ def num_embeddings(config: dict[str, Any], tokenizer) -> int:
     return max(config["vocab_size"], len(tokenizer))
 
 
-def tower_folder(source: SourceCheckpoint, named: str | None) -> Path:
-    """Find the folder with the configuration (and possibly weights) of the vision tower.
-
-    Args:
-        source: the checkpoint; its ``vision_tower`` takes precedence.
-        named: the tower in the configuration: a path relative to the checkpoint, or a name on the hub.
-
-    Raises:
-        ConversionError: no such folder.
-    """
-    if source.vision_tower is not None:
-        if (source.vision_tower / "config.json").is_file():
-            return source.vision_tower
-        raise ConversionError(
-            f"vision_tower={str(source.vision_tower)!r} has no config.json; pass the folder of the tower."
-        )
-    for folder in [] if named is None else [source.folder / named, Path(named)]:
-        if (folder / "config.json").is_file():
-            return folder
-    raise ConversionError(
-        f"{source.folder}: its vision tower {named!r} is not a local folder; download that model and pass its folder "
-        "with vision_tower= (--vision-tower)."
-    )
-
-
 def tower_rules(config: PretrainedConfig, prefix: str) -> list[Rule]:
     """Rules from names below ``prefix`` (a regular expression) to the names in the installed transformers."""
     with torch.device("meta"):
@@ -305,11 +314,10 @@ def tower_rules(config: PretrainedConfig, prefix: str) -> list[Rule]:
     ]
 
 
-def add_image_token(tokenizer, token: str) -> int:
-    """Add ``token`` as a special token unless it exists; returns its id."""
+def add_image_token(tokenizer, token: str) -> None:
+    """Add ``token`` as a special token unless it exists."""
     if token not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(token)
 
 
 def space_after(tokenizer, token: str) -> str:
@@ -340,11 +348,6 @@ def pad_to_square(image_processor):
     options = image_processor.to_dict()
     options = {name: options[name] for name in names if options.get(name) is not None}
     return pil_image_processor("llava", "LlavaImageProcessor")(**options, do_pad=True)
-
-
-def num_image_tokens(config: PretrainedConfig, *, with_cls: bool = False) -> int:
-    """Number of patches of an image, plus one for the class token if it is used."""
-    return (config.image_size // config.patch_size) ** 2 + int(with_cls)
 
 
 def has_projector(source: SourceCheckpoint) -> bool:

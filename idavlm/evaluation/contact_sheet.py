@@ -247,18 +247,16 @@ def _draw_images(
 def _draw_frames(ax: "Axes", example: Example, placed: Sequence[tuple[float, float, float]]) -> None:
     from matplotlib.patches import Rectangle
 
-    def frame(image: int, box: Sequence[float], **style) -> None:
-        left, top, scale = placed[image]
-        x1, y1, x2, y2 = (scale * edge for edge in box)
-        ax.add_patch(Rectangle((left + x1, top + y1), x2 - x1, y2 - y1, fill=False, clip_on=False, **style))
-
     true, predicted = {"ec": TRUE, "lw": 2.4}, {"ec": PREDICTED, "lw": 1.8, "ls": (0, (4, 2))}
-    for box, style in ((example.true_box, true), (example.predicted_box, predicted)):
-        if box is not None:
-            frame(len(placed) - 1, box, **style)
+    frames = [(len(placed), example.true_box, true), (len(placed), example.predicted_box, predicted)]
     for number, style in ((example.true_image, true), (example.predicted_image, predicted)):
         if number is not None and 1 <= number <= len(placed):
-            frame(number - 1, (0, 0, *example.images[number - 1].size), **style)
+            frames.append((number, (0, 0, *example.images[number - 1].size), style))
+    for number, box, style in frames:
+        if box is not None:
+            left, top, scale = placed[number - 1]
+            x1, y1, x2, y2 = (scale * edge for edge in box)
+            ax.add_patch(Rectangle((left + x1, top + y1), x2 - x1, y2 - y1, fill=False, clip_on=False, **style))
 
 
 def _draw_texts(ax: "Axes", example: Example) -> None:
