@@ -108,7 +108,7 @@ def parse_image_number(text: str, *, count: int | None = None, name: str = "") -
 def parse_letter(text: str, *, count: int | None = None) -> str | None:
     """Parse the chosen option, "A", "B", ..., by the rules of :func:`parse_image_number`."""
     number = parse_image_number(text, count=count)
-    return None if number is None else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number - 1]
+    return None if number is None or number > 26 else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number - 1]
 
 
 def parse_yes_no(text: str) -> bool | None:
