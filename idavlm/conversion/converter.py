@@ -75,6 +75,10 @@ def convert(
         raise FileExistsError(f"out={str(out)!r} exists and is not overwritten; choose another folder, or remove it.")
     if not src.is_dir():
         raise ConversionError(f"{src}: no such folder.")
+    supported = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    dtype = supported.get(dtype, dtype)
+    if dtype not in (None, *supported.values()):
+        raise ValueError(f"dtype={dtype!r} is not supported; choose 'float32', 'float16' or 'bfloat16', or None.")
     source = SourceCheckpoint(src, read_config(src), vision_tower and Path(vision_tower), tokenizer and Path(tokenizer))
     source.add([WeightFile(path) for path in weight_files(src)])
     if adapter is not None:
@@ -84,7 +88,6 @@ def convert(
     except KeyError as error:
         raise ConversionError(f"{src}: its config.json has no {error}.") from error
     deltas = {} if adapter is None else read_adapter(Path(adapter), source, plan.key_map)
-    dtype = _parse_dtype(dtype)
     outputs = plan_files(source, plan.key_map, dtype)
     check_complete(source, plan.config, outputs)
     plan.config.dtype = _main_dtype(outputs)
@@ -285,11 +288,3 @@ def _main_dtype(outputs: list[OutputFile]) -> torch.dtype:
         if tensor.is_floating_point():
             sizes[tensor.dtype] += size_of([tensor])
     return sizes.most_common(1)[0][0]
-
-
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    supported = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    dtype = supported.get(dtype, dtype)
-    if dtype not in (None, *supported.values()):
-        raise ValueError(f"dtype={dtype!r} is not supported; choose 'float32', 'float16' or 'bfloat16', or None.")
-    return dtype

@@ -18,14 +18,12 @@ HEAD_DIM = 128
 """Head dimension of the attention of the resampler and the ID-Former."""
 
 
-def _matches(source: SourceCheckpoint) -> bool:
-    return "visual" in source.config and any(name.startswith("transformer.visual.") for name in source.tensors)
-
-
 def _plan(source: SourceCheckpoint) -> ConversionPlan:
     visual = source.config["visual"]
     has_id_former = any(name.startswith("transformer.visual.attn_pool.attn1.") for name in source.tensors)
-    tokenizer = read_qwen_tokenizer(source)
+    location = source.tokenizer or source.folder
+    vocabulary = location if location.is_file() else location / FILE_NAME
+    tokenizer = qwen_tokenizer(vocabulary) if vocabulary.is_file() else read_tokenizer(source)
     image_start, image_token_id = tokenizer.convert_tokens_to_ids(["<img>", "<imgpad>"])
     if image_start != visual["image_start_id"]:
         raise ConversionError(
@@ -62,13 +60,6 @@ def _plan(source: SourceCheckpoint) -> ConversionPlan:
             "pad_token_id": tokenizer.pad_token_id,
         },
     )
-
-
-def read_qwen_tokenizer(source: SourceCheckpoint):
-    """Load the tokenizer from ``qwen.tiktoken``, or a converted tokenizer."""
-    location = source.tokenizer or source.folder
-    path = location if location.is_file() else location / FILE_NAME
-    return qwen_tokenizer(path) if path.is_file() else read_tokenizer(source)
 
 
 def language_config(config: dict[str, Any]) -> Qwen2Config:
@@ -171,6 +162,8 @@ def connector_rules(has_id_former: bool) -> list[Rule]:
 QWEN_VL = CheckpointFormat(
     name="Qwen-VL, IDA-VLM",
     signature="model_type 'qwen' with visual, keys transformer.visual.*",
-    matches=_matches,
+    matches=lambda source: (
+        "visual" in source.config and any(name.startswith("transformer.visual.") for name in source.tensors)
+    ),
     plan=_plan,
 )

@@ -271,7 +271,9 @@ def _draw_texts(ax: "Axes", example: Example) -> None:
     y = 0.0
     for text, colour, weight in blocks:
         width = int(letters * (0.88 if weight == "bold" else 1))
-        lines = textwrap.wrap(_printable(text), width, max_lines=most, placeholder=" ...")
+        # An untrained model may generate control characters.
+        printable = "".join(letter if letter.isprintable() else "\u00b7" for letter in " ".join(text.split()))
+        lines = textwrap.wrap(printable, width, max_lines=most, placeholder=" ...")
         style = {"fontsize": size, "linespacing": 1.25, "va": "top", "parse_math": False}
         ax.text(0.02, y, "\n".join(lines), color=colour, weight=weight, **style)
         y += 0.01 * size * len(lines) + 0.04
@@ -288,11 +290,6 @@ def _heat_map(image: Image.Image, share: np.ndarray) -> Image.Image:
     weight = (0.7 * share)[..., None]
     blended = (0.25 + 0.7 * grey) * (1 - weight) + colour * weight
     return Image.fromarray((255 * blended.clip(0, 1)).astype(np.uint8))
-
-
-def _printable(text: str) -> str:
-    """One line without control characters, which an untrained model may generate."""
-    return "".join(character if character.isprintable() else "\u00b7" for character in " ".join(text.split()))
 
 
 def _shorten(text: str, limit: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 from lmms_eval.api.task import ConfigurableMessagesTask
 
-from idavlm.data import ImageStore, Sample
+from idavlm.data import ImageStore
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.tasks.base import Item, score_items
 from idavlm.evaluation.tasks.identity_tasks import MMID
@@ -43,11 +43,18 @@ class MMIDTask(ConfigurableMessagesTask):
         _ITEMS.clear()
         _ITEMS.update({item.sample.id: item for item in items})
         _NAMES[:] = sorted({identity.name for item in items for identity in item.sample.identities})
-        rows = [
-            {"id": item.sample.id, "task": item.groups["task"], "domain": item.groups["domain"]}
-            | {"question": _question(item.sample), "answer": item.sample.answer or ""}
-            for item in items
-        ]
+        rows = []
+        for item in items:
+            introduced = [
+                f"{identity.name} is <image>\n" for identity in item.sample.identities for _ in identity.images
+            ]
+            question = [part.text or "<image>" for part in item.sample.messages[-1].content]
+            row = {
+                "id": item.sample.id,
+                "question": "".join([*introduced, *question]),
+                "answer": item.sample.answer or "",
+            }
+            rows.append(row | item.groups)
         self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
         self.dataset_no_image = self.dataset
 
@@ -76,11 +83,6 @@ def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     scored = score_items([item], [Answer(item.sample.id, results[0])], parse_box, prose=True, names=_NAMES)
     names = _METRICS[item.sample.task.split("_")[0]]
     return {names[metric]: score for metric, score in scored.predictions[0].scores.items() if metric in names}
-
-
-def _question(sample: Sample) -> str:
-    introduced = "".join(f"{identity.name} is <image>\n" for identity in sample.identities for _ in identity.images)
-    return introduced + "".join(part.text or "<image>" for part in sample.messages[-1].content)
 
 
 def _setting(name: str, meaning: str) -> str:
