@@ -1,6 +1,7 @@
 """The vision transformer of Qwen-VL (arXiv 2308.12966) and IDA-VLM, as a transformers model."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
@@ -8,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from idavlm.modules.positions import resize_positions
+from idavlm.modules.positions import resize_positions, square_grid
 from idavlm.utils import check_positive
 
 
@@ -30,38 +31,26 @@ class QwenVisionConfig(PretrainedConfig):
 
     model_type = "qwen_vl_vision"
 
-    def __init__(
-        self,
-        hidden_size: int = 1664,
-        intermediate_size: int = 8192,
-        num_hidden_layers: int = 48,
-        num_attention_heads: int = 16,
-        image_size: int = 448,
-        patch_size: int = 14,
-        num_positions: int = 256,
-        num_channels: int = 3,
-        hidden_act: str = "gelu",
-        layer_norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
-        **kwargs,
-    ):
-        check_positive(num_attention_heads=num_attention_heads, patch_size=patch_size)
-        if hidden_size % num_attention_heads:
-            raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}.")
-        if round(num_positions**0.5) ** 2 != num_positions:
-            raise ValueError(f"num_positions={num_positions} is not a square number; positions lie on a square grid.")
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.num_positions = num_positions
-        self.num_channels = num_channels
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
-        super().__init__(**kwargs)
+    hidden_size: int = 1664
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 16
+    image_size: int = 448
+    patch_size: int = 14
+    num_positions: int = 256
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_positive(num_attention_heads=self.num_attention_heads, patch_size=self.patch_size)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}."
+            )
+        square_grid("num_positions", self.num_positions)
 
 
 class QwenVisionAttention(nn.Module):
@@ -80,12 +69,12 @@ class QwenVisionAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            rearrange(projection(hidden_states), "i p (h d) -> i h p d", d=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, _eager)
         output, _ = attend(self, q, k, v, None, scaling=self.scaling, dropout=0.0)
-        return self.out_proj(output.flatten(2))
+        return self.out_proj(rearrange(output, "i p h d -> i p (h d)"))
 
 
 def _eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask, *, scaling: float, **kwargs):
@@ -161,15 +150,12 @@ class QwenVisionModel(PreTrainedModel):
                 f"patch_size={size} for H and W."
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        grid = tuple(patches.shape[2:])
-        side = round(self.config.num_positions**0.5)
-        hidden_states = patches.flatten(2).mT + resize_positions(self.position_embedding, (side, side), grid)
-        hidden_states = self.pre_layernorm(hidden_states)
+        grid = square_grid("num_positions", self.config.num_positions)
+        positions = resize_positions(self.position_embedding, grid, tuple(patches.shape[2:]))
+        hidden_states = self.pre_layernorm(rearrange(patches, "i c h w -> i (h w) c") + positions)
         states = [hidden_states]
         for layer in self.layers:
             hidden_states = layer(hidden_states)
             states.append(hidden_states)
-        output = BaseModelOutput(
-            last_hidden_state=hidden_states, hidden_states=tuple(states) if output_hidden_states else None
-        )
+        output = BaseModelOutput(hidden_states, tuple(states) if output_hidden_states else None)
         return output if return_dict else output.to_tuple()

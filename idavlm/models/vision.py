@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -46,7 +47,7 @@ def vision_features(
             raise ValueError(
                 f"vision_feature_select='cls': {type(vision_tower).__name__} has no CLS token; use 'patch'."
             )
-        return hidden.flatten(2).mT, tuple(hidden.shape[2:])
+        return rearrange(hidden, "i c h w -> i (h w) c"), tuple(hidden.shape[2:])
     if select == "all":
         return hidden, None
     grid_size = _grid_size(vision_tower, hidden.shape[1], pixel_values.shape[2:])

@@ -22,9 +22,6 @@ from idavlm.modules.image_groups import ImageGroups, attention_segments, group_i
 from idavlm.modules.resampler import Resampler
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_choice, check_positive
 
-GATES = ("zero_init", "tanh", "none")
-IDENTITY_EMBEDDINGS = (None, "learned", "name")
-
 
 @dataclass(frozen=True, eq=False)
 class IdentityTokens:
@@ -46,16 +43,12 @@ class IdentityTokens:
 class IdentityLayer(nn.Module):
     """One identity cross-attention: ``patches + g * attention(patches + position, keys, keys)``.
 
-    ``gate`` decides how much the layer contributes at the start of training:
-
-    - ``"zero_init"`` (released): ``g = 1``, and the output projection of the attention starts at zero.
-    - ``"tanh"``: ``g = tanh(a)`` with a learned scalar ``a`` that starts at 0 (Flamingo).
-    - ``"none"``: ``g = 1`` and ordinary initialisation; the layer contributes from the first step.
-
     Args:
         hidden_size: width C.
         num_heads: number of attention heads.
-        gate: see above.
+        gate: how much the layer contributes at the start of training. ``"zero_init"`` (released): ``g = 1``, and the
+            output projection of the attention starts at zero. ``"tanh"``: ``g = tanh(a)`` with a learned scalar ``a``
+            that starts at 0 (Flamingo). ``"none"``: ``g = 1`` and ordinary initialisation.
         feed_forward: add ``patches + g' * FeedForward(patches)`` after the attention, with a gate of the same kind.
         intermediate_size: inner width of the feed-forward block. Defaults to ``4 * hidden_size``.
         attn_implementation: backend, see :func:`idavlm.cross_attention`.
@@ -72,7 +65,7 @@ class IdentityLayer(nn.Module):
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
-        check_choice("gate", gate, GATES)
+        check_choice("gate", gate, ("zero_init", "tanh", "none"))
         self.attention = CrossAttention(
             hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
         )
@@ -120,10 +113,9 @@ class IDFormer(nn.Module):
     ``null_token``. Options that are off have no keys.
 
     Args:
-        hidden_size: width C of the tokens; divisible by 4 and by ``num_heads``.
-        num_queries: number Q of tokens per image; a square number.
+        hidden_size, num_queries, vision_hidden_size, token_position_embedding, output_proj, output_size: see
+            :class:`Resampler`.
         num_heads: number of attention heads. The release has ``hidden_size / 128``.
-        vision_hidden_size: width Cv of the patches. If it is None or equals ``hidden_size``, patches are not projected.
         attn_implementation: backend, see :func:`idavlm.cross_attention`.
         detach_references: stop gradients from scenes to the reference tokens that they attend to.
         num_identity_layers: number of identity cross-attention layers.
@@ -140,7 +132,6 @@ class IDFormer(nn.Module):
             embedding (as released). ``"learned"``: an :class:`IdentityEmbedding`. ``"name"``: the embedding of the
             identity's name in the language model, which :meth:`forward` receives as ``name_embeddings``.
         max_identities: largest number of identities in a sample; needed for ``identity_embedding="learned"``.
-        token_position_embedding, output_proj, output_size: see :class:`Resampler`.
 
     Raises:
         ValueError: options that do not fit each other, with the argument and the remedy.
@@ -174,7 +165,7 @@ class IDFormer(nn.Module):
         check_positive(intermediate_size=intermediate_size, max_identities=max_identities)
         check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
         check_choice("identity_keys", identity_keys, ("tokens", "patches"))
-        check_choice("identity_embedding", identity_embedding, IDENTITY_EMBEDDINGS)
+        check_choice("identity_embedding", identity_embedding, (None, "learned", "name"))
         if (identity_embedding == "learned") != (max_identities is not None):
             raise ValueError(
                 f"identity_embedding={identity_embedding!r} and max_identities={max_identities}: a learned embedding "
