@@ -1,9 +1,8 @@
 """The identity-aware VLM: vision tower, ID-Former or connector, language model."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +28,7 @@ from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes
 from idavlm.utils import IGNORE_INDEX
 
 CACHE = cache_name()
-CONFIG_OPTIONS = tuple(
-    name
-    for name in inspect.signature(IDAVLMConfig.__init__).parameters
-    if name not in ("self", "kwargs", "vision_config", "text_config", "connector", "connector_config", "image_token_id")
-)
+CONFIG_OPTIONS = tuple(field.name for field in fields(IDAVLMConfig))
 """Arguments of :class:`IDAVLMConfig` that :meth:`IDAVLMForConditionalGeneration.from_parts` passes on to it."""
 
 

@@ -222,8 +222,8 @@ def _check_boxes(
     ):
         if tensor is not None and (tensor.shape != shape or (name.startswith("box_") and tensor.is_floating_point())):
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected {list(shape)}, and integers "
-                "for an index."
+                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected {list(shape)}, integers "
+                "for indices."
             )
     described = zip(boxes.tolist(), box_image.tolist(), box_identity.tolist(), strict=True)
     for number, (box, image, identity) in enumerate(described):

@@ -113,8 +113,8 @@ def attention_segments(
 ) -> dict[str, Tensor | int]:
     """Return the segments of the identity cross-attention, as arguments of :func:`idavlm.cross_attention`.
 
-    Scenes of ``num_patches`` queries attend to the references of their own sample, with ``key_length`` keys each, and to
-    the null token before them. The key groups are the identities of a sample; the last group is null.
+    Scenes of ``num_patches`` queries attend to the references of their own sample, with ``key_length`` keys each, and
+    to the null token before them. The key groups are the identities of a sample; the last group is null.
     """
     extra_keys = int(null_token)
     query_lengths = [count * num_patches for count in groups.scenes_per_sample]
