@@ -21,11 +21,11 @@ from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
 from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
 from idavlm.models.image_batch import ImageBatch
-from idavlm.models.supervision import IdentityBoxes, supervision_losses, target_identity_map
+from idavlm.models.supervision import supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
 from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
 from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes_workflow
-from idavlm.utils import IGNORE_INDEX
+from idavlm.utils import IGNORE_INDEX, ImageRole
 
 CACHE = cache_name()
 CONFIG_OPTIONS = tuple(field.name for field in fields(IDAVLMConfig))
@@ -136,9 +136,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         Args:
             vision_tower: a model, or the argument of ``AutoModel.from_pretrained``.
             language_model: a causal language model, or the argument of ``AutoModelForCausalLM.from_pretrained``.
-            processor: an :class:`IDAVLMProcessor`. The model takes ``image_token_id`` from it, and its
-                ``image_seq_length`` from it if ``num_queries`` is not passed. If the processor has no
-                ``image_seq_length`` yet, it is set to that of the model, so the number is said once.
+            processor: an :class:`IDAVLMProcessor`. The model takes ``image_token_id`` from it, and ``num_queries``
+                where it is not passed. A processor without ``image_seq_length`` gets that of the model.
             image_token_id: id of the image placeholder, if there is no processor. The embeddings of the language model
                 must contain it.
             connector: see :class:`IDAVLMConfig`.
@@ -156,9 +155,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if processor is not None:
             image_token_id = processor.image_token_id
             length = "num_queries" if connector in ("id_former", "resampler") else "image_seq_length"
-            if processor.image_seq_length is not None:
-                options.setdefault(length, processor.image_seq_length)
-            if options.get(length) is None:
+            options.setdefault(length, processor.image_seq_length)
+            if options[length] is None:
                 raise ValueError(f"{length} is not set; pass it, or build the processor with image_seq_length.")
         vision_tower = _load_vision_tower(vision_tower)
         language_model = _load_language_model(language_model, image_token_id)
@@ -322,15 +320,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if input_ids is None and inputs_embeds is None and not has_images:
             raise ValueError("there is no input; pass input_ids, inputs_embeds, or images alone.")
         text = None if input_ids is None else self.get_input_embeddings()(input_ids)
-        image_tokens = maps = None
+        image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
 
         if has_images:
             images = self._image_batch(pixel_values, image_features, image_roles, sample_index, identity_index)
             is_supervised = self.id_former is not None and boxes is not None
-            targets = None
             if is_supervised:
-                targets = target_identity_map(IdentityBoxes(boxes, box_image, box_identity, image_sizes), images)
+                targets = target_identity_map(images, boxes, box_image, box_identity, image_sizes)
             image_tokens, maps = self._encode(
                 images,
                 target_identity_map=targets if teacher_forcing else None,
@@ -348,7 +345,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 )
 
         if input_ids is not None:
-            text = self._embed_names(text, token_identity_index)
+            learned = None if self.id_former is None else self.id_former.identity_embedding
+            if learned is not None and token_identity_index is not None:
+                text = add_learned_embeddings(text, token_identity_index, learned.table())
             inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, cache)
         if inputs_embeds is None:
             loss = losses.get("auxiliary_loss")
@@ -391,15 +390,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             raise ValueError("pass either pixel_values or image_features.")
         features, grid_size = (image_features, None) if pixel_values is None else self.image_features(pixel_values)
         dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
-        return ImageBatch.build(
-            features.to(dtype),
-            grid_size,
-            image_roles,
-            sample_index,
-            identity_index,
-            has_id_former=self.id_former is not None,
-            has_image_index_embedding=self.image_index_embedding is not None,
-        )
+        needs_samples = self.id_former is not None and image_roles is not None
+        if sample_index is None and (needs_samples or self.image_index_embedding is not None):
+            raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
+        if image_roles is None:
+            image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
+        if sample_index is None:
+            sample_index = torch.zeros(len(features), dtype=torch.long)
+        return ImageBatch(features.to(dtype), grid_size, image_roles, sample_index, identity_index)
 
     def _encode(
         self,
@@ -432,13 +430,6 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             embeddings = self.image_index_embedding.embed_images(images.image_roles, images.sample_index)
             image_tokens = image_tokens + embeddings[:, None]
         return image_tokens, maps
-
-    def _embed_names(self, text: Tensor, token_identity_index: Tensor | None) -> Tensor:
-        """Add learned identity embeddings to the text embeddings of tokens that are about an identity."""
-        embedding = None if self.id_former is None else self.id_former.identity_embedding
-        if embedding is None or token_identity_index is None:
-            return text
-        return add_learned_embeddings(text, token_identity_index, embedding.table())
 
     def _name_embeddings(
         self, text: Tensor | None, token_identity_index: Tensor | None, name_mask: Tensor | None, images: ImageBatch
@@ -479,14 +470,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             copies_connector = "connector" in options["modules_to_copy"]
             return new_inner_adaptor(self.language_model, options, self.connector if copies_connector else None)
 
-        parts = [(self._joint, lambda: _build_joint(self.config))]
+        parts = {self._joint: lambda: _build_joint(self.config)}
         if self.image_index_embedding is not None:
-            parts.append((self.image_index_embedding, lambda: _build_image_index_embedding(self.config)))
+            parts[self.image_index_embedding] = lambda: _build_image_index_embedding(self.config)
         if self.config.inner_adaptors is not None:
-            parts.append((self.language_model.inner_adaptor, new_adaptors))
+            parts[self.language_model.inner_adaptor] = new_adaptors
             self.language_model.requires_grad_(False)  # from_pretrained has replaced the frozen parameters
             self.language_model.inner_adaptor.requires_grad_(True)
-        for part, build in parts:
+        for part, build in parts.items():
             missing = {
                 name: tensor
                 for name, tensor in part.state_dict(keep_vars=True).items()
@@ -606,14 +597,11 @@ def _load_language_model(language_model: PreTrainedModel | str, image_token_id: 
     if isinstance(language_model, str):
         language_model = AutoModelForCausalLM.from_pretrained(language_model)
     name = type(language_model).__name__
-    if type(language_model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    is_vlm = type(language_model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if is_vlm or language_model.get_output_embeddings() is None:
+        problem = "is a whole vision-language model" if is_vlm else "has no language modelling head"
         raise ValueError(
-            f"language_model={name} is a whole vision-language model; pass its causal language model, for example one "
-            "that AutoModelForCausalLM.from_pretrained loads."
-        )
-    if language_model.get_output_embeddings() is None:
-        raise ValueError(
-            f"language_model={name} has no language modelling head; pass a causal language model, for example one that "
+            f"language_model={name} {problem}; pass a causal language model, for example one that "
             "AutoModelForCausalLM.from_pretrained loads."
         )
     vocabulary = language_model.get_input_embeddings().num_embeddings
