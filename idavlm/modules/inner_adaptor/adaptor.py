@@ -202,7 +202,7 @@ def add_inner_adaptors(
 
 
 def new_inner_adaptor(language_model: nn.Module, options: dict, connector: nn.Module | None) -> InnerAdaptor:
-    """New adaptors with their initial values, not yet part of the model; ``options`` as :attr:`InnerAdaptor.options`."""
+    """New adaptors with their initial values, not yet part of the model; ``options`` as in :class:`InnerAdaptor`."""
     check_choice("composition", options["composition"], ("serial", "parallel"))
     check_positive(rank=options["rank"])
     for workflow in options["workflows"]:
