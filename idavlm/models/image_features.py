@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class ImageFeatures:
 
     Args:
         folder: folder that :meth:`write` has written.
-        model, processor: the vision tower and the preparation of images must be those that made the features.
+        model, processor: must have the vision tower and the preparation of images that made the features.
 
     Attributes:
         shape: ``(images, P, Cv)``.
@@ -84,8 +84,8 @@ class ImageFeatures:
         finally:
             model.train(was_training)
         rows = {_key(*image): [row, *size] for row, (image, size) in enumerate(zip(images, sizes, strict=True))}
-        content = {"tower": _fingerprint(model, processor), "shape": shape, "images": rows}
-        content["dtype"] = str(features.dtype).removeprefix("torch.")
+        dtype = str(features.dtype).removeprefix("torch.")
+        content = {"tower": _fingerprint(model, processor), "shape": shape, "images": rows, "dtype": dtype}
         complete = folder / f"index.json.{os.getpid()}"  # written last: an incomplete set has no index
         complete.write_text(json.dumps(content))
         complete.replace(folder / "index.json")
@@ -126,16 +126,10 @@ def _mapped(path: Path, shape: Iterable[int], dtype: torch.dtype, *, write: bool
 
 def _fingerprint(model, processor) -> str:
     """Return a hash of everything that the features depend on."""
-    digest = hashlib.sha256()
-    for part in _parts(model, processor):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _parts(model, processor) -> Iterator[bytes]:
     config = model.config
-    yield repr((config.vision_feature_layer, config.vision_feature_select)).encode()
-    yield processor.image_processor.to_json_string().encode()
+    digest = hashlib.sha256(repr((config.vision_feature_layer, config.vision_feature_select)).encode())
+    digest.update(processor.image_processor.to_json_string().encode())
     for name, tensor in model.vision_tower.state_dict().items():
-        yield name.encode()
-        yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
