@@ -19,9 +19,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-CONFIGS = {"idavlm": "IDAVLMConfig", "qwen_vl_vision": "QwenVisionConfig"}
-PROCESSORS = {"IDAVLMConfig": "IDAVLMProcessor"}
-
 
 class _DeferredClass:
     """A class of ``idavlm.models`` by name. Its first use imports ``idavlm.models``."""
@@ -45,7 +42,7 @@ class _DeferredClass:
 
 
 def _register_configs(module: ModuleType) -> None:
-    for model_type, name in CONFIGS.items():
+    for model_type, name in (("idavlm", "IDAVLMConfig"), ("qwen_vl_vision", "QwenVisionConfig")):
         if model_type not in module.CONFIG_MAPPING:
             module.CONFIG_MAPPING.register(model_type, _DeferredClass(name))
 
@@ -54,9 +51,8 @@ def _register_processors(module: ModuleType) -> None:
     # AutoProcessor finds these entries by the __name__ of the processor, and by the key only where a config exists,
     # which means that idavlm.models has registered the real classes. keys(): the mapping iterates only over these.
     registered = {getattr(key, "__name__", None) for key in module.PROCESSOR_MAPPING.keys()}  # noqa: SIM118
-    for config, processor in PROCESSORS.items():
-        if config not in registered:
-            module.PROCESSOR_MAPPING.register(_DeferredClass(config), _DeferredClass(processor))
+    if "IDAVLMConfig" not in registered:
+        module.PROCESSOR_MAPPING.register(_DeferredClass("IDAVLMConfig"), _DeferredClass("IDAVLMProcessor"))
 
 
 _REGISTRIES = {
@@ -89,14 +85,11 @@ class _RegistryFinder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in _REGISTRIES:
             return None
-        for finder in sys.meta_path:
-            if not isinstance(finder, _RegistryFinder):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    if spec.loader is not None:
-                        spec.loader = _RegisteringLoader(spec.loader)
-                    return spec
-        return None
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _RegistryFinder))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
 
 
 def register_when_imported() -> None:
