@@ -40,8 +40,7 @@ class IDAVLMOutput(CausalLMOutputWithPast):
         loss: ``language_loss + auxiliary_loss``, if labels were passed.
         logits: ``[B, T, vocabulary]``; None in training mode if labels were passed.
         cache: cache of the language model; named ``past_key_values`` before transformers 5.24.
-        hidden_states: hidden states of the language model, if requested.
-        attentions: attention weights of the language model, if requested.
+        hidden_states, attentions: those of the language model, if requested.
         language_loss: mean next-token cross-entropy over labelled tokens.
         identity_map_loss: see :meth:`idavlm.IDFormer.identity_map_loss`; if boxes were passed.
         contrastive_loss: see :meth:`idavlm.IDFormer.contrastive_loss`; if boxes were passed and its weight is not 0.
@@ -141,17 +140,13 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             image_token_id: id of the image placeholder, if there is no processor. The embeddings of the language model
                 must contain it.
             connector: see :class:`IDAVLMConfig`.
-            options: further arguments of :class:`IDAVLMConfig`. All other names go to ``connector_config``, for example
-                ``num_queries=64, num_heads=8``.
+            options: arguments of :class:`IDAVLMConfig`, and of the connector: ``num_queries=64, num_heads=8``.
 
         Raises:
             ValueError: parts that do not fit each other, with the argument and the remedy.
         """
         if (processor is None) == (image_token_id is None):
-            raise ValueError(
-                f"image_token_id={image_token_id} and processor={processor if processor is None else 'given'}: pass "
-                "one of the two."
-            )
+            raise ValueError(f"image_token_id={image_token_id} and processor={type(processor)}: pass one of the two.")
         if processor is not None:
             image_token_id = processor.image_token_id
             length = "num_queries" if connector in ("id_former", "resampler") else "image_seq_length"
@@ -229,16 +224,13 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         *,
         output_identity_maps: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[int, int] | None]:
-        """Encode images to image tokens.
-
-        With ``identity_embedding="name"`` the tokens do not contain the embeddings of names, which need the prompt.
+        """Encode images to image tokens; without embeddings of names, which need the prompt.
 
         Args:
             pixel_values: ``[I, 3, H, W]``; or
             image_features: ``[I, P, Cv]`` features that the vision tower computed before, on a square grid.
-            image_roles: ``[I]``, see :class:`idavlm.ImageRole`. Without it all images are general images.
-            sample_index: ``[I]`` row of the batch each image belongs to; needed with ``image_roles``.
-            identity_index: ``[I]``, see :meth:`idavlm.IDFormer.forward`.
+            image_roles, sample_index, identity_index: ``[I]``, see :meth:`idavlm.IDFormer.forward`. Without
+                ``image_roles`` all images are general images.
             output_identity_maps: also return the identity maps.
 
         Returns:
@@ -256,13 +248,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if pixel_values.shape[0] == 0:
             return no_features(self.vision_tower, self.config), None
         is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        layer, select = self.config.vision_feature_layer, self.config.vision_feature_select
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            return vision_features(
-                self.vision_tower,
-                pixel_values,
-                layer=self.config.vision_feature_layer,
-                select=self.config.vision_feature_select,
-            )
+            return vision_features(self.vision_tower, pixel_values, layer=layer, select=select)
 
     @takes_workflow
     @takes_cache
@@ -314,9 +302,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         Raises:
             ValueError: arguments that do not fit each other, with the argument and the remedy.
         """
+        has_images = pixel_values is not None or image_features is not None
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("input_ids and inputs_embeds are both given; pass one of the two.")
-        has_images = pixel_values is not None or image_features is not None
         if input_ids is None and inputs_embeds is None and not has_images:
             raise ValueError("there is no input; pass input_ids, inputs_embeds, or images alone.")
         text = None if input_ids is None else self.get_input_embeddings()(input_ids)
@@ -353,7 +341,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
 
-        targets = None if labels is None else next_token_targets(labels)
+        targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
         # As with a fused loss: in training mode there are no logits beside the loss.
         skip_logits = self.training and labels is not None
         head = self.get_output_embeddings()
@@ -367,11 +355,10 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             )
         loss, logits = None, outputs.logits
         if labels is not None:
+            # The logits may be those of the labelled tokens only.
+            shift_labels = targets if logits.shape[:2] == targets.shape else targets[targets != IGNORE_INDEX]
             losses["language_loss"] = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=targets_of_logits(logits, targets),
-                vocab_size=logits.shape[-1],
+                logits, labels=None, shift_labels=shift_labels.to(logits.device), vocab_size=logits.shape[-1]
             )
             loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
         return IDAVLMOutput(
@@ -467,8 +454,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         def new_adaptors() -> nn.Module:
             self.language_model.tie_weights()  # a tied head has no values before
             options = self.language_model.inner_adaptor.options
-            copies_connector = "connector" in options["modules_to_copy"]
-            return new_inner_adaptor(self.language_model, options, self.connector if copies_connector else None)
+            return new_inner_adaptor(self.language_model, options, _connector_to_copy(options, self.connector))
 
         parts = {self._joint: lambda: _build_joint(self.config)}
         if self.image_index_embedding is not None:
@@ -492,12 +478,9 @@ def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: 
     """Replace the embeddings of placeholders, in order, by image tokens.
 
     Args:
-        inputs_embeds: ``[B, T, C]``.
+        inputs_embeds: ``[B, T, C]``, like the result.
         is_image: ``[B, T]`` bool, True at placeholders.
         image_tokens: ``[I, Q, C]`` of all images of the batch, in the order of their placeholders.
-
-    Returns:
-        ``[B, T, C]``.
 
     Raises:
         ValueError: the number of placeholders differs from that of image tokens, or the widths differ.
@@ -515,17 +498,6 @@ def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: 
             f"{inputs_embeds.shape[-1]}; set hidden_size or output_size of the connector to that of the language model."
         )
     return inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
-
-
-def next_token_targets(labels: Tensor) -> Tensor:
-    """Shift labels ``[B, T]`` to the target of each position; -100 at the last."""
-    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
-
-
-def targets_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Select from ``targets`` ``[B, T]`` those that ``logits`` belong to: all, or the labelled ones."""
-    is_complete = logits.shape[:2] == targets.shape
-    return (targets if is_complete else targets[targets != IGNORE_INDEX]).to(logits.device)
 
 
 @contextmanager
@@ -546,10 +518,11 @@ def _build_joint(config: IDAVLMConfig) -> nn.Module:
     """Build the ID-Former or the connector of a configuration."""
     width = config.text_config.get_text_config().hidden_size
     options = {"hidden_size": width, **config.connector_config, "vision_hidden_size": features_width(config)}
+    has_queries = config.connector in ("id_former", "resampler")
     if config.image_seq_length is None:
-        needed = "num_queries" if config.connector in ("id_former", "resampler") else "image_seq_length"
+        needed = "num_queries" if has_queries else "image_seq_length"
         raise ValueError(f"connector={config.connector!r} needs {needed}, the number of image tokens per image.")
-    if config.connector in ("id_former", "resampler"):
+    if has_queries:
         options["output_size"] = width
         options["num_queries"] = config.image_seq_length
         options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
@@ -579,8 +552,12 @@ def _prepare_inner_adaptors(config: IDAVLMConfig, language_model: nn.Module, con
                 f"{dict(present.options)}; use from_parts, or pass a language model without adaptors."
             )
     elif config.inner_adaptors is not None:
-        copies_connector = "connector" in config.inner_adaptors.get("modules_to_copy", ())
-        add_inner_adaptors(language_model, **config.inner_adaptors, connector=connector if copies_connector else None)
+        connector = _connector_to_copy(config.inner_adaptors, connector)
+        add_inner_adaptors(language_model, **config.inner_adaptors, connector=connector)
+
+
+def _connector_to_copy(options: dict, connector: nn.Module | None) -> nn.Module | None:
+    return connector if "connector" in options.get("modules_to_copy", ()) else None
 
 
 def _load_vision_tower(vision_tower: PreTrainedModel | str) -> PreTrainedModel:
