@@ -7,7 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import CLIPAttention
 
 from idavlm.modules.positions import resize_positions, square_grid
 from idavlm.utils import check_positive
@@ -30,6 +30,7 @@ class QwenVisionConfig(PretrainedConfig):
     """
 
     model_type = "qwen_vl_vision"
+    attention_dropout = 0.0  # of CLIPAttention
 
     hidden_size: int = 1664
     intermediate_size: int = 8192
@@ -53,49 +54,23 @@ class QwenVisionConfig(PretrainedConfig):
         square_grid("num_positions", self.num_positions)
 
 
-class QwenVisionAttention(nn.Module):
-    """Multi-head self-attention. The release interleaves the three projections by head; here they are separate."""
-
-    is_causal = False
-
-    def __init__(self, config: QwenVisionConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = 1
-        self.scaling = self.head_dim**-0.5
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(projection(hidden_states), "i p (h d) -> i h p d", d=self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, _eager)
-        output, _ = attend(self, q, k, v, None, scaling=self.scaling, dropout=0.0)
-        return self.out_proj(rearrange(output, "i p h d -> i p (h d)"))
-
-
-def _eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask, *, scaling: float, **kwargs):
-    weights = (q @ k.mT * scaling).softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v).transpose(1, 2), weights
-
-
 class QwenVisionLayer(GradientCheckpointingLayer):
-    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``."""
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``.
+
+    The release interleaves the three projections of the attention by head; here they are separate, as in CLIP.
+    """
 
     def __init__(self, config: QwenVisionConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = QwenVisionAttention(config)
+        self.self_attn = CLIPAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))[0]
         return hidden_states + self.fc2(self.act(self.fc1(self.layer_norm2(hidden_states))))
 
 

@@ -10,11 +10,7 @@ from idavlm.utils import IGNORE_INDEX, ImageRole
 
 
 def target_identity_map(
-    images: ImageBatch,
-    boxes: Tensor,
-    box_image: Tensor | None,
-    box_identity: Tensor | None,
-    image_sizes: Tensor | None,
+    images: ImageBatch, boxes: Tensor, box_image: Tensor | None, box_identity: Tensor | None, image_sizes: Tensor | None
 ) -> Tensor:
     """Compute :func:`idavlm.identity_patch_targets` of a batch on the host.
 

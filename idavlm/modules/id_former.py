@@ -425,12 +425,7 @@ class IDFormer(nn.Module):
                 )
 
     def _attend_to_references(
-        self,
-        scenes: Tensor,
-        grid_size: tuple[int, int],
-        keys: Tensor,
-        groups: ImageGroups,
-        output_attentions: bool,
+        self, scenes: Tensor, grid_size: tuple[int, int], keys: Tensor, groups: ImageGroups, output_attentions: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Let the patches of scenes ``[S, P, C]`` attend to the keys ``[R, K, C]`` of their own sample."""
         has_null = self.null_token is not None

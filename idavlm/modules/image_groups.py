@@ -38,12 +38,7 @@ class ImageGroups:
 
 @outside_compile
 def group_images(
-    image_roles: Tensor,
-    sample_index: Tensor,
-    identity_index: Tensor | None,
-    *,
-    num_images: int,
-    device: torch.device,
+    image_roles: Tensor, sample_index: Tensor, identity_index: Tensor | None, *, num_images: int, device: torch.device
 ) -> ImageGroups:
     """Check roles, samples and identities of a batch and group its images.
 

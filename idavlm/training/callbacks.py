@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
 
 
 class SourceProgress(ProgressCallback):
@@ -33,15 +33,3 @@ class SourceProgress(ProgressCallback):
         if scores:
             values = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self.training_bar.write(f"{self.training_bar.desc}step {state.global_step}: {values}")
-
-
-class SetEpoch(TrainerCallback):
-    """Sets the epoch of the loader before the Trainer skips the batches that a resumed run has read already.
-
-    transformers 5.24 does this itself. Version 5.13 sets the epoch of the loader that remains after skipping, which
-    does not pass it on, so a run that is resumed after its first epoch would read the batches of the first epoch.
-    """
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if hasattr(train_dataloader, "set_epoch"):
-            train_dataloader.set_epoch(int(state.epoch))

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from idavlm.data import DualDataLoader
 from idavlm.data.schema import SOURCES
 from idavlm.training.arguments import IDTrainingArguments
-from idavlm.training.callbacks import SetEpoch, SourceProgress
+from idavlm.training.callbacks import SourceProgress
 from idavlm.utils import IGNORE_INDEX
 from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
 
@@ -100,7 +100,6 @@ class IDTrainer(Trainer):
         )
         # compute_loss returns the mean of a batch, weighted by source, so accumulated batches have equal weight.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(SetEpoch())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SourceProgress())
 
