@@ -17,10 +17,6 @@ def target_identity_map(
     If a sample introduces an identity that has no box in it, the identity may be anywhere in its scenes. NULL is then
     not a target in these scenes.
 
-    Args:
-        images: images of the batch.
-        boxes, box_image, box_identity, image_sizes: see :meth:`IDAVLMForConditionalGeneration.forward`.
-
     Returns:
         ``[I, P]`` identity, NULL or ``IGNORE_INDEX`` of each patch, on the device of the boxes.
 
@@ -56,14 +52,7 @@ def supervision_losses(
     identity_map_loss_weight: float,
     contrastive_loss_weight: float,
 ) -> dict[str, Tensor]:
-    """Compute the losses that boxes define.
-
-    Args:
-        id_former: the ID-Former of the model.
-        images: images of the batch.
-        identity_maps: their maps.
-        targets: from :func:`target_identity_map`.
-        identity_map_loss_weight, contrastive_loss_weight: see :class:`IDAVLMConfig`.
+    """Compute the losses that the ``targets`` of :func:`target_identity_map` define.
 
     Returns:
         ``identity_map_loss``, ``contrastive_loss`` (only if its weight is not 0) and ``auxiliary_loss``, their weighted

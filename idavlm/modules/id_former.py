@@ -83,14 +83,14 @@ class IdentityLayer(nn.Module):
         """Attend from the patches of scenes to the references of their samples.
 
         Args:
-            patches: ``[S, P, C]`` patches of scenes, grouped into N samples by ``cu_seqlens_q``.
-            keys: ``[T, C]`` packed reference tokens, grouped by ``cu_seqlens_k``.
+            patches: ``[S, P, C]`` patches of scenes.
+            keys: ``[T, C]`` packed reference tokens.
             query_bias: ``[P, C]`` projected positions of the patches.
-            output_attentions: also return the attention weights, summed over groups of keys: ``[S * P, H, G + 1]``.
-            segments: from :func:`idavlm.modules.image_groups.attention_segments`.
+            output_attentions: also return the attention weights, summed over groups of keys.
+            segments: ``cu_seqlens_q``, ``key_groups``, ... of :func:`idavlm.cross_attention`, which group by sample.
 
         Returns:
-            ``[S, P, C]`` patches, and the weights or None.
+            ``[S, P, C]`` patches, and the weights ``[S * P, H, G + 1]`` or None.
         """
         result = self.attention(patches, keys, query_bias=query_bias, output_attentions=output_attentions, **segments)
         attended, attentions = result if output_attentions else (result, None)
@@ -292,19 +292,16 @@ class IDFormer(nn.Module):
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Encode scenes that all attend to the same identities, such as the frames of a video.
 
-        Equal to :meth:`forward` on one sample that consists of the references, in the order of the list, and of these
-        scenes.
+        Equal to :meth:`forward` on one sample of the references, in the order of the list, and of these scenes.
 
         Args:
             image_features: ``[I, P, Cv]`` patches of the scenes.
             identities: from :meth:`encode_references`; may be empty. Their order numbers them 0, 1, ...
-            grid_size: see :meth:`forward`.
+            grid_size, output_attentions: see :meth:`forward`.
             name_embeddings: see :meth:`forward`; the first has shape ``[1, G, output_size]``.
-            output_attentions: see :meth:`forward`.
 
         Returns:
-            ``[I, Q, output_size]`` image tokens of the scenes. With ``output_attentions`` a pair of the tokens and the
-            identity maps.
+            As :meth:`forward`, for the scenes.
         """
         grid_size = self.resampler.check_features(image_features, grid_size)
         patches = self.resampler.project_patches(image_features)

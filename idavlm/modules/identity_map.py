@@ -15,16 +15,10 @@ NULL = -1
 
 
 def identity_map_from_attention(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
-    """Average the attention of scenes over heads and arrange it in the order of the batch.
+    """Average the attention of scenes over heads and arrange it in the order of the batch, ``[I, P, G + 1]``.
 
-    Args:
-        sums: ``[S * P, H, G + 1]`` attention of each patch of the S scenes, summed over the keys of each identity and,
-            in the last column, over the null token.
-        groups: the images of the batch.
-        num_patches: P.
-
-    Returns:
-        ``[I, P, G + 1]`` shares that sum to 1. Images that attend to no reference have all of it in the last column.
+    ``sums`` ``[S * P, H, G + 1]`` is the attention of each patch of the S scenes, summed over the keys of each identity
+    and, in the last column, over the null token. Images that attend to no reference have all of it in the last column.
     """
     scenes = rearrange(sums.mean(1), "(s p) g -> s p g", p=num_patches)
     num_columns = sums.shape[-1]
@@ -33,15 +27,9 @@ def identity_map_from_attention(sums: Tensor, groups: ImageGroups, num_patches: 
 
 
 def teacher_forced_map(identity_map: Tensor, target_identity_map: Tensor | None) -> Tensor:
-    """Replace the predicted identity map by the ground truth wherever there is a target.
+    """Replace the predicted identity map ``[I, P, G + 1]`` by the ground truth ``[I, P]`` wherever it has a target.
 
-    Args:
-        identity_map: ``[I, P, G + 1]``.
-        target_identity_map: ``[I, P]`` identity, :data:`NULL` or ``IGNORE_INDEX`` (-100: keep the prediction). None
-            keeps the whole prediction.
-
-    Returns:
-        ``[I, P, G + 1]``.
+    ``IGNORE_INDEX`` keeps the prediction of a patch, and None the whole prediction.
     """
     if target_identity_map is None:
         return identity_map
@@ -54,16 +42,10 @@ def teacher_forced_map(identity_map: Tensor, target_identity_map: Tensor | None)
 def pool_identity_map(
     identity_map: Tensor, grid_size: tuple[int, int], token_grid: tuple[int, int], num_identities: int
 ) -> Tensor:
-    """Average the identity map over the cell of each token.
+    """Average the identity map ``[I, P, G + 1]`` over the cell of each token, ``[I, Q, num_identities]``.
 
-    Args:
-        identity_map: ``[I, P, G + 1]``.
-        grid_size: rows and columns of the patches.
-        token_grid: rows and columns of the tokens, a coarser grid over the same image.
-        num_identities: at least 1 and at least G; the columns after the first G are zeros.
-
-    Returns:
-        ``[I, Q, num_identities]`` shares of attention; the null share is left out.
+    ``grid_size`` and ``token_grid`` are the rows and columns of the patches and of the tokens. The null share is left
+    out. ``num_identities`` is at least 1 and at least G; the columns after the first G are zeros.
     """
     identities = F.pad(identity_map[..., :-1], (0, num_identities - identity_map.shape[-1] + 1))
     shares = rearrange(identities, "i (h w) g -> i g h w", h=grid_size[0])
@@ -184,15 +166,14 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
     :func:`identity_map_loss` compares a patch with the few identities of its sample. This loss compares it with the
     references of all samples, which is a harder task.
 
+    Attention is averaged over heads before the logarithm.
+
     Args:
         q: ``[N, H, D]`` projected patches.
         k: ``[num_null + R * L, H, D]`` projected keys: the null token, then L keys for each of the R references.
         owner: ``[R]`` identity of each reference, numbered over the batch.
         target: ``[N]`` identity that each patch shows. It has a reference in the batch.
         num_null: 0 or 1, number of null tokens.
-
-    Returns:
-        Scalar loss; attention is averaged over heads before the logarithm.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
