@@ -106,11 +106,7 @@ class InnerAdaptor(nn.ModuleDict):
 
     @contextlib.contextmanager
     def workflow(self, workflow: str) -> Iterator[None]:
-        """``with language_model.inner_adaptor.workflow("grounding"):`` runs the model in this workflow.
-
-        Raises:
-            ValueError: an unknown workflow.
-        """
+        """``with language_model.inner_adaptor.workflow("grounding"):`` runs the model in this workflow."""
         previous = self.state.activate(workflow)
         try:
             yield

@@ -171,16 +171,10 @@ def use_workflow(model: nn.Module, workflow: str) -> Iterator[nn.Module]:
 
 
 def train_workflow(model: nn.Module, workflow: str) -> None:
-    """Make the parameters of this workflow trainable and freeze those of the others.
+    """Make the parameters of this workflow trainable and freeze those of the others; ``"text"`` freezes all.
 
-    DDP would otherwise wait for gradients of the workflows that do not run.
-
-    Args:
-        model: as in :func:`use_workflow`.
-        workflow: the same; ``"text"`` freezes all workflows.
-
-    Raises:
-        ValueError: as in :func:`use_workflow`.
+    DDP would otherwise wait for gradients of the workflows that do not run. Args and errors are those of
+    :func:`use_workflow`.
     """
     inner_adaptor = find_inner_adaptor(model, workflow)
     check_choice("workflow", workflow, inner_adaptor.state.names)
@@ -206,15 +200,10 @@ def takes_workflow(method: Callable) -> Callable:
 
 
 class WorkflowMixin:
-    """Methods of model classes whose ``language_model`` may have inner adaptors."""
+    """Methods of model classes with a ``language_model`` that may have inner adaptors."""
 
-    def workflow(self, workflow: str) -> contextlib.AbstractContextManager:
-        """``with model.workflow("grounding"):`` runs the model in this workflow; see :func:`use_workflow`."""
-        return use_workflow(self, workflow)
-
-    def train_workflow(self, workflow: str) -> None:
-        """Train the parameters of this workflow; see :func:`train_workflow`."""
-        train_workflow(self, workflow)
+    workflow = use_workflow
+    train_workflow = train_workflow
 
 
 def find_inner_adaptor(model: nn.Module, workflow: str) -> nn.Module:
