@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from idavlm.data import Box, Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names
@@ -151,7 +151,12 @@ class IDAVLMProcessor(ProcessorMixin):
         num_references = len(sample.reference_images)
         scene_sizes = dict(zip(sample.message_images, sizes[num_references:], strict=True))
         for box in sample.boxes:
-            _check_box(sample, box, scene_sizes[box.image])
+            height, width = scene_sizes[box.image]
+            if box.box[0] >= width or box.box[1] >= height:
+                raise DataError(
+                    f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside {box.image!r} of {width} x "
+                    f"{height} pixels; boxes are in pixels of the original image."
+                )
         messages = self._messages(sample, scene_sizes)
         input_ids, labels = render_chat(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=self.chat_template
@@ -331,13 +336,4 @@ def _check_fixed_size(image_processor) -> None:
             f"48 and 48 x 96 pixels give {', '.join(map(str, sizes))}); use a vision tower with a processor such as "
             "CLIPImageProcessor, SiglipImageProcessor or ViTImageProcessor; its size needs a height and width, or a "
             "centre crop."
-        )
-
-
-def _check_box(sample: Sample, box: Box, image_size: tuple[int, int]) -> None:
-    height, width = image_size
-    if box.box[0] >= width or box.box[1] >= height:
-        raise DataError(
-            f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside {box.image!r} of {width} x {height} "
-            "pixels; boxes are in pixels of the original image."
         )

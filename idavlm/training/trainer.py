@@ -22,7 +22,7 @@ from idavlm.utils import IGNORE_INDEX
 from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
 
 TEXT_FIELDS = ("input_ids", "attention_mask", "labels", "token_identity_index", "name_mask")
-"""Batch fields of the language model; identity pretraining leaves them out."""
+"""Batch fields of the language model, which identity pretraining does not run."""
 
 MAX_BATCHES_WITHOUT_BOXES = 10
 """Identity pretraining stops if this many batches at its start have no boxes."""
@@ -74,8 +74,7 @@ class IDTrainer(Trainer):
             )
         if args.module_learning_rates and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError(
-                "module_learning_rates has no effect on an optimizer that is passed; set the learning rates of its "
-                "parameter groups instead."
+                "module_learning_rates has no effect on a passed optimizer; set the rates of its groups instead."
             )
         self.general_dataset = general_dataset
         self.task_evaluation = task_evaluation
@@ -103,8 +102,6 @@ class IDTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SourceProgress())
 
-    # --- Data --------------------------------------------------------------------------------------------------------
-
     def get_train_dataloader(self):
         """The loader of the identity data, or of identity and general data."""
         identity_loader = super().get_train_dataloader()
@@ -122,8 +119,6 @@ class IDTrainer(Trainer):
             mode=self.args.mixing_mode,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
-
-    # --- Training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """``Trainer.train``; ``resume_from_checkpoint=True`` resumes from :func:`last_complete_checkpoint`."""
@@ -163,7 +158,7 @@ class IDTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _identity_pretraining_loss(self, model, batch: dict[str, Any]) -> tuple[Tensor, dict]:
-        """The losses of the identity attention; the language model is not run."""
+        """The losses of the identity attention."""
         if batch.get("boxes") is None:
             raise ValueError("stage='identity_pretraining' needs boxes, but the batch has no field 'boxes'.")
         if model.training:
@@ -215,8 +210,6 @@ class IDTrainer(Trainer):
             if "identity" in losses and outputs.get("identity_map_loss") is not None:
                 self._record_loss("identity_map_loss", outputs["identity_map_loss"])
         return loss, outputs
-
-    # --- Logging and evaluation --------------------------------------------------------------------------------------
 
     def _record_loss(self, name: str, value: Tensor) -> None:
         self._loss_sums[name] = self._loss_sums[name] + value.detach()
