@@ -47,15 +47,8 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[s
 def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token: str = "<image>"):
     """A byte-level BPE tokenizer trained on ``texts``, with a chat template that separates roles by special tokens.
 
-    Every text can be encoded and decoded exactly. Words that are frequent in ``texts`` become single tokens.
-
-    Args:
-        texts: texts to train on, see :func:`record_texts`.
-        vocab_size: largest size of the vocabulary.
-        image_token: the image placeholder, added as a special token.
-
-    Returns:
-        A transformers tokenizer.
+    Every text can be encoded and decoded exactly. Words that are frequent in ``texts`` become single tokens. The image
+    placeholder is a special token.
     """
     additional = ["<|system|>", "<|user|>", "<|assistant|>", image_token]
     return PreTrainedTokenizerFast(
@@ -137,13 +130,9 @@ def small_image_processor(image_size: int):
 def small_processor(
     samples: Iterable[Sample], *, image_size: int, image_seq_length: int | None = None
 ) -> IDAVLMProcessor:
-    """A processor with a tokenizer trained on ``samples`` and square images.
+    """A processor with a tokenizer trained on ``samples``, for square images of ``image_size`` pixels.
 
-    Args:
-        samples: samples of all data that the model is trained on.
-        image_size: height and width of the processed images in pixels.
-        image_seq_length: image tokens of an image. ``IDAVLMForConditionalGeneration.from_parts(processor=...)`` sets
-            it from ``num_queries``.
+    ``IDAVLMForConditionalGeneration.from_parts(processor=...)`` sets ``image_seq_length`` from ``num_queries``.
     """
     return IDAVLMProcessor(
         small_image_processor(image_size),

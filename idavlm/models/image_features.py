@@ -54,13 +54,10 @@ class ImageFeatures:
     def write(
         cls, folder: str | Path, model, processor, samples: Iterable[Sample], *, batch_size: int = 64
     ) -> "ImageFeatures":
-        """Compute the features of each image of ``samples`` once.
-
-        Returns:
-            The opened features.
+        """Compute the features of each image of ``samples`` once, and open them.
 
         Raises:
-            DataError: an image cannot be read; the message names it.
+            DataError: an image cannot be read.
             ValueError: the patches are not a square grid, so the model could not recover their positions.
         """
         check_positive(batch_size=batch_size)
@@ -75,7 +72,11 @@ class ImageFeatures:
         try:
             for start in range(0, len(images), batch_size):
                 loaded = [processor.load_image(*image) for image in images[start : start + batch_size]]
-                batch = _compute(model, torch.stack([pixels for pixels, _ in loaded]))
+                with torch.no_grad():
+                    pixels = torch.stack([pixels for pixels, _ in loaded]).to(model.device)
+                    batch, grid_size = model.image_features(pixels)
+                if grid_size is None or grid_size[0] != grid_size[1]:
+                    raise ValueError(f"an image has a grid of {grid_size} patches; stored features need a square grid.")
                 if features is None:
                     shape = (len(images), *batch.shape[1:])
                     features = _mapped(folder / "features.bin", shape, batch.dtype, write=True)
@@ -106,14 +107,6 @@ class ImageFeatures:
                 file=path,
             ) from None
         return self._features[row], (height, width)
-
-
-@torch.no_grad()
-def _compute(model, pixels: Tensor) -> Tensor:
-    features, grid_size = model.image_features(pixels.to(model.device))
-    if grid_size is None or grid_size[0] != grid_size[1]:
-        raise ValueError(f"an image has a grid of {grid_size} patches; stored features need a square grid.")
-    return features.cpu()
 
 
 def _key(root: Path | None, path: str) -> str:

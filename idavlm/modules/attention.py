@@ -15,12 +15,9 @@ class CrossAttention(nn.Module):
 
     Computes ``out_proj(softmax(q k^T / sqrt(head_dim)) v)`` with ``q = q_proj(query) + query_bias``,
     ``k = k_proj(key_value) + key_bias`` and ``v = v_proj(key_value)``. The result equals ``nn.MultiheadAttention`` on
-    ``(query + position, key_value + position, key_value)`` and needs less work:
-
-    - Positions are the same for all images. They are projected once and enter as biases (:meth:`query_bias`,
-      :meth:`key_bias`).
-    - Queries that all segments share are projected once.
-    - The attention matrix is not kept for the backward pass.
+    ``(query + position, key_value + position, key_value)`` and needs less work. Positions, which are the same for all
+    images, are projected once and enter as biases (:meth:`query_bias`, :meth:`key_bias`). Queries that all segments
+    share are projected once. The attention matrix is not kept for the backward pass.
 
     ``state_dict`` keys: ``q_proj``, ``out_proj`` of shape ``[C, C]`` and ``k_proj``, ``v_proj`` of shape ``[C, Ckv]``,
     each with ``.weight`` and ``.bias``. The projections are called as modules, so LoRA and quantised layers can replace

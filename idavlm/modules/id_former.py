@@ -14,7 +14,6 @@ from idavlm.modules.identity_map import (
     identity_contrastive_loss,
     identity_map_from_attention,
     identity_map_loss,
-    number_over_batch,
     pool_identity_map,
     teacher_forced_map,
 )
@@ -395,16 +394,13 @@ class IDFormer(nn.Module):
         attention = self.identity_layers[0].attention
         query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
         null = keys[:0] if self.null_token is None else self.null_token
-        numbers = number_over_batch(
-            torch.cat([sample_index[is_reference], sample_index[image]]),
-            torch.cat([identity_index[is_reference], targets[image, patch]]),
-        )
-        owner, target = numbers.split([len(references), len(image)])
+        # Numbered over the batch: the same identity index in different samples gives different numbers.
+        offset = sample_index * (int(max(identity_index[is_reference].max(), targets.max())) + 1)
         return identity_contrastive_loss(
             attention.queries(patches[image, patch], query_bias[patch]),
             attention.keys(torch.cat([null, keys])),
-            owner,
-            target,
+            owner=(offset + identity_index)[is_reference],
+            target=offset[image] + targets[image, patch],
             num_null=len(null),
         )
 

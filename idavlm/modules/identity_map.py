@@ -185,11 +185,6 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
         return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
 
 
-def number_over_batch(sample_index: Tensor, identity_index: Tensor) -> Tensor:
-    """Number identities over the batch: the same identity index in different samples gives different numbers."""
-    return sample_index * (int(identity_index.max()) + 1 if len(identity_index) else 1) + identity_index
-
-
 def _check_boxes(
     boxes: Tensor, box_image: Tensor, box_identity: Tensor, image_sizes: Tensor, image_roles: Tensor | None
 ) -> None:

@@ -46,7 +46,17 @@ def group_images(
     """
     roles = _integers("image_roles", image_roles, num_images)
     samples = _integers("sample_index", sample_index, num_images)
-    _check_roles_and_samples(roles, samples)
+    for image, role in enumerate(roles):
+        if not 0 <= role <= 2:
+            raise ValueError(
+                f"image_roles[{image}]={role} is not a role; use 0 (reference), 1 (scene) or 2 (general image)."
+            )
+    for image, (previous, sample) in enumerate(pairwise([0, *samples])):
+        if sample < previous:
+            raise ValueError(
+                f"sample_index[{image}]={sample} follows {previous if image else 'the start'}; it starts at 0 or above "
+                "and must not decrease: sort the images of the batch by sample."
+            )
     references = [image for image, role in enumerate(roles) if role == ImageRole.REFERENCE]
     num_references = Counter(samples[image] for image in references)
     attends = [
@@ -132,21 +142,6 @@ def attention_segments(
         "key_groups": key_groups.to(device, non_blocking=True),
         "num_key_groups": num_identities + 1,
     }
-
-
-def _check_roles_and_samples(roles: list[int], samples: list[int]) -> None:
-    for image, role in enumerate(roles):
-        if not 0 <= role <= 2:
-            raise ValueError(
-                f"image_roles[{image}]={role} is not a role; use 0 (reference), 1 (scene) or 2 (general), see "
-                "ImageRole."
-            )
-    for image, (previous, sample) in enumerate(pairwise([0, *samples])):
-        if sample < previous:
-            raise ValueError(
-                f"sample_index[{image}]={sample} follows {previous if image else 'the start'}; it starts at 0 or above "
-                "and must not decrease: sort the images of the batch by sample."
-            )
 
 
 def _integers(name: str, values: Tensor, num_images: int) -> list[int]:

@@ -74,7 +74,7 @@ class IDTrainer(Trainer):
             )
         if args.module_learning_rates and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError(
-                "module_learning_rates has no effect on a passed optimizer; set the rates of its groups instead."
+                "module_learning_rates has no effect on an optimizer that is passed; set the rates of its groups."
             )
         self.general_dataset = general_dataset
         self.task_evaluation = task_evaluation

@@ -15,13 +15,6 @@ from idavlm.utils import check_choice, check_positive
 MODULES_TO_COPY = ("embeddings", "norm", "lm_head", "connector")
 
 
-class ModuleReference:
-    """A module that is registered elsewhere in the model. It is not registered, saved or counted a second time."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-
 class LowRankLinear(nn.Module):
     """``base(x) + up(down(x))``: a linear layer of the base model and a trainable difference of low rank.
 
@@ -34,11 +27,11 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(base.in_features, rank, **options)
         self.up = nn.Linear(rank, base.out_features, **options)
         nn.init.zeros_(self.up.weight)
-        self.base = ModuleReference(base)
+        self.base = (base,)  # in a tuple, so that it is not registered a second time
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return self.base.module(x) + self.up(self.down(x.to(self.down.weight.dtype)))
+        return self.base[0](x) + self.up(self.down(x.to(self.down.weight.dtype)))
 
 
 class GatedLayer(nn.Module):
