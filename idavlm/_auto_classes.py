@@ -1,14 +1,10 @@
 """Registration with transformers' Auto classes that costs nothing until a checkpoint is loaded.
 
 ``import idavlm`` must be enough for ``AutoModelForImageTextToText.from_pretrained(checkpoint)``, but it must import
-neither torch nor transformers. Therefore :func:`register_when_imported` installs a finder on ``sys.meta_path``. When
-transformers imports a module that holds one of its registries, the finder adds entries to the registry right after the
-module was executed. These entries are :class:`_DeferredClass` objects. transformers uses one of them when it meets the
-``model_type`` or the ``processor_class`` of an idavlm checkpoint. This first use imports ``idavlm.models``, which
-registers the real classes with ``AutoConfig``, ``AutoModelForImageTextToText`` and ``AutoProcessor``.
-
-``idavlm.models`` is imported at that time, and not while transformers is being imported, because it needs modules of
-transformers that may be half imported then.
+neither torch nor transformers. Therefore :func:`register_when_imported` installs a finder on ``sys.meta_path``. It adds
+:class:`_DeferredClass` entries to a registry of transformers right after the module of the registry was executed. The
+first use of an entry, for the ``model_type`` or ``processor_class`` of an idavlm checkpoint, imports ``idavlm.models``,
+which registers the real classes. An earlier import would need modules of transformers that may be half imported.
 """
 
 import importlib

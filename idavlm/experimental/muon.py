@@ -50,12 +50,11 @@ def muon_adamw(
             check_choice(argument, name, MODULES)
             require_module(model, argument, name)
     output_layer = getattr(model, "get_output_embeddings", lambda: None)()  # may be tied to the embeddings
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not output_layer]
-    linear = {id(layer.weight) for layer in layers}
     muon: dict[str, set[int]] = {module: set() for module in modules}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in linear and module_of(name) in muon:
-            muon[module_of(name)].add(id(parameter))
+    for path, layer in model.named_modules():
+        module = module_of(f"{path}.weight")
+        if isinstance(layer, nn.Linear) and layer is not output_layer and module in muon:
+            muon[module].add(id(layer.weight))
     for module, weights in muon.items():
         if not weights:
             raise ValueError(f"modules names {module!r}, which has no linear layer for Muon; leave it out.")

@@ -126,12 +126,10 @@ def _spellings(tokenizer, name: str) -> list[list[int]]:
 
 
 def _is_word(tokenizer, input_ids: Sequence[int], start: int, end: int) -> bool:
-    """Return whether no letter or digit is next to the tokens from ``start`` to ``end``.
-
-    Tokens are decoded in pairs, since a single token loses the space before it in some tokenizers.
-    """
+    """Return whether no letter or digit is next to the tokens from ``start`` to ``end``."""
     cache = _cached(tokenizer, "texts of tokens")
 
+    # Tokens are decoded in pairs, since a single token loses the space before it in some tokenizers.
     def text(first: int, last: int) -> str:
         tokens = tuple(input_ids[first:last])
         if tokens not in cache:

@@ -22,3 +22,8 @@ class ImageBatch:
     image_roles: Tensor
     sample_index: Tensor
     identity_index: Tensor | None
+
+    @property
+    def roles(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The second to fourth argument of :meth:`idavlm.IDFormer.forward`."""
+        return self.image_roles, self.sample_index, self.identity_index

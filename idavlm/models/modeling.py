@@ -399,9 +399,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if self.id_former is not None:
             image_tokens = self.id_former(
                 images.features,
-                images.image_roles,
-                images.sample_index,
-                images.identity_index,
+                *images.roles,
                 grid_size=images.grid_size,
                 target_identity_map=target_identity_map,
                 name_embeddings=name_embeddings,

@@ -134,10 +134,10 @@ class IDAVLMProcessor(ProcessorMixin):
             add_generation_prompt: end with the header of an assistant turn, for generation.
 
         Returns:
-            The fields of an encoded sample: ``input_ids``, ``labels``, ``token_identity_index`` and ``name_mask``
-            ``[T]``; ``pixel_values`` ``[I, 3, H, W]`` or, from an ``image_loader`` of features, ``image_features``
-            ``[I, P, Cv]``; ``image_roles``, ``identity_index`` ``[I]`` and ``image_sizes`` ``[I, 2]``, where references
-            come first, identity by identity, then the images of the messages; ``boxes`` ``[N, 4]``, ``box_image`` and
+            ``input_ids``, ``labels``, ``token_identity_index`` and ``name_mask`` ``[T]``; ``pixel_values``
+            ``[I, 3, H, W]`` or, from an ``image_loader`` of features, ``image_features`` ``[I, P, Cv]``;
+            ``image_roles``, ``identity_index`` ``[I]`` and ``image_sizes`` ``[I, 2]``, where references come first,
+            identity by identity, then the images of the messages; ``boxes`` ``[N, 4]``, ``box_image`` and
             ``box_identity`` ``[N]`` of the identities with references. Boxes are in pixels of the original image. If
             the image processor crops or pads, they are moved accordingly.
 

@@ -24,15 +24,14 @@ def target_identity_map(
         ValueError: boxes without the tensors that describe them.
     """
     located = (boxes, box_image, box_identity, image_sizes)
-    roles = (images.image_roles, images.sample_index, images.identity_index)
-    if any(tensor is None for tensor in (*located, *roles)):
+    if any(tensor is None for tensor in (*located, *images.roles)):
         raise ValueError(
             "boxes need box_image, box_identity, image_sizes, image_roles, sample_index and identity_index as well; "
             "the collator of the processor makes all of them."
         )
     grid_size = images.grid_size or square_grid("P, the number of patches,", images.features.shape[1])
     on_host, box_image, box_identity, image_sizes = (tensor.cpu() for tensor in located)
-    image_roles, sample_index, identity_index = (tensor.cpu() for tensor in roles)
+    image_roles, sample_index, identity_index = (tensor.cpu() for tensor in images.roles)
     targets = identity_patch_targets(on_host, box_image, box_identity, image_sizes, grid_size, image_roles=image_roles)
     is_reference = image_roles == ImageRole.REFERENCE
     introduced = zip(sample_index[is_reference].tolist(), identity_index[is_reference].tolist(), strict=True)
@@ -62,12 +61,7 @@ def supervision_losses(
     total = identity_map_loss_weight * losses["identity_map_loss"]
     if contrastive_loss_weight:
         losses["contrastive_loss"] = id_former.contrastive_loss(
-            images.features,
-            images.image_roles,
-            images.sample_index,
-            images.identity_index,
-            targets,
-            grid_size=images.grid_size,
+            images.features, *images.roles, targets, grid_size=images.grid_size
         )
         total = total + contrastive_loss_weight * losses["contrastive_loss"]
     return losses | {"auxiliary_loss": total}

@@ -319,14 +319,9 @@ class IDFormer(nn.Module):
         independent, scenes = patches.split([groups.num_independent, num_scenes])
         scenes, maps = self._attend_to_references(scenes, grid_size, keys, groups, output_attentions)
         tokens = self.resampler.resample(torch.cat([independent, scenes]), self.resampler.key_bias(grid_size))
+        sample_index = torch.zeros(len(patches), dtype=torch.long)
         image_tokens = self._add_identity_embedding(
-            self.resampler.project_tokens(tokens),
-            maps,
-            grid_size,
-            groups,
-            torch.zeros(len(patches), dtype=torch.long),
-            None,
-            name_embeddings,
+            self.resampler.project_tokens(tokens), maps, grid_size, groups, sample_index, None, name_embeddings
         )
         return (image_tokens, maps) if output_attentions else image_tokens
 

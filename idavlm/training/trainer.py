@@ -89,14 +89,7 @@ class IDTrainer(Trainer):
             processing_class = data_collator.__self__
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            data_collator=data_collator,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
         # compute_loss returns the mean of a batch, weighted by source, so accumulated batches have equal weight.
         self.model_accepts_loss_kwargs = False
         if self.pop_callback(ProgressCallback) is not None:

@@ -40,8 +40,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of all trainable parameters, one per learning rate and weight decay.
 
-    The order of groups and parameters depends on the model and the arguments only, because a checkpoint stores
-    the state of an optimizer by position.
+    Their order depends on the arguments only, because a checkpoint stores the state of an optimizer by position.
 
     Args:
         model: the model.
