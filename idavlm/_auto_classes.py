@@ -1,14 +1,10 @@
 """Registration with transformers' Auto classes that costs nothing until a checkpoint is loaded.
 
 ``import idavlm`` must be enough for ``AutoModelForImageTextToText.from_pretrained(checkpoint)``, but it must import
-neither torch nor transformers. Therefore :func:`register_when_imported` installs a finder on ``sys.meta_path``. When
-transformers imports a module that holds one of its registries, the finder adds entries to the registry right after the
-module was executed. These entries are :class:`_DeferredClass` objects. transformers uses one of them when it meets the
-``model_type`` or the ``processor_class`` of an idavlm checkpoint. This first use imports ``idavlm.models``, which
-registers the real classes with ``AutoConfig``, ``AutoModelForImageTextToText`` and ``AutoProcessor``.
-
-``idavlm.models`` is imported at that time, and not while transformers is being imported, because it needs modules of
-transformers that may be half imported then.
+neither torch nor transformers. Therefore :func:`register_when_imported` installs a finder on ``sys.meta_path``. It adds
+:class:`_DeferredClass` entries to a registry of transformers right after the module of the registry was executed. The
+first use of an entry, for the ``model_type`` or ``processor_class`` of an idavlm checkpoint, imports ``idavlm.models``,
+which registers the real classes. An earlier import would need modules of transformers that may be half imported.
 """
 
 import importlib
@@ -18,9 +14,6 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-
-CONFIGS = {"idavlm": "IDAVLMConfig", "qwen_vl_vision": "QwenVisionConfig"}
-PROCESSORS = {"IDAVLMConfig": "IDAVLMProcessor"}
 
 
 class _DeferredClass:
@@ -45,7 +38,7 @@ class _DeferredClass:
 
 
 def _register_configs(module: ModuleType) -> None:
-    for model_type, name in CONFIGS.items():
+    for model_type, name in (("idavlm", "IDAVLMConfig"), ("qwen_vl_vision", "QwenVisionConfig")):
         if model_type not in module.CONFIG_MAPPING:
             module.CONFIG_MAPPING.register(model_type, _DeferredClass(name))
 
@@ -54,9 +47,8 @@ def _register_processors(module: ModuleType) -> None:
     # AutoProcessor finds these entries by the __name__ of the processor, and by the key only where a config exists,
     # which means that idavlm.models has registered the real classes. keys(): the mapping iterates only over these.
     registered = {getattr(key, "__name__", None) for key in module.PROCESSOR_MAPPING.keys()}  # noqa: SIM118
-    for config, processor in PROCESSORS.items():
-        if config not in registered:
-            module.PROCESSOR_MAPPING.register(_DeferredClass(config), _DeferredClass(processor))
+    if "IDAVLMConfig" not in registered:
+        module.PROCESSOR_MAPPING.register(_DeferredClass("IDAVLMConfig"), _DeferredClass("IDAVLMProcessor"))
 
 
 _REGISTRIES = {
@@ -89,14 +81,11 @@ class _RegistryFinder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in _REGISTRIES:
             return None
-        for finder in sys.meta_path:
-            if not isinstance(finder, _RegistryFinder):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    if spec.loader is not None:
-                        spec.loader = _RegisteringLoader(spec.loader)
-                    return spec
-        return None
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _RegistryFinder))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
 
 
 def register_when_imported() -> None:

@@ -29,10 +29,9 @@ def cache_name() -> str:
 
 
 def cache_in(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The transformers cache among the arguments of a model or a layer, or None.
+    """The transformers cache among the arguments of a model or a layer, under either name or by its type, or None.
 
-    It is found by either name, or by its type among the positional arguments. If both names are passed, the new one
-    counts, as in transformers.
+    If both names are passed, the new one counts, as in transformers.
     """
     for name in (NEW, OLD):
         if kwargs.get(name) is not None:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from idavlm import _compat
 from idavlm._compat import auto_image_processor, cache_in, cache_name, empty_cache_layer_like, takes_cache
+from idavlm.modules.inner_adaptor import use_workflow
 from tests.inner_adaptor_models import adapted, prompt
 from tests.small_models import sample, small_model
 
@@ -55,13 +56,15 @@ def test_a_conversation_continues_from_its_cache(processor, root, name):
 def test_a_cache_of_another_workflow_is_refused(processor, place, whole):
     model = small_model(processor, inner_adaptors={"layers": [1]}) if whole else adapted()
     args, kwargs = arguments(place, DynamicCache())
-    model(prompt(), *args, **kwargs, workflow="grounding")
-    model(prompt(2, 1), *args, **kwargs, workflow="grounding")
+    with use_workflow(model, "grounding"):
+        model(prompt(), *args, **kwargs)
+        model(prompt(2, 1), *args, **kwargs)
     with pytest.raises(ValueError, match=r"cache holds 11 tokens of workflow 'grounding'.*'multimodal'"):
         model(prompt(2, 1), *args, **kwargs)
     if kwargs:
-        with pytest.raises(ValueError, match=r"cache holds 11 tokens of workflow 'grounding'.*'text'"):
-            model.generate(prompt(2, 12), **kwargs, workflow="text", **GREEDY)
+        message = r"cache holds 11 tokens of workflow 'grounding'.*'text'"
+        with use_workflow(model, "text"), pytest.raises(ValueError, match=message):
+            model.generate(prompt(2, 12), **kwargs, **GREEDY)
 
 
 def test_the_new_name_counts_if_both_are_passed():

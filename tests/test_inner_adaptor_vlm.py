@@ -112,7 +112,7 @@ def test_errors(processor, batch):
         small_model(processor)(**batch, workflow="text")
     with pytest.raises(ValueError, match=r"workflow='ground' is not known; choose one of 'multimodal'"):
         small_model(processor, inner_adaptors=ADAPTORS)(**batch, workflow="ground")
-    with pytest.raises(ValueError, match=r"owned holds 'connector', but connector='id_former' is one for all"):
+    with pytest.raises(ValueError, match="modules_to_copy holds 'connector', but all workflows share"):
         small_model(processor, inner_adaptors=COPYING)
     with pytest.raises(ValueError, match=r"layers=\[7\]: 7 does not exist; .* 2 layers of LlamaModel, 0 to 1"):
         small_model(processor, inner_adaptors={"layers": [7]})

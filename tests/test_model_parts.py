@@ -92,8 +92,8 @@ def test_building_a_model_does_not_change_its_config(processor, connector, inner
     options = {} if connector == "mlp2x_gelu" else {"num_queries": 4, "num_heads": 2}
     tower, language_model = parts(processor)
     config = IDAVLMConfig(
-        tower.config,
-        language_model.config,
+        vision_config=tower.config,
+        text_config=language_model.config,
         connector=connector,
         connector_config=options,
         image_token_id=5,
@@ -109,7 +109,10 @@ def test_a_language_model_with_adaptors_needs_a_config_that_says_so(processor):
     tower, language_model = parts(processor)
     add_inner_adaptors(language_model, every=1)
     config = IDAVLMConfig(
-        tower.config, language_model.config, connector_config={"num_queries": 4, "num_heads": 2}, image_token_id=5
+        vision_config=tower.config,
+        text_config=language_model.config,
+        connector_config={"num_queries": 4, "num_heads": 2},
+        image_token_id=5,
     )
     with pytest.raises(ValueError, match="inner_adaptors=None but the language model has inner adaptors"):
         IDAVLMForConditionalGeneration(config, tower, language_model)

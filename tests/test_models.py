@@ -19,7 +19,7 @@ from transformers import (
 from idavlm.data import parse_sample
 from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, scatter_image_tokens
 from idavlm.models.image_batch import ImageBatch
-from idavlm.models.supervision import IdentityBoxes, target_identity_map
+from idavlm.models.supervision import target_identity_map
 from tests.small_models import record, sample, small_model
 
 TRAINING_ONLY = ("labels", "boxes", "box_image", "box_identity", "source")
@@ -315,9 +315,9 @@ def test_an_identity_without_a_box_may_be_anywhere(model, processor, root):
         encoded = processor.encode(parse_sample(entry, where=f"r:{number}", image_root=root))
         batch = processor.collate([encoded])
         losses.append(model(**{k: v for k, v in batch.items() if k != "source"}).identity_map_loss)
-        boxes = IdentityBoxes(*(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes")))
+        boxes = [batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes")]
         roles = (batch[name] for name in ("image_roles", "sample_index", "identity_index"))
-        targets = target_identity_map(boxes, ImageBatch(torch.zeros(3, 64, 1), (8, 8), *roles))[-1]
+        targets = target_identity_map(ImageBatch(torch.zeros(3, 64, 1), (8, 8), *roles), *boxes)[-1]
         assert (targets == -1).any() == (number == 2)
         assert (targets >= 0).any() == (number > 0)
     assert losses[0] == 0

@@ -33,7 +33,7 @@ from idavlm.experimental.small_models import small_language_model, small_vision_
 from idavlm.models import IDAVLMForConditionalGeneration, scatter_image_tokens
 from idavlm.models.identity_names import add_learned_embeddings
 from idavlm.models.image_batch import ImageBatch
-from idavlm.models.supervision import IdentityBoxes, target_identity_map
+from idavlm.models.supervision import target_identity_map
 from idavlm.models.vision import output_width, vision_features
 from idavlm.modules.identity_map import pool_identity_map
 from idavlm.training import IDTrainer, IDTrainingArguments
@@ -285,10 +285,10 @@ def test_teacher_forcing_follows_the_boxes(processor, root):
     without = {k: v for k, v in batch.items() if not k.startswith("box")}
     assert torch.equal(model(**without, teacher_forcing=True).logits, model(**without).logits)
 
-    boxes = IdentityBoxes(*(batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes")))
+    boxes = [batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes")]
     roles = tuple(batch[name] for name in ("image_roles", "sample_index", "identity_index"))
     features, grid_size = model.image_features(batch["pixel_values"])
-    targets = target_identity_map(boxes, ImageBatch(features, grid_size, *roles))
+    targets = target_identity_map(ImageBatch(features, grid_size, *roles), *boxes)
     assert {-1, 0, 1} <= set(targets.unique().tolist())
     tokens, maps = model.id_former(features, *roles, target_identity_map=targets, output_attentions=True)
     undecided = torch.full_like(targets, -100)

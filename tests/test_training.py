@@ -191,7 +191,7 @@ def test_a_connector_that_a_workflow_copies_belongs_to_its_inner_adaptor(data, t
 
 def test_teacher_forcing_ends_after_its_steps(data, tmp_path):
     processor = small_processor()
-    model, seen = small_model(processor, max_identities=2), []
+    model, seen = small_model(processor, identity_embedding="learned", max_identities=2), []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs.get("teacher_forcing", False)), with_kwargs=True
     )

@@ -3,11 +3,4 @@
 from idavlm.experimental.muon import MuonAdamW, muon_adamw
 from idavlm.experimental.small_models import load_smollm2, small_language_model, small_processor, small_vision_tower
 
-__all__ = [
-    "MuonAdamW",
-    "load_smollm2",
-    "muon_adamw",
-    "small_language_model",
-    "small_processor",
-    "small_vision_tower",
-]
+__all__ = ["MuonAdamW", "load_smollm2", "muon_adamw", "small_language_model", "small_processor", "small_vision_tower"]

@@ -49,11 +49,12 @@ def muon_adamw(
         for name in names:
             check_choice(argument, name, MODULES)
             require_module(model, argument, name)
-    linear = linear_weights(model)
+    output_layer = getattr(model, "get_output_embeddings", lambda: None)()  # may be tied to the embeddings
     muon: dict[str, set[int]] = {module: set() for module in modules}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in linear and module_of(name) in muon:
-            muon[module_of(name)].add(id(parameter))
+    for path, layer in model.named_modules():
+        module = module_of(f"{path}.weight")
+        if isinstance(layer, nn.Linear) and layer is not output_layer and module in muon:
+            muon[module].add(id(layer.weight))
     for module, weights in muon.items():
         if not weights:
             raise ValueError(f"modules names {module!r}, which has no linear layer for Muon; leave it out.")
@@ -85,12 +86,10 @@ class MuonAdamW(torch.optim.AdamW):
     than the bfloat16 of ``torch.optim.Muon``.
 
     Args:
-        params: parameter groups; all parameters of groups with ``muon=True`` must be matrices.
+        params: parameter groups. A ``ValueError`` is raised if a group with ``muon=True`` has a parameter that is not a
+            matrix.
         momentum: momentum of the Muon updates.
         kwargs: arguments of ``torch.optim.AdamW``.
-
-    Raises:
-        ValueError: a group with ``muon=True`` has a parameter that is not a matrix.
     """
 
     def __init__(self, params, *, momentum: float = 0.95, **kwargs):
@@ -131,17 +130,8 @@ class MuonAdamW(torch.optim.AdamW):
         parameter.add_(update.to(parameter), alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
 
 
-def linear_weights(model: nn.Module) -> set[int]:
-    """``id`` of the weights of all linear layers except the output layer, which may be tied to the embeddings."""
-    output_layer = getattr(model, "get_output_embeddings", lambda: None)()
-    return {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not output_layer}
-
-
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Approximately ``U V^T``, where ``U S V^T`` is the singular value decomposition of ``matrix``.
-
-    The Newton-Schulz iteration brings all singular values near 1.
-    """
+    """Approximately ``U V^T`` of the singular value decomposition ``U S V^T``: all singular values become about 1."""
     a, b, c = NEWTON_SCHULZ
     is_wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if is_wide else matrix.T

@@ -24,17 +24,10 @@ NUM_BOX_BINS = 32
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[str]):
-    """A byte-level BPE tokenizer trained on ``texts``.
+    """A ``tokenizers.Tokenizer`` for byte-level BPE, trained on ``texts``.
 
-    Its vocabulary holds the special tokens first, then all bytes, then frequent strings.
-
-    Args:
-        texts: texts to train on.
-        vocab_size: largest size of the vocabulary.
-        special_tokens: tokens that are never split.
-
-    Returns:
-        A ``tokenizers.Tokenizer``.
+    Its vocabulary of at most ``vocab_size`` tokens holds the special tokens first, which are never split, then all
+    bytes, then frequent strings.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -54,56 +47,41 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[s
 def small_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048, image_token: str = "<image>"):
     """A byte-level BPE tokenizer trained on ``texts``, with a chat template that separates roles by special tokens.
 
-    Every text can be encoded and decoded exactly. Words that are frequent in ``texts`` become single tokens.
-
-    Args:
-        texts: texts to train on, see :func:`record_texts`.
-        vocab_size: largest size of the vocabulary.
-        image_token: the image placeholder, added as a special token.
-
-    Returns:
-        A transformers tokenizer.
+    Every text can be encoded and decoded exactly. Words that are frequent in ``texts`` become single tokens. The image
+    placeholder is a special token.
     """
-    special_tokens = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", image_token]
+    additional = ["<|system|>", "<|user|>", "<|assistant|>", image_token]
     return PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_bpe(texts, vocab_size, special_tokens),
+        tokenizer_object=byte_level_bpe(texts, vocab_size, ["<|pad|>", "<|end|>", *additional]),
         pad_token="<|pad|>",
         eos_token="<|end|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", image_token],
+        additional_special_tokens=additional,
         chat_template=ROLE_TOKENS,
     )
 
 
 def small_vision_tower(*, hidden_size: int = 128) -> ResNetModel:
     """A shallow ResNet that returns 8 x 8 patches for an image of 64 x 64 pixels."""
-    return ResNetModel(
-        ResNetConfig(
-            embedding_size=32,
-            hidden_sizes=[hidden_size],
-            depths=[2],
-            layer_type="bottleneck",
-            downsample_in_first_stage=True,
-        )
-    )
+    sizes = {"embedding_size": 32, "hidden_sizes": [hidden_size], "depths": [2]}
+    return ResNetModel(ResNetConfig(**sizes, layer_type="bottleneck", downsample_in_first_stage=True))
 
 
 def small_language_model(tokenizer, *, hidden_size: int = 128, num_hidden_layers: int = 2) -> LlamaForCausalLM:
     """A small, randomly initialised Llama for ``tokenizer``, with tied embeddings."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
     )
+    return LlamaForCausalLM(config)
 
 
 def load_smollm2():
@@ -152,13 +130,9 @@ def small_image_processor(image_size: int):
 def small_processor(
     samples: Iterable[Sample], *, image_size: int, image_seq_length: int | None = None
 ) -> IDAVLMProcessor:
-    """A processor with a tokenizer trained on ``samples`` and square images.
+    """A processor with a tokenizer trained on ``samples``, for square images of ``image_size`` pixels.
 
-    Args:
-        samples: samples of all data that the model is trained on.
-        image_size: height and width of the processed images in pixels.
-        image_seq_length: image tokens of an image. ``IDAVLMForConditionalGeneration.from_parts(processor=...)`` sets
-            it from ``num_queries``.
+    ``IDAVLMForConditionalGeneration.from_parts(processor=...)`` sets ``image_seq_length`` from ``num_queries``.
     """
     return IDAVLMProcessor(
         small_image_processor(image_size),

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from idavlm.utils import last_answer, plain_answer
 
-_NUMBER = r"-?(?:\d+(?:\.\d+)?|\.\d+)"
-_RUN = re.compile(rf"{_NUMBER}(?:\s*px)?(?:\s*[,;]\s*{_NUMBER}(?:\s*px)?)*(?!\s*%)")
-_SPACED = re.compile(rf"[\[({{]\s*{_NUMBER}(?:\s+{_NUMBER}){{3}}\s*[\])}}]")
-_ONLY_SPACED = re.compile(rf"\s*{_NUMBER}(?:\s+{_NUMBER}){{3}}[\s.]*")
+_NUMBER = r"-?(?:\d++(?:\.\d++)?+|\.\d++)"
+_COMMA = r"(?:\s*px)?\s*[,;]\s*"
+_RUN = re.compile(rf"{_NUMBER}(?:{_COMMA}{_NUMBER})*+(?:\s*px)?(?!\s*%)")
+_PAIR = rf"[\[({{<]\s*{_NUMBER}{_COMMA}{_NUMBER}"
+_PAIRS = re.compile(rf"{_PAIR}(?:(?!\n\n)\D){{0,40}}?{_PAIR}(?!{_COMMA}{_NUMBER})")
+_SPACED = re.compile(rf"(?<![\d.,]){_NUMBER}(?:\s+{_NUMBER}){{3}}")
+_BRACKETED = re.compile(rf"[\[({{]\s*{_NUMBER}(?:\s+{_NUMBER}){{3}}\s*[\])}}]")
 _TAGGED = re.compile(r"<box>(.*?)(?:</box>|\Z)|<\|box_start\|>(.*?)(?:<\|box_end\|>|\Z)", re.DOTALL)
 _WORDS = {
     "x1": "x1|x_?min|left", "y1": "y1|y_?min|top", "x2": "x2|x_?max|right", "y2": "y2|y_?max|bottom",
@@ -20,30 +22,7 @@ _KEY = re.compile(
     re.IGNORECASE,
 )
 _NOT = re.compile(r"\b(?:not|isn't|no longer|instead of|rather than)\s+(?:\w+\s+){0,2}[\[(<{\s]*$", re.IGNORECASE)
-_GAP = 40  # largest number of characters between "top left (10, 20)" and "bottom right (30, 40)"
 _BINS = re.compile(r"bins([1-9]\d*)")
-
-
-@dataclass(frozen=True)
-class BoxNumbers:
-    """Four numbers found in a text, and the text between the previous box and them."""
-
-    numbers: tuple[float, float, float, float]
-    before: str
-
-
-@dataclass(frozen=True)
-class BoxReading:
-    """Result of :meth:`BoxFormat.read`.
-
-    Attributes:
-        box: ``[x1, y1, x2, y2]`` in pixels, or None.
-        problem: why there is no box: ``"none"`` (no box in the text), ``"empty"`` (nothing of it lies in the image) or
-            ``"convention"`` (the numbers cannot be of this format).
-    """
-
-    box: list[float] | None
-    problem: str = ""
 
 
 class BoxFormat:
@@ -97,20 +76,19 @@ class BoxFormat:
         return f"{x1} {y1} {x2} {y2}" if self.num_bins else f"[{x1}, {y1}, {x2}, {y2}]"
 
     def parse(self, text: str, image_size: Sequence[int] | None, *, name: str = "") -> list[float] | None:
-        """Return the box in ``text`` in pixels, or None. :meth:`read` also says why there is none."""
-        return self.read(text, image_size, name=name).box
-
-    def read(self, text: str, image_size: Sequence[int] | None, *, name: str = "") -> BoxReading:
         """Find a box in ``text``.
 
         Of several boxes, the one that follows ``name`` counts, otherwise the first. Exchanged corners are sorted, and
         the part outside the image is cut off. Numbers that cannot be of this kind (0.3 in thousandths or pixels, 300 in
-        0..1) are reported as ``"convention"`` and never interpreted as another kind.
+        0..1) are no box and never interpreted as another kind.
 
         Args:
             text: the answer of a model; see :func:`find_boxes` for the forms that are recognised.
             image_size: height and width of the image. None is allowed for ``"pixels"``; the box is not cut off then.
             name: identity that the question is about.
+
+        Returns:
+            ``[x1, y1, x2, y2]`` in pixels, or None if the text contains no box or nothing of it lies in the image.
 
         Raises:
             ValueError: ``image_size`` is None although the kind needs it.
@@ -121,19 +99,17 @@ class BoxFormat:
                 "width."
             )
         found = find_boxes(text, spaced=self.num_bins is not None)
-        if not found:
-            return BoxReading(None, "none")
-        named = [box for box in found if name and name.lower() in box.before.lower()]
-        numbers = (named or found)[0].numbers
-        if not self._is_plausible(numbers):
-            return BoxReading(None, "convention")
+        named = [numbers for before, numbers in found if name and name.lower() in before.lower()]
+        numbers = next(iter(named or [numbers for _, numbers in found]), None)
+        if numbers is None or not self._is_plausible(numbers):
+            return None
         pixels = self._to_pixels(numbers, image_size)
         x1, x2 = sorted((pixels[0], pixels[2]))
         y1, y2 = sorted((pixels[1], pixels[3]))
         height, width = image_size if image_size is not None else (float("inf"),) * 2
         x1, x2 = max(x1, 0.0), min(x2, float(width))
         y1, y2 = max(y1, 0.0), min(y2, float(height))
-        return BoxReading([x1, y1, x2, y2]) if x1 < x2 and y1 < y2 else BoxReading(None, "empty")
+        return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
 
     @property
     def _steps(self) -> int:
@@ -164,7 +140,7 @@ class BoxFormat:
         return [side, side], [(side - width) / 2, (side - height) / 2]
 
 
-def find_boxes(text: str, *, spaced: bool = False) -> list[BoxNumbers]:
+def find_boxes(text: str, *, spaced: bool = False) -> list[tuple[str, tuple[float, ...]]]:
     """Find the four numbers of each box in the answer of a model, whatever the text around them.
 
     Recognised are ``<box>(1,2),(3,4)</box>``, ``[1, 2, 3, 4]``, ``(1, 2) to (3, 4)``, ``1, 2, 3, 4``, ``[1 2 3 4]`` and
@@ -175,69 +151,59 @@ def find_boxes(text: str, *, spaced: bool = False) -> list[BoxNumbers]:
     Args:
         text: the answer of a model.
         spaced: whether four numbers that are separated by spaces only are a box, wherever they occur.
+
+    Returns:
+        For each box the text between the previous box and this one, and its numbers.
     """
     text = plain_answer(text)
     found = _search(last_answer(text), spaced) or _search(text, spaced)
-    affirmed = [box for box in found if not _NOT.search(box.before)]
+    affirmed = [(before, numbers) for before, numbers in found if not _NOT.search(before)]
     return affirmed or found
 
 
-def _search(text: str, spaced: bool) -> list[BoxNumbers]:
+def _search(text: str, spaced: bool) -> list[tuple[str, tuple[float, ...]]]:
     tags = list(_TAGGED.finditer(text))
     if tags:
-        found, end = [], 0
-        for tag in tags:
-            inside = _plain(next(filter(None, tag.groups()), ""), spaced)
-            found += [BoxNumbers(box.numbers, text[end : tag.start()]) for box in inside[:1]]
-            end = tag.end()
-        return found
-    return _plain(text, spaced)
-
-
-def _plain(text: str, spaced: bool) -> list[BoxNumbers]:
-    if _ONLY_SPACED.fullmatch(text):
-        return [BoxNumbers(_numbers(text), "")]
-    spans = [(match.start(), match.end(), _numbers(match[0])) for match in _SPACED.finditer(text)]
-    runs = [(match.start(), match.end(), _numbers(match[0])) for match in _RUN.finditer(text)]
-    spans += [run for run in runs if len(run[2]) == 4]
-    pairs = [run for run in runs if len(run[2]) == 2 and text[: run[0]].rstrip()[-1:] in tuple("([{<")]
-    while len(pairs) > 1:
-        first, second = pairs[0], pairs[1]
-        between = text[first[1] : second[0]]
-        if len(between) <= _GAP and not re.search(r"\d|\n\n", between):
-            spans.append((first[0], second[1], first[2] + second[2]))
-            pairs = pairs[2:]
-        else:
-            pairs = pairs[1:]
-    if not spans:
-        spans = _named(text)
-    if not spans and spaced:
-        four = re.finditer(rf"(?<![\d.,]){_NUMBER}(?:\s+{_NUMBER}){{3}}", text)
-        spans = [(match.start(), match.end(), _numbers(match[0])) for match in four]
-    spans.sort()
+        contents = [(tag.start(), tag.end(), _find_numbers(tag[1] or tag[2] or "", spaced)) for tag in tags]
+        spans = [(start, end, inside[0][2]) for start, end, inside in contents if inside]
+    else:
+        spans = _find_numbers(text, spaced)
     ends = [0, *(end for _, end, _ in spans)]
-    return [BoxNumbers(numbers, text[end:start]) for end, (start, _, numbers) in zip(ends, spans, strict=False)]
+    return [(text[end:start], numbers) for end, (start, _, numbers) in zip(ends, spans, strict=False)]
 
 
-def _named(text: str) -> list[tuple[int, int, tuple]]:
+def _find_numbers(text: str, spaced: bool) -> list[tuple[int, int, tuple[float, ...]]]:
+    """Return start, end and numbers of each box in text without tags."""
+    spans = _spans(text, _RUN, _PAIRS, _BRACKETED) or _named(text)
+    if not spans and (spaced or _SPACED.fullmatch(text.strip(" .\n"))):
+        spans = _spans(text, _SPACED)
+    return sorted(spans)
+
+
+def _spans(text: str, *forms: re.Pattern) -> list[tuple[int, int, tuple[float, ...]]]:
+    matches = [match for form in forms for match in form.finditer(text)]
+    spans = [(match.start(), match.end(), _numbers(match[0])) for match in matches]
+    return [span for span in spans if len(span[2]) == 4]
+
+
+def _named(text: str) -> list[tuple[int, int, tuple[float, ...]]]:
     """Find boxes whose numbers have names. A name that occurs again starts the next box."""
-    boxes: list[dict[str, tuple[int, int, float]]] = [{}]
+    boxes: list[dict[str, re.Match]] = [{}]
     for match in _KEY.finditer(text):
-        key = match.lastgroup
-        if key in boxes[-1]:
+        if match.lastgroup in boxes[-1]:
             boxes.append({})
-        boxes[-1][key] = (match.start(), match.end(), _numbers(match[0].split("=")[-1].split(":")[-1])[0])
-    found = []
+        boxes[-1][match.lastgroup] = match
+    spans = []
     for box in boxes:
-        value = {key: number for key, (_, _, number) in box.items()}
+        value = {key: _numbers(match[0])[-1] for key, match in box.items()}
         if {"x1", "y1", "x2", "y2"} <= value.keys():
             numbers = (value["x1"], value["y1"], value["x2"], value["y2"])
         elif {"x", "y", "w", "h"} <= value.keys():
             numbers = (value["x"], value["y"], value["x"] + value["w"], value["y"] + value["h"])
         else:
             continue
-        found.append((min(s for s, _, _ in box.values()), max(e for _, e, _ in box.values()), numbers))
-    return found
+        spans.append((min(m.start() for m in box.values()), max(m.end() for m in box.values()), numbers))
+    return spans
 
 
 def _numbers(text: str) -> tuple[float, ...]:

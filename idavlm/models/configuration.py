@@ -5,8 +5,6 @@ from transformers import AutoConfig, PretrainedConfig
 from idavlm._compat import cache_name
 from idavlm.utils import check_choice, check_positive
 
-VISION_FEATURES = ("patch", "cls", "all")
-
 
 class IDAVLMConfig(PretrainedConfig):
     """Configuration of :class:`IDAVLMForConditionalGeneration`: vision tower, ID-Former or connector, language model.
@@ -53,83 +51,71 @@ class IDAVLMConfig(PretrainedConfig):
         "identity_maps",
     ]
 
-    def __init__(
-        self,
-        vision_config=None,
-        text_config=None,
-        connector: str = "id_former",
-        connector_config: dict | None = None,
-        image_token_id: int | None = None,
-        image_seq_length: int | None = None,
-        vision_feature_layer: int = -1,
-        vision_feature_select: str = "patch",
-        identity_map_loss_weight: float = 1.0,
-        contrastive_loss_weight: float = 0.0,
-        null_name_token_id: int | None = None,
-        inner_adaptors: dict | None = None,
-        max_images: int | None = None,
-        **kwargs,
-    ):
-        connector_config = dict(connector_config or {})
-        check_choice("vision_feature_select", vision_feature_select, VISION_FEATURES)
-        if connector == "id_former" and vision_feature_select != "patch":
+    vision_config: PretrainedConfig | dict | None = None
+    text_config: PretrainedConfig | dict | None = None
+    connector: str = "id_former"
+    connector_config: dict | None = None
+    image_token_id: int | None = None
+    image_seq_length: int | None = None
+    vision_feature_layer: int = -1
+    vision_feature_select: str = "patch"
+    identity_map_loss_weight: float = 1.0
+    contrastive_loss_weight: float = 0.0
+    null_name_token_id: int | None = None
+    inner_adaptors: dict | None = None
+    max_images: int | None = None
+
+    def __post_init__(self, **kwargs):
+        vision_config, text_config = self.vision_config, self.text_config
+        # super().__post_init__ would reset the attention implementation of the sub-configurations.
+        self.vision_config = self.text_config = None
+        super().__post_init__(**kwargs)
+        self.vision_config = _sub_config("vision_config", vision_config)
+        self.text_config = _sub_config("text_config", text_config)
+        # The language model ties its own head; nothing is tied across parts.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.connector_config = dict(self.connector_config or {})
+        self.inner_adaptors = None if self.inner_adaptors is None else dict(self.inner_adaptors)
+        check_positive(image_seq_length=self.image_seq_length, max_images=self.max_images)
+        check_choice("vision_feature_select", self.vision_feature_select, ("patch", "cls", "all"))
+        if self.vision_feature_layer >= 0:
             raise ValueError(
-                f"vision_feature_select={vision_feature_select!r} does not work with an ID-Former, which needs a grid "
-                "of patches; use 'patch'."
+                f"vision_feature_layer={self.vision_feature_layer} must be negative: -1, -2, ... from the end."
             )
-        if vision_feature_layer >= 0:
-            raise ValueError(f"vision_feature_layer={vision_feature_layer} must be negative: -1, -2, ... from the end.")
-        check_positive(image_seq_length=image_seq_length, max_images=max_images)
-        for name, weight in (
-            ("identity_map_loss_weight", identity_map_loss_weight),
-            ("contrastive_loss_weight", contrastive_loss_weight),
-        ):
-            if weight < 0:
-                raise ValueError(f"{name}={weight} must be at least 0.")
-        if connector == "id_former" and "connector" in (inner_adaptors or {}).get("modules_to_copy", ()):
+        for name in ("identity_map_loss_weight", "contrastive_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.connector in ("id_former", "resampler"):
+            num_queries = self.connector_config.get("num_queries", self.image_seq_length)
+            if self.image_seq_length not in (None, num_queries):
+                raise ValueError(
+                    f"num_queries={num_queries} but image_seq_length={self.image_seq_length}; with connector="
+                    f"{self.connector!r} they are the same number: leave image_seq_length out."
+                )
+            self.image_seq_length = num_queries
+        if self.connector == "id_former":
+            self._check_id_former()
+        if self.null_name_token_id is not None and self.connector_config.get("identity_embedding") != "name":
+            raise ValueError(
+                f"null_name_token_id={self.null_name_token_id} needs an ID-Former with identity_embedding='name'; "
+                "leave it out."
+            )
+
+    def _check_id_former(self) -> None:
+        if self.vision_feature_select != "patch":
+            raise ValueError(
+                f"vision_feature_select={self.vision_feature_select!r} does not work with an ID-Former, which needs a "
+                "grid of patches; use 'patch'."
+            )
+        if "connector" in (self.inner_adaptors or {}).get("modules_to_copy", ()):
             raise ValueError(
                 "inner_adaptors: modules_to_copy holds 'connector', but all workflows share connector='id_former'; "
                 "leave it out, or choose another connector."
             )
-        if null_name_token_id is not None and connector_config.get("identity_embedding") != "name":
-            raise ValueError(
-                f"null_name_token_id={null_name_token_id} needs an ID-Former with identity_embedding='name'; leave it "
-                "out."
-            )
-        text_config = _sub_config("text_config", text_config)
-        # The language model ties its own head; nothing is tied across parts.
-        kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
-        super().__init__(**kwargs)
-        # After super().__init__: it would reset the attention implementation of the sub-configurations.
-        self.vision_config = _sub_config("vision_config", vision_config)
-        self.text_config = text_config
-        self.connector = connector
-        self.connector_config = connector_config
-        self.image_token_id = image_token_id
-        self.image_seq_length = _image_seq_length(connector, connector_config, image_seq_length)
-        self.vision_feature_layer = vision_feature_layer
-        self.vision_feature_select = vision_feature_select
-        self.identity_map_loss_weight = identity_map_loss_weight
-        self.contrastive_loss_weight = contrastive_loss_weight
-        self.null_name_token_id = null_name_token_id
-        self.inner_adaptors = None if inner_adaptors is None else dict(inner_adaptors)
-        self.max_images = max_images
 
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)
         return self if text_config is None else text_config.get_text_config(*args, **kwargs)
-
-
-def _image_seq_length(connector: str, connector_config: dict, image_seq_length: int | None) -> int | None:
-    if connector not in ("id_former", "resampler"):
-        return image_seq_length
-    num_queries = connector_config.get("num_queries")
-    if image_seq_length is not None and num_queries is not None and image_seq_length != num_queries:
-        raise ValueError(
-            f"num_queries={num_queries} but image_seq_length={image_seq_length}; with connector={connector!r} they are "
-            "the same number: leave image_seq_length out."
-        )
-    return num_queries if num_queries is not None else image_seq_length
 
 
 def _sub_config(name: str, config) -> PretrainedConfig | None:

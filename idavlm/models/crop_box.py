@@ -8,14 +8,10 @@ FULL_IMAGE = (0.0, 0.0, 1.0, 1.0)
 
 
 def crop_box(image_processor, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of the part that is kept, relative to the width and height of the image.
+    """Return left, top, right and bottom of the part that is kept, relative to the (height, width) of the image.
 
     The function processes an image whose colours encode positions, so it works for any processor that resizes, crops
     or pads. The edges are exact to a few thousandths. With padding they lie outside 0..1.
-
-    Args:
-        image_processor: a transformers image processor.
-        size: (height, width) of the image.
     """
     if _stretches(image_processor):
         return FULL_IMAGE

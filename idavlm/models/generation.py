@@ -48,15 +48,8 @@ class ImageGenerationMixin(GenerationMixin):
         if images and sample_index is None:
             raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
         if images:
-            rows = sample_index.tolist()
-            copies = [
-                (row * expand_size + copy, image)
-                for row in sorted(set(rows))
-                for copy in range(expand_size)
-                for image in range(len(rows))
-                if rows[image] == row
-            ]
-            order = torch.tensor([image for _, image in copies], dtype=torch.long)
-            kwargs.update({name: value[order.to(value.device)] for name, value in images.items()})
-            kwargs["sample_index"] = torch.tensor([sample for sample, _ in copies], dtype=torch.long)
+            copies = torch.arange(expand_size)
+            samples, order = (sample_index.cpu()[:, None] * expand_size + copies).flatten().sort(stable=True)
+            kwargs.update({name: value[(order // expand_size).to(value.device)] for name, value in images.items()})
+            kwargs["sample_index"] = samples
         return input_ids, kwargs

@@ -33,36 +33,27 @@ def find_names(tokenizer, input_ids: Sequence[int], labels: Sequence[int], names
     spellings.sort(key=lambda spelling: -len(spelling[0]))
     first = {tokens[0] for tokens, _ in spellings}
     found = [NO_IDENTITY] * len(input_ids)
-    position = 0
-    while position < len(input_ids):
-        length = 1
-        if input_ids[position] in first and labels[position] == IGNORE_INDEX:
-            for tokens, identity in spellings:
-                end = position + len(tokens)
-                in_answer = any(label != IGNORE_INDEX for label in labels[position:end])
-                if list(input_ids[position:end]) != tokens or in_answer:
-                    continue
-                if _is_word(tokenizer, input_ids, position, end):
-                    found[position:end] = [identity] * len(tokens)
-                    length = len(tokens)
-                    break
-        position += length
+    end = 0
+    for start, token in enumerate(input_ids):
+        if token not in first or start < end:
+            continue
+        for tokens, identity in spellings:
+            stop = start + len(tokens)
+            in_prompt = all(label == IGNORE_INDEX for label in labels[start:stop])
+            if list(input_ids[start:stop]) == tokens and in_prompt and _is_word(tokenizer, input_ids, start, stop):
+                found[start:stop] = [identity] * len(tokens)
+                end = stop
+                break
     return found
 
 
 def propagate_names(
     name_identities: Sequence[int], input_ids: Sequence[int], labels: Sequence[int], image_token_id: int
 ) -> list[int]:
-    """Extend each name of a prompt to the tokens that follow it, including the answer.
+    """Extend each name that :func:`find_names` found to the tokens that follow it, including the answer.
 
     "Where is Kate?" is about Kate, and so is its answer. The model then need not find her name again for each word of
     the answer. An image placeholder and the end of an answer end the propagation.
-
-    Args:
-        name_identities: from :func:`find_names`.
-        input_ids: tokens.
-        labels: as long as ``input_ids``.
-        image_token_id: id of the image placeholder.
 
     Returns:
         The ``token_identity_index`` of each token: the identity that the token is about, or -1.
@@ -81,16 +72,10 @@ def propagate_names(
 def mean_name_embeddings(
     inputs_embeds: Tensor, token_identity_index: Tensor, name_mask: Tensor, num_identities: int
 ) -> Tensor:
-    """Average the token embeddings of each identity's name, wherever it occurs in the prompt.
-
-    Args:
-        inputs_embeds: ``[B, T, C]`` embeddings of the text.
-        token_identity_index: ``[B, T]`` identity that a token is about.
-        name_mask: ``[B, T]`` whether the token spells a name.
-        num_identities: G.
+    """Average the embeddings ``[B, T, C]`` of each identity's name over its occurrences in the prompt.
 
     Returns:
-        ``[B, G, C]``; zeros for identities whose name does not occur.
+        ``[B, G, C]``; zeros for identities with names that do not occur.
     """
     device, dtype = inputs_embeds.device, inputs_embeds.dtype
     token_identity_index, name_mask = token_identity_index.to(device), name_mask.to(device)
@@ -102,12 +87,8 @@ def mean_name_embeddings(
 def add_learned_embeddings(inputs_embeds: Tensor, token_identity_index: Tensor, embeddings: Tensor) -> Tensor:
     """Add learned identity embeddings to the tokens that are about an identity.
 
-    Each embedding is scaled to the norm of the text embedding that it is added to, so that neither hides the other.
-
-    Args:
-        inputs_embeds: ``[B, T, C]``.
-        token_identity_index: ``[B, T]`` identity, or -1.
-        embeddings: ``[G, C]`` table of an :class:`idavlm.IdentityEmbedding`.
+    Each embedding of the table ``[G, C]`` is scaled to the norm of the text embedding that it is added to, so that
+    neither hides the other.
     """
     token_identity_index = token_identity_index.to(inputs_embeds.device)
     directions = F.normalize(embeddings.to(inputs_embeds), dim=-1)[token_identity_index.clamp(min=0)]
@@ -145,12 +126,10 @@ def _spellings(tokenizer, name: str) -> list[list[int]]:
 
 
 def _is_word(tokenizer, input_ids: Sequence[int], start: int, end: int) -> bool:
-    """Return whether no letter or digit is next to the tokens from ``start`` to ``end``.
-
-    Tokens are decoded in pairs, since a single token loses the space before it in some tokenizers.
-    """
+    """Return whether no letter or digit is next to the tokens from ``start`` to ``end``."""
     cache = _cached(tokenizer, "texts of tokens")
 
+    # Tokens are decoded in pairs, since a single token loses the space before it in some tokenizers.
     def text(first: int, last: int) -> str:
         tokens = tuple(input_ids[first:last])
         if tokens not in cache:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class ImageFeatures:
 
     Args:
         folder: folder that :meth:`write` has written.
-        model, processor: the vision tower and the preparation of images must be those that made the features.
+        model, processor: must have the vision tower and the preparation of images that made the features.
 
     Attributes:
         shape: ``(images, P, Cv)``.
@@ -54,13 +54,10 @@ class ImageFeatures:
     def write(
         cls, folder: str | Path, model, processor, samples: Iterable[Sample], *, batch_size: int = 64
     ) -> "ImageFeatures":
-        """Compute the features of each image of ``samples`` once.
-
-        Returns:
-            The opened features.
+        """Compute the features of each image of ``samples`` once, and open them.
 
         Raises:
-            DataError: an image cannot be read; the message names it.
+            DataError: an image cannot be read.
             ValueError: the patches are not a square grid, so the model could not recover their positions.
         """
         check_positive(batch_size=batch_size)
@@ -75,7 +72,11 @@ class ImageFeatures:
         try:
             for start in range(0, len(images), batch_size):
                 loaded = [processor.load_image(*image) for image in images[start : start + batch_size]]
-                batch = _compute(model, torch.stack([pixels for pixels, _ in loaded]))
+                with torch.no_grad():
+                    pixels = torch.stack([pixels for pixels, _ in loaded]).to(model.device)
+                    batch, grid_size = model.image_features(pixels)
+                if grid_size is None or grid_size[0] != grid_size[1]:
+                    raise ValueError(f"an image has a grid of {grid_size} patches; stored features need a square grid.")
                 if features is None:
                     shape = (len(images), *batch.shape[1:])
                     features = _mapped(folder / "features.bin", shape, batch.dtype, write=True)
@@ -84,8 +85,8 @@ class ImageFeatures:
         finally:
             model.train(was_training)
         rows = {_key(*image): [row, *size] for row, (image, size) in enumerate(zip(images, sizes, strict=True))}
-        content = {"tower": _fingerprint(model, processor), "shape": shape, "images": rows}
-        content["dtype"] = str(features.dtype).removeprefix("torch.")
+        dtype = str(features.dtype).removeprefix("torch.")
+        content = {"tower": _fingerprint(model, processor), "shape": shape, "images": rows, "dtype": dtype}
         complete = folder / f"index.json.{os.getpid()}"  # written last: an incomplete set has no index
         complete.write_text(json.dumps(content))
         complete.replace(folder / "index.json")
@@ -108,14 +109,6 @@ class ImageFeatures:
         return self._features[row], (height, width)
 
 
-@torch.no_grad()
-def _compute(model, pixels: Tensor) -> Tensor:
-    features, grid_size = model.image_features(pixels.to(model.device))
-    if grid_size is None or grid_size[0] != grid_size[1]:
-        raise ValueError(f"an image has a grid of {grid_size} patches; stored features need a square grid.")
-    return features.cpu()
-
-
 def _key(root: Path | None, path: str) -> str:
     return str(Path(root or "", path))
 
@@ -126,16 +119,10 @@ def _mapped(path: Path, shape: Iterable[int], dtype: torch.dtype, *, write: bool
 
 def _fingerprint(model, processor) -> str:
     """Return a hash of everything that the features depend on."""
-    digest = hashlib.sha256()
-    for part in _parts(model, processor):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _parts(model, processor) -> Iterator[bytes]:
     config = model.config
-    yield repr((config.vision_feature_layer, config.vision_feature_select)).encode()
-    yield processor.image_processor.to_json_string().encode()
+    digest = hashlib.sha256(repr((config.vision_feature_layer, config.vision_feature_select)).encode())
+    digest.update(processor.image_processor.to_json_string().encode())
     for name, tensor in model.vision_tower.state_dict().items():
-        yield name.encode()
-        yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,9 +1,8 @@
 """The identity-aware VLM: vision tower, ID-Former or connector, language model."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +21,14 @@ from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
 from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
 from idavlm.models.image_batch import ImageBatch
-from idavlm.models.supervision import IdentityBoxes, supervision_losses, target_identity_map
+from idavlm.models.supervision import supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
 from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
 from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes_workflow
-from idavlm.utils import IGNORE_INDEX
+from idavlm.utils import IGNORE_INDEX, ImageRole
 
 CACHE = cache_name()
-CONFIG_OPTIONS = tuple(
-    name
-    for name in inspect.signature(IDAVLMConfig.__init__).parameters
-    if name not in ("self", "kwargs", "vision_config", "text_config", "connector", "connector_config", "image_token_id")
-)
+CONFIG_OPTIONS = tuple(field.name for field in fields(IDAVLMConfig))
 """Arguments of :class:`IDAVLMConfig` that :meth:`IDAVLMForConditionalGeneration.from_parts` passes on to it."""
 
 
@@ -45,8 +40,7 @@ class IDAVLMOutput(CausalLMOutputWithPast):
         loss: ``language_loss + auxiliary_loss``, if labels were passed.
         logits: ``[B, T, vocabulary]``; None in training mode if labels were passed.
         cache: cache of the language model; named ``past_key_values`` before transformers 5.24.
-        hidden_states: hidden states of the language model, if requested.
-        attentions: attention weights of the language model, if requested.
+        hidden_states, attentions: those of the language model, if requested.
         language_loss: mean next-token cross-entropy over labelled tokens.
         identity_map_loss: see :meth:`idavlm.IDFormer.identity_map_loss`; if boxes were passed.
         contrastive_loss: see :meth:`idavlm.IDFormer.contrastive_loss`; if boxes were passed and its weight is not 0.
@@ -141,29 +135,23 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         Args:
             vision_tower: a model, or the argument of ``AutoModel.from_pretrained``.
             language_model: a causal language model, or the argument of ``AutoModelForCausalLM.from_pretrained``.
-            processor: an :class:`IDAVLMProcessor`. The model takes ``image_token_id`` from it, and its
-                ``image_seq_length`` from it if ``num_queries`` is not passed. If the processor has no
-                ``image_seq_length`` yet, it is set to that of the model, so the number is said once.
+            processor: an :class:`IDAVLMProcessor`. The model takes ``image_token_id`` from it, and ``num_queries``
+                where it is not passed. A processor without ``image_seq_length`` gets that of the model.
             image_token_id: id of the image placeholder, if there is no processor. The embeddings of the language model
                 must contain it.
             connector: see :class:`IDAVLMConfig`.
-            options: further arguments of :class:`IDAVLMConfig`. All other names go to ``connector_config``, for example
-                ``num_queries=64, num_heads=8``.
+            options: arguments of :class:`IDAVLMConfig`, and of the connector: ``num_queries=64, num_heads=8``.
 
         Raises:
             ValueError: parts that do not fit each other, with the argument and the remedy.
         """
         if (processor is None) == (image_token_id is None):
-            raise ValueError(
-                f"image_token_id={image_token_id} and processor={processor if processor is None else 'given'}: pass "
-                "one of the two."
-            )
+            raise ValueError(f"image_token_id={image_token_id} and processor={type(processor)}: pass one of the two.")
         if processor is not None:
             image_token_id = processor.image_token_id
             length = "num_queries" if connector in ("id_former", "resampler") else "image_seq_length"
-            if processor.image_seq_length is not None:
-                options.setdefault(length, processor.image_seq_length)
-            if options.get(length) is None:
+            options.setdefault(length, processor.image_seq_length)
+            if options[length] is None:
                 raise ValueError(f"{length} is not set; pass it, or build the processor with image_seq_length.")
         vision_tower = _load_vision_tower(vision_tower)
         language_model = _load_language_model(language_model, image_token_id)
@@ -236,16 +224,13 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         *,
         output_identity_maps: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[int, int] | None]:
-        """Encode images to image tokens.
-
-        With ``identity_embedding="name"`` the tokens do not contain the embeddings of names, which need the prompt.
+        """Encode images to image tokens; without embeddings of names, which need the prompt.
 
         Args:
             pixel_values: ``[I, 3, H, W]``; or
             image_features: ``[I, P, Cv]`` features that the vision tower computed before, on a square grid.
-            image_roles: ``[I]``, see :class:`idavlm.ImageRole`. Without it all images are general images.
-            sample_index: ``[I]`` row of the batch each image belongs to; needed with ``image_roles``.
-            identity_index: ``[I]``, see :meth:`idavlm.IDFormer.forward`.
+            image_roles, sample_index, identity_index: ``[I]``, see :meth:`idavlm.IDFormer.forward`. Without
+                ``image_roles`` all images are general images.
             output_identity_maps: also return the identity maps.
 
         Returns:
@@ -263,13 +248,9 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if pixel_values.shape[0] == 0:
             return no_features(self.vision_tower, self.config), None
         is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        layer, select = self.config.vision_feature_layer, self.config.vision_feature_select
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-            return vision_features(
-                self.vision_tower,
-                pixel_values,
-                layer=self.config.vision_feature_layer,
-                select=self.config.vision_feature_select,
-            )
+            return vision_features(self.vision_tower, pixel_values, layer=layer, select=select)
 
     @takes_workflow
     @takes_cache
@@ -321,21 +302,20 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         Raises:
             ValueError: arguments that do not fit each other, with the argument and the remedy.
         """
+        has_images = pixel_values is not None or image_features is not None
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("input_ids and inputs_embeds are both given; pass one of the two.")
-        has_images = pixel_values is not None or image_features is not None
         if input_ids is None and inputs_embeds is None and not has_images:
             raise ValueError("there is no input; pass input_ids, inputs_embeds, or images alone.")
         text = None if input_ids is None else self.get_input_embeddings()(input_ids)
-        image_tokens = maps = None
+        image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
 
         if has_images:
             images = self._image_batch(pixel_values, image_features, image_roles, sample_index, identity_index)
             is_supervised = self.id_former is not None and boxes is not None
-            targets = None
             if is_supervised:
-                targets = target_identity_map(IdentityBoxes(boxes, box_image, box_identity, image_sizes), images)
+                targets = target_identity_map(images, boxes, box_image, box_identity, image_sizes)
             image_tokens, maps = self._encode(
                 images,
                 target_identity_map=targets if teacher_forcing else None,
@@ -353,13 +333,15 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 )
 
         if input_ids is not None:
-            text = self._embed_names(text, token_identity_index)
+            learned = None if self.id_former is None else self.id_former.identity_embedding
+            if learned is not None and token_identity_index is not None:
+                text = add_learned_embeddings(text, token_identity_index, learned.table())
             inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, cache)
         if inputs_embeds is None:
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
 
-        targets = None if labels is None else next_token_targets(labels)
+        targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
         # As with a fused loss: in training mode there are no logits beside the loss.
         skip_logits = self.training and labels is not None
         head = self.get_output_embeddings()
@@ -373,11 +355,10 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             )
         loss, logits = None, outputs.logits
         if labels is not None:
+            # The logits may be those of the labelled tokens only.
+            shift_labels = targets if logits.shape[:2] == targets.shape else targets[targets != IGNORE_INDEX]
             losses["language_loss"] = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=targets_of_logits(logits, targets),
-                vocab_size=logits.shape[-1],
+                logits, labels=None, shift_labels=shift_labels.to(logits.device), vocab_size=logits.shape[-1]
             )
             loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
         return IDAVLMOutput(
@@ -396,15 +377,14 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             raise ValueError("pass either pixel_values or image_features.")
         features, grid_size = (image_features, None) if pixel_values is None else self.image_features(pixel_values)
         dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
-        return ImageBatch.build(
-            features.to(dtype),
-            grid_size,
-            image_roles,
-            sample_index,
-            identity_index,
-            has_id_former=self.id_former is not None,
-            has_image_index_embedding=self.image_index_embedding is not None,
-        )
+        needs_samples = self.id_former is not None and image_roles is not None
+        if sample_index is None and (needs_samples or self.image_index_embedding is not None):
+            raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
+        if image_roles is None:
+            image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
+        if sample_index is None:
+            sample_index = torch.zeros(len(features), dtype=torch.long)
+        return ImageBatch(features.to(dtype), grid_size, image_roles, sample_index, identity_index)
 
     def _encode(
         self,
@@ -419,9 +399,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if self.id_former is not None:
             image_tokens = self.id_former(
                 images.features,
-                images.image_roles,
-                images.sample_index,
-                images.identity_index,
+                *images.roles,
                 grid_size=images.grid_size,
                 target_identity_map=target_identity_map,
                 name_embeddings=name_embeddings,
@@ -437,13 +415,6 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             embeddings = self.image_index_embedding.embed_images(images.image_roles, images.sample_index)
             image_tokens = image_tokens + embeddings[:, None]
         return image_tokens, maps
-
-    def _embed_names(self, text: Tensor, token_identity_index: Tensor | None) -> Tensor:
-        """Add learned identity embeddings to the text embeddings of tokens that are about an identity."""
-        embedding = None if self.id_former is None else self.id_former.identity_embedding
-        if embedding is None or token_identity_index is None:
-            return text
-        return add_learned_embeddings(text, token_identity_index, embedding.table())
 
     def _name_embeddings(
         self, text: Tensor | None, token_identity_index: Tensor | None, name_mask: Tensor | None, images: ImageBatch
@@ -481,17 +452,16 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         def new_adaptors() -> nn.Module:
             self.language_model.tie_weights()  # a tied head has no values before
             options = self.language_model.inner_adaptor.options
-            copies_connector = "connector" in options["modules_to_copy"]
-            return new_inner_adaptor(self.language_model, options, self.connector if copies_connector else None)
+            return new_inner_adaptor(self.language_model, options, _connector_to_copy(options, self.connector))
 
-        parts = [(self._joint, lambda: _build_joint(self.config))]
+        parts = {self._joint: lambda: _build_joint(self.config)}
         if self.image_index_embedding is not None:
-            parts.append((self.image_index_embedding, lambda: _build_image_index_embedding(self.config)))
+            parts[self.image_index_embedding] = lambda: _build_image_index_embedding(self.config)
         if self.config.inner_adaptors is not None:
-            parts.append((self.language_model.inner_adaptor, new_adaptors))
+            parts[self.language_model.inner_adaptor] = new_adaptors
             self.language_model.requires_grad_(False)  # from_pretrained has replaced the frozen parameters
             self.language_model.inner_adaptor.requires_grad_(True)
-        for part, build in parts:
+        for part, build in parts.items():
             missing = {
                 name: tensor
                 for name, tensor in part.state_dict(keep_vars=True).items()
@@ -506,12 +476,9 @@ def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: 
     """Replace the embeddings of placeholders, in order, by image tokens.
 
     Args:
-        inputs_embeds: ``[B, T, C]``.
+        inputs_embeds: ``[B, T, C]``, like the result.
         is_image: ``[B, T]`` bool, True at placeholders.
         image_tokens: ``[I, Q, C]`` of all images of the batch, in the order of their placeholders.
-
-    Returns:
-        ``[B, T, C]``.
 
     Raises:
         ValueError: the number of placeholders differs from that of image tokens, or the widths differ.
@@ -529,17 +496,6 @@ def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: 
             f"{inputs_embeds.shape[-1]}; set hidden_size or output_size of the connector to that of the language model."
         )
     return inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
-
-
-def next_token_targets(labels: Tensor) -> Tensor:
-    """Shift labels ``[B, T]`` to the target of each position; -100 at the last."""
-    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
-
-
-def targets_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Select from ``targets`` ``[B, T]`` those that ``logits`` belong to: all, or the labelled ones."""
-    is_complete = logits.shape[:2] == targets.shape
-    return (targets if is_complete else targets[targets != IGNORE_INDEX]).to(logits.device)
 
 
 @contextmanager
@@ -560,10 +516,11 @@ def _build_joint(config: IDAVLMConfig) -> nn.Module:
     """Build the ID-Former or the connector of a configuration."""
     width = config.text_config.get_text_config().hidden_size
     options = {"hidden_size": width, **config.connector_config, "vision_hidden_size": features_width(config)}
+    has_queries = config.connector in ("id_former", "resampler")
     if config.image_seq_length is None:
-        needed = "num_queries" if config.connector in ("id_former", "resampler") else "image_seq_length"
+        needed = "num_queries" if has_queries else "image_seq_length"
         raise ValueError(f"connector={config.connector!r} needs {needed}, the number of image tokens per image.")
-    if config.connector in ("id_former", "resampler"):
+    if has_queries:
         options["output_size"] = width
         options["num_queries"] = config.image_seq_length
         options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
@@ -593,8 +550,12 @@ def _prepare_inner_adaptors(config: IDAVLMConfig, language_model: nn.Module, con
                 f"{dict(present.options)}; use from_parts, or pass a language model without adaptors."
             )
     elif config.inner_adaptors is not None:
-        copies_connector = "connector" in config.inner_adaptors.get("modules_to_copy", ())
-        add_inner_adaptors(language_model, **config.inner_adaptors, connector=connector if copies_connector else None)
+        connector = _connector_to_copy(config.inner_adaptors, connector)
+        add_inner_adaptors(language_model, **config.inner_adaptors, connector=connector)
+
+
+def _connector_to_copy(options: dict, connector: nn.Module | None) -> nn.Module | None:
+    return connector if "connector" in options.get("modules_to_copy", ()) else None
 
 
 def _load_vision_tower(vision_tower: PreTrainedModel | str) -> PreTrainedModel:
@@ -611,14 +572,11 @@ def _load_language_model(language_model: PreTrainedModel | str, image_token_id: 
     if isinstance(language_model, str):
         language_model = AutoModelForCausalLM.from_pretrained(language_model)
     name = type(language_model).__name__
-    if type(language_model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    is_vlm = type(language_model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if is_vlm or language_model.get_output_embeddings() is None:
+        problem = "is a whole vision-language model" if is_vlm else "has no language modelling head"
         raise ValueError(
-            f"language_model={name} is a whole vision-language model; pass its causal language model, for example one "
-            "that AutoModelForCausalLM.from_pretrained loads."
-        )
-    if language_model.get_output_embeddings() is None:
-        raise ValueError(
-            f"language_model={name} has no language modelling head; pass a causal language model, for example one that "
+            f"language_model={name} {problem}; pass a causal language model, for example one that "
             "AutoModelForCausalLM.from_pretrained loads."
         )
     vocabulary = language_model.get_input_embeddings().num_embeddings

@@ -10,23 +10,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from idavlm.data import Box, Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
-
-FIXED_SIZE_PROCESSORS = (
-    "CLIPImageProcessor",
-    "SiglipImageProcessor",
-    "ViTImageProcessor",
-    "DeiTImageProcessor",
-    "BeitImageProcessor",
-    "BitImageProcessor",
-    "ConvNextImageProcessor",
-    "TimmWrapperImageProcessor",
-)
-"""Image processors of transformers whose usual settings bring all images to one size."""
 
 ImageLoader = Callable[[Path | None, str], tuple[Tensor, tuple[int, int]]]
 
@@ -146,10 +134,10 @@ class IDAVLMProcessor(ProcessorMixin):
             add_generation_prompt: end with the header of an assistant turn, for generation.
 
         Returns:
-            The fields of an encoded sample: ``input_ids``, ``labels``, ``token_identity_index`` and ``name_mask``
-            ``[T]``; ``pixel_values`` ``[I, 3, H, W]`` or, from an ``image_loader`` of features, ``image_features``
-            ``[I, P, Cv]``; ``image_roles``, ``identity_index`` ``[I]`` and ``image_sizes`` ``[I, 2]``, where references
-            come first, identity by identity, then the images of the messages; ``boxes`` ``[N, 4]``, ``box_image`` and
+            ``input_ids``, ``labels``, ``token_identity_index`` and ``name_mask`` ``[T]``; ``pixel_values``
+            ``[I, 3, H, W]`` or, from an ``image_loader`` of features, ``image_features`` ``[I, P, Cv]``;
+            ``image_roles``, ``identity_index`` ``[I]`` and ``image_sizes`` ``[I, 2]``, where references come first,
+            identity by identity, then the images of the messages; ``boxes`` ``[N, 4]``, ``box_image`` and
             ``box_identity`` ``[N]`` of the identities with references. Boxes are in pixels of the original image. If
             the image processor crops or pads, they are moved accordingly.
 
@@ -163,7 +151,12 @@ class IDAVLMProcessor(ProcessorMixin):
         num_references = len(sample.reference_images)
         scene_sizes = dict(zip(sample.message_images, sizes[num_references:], strict=True))
         for box in sample.boxes:
-            _check_box(sample, box, scene_sizes[box.image])
+            height, width = scene_sizes[box.image]
+            if box.box[0] >= width or box.box[1] >= height:
+                raise DataError(
+                    f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside {box.image!r} of {width} x "
+                    f"{height} pixels; boxes are in pixels of the original image."
+                )
         messages = self._messages(sample, scene_sizes)
         input_ids, labels = render_chat(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=self.chat_template
@@ -203,8 +196,7 @@ class IDAVLMProcessor(ProcessorMixin):
         return Collator(self.tokenizer.pad_token_id, padding_side=padding_side)(encoded)
 
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
-        """Return the box in generated ``text``, in pixels of an image of (height, width), see "
-        ":meth:`BoxFormat.parse`."""
+        """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
         return self._boxes.parse(text, image_size, name=name)
 
     def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
@@ -234,20 +226,15 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def _image_tensors(self, images: list[Tensor]) -> dict[str, Tensor]:
         """Stack loaded images: features ``[P, Cv]`` or pixels ``[3, H, W]``."""
-        if not images:
-            features = getattr(self.image_loader, "shape", None)  # of an ImageFeatures: images, P, Cv
-            return (
-                {"pixel_values": torch.zeros(0, 3, 0, 0)}
-                if features is None
-                else {"image_features": torch.zeros(0, *features[1:])}
-            )
-        if images[0].dim() == 2:
+        features_shape = getattr(self.image_loader, "shape", None)  # of an ImageFeatures: images, P, Cv
+        if not images and features_shape is not None:
+            return {"image_features": torch.zeros(0, *features_shape[1:])}
+        if images and images[0].dim() == 2:
             return {"image_features": torch.stack(images).float()}
-        return {"pixel_values": torch.stack(images)}
+        return {"pixel_values": torch.stack(images) if images else torch.zeros(0, 3, 0, 0)}
 
     def _messages(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
-        """Render the conversation as text, with one placeholder per image and the references before the first user "
-        "turn."""
+        """Render the conversation as text with one placeholder per image; references precede the first user turn."""
         image = self.image_format.format(image=self.image_token)
         for name in (*(identity.name for identity in sample.identities), *(box.name for box in sample.boxes)):
             self._check_text(sample, name)
@@ -258,8 +245,10 @@ class IDAVLMProcessor(ProcessorMixin):
         ]
         messages = []
         for message in sample.messages:
-            text = "".join(lines) if message.role == "user" else ""
-            lines = [] if message.role == "user" else lines
+            text = ""
+            if message.role == "user":
+                text = "".join(lines)
+                lines = []
             for part in message.content:
                 if part.type == "image":
                     text += image
@@ -277,7 +266,7 @@ class IDAVLMProcessor(ProcessorMixin):
     ) -> list[int]:
         """Label the answers that a prompt contains, so that their names are treated in generation as in training."""
         ids, labels = render_chat(self.tokenizer, messages, chat_template=self.chat_template)
-        end = max((place + 1 for place, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
+        end = max((position + 1 for position, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
         if ids[:end] != input_ids[:end]:
             raise DataError(
                 f"sample {sample.id!r}: with a generation prompt the chat template renders earlier turns differently "
@@ -307,14 +296,17 @@ class IDAVLMProcessor(ProcessorMixin):
         If an image occurs several times in the messages, its boxes belong to the first occurrence.
         """
         number = {identity.name: index for index, identity in enumerate(sample.identities)}
-        images, num_references = sample.message_images, len(sample.reference_images)
-        introduced = [box for box in sample.boxes if box.name in number and box.image in images]
-        cropped = [(box, self._crop(box.box, image_sizes[box.image])) for box in introduced]
-        kept = [(box, pixels) for box, pixels in cropped if pixels is not None]
+        boxes, box_image, box_identity = [], [], []
+        for box in sample.boxes:
+            kept = self._crop(box.box, image_sizes[box.image])
+            if box.name in number and kept is not None:
+                boxes.append(kept)
+                box_image.append(len(sample.reference_images) + sample.message_images.index(box.image))
+                box_identity.append(number[box.name])
         return {
-            "boxes": torch.tensor([pixels for _, pixels in kept], dtype=torch.float32).view(-1, 4),
-            "box_image": torch.tensor([num_references + images.index(box.image) for box, _ in kept], dtype=torch.long),
-            "box_identity": torch.tensor([number[box.name] for box, _ in kept], dtype=torch.long),
+            "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
+            "box_image": torch.tensor(box_image, dtype=torch.long),
+            "box_identity": torch.tensor(box_identity, dtype=torch.long),
         }
 
     def _crop(self, box: list[float], size: tuple[int, int]) -> list[float] | None:
@@ -342,14 +334,6 @@ def _check_fixed_size(image_processor) -> None:
         raise ValueError(
             f"image_processor={type(image_processor).__name__} does not bring all images to one size (images of 96 x "
             f"48 and 48 x 96 pixels give {', '.join(map(str, sizes))}); use a vision tower with a processor such as "
-            f"{', '.join(FIXED_SIZE_PROCESSORS)}, and a size with height and width or a centre crop."
-        )
-
-
-def _check_box(sample: Sample, box: Box, image_size: tuple[int, int]) -> None:
-    height, width = image_size
-    if box.box[0] >= width or box.box[1] >= height:
-        raise DataError(
-            f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside {box.image!r} of {width} x {height} "
-            "pixels; boxes are in pixels of the original image."
+            "CLIPImageProcessor, SiglipImageProcessor or ViTImageProcessor; its size needs a height and width, or a "
+            "centre crop."
         )

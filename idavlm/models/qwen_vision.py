@@ -1,14 +1,15 @@
 """The vision transformer of Qwen-VL (arXiv 2308.12966) and IDA-VLM, as a transformers model."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import CLIPAttention
 
-from idavlm.modules.positions import resize_positions
+from idavlm.modules.positions import resize_positions, square_grid
 from idavlm.utils import check_positive
 
 
@@ -29,84 +30,47 @@ class QwenVisionConfig(PretrainedConfig):
     """
 
     model_type = "qwen_vl_vision"
+    attention_dropout = 0.0  # of CLIPAttention
 
-    def __init__(
-        self,
-        hidden_size: int = 1664,
-        intermediate_size: int = 8192,
-        num_hidden_layers: int = 48,
-        num_attention_heads: int = 16,
-        image_size: int = 448,
-        patch_size: int = 14,
-        num_positions: int = 256,
-        num_channels: int = 3,
-        hidden_act: str = "gelu",
-        layer_norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
-        **kwargs,
-    ):
-        check_positive(num_attention_heads=num_attention_heads, patch_size=patch_size)
-        if hidden_size % num_attention_heads:
-            raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}.")
-        if round(num_positions**0.5) ** 2 != num_positions:
-            raise ValueError(f"num_positions={num_positions} is not a square number; positions lie on a square grid.")
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.num_positions = num_positions
-        self.num_channels = num_channels
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
-        super().__init__(**kwargs)
+    hidden_size: int = 1664
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 16
+    image_size: int = 448
+    patch_size: int = 14
+    num_positions: int = 256
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
 
-
-class QwenVisionAttention(nn.Module):
-    """Multi-head self-attention. The release interleaves the three projections by head; here they are separate."""
-
-    is_causal = False
-
-    def __init__(self, config: QwenVisionConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = 1
-        self.scaling = self.head_dim**-0.5
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, _eager)
-        output, _ = attend(self, q, k, v, None, scaling=self.scaling, dropout=0.0)
-        return self.out_proj(output.flatten(2))
-
-
-def _eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask, *, scaling: float, **kwargs):
-    weights = (q @ k.mT * scaling).softmax(-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v).transpose(1, 2), weights
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_positive(num_attention_heads=self.num_attention_heads, patch_size=self.patch_size)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}."
+            )
+        square_grid("num_positions", self.num_positions)
 
 
 class QwenVisionLayer(GradientCheckpointingLayer):
-    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``."""
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``.
+
+    The release interleaves the three projections of the attention by head; here they are separate, as in CLIP.
+    """
 
     def __init__(self, config: QwenVisionConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = QwenVisionAttention(config)
+        self.self_attn = CLIPAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))[0]
         return hidden_states + self.fc2(self.act(self.fc1(self.layer_norm2(hidden_states))))
 
 
@@ -161,15 +125,12 @@ class QwenVisionModel(PreTrainedModel):
                 f"patch_size={size} for H and W."
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        grid = tuple(patches.shape[2:])
-        side = round(self.config.num_positions**0.5)
-        hidden_states = patches.flatten(2).mT + resize_positions(self.position_embedding, (side, side), grid)
-        hidden_states = self.pre_layernorm(hidden_states)
+        grid = square_grid("num_positions", self.config.num_positions)
+        positions = resize_positions(self.position_embedding, grid, tuple(patches.shape[2:]))
+        hidden_states = self.pre_layernorm(rearrange(patches, "i c h w -> i (h w) c") + positions)
         states = [hidden_states]
         for layer in self.layers:
             hidden_states = layer(hidden_states)
             states.append(hidden_states)
-        output = BaseModelOutput(
-            last_hidden_state=hidden_states, hidden_states=tuple(states) if output_hidden_states else None
-        )
+        output = BaseModelOutput(hidden_states, tuple(states) if output_hidden_states else None)
         return output if return_dict else output.to_tuple()

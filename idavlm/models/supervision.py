@@ -1,7 +1,5 @@
 """Supervision of identity attention by boxes: targets of a batch, and the losses that they define."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,25 +9,13 @@ from idavlm.modules.positions import square_grid
 from idavlm.utils import IGNORE_INDEX, ImageRole
 
 
-@dataclass(frozen=True, eq=False)
-class IdentityBoxes:
-    """The boxes of a batch; fields as in :meth:`IDAVLMForConditionalGeneration.forward`."""
-
-    boxes: Tensor
-    box_image: Tensor | None
-    box_identity: Tensor | None
-    image_sizes: Tensor | None
-
-
-def target_identity_map(boxes: IdentityBoxes, images: ImageBatch) -> Tensor:
+def target_identity_map(
+    images: ImageBatch, boxes: Tensor, box_image: Tensor | None, box_identity: Tensor | None, image_sizes: Tensor | None
+) -> Tensor:
     """Compute :func:`idavlm.identity_patch_targets` of a batch on the host.
 
     If a sample introduces an identity that has no box in it, the identity may be anywhere in its scenes. NULL is then
     not a target in these scenes.
-
-    Args:
-        boxes: boxes of identities with references.
-        images: images of the batch.
 
     Returns:
         ``[I, P]`` identity, NULL or ``IGNORE_INDEX`` of each patch, on the device of the boxes.
@@ -37,24 +23,23 @@ def target_identity_map(boxes: IdentityBoxes, images: ImageBatch) -> Tensor:
     Raises:
         ValueError: boxes without the tensors that describe them.
     """
-    located = (boxes.boxes, boxes.box_image, boxes.box_identity, boxes.image_sizes)
-    roles = (images.image_roles, images.sample_index, images.identity_index)
-    if any(tensor is None for tensor in (*located, *roles)):
+    located = (boxes, box_image, box_identity, image_sizes)
+    if any(tensor is None for tensor in (*located, *images.roles)):
         raise ValueError(
             "boxes need box_image, box_identity, image_sizes, image_roles, sample_index and identity_index as well; "
             "the collator of the processor makes all of them."
         )
     grid_size = images.grid_size or square_grid("P, the number of patches,", images.features.shape[1])
-    box, box_image, box_identity, image_sizes = (tensor.cpu() for tensor in located)
-    image_roles, sample_index, identity_index = (tensor.cpu() for tensor in roles)
-    targets = identity_patch_targets(box, box_image, box_identity, image_sizes, grid_size, image_roles=image_roles)
+    on_host, box_image, box_identity, image_sizes = (tensor.cpu() for tensor in located)
+    image_roles, sample_index, identity_index = (tensor.cpu() for tensor in images.roles)
+    targets = identity_patch_targets(on_host, box_image, box_identity, image_sizes, grid_size, image_roles=image_roles)
     is_reference = image_roles == ImageRole.REFERENCE
     introduced = zip(sample_index[is_reference].tolist(), identity_index[is_reference].tolist(), strict=True)
     boxed = set(zip(sample_index[box_image].tolist(), box_identity.tolist(), strict=True))
     incomplete = sorted({sample for sample, identity in introduced if (sample, identity) not in boxed})
     in_incomplete = torch.isin(sample_index, torch.tensor(incomplete, dtype=sample_index.dtype))
     targets = targets.masked_fill(in_incomplete[:, None] & (targets == NULL), IGNORE_INDEX)
-    return targets.to(boxes.boxes.device)
+    return targets.to(boxes.device)
 
 
 def supervision_losses(
@@ -66,14 +51,7 @@ def supervision_losses(
     identity_map_loss_weight: float,
     contrastive_loss_weight: float,
 ) -> dict[str, Tensor]:
-    """Compute the losses that boxes define.
-
-    Args:
-        id_former: the ID-Former of the model.
-        images: images of the batch.
-        identity_maps: maps of the ID-Former for these images.
-        targets: from :func:`target_identity_map`.
-        identity_map_loss_weight, contrastive_loss_weight: see :class:`IDAVLMConfig`.
+    """Compute the losses that the ``targets`` of :func:`target_identity_map` define.
 
     Returns:
         ``identity_map_loss``, ``contrastive_loss`` (only if its weight is not 0) and ``auxiliary_loss``, their weighted
@@ -83,12 +61,7 @@ def supervision_losses(
     total = identity_map_loss_weight * losses["identity_map_loss"]
     if contrastive_loss_weight:
         losses["contrastive_loss"] = id_former.contrastive_loss(
-            images.features,
-            images.image_roles,
-            images.sample_index,
-            images.identity_index,
-            targets,
-            grid_size=images.grid_size,
+            images.features, *images.roles, targets, grid_size=images.grid_size
         )
         total = total + contrastive_loss_weight * losses["contrastive_loss"]
     return losses | {"auxiliary_loss": total}

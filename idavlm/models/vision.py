@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -46,7 +47,7 @@ def vision_features(
             raise ValueError(
                 f"vision_feature_select='cls': {type(vision_tower).__name__} has no CLS token; use 'patch'."
             )
-        return hidden.flatten(2).mT, tuple(hidden.shape[2:])
+        return rearrange(hidden, "i c h w -> i (h w) c"), tuple(hidden.shape[2:])
     if select == "all":
         return hidden, None
     grid_size = _grid_size(vision_tower, hidden.shape[1], pixel_values.shape[2:])
@@ -79,14 +80,11 @@ def no_features(vision_tower: nn.Module, config) -> Tensor:
     """Return features ``[0, 1, C]`` of zero images. They depend on the parameters of the tower, as on other ranks."""
     parameters = [parameter for parameter in vision_tower.parameters() if parameter.is_floating_point()]
     features = parameters[0].new_zeros(0, 1, features_width(config))
-    for parameter in parameters:
-        if parameter.requires_grad:
-            features = features + 0 * parameter.flatten()[:1].sum().to(features)
-    return features
+    return features + sum(0 * p.flatten()[:1].sum().to(features) for p in parameters if p.requires_grad)
 
 
 def features_width(config) -> int:
-    """Return the width Cv of the image features of a model with this configuration."""
+    """Return the width Cv of the image features of a model with this :class:`IDAVLMConfig`."""
     given = config.connector_config.get("vision_hidden_size")
     return given or output_width(config.vision_config, config.vision_feature_layer)
 

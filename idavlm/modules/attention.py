@@ -15,12 +15,9 @@ class CrossAttention(nn.Module):
 
     Computes ``out_proj(softmax(q k^T / sqrt(head_dim)) v)`` with ``q = q_proj(query) + query_bias``,
     ``k = k_proj(key_value) + key_bias`` and ``v = v_proj(key_value)``. The result equals ``nn.MultiheadAttention`` on
-    ``(query + position, key_value + position, key_value)`` and needs less work:
-
-    - Positions are the same for all images. They are projected once and enter as biases (:meth:`query_bias`,
-      :meth:`key_bias`).
-    - Queries that all segments share are projected once.
-    - The attention matrix is not kept for the backward pass.
+    ``(query + position, key_value + position, key_value)`` and needs less work. Positions, which are the same for all
+    images, are projected once and enter as biases (:meth:`query_bias`, :meth:`key_bias`). Queries that all segments
+    share are projected once. The attention matrix is not kept for the backward pass.
 
     ``state_dict`` keys: ``q_proj``, ``out_proj`` of shape ``[C, C]`` and ``k_proj``, ``v_proj`` of shape ``[C, Ckv]``,
     each with ``.weight`` and ``.bias``. The projections are called as modules, so LoRA and quantised layers can replace
@@ -75,11 +72,8 @@ class CrossAttention(nn.Module):
         key_bias: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
         output_attentions: bool = False,
-        key_groups: Tensor | None = None,
-        num_key_groups: int | None = None,
+        **segments,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from queries to keys and values.
 
@@ -89,10 +83,9 @@ class CrossAttention(nn.Module):
             key_value: ``[N, Lk, Ckv]``. With ``cu_seqlens_k`` any shape ``[..., Ckv]``.
             query_bias: added to the projected queries; broadcastable to ``[..., C]``.
             key_bias: ``[L, C]``, added to the projected keys by position within their segment, modulo L.
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see :func:`idavlm.cross_attention`.
             output_attentions: also return the attention weights ``[N, H, max_seqlen_q, max_seqlen_k]``.
-            key_groups, num_key_groups: return the weights summed over groups of keys, see
-                :func:`idavlm.cross_attention`.
+            cu_seqlens_q, cu_seqlens_k, segments: ``max_seqlen_q``, ``max_seqlen_k``, ``key_groups`` and
+                ``num_key_groups`` as well, see :func:`idavlm.cross_attention`.
 
         Returns:
             ``[N, Lq, C]``, or the shape of ``query`` with ``cu_seqlens_q``. With ``output_attentions`` a pair of the
@@ -111,12 +104,9 @@ class CrossAttention(nn.Module):
             key_bias=None if key_bias is None else self._split_heads(key_bias),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
             attn_implementation=self.attn_implementation,
             output_attentions=output_attentions,
-            key_groups=key_groups,
-            num_key_groups=num_key_groups,
+            **segments,
         )
         output, attentions = result if output_attentions else (result, None)
         output = self.out_proj(rearrange(output, "... h d -> ... (h d)"))

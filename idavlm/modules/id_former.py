@@ -14,16 +14,12 @@ from idavlm.modules.identity_map import (
     identity_contrastive_loss,
     identity_map_from_attention,
     identity_map_loss,
-    number_over_batch,
     pool_identity_map,
     teacher_forced_map,
 )
 from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys, select_images
 from idavlm.modules.resampler import Resampler
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_choice, check_positive
-
-GATES = ("zero_init", "tanh", "none")
-IDENTITY_EMBEDDINGS = (None, "learned", "name")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +42,12 @@ class IdentityTokens:
 class IdentityLayer(nn.Module):
     """One identity cross-attention: ``patches + g * attention(patches + position, keys, keys)``.
 
-    ``gate`` decides how much the layer contributes at the start of training:
-
-    - ``"zero_init"`` (released): ``g = 1``, and the output projection of the attention starts at zero.
-    - ``"tanh"``: ``g = tanh(a)`` with a learned scalar ``a`` that starts at 0 (Flamingo).
-    - ``"none"``: ``g = 1`` and ordinary initialisation; the layer contributes from the first step.
-
     Args:
         hidden_size: width C.
         num_heads: number of attention heads.
-        gate: see above.
+        gate: how much the layer contributes at the start of training. ``"zero_init"`` (released): ``g = 1``, and the
+            output projection of the attention starts at zero. ``"tanh"``: ``g = tanh(a)`` with a learned scalar ``a``
+            that starts at 0 (Flamingo). ``"none"``: ``g = 1`` and ordinary initialisation.
         feed_forward: add ``patches + g' * FeedForward(patches)`` after the attention, with a gate of the same kind.
         intermediate_size: inner width of the feed-forward block. Defaults to ``4 * hidden_size``.
         attn_implementation: backend, see :func:`idavlm.cross_attention`.
@@ -72,7 +64,7 @@ class IdentityLayer(nn.Module):
         attn_implementation: str = "sdpa",
     ):
         super().__init__()
-        check_choice("gate", gate, GATES)
+        check_choice("gate", gate, ("zero_init", "tanh", "none"))
         self.attention = CrossAttention(
             hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
         )
@@ -90,14 +82,14 @@ class IdentityLayer(nn.Module):
         """Attend from the patches of scenes to the references of their samples.
 
         Args:
-            patches: ``[S, P, C]`` patches of scenes, grouped into N samples by ``cu_seqlens_q``.
-            keys: ``[T, C]`` packed reference tokens, grouped by ``cu_seqlens_k``.
+            patches: ``[S, P, C]`` patches of scenes.
+            keys: ``[T, C]`` packed reference tokens.
             query_bias: ``[P, C]`` projected positions of the patches.
-            output_attentions: also return the attention weights, summed over groups of keys: ``[S * P, H, G + 1]``.
-            segments: from :func:`idavlm.modules.image_groups.attention_segments`.
+            output_attentions: also return the attention weights, summed over groups of keys.
+            segments: ``cu_seqlens_q``, ``key_groups``, ... of :func:`idavlm.cross_attention`, which group by sample.
 
         Returns:
-            ``[S, P, C]`` patches, and the weights or None.
+            ``[S, P, C]`` patches, and the weights ``[S * P, H, G + 1]`` or None.
         """
         result = self.attention(patches, keys, query_bias=query_bias, output_attentions=output_attentions, **segments)
         attended, attentions = result if output_attentions else (result, None)
@@ -120,10 +112,9 @@ class IDFormer(nn.Module):
     ``null_token``. Options that are off have no keys.
 
     Args:
-        hidden_size: width C of the tokens; divisible by 4 and by ``num_heads``.
-        num_queries: number Q of tokens per image; a square number.
+        hidden_size, num_queries, vision_hidden_size, token_position_embedding, output_proj, output_size: see
+            :class:`Resampler`.
         num_heads: number of attention heads. The release has ``hidden_size / 128``.
-        vision_hidden_size: width Cv of the patches. If it is None or equals ``hidden_size``, patches are not projected.
         attn_implementation: backend, see :func:`idavlm.cross_attention`.
         detach_references: stop gradients from scenes to the reference tokens that they attend to.
         num_identity_layers: number of identity cross-attention layers.
@@ -140,7 +131,6 @@ class IDFormer(nn.Module):
             embedding (as released). ``"learned"``: an :class:`IdentityEmbedding`. ``"name"``: the embedding of the
             identity's name in the language model, which :meth:`forward` receives as ``name_embeddings``.
         max_identities: largest number of identities in a sample; needed for ``identity_embedding="learned"``.
-        token_position_embedding, output_proj, output_size: see :class:`Resampler`.
 
     Raises:
         ValueError: options that do not fit each other, with the argument and the remedy.
@@ -174,7 +164,7 @@ class IDFormer(nn.Module):
         check_positive(intermediate_size=intermediate_size, max_identities=max_identities)
         check_choice("feed_forward", feed_forward, ("none", "identity", "all"))
         check_choice("identity_keys", identity_keys, ("tokens", "patches"))
-        check_choice("identity_embedding", identity_embedding, IDENTITY_EMBEDDINGS)
+        check_choice("identity_embedding", identity_embedding, (None, "learned", "name"))
         if (identity_embedding == "learned") != (max_identities is not None):
             raise ValueError(
                 f"identity_embedding={identity_embedding!r} and max_identities={max_identities}: a learned embedding "
@@ -301,19 +291,16 @@ class IDFormer(nn.Module):
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Encode scenes that all attend to the same identities, such as the frames of a video.
 
-        Equal to :meth:`forward` on one sample that consists of the references, in the order of the list, and of these
-        scenes.
+        Equal to :meth:`forward` on one sample of the references, in the order of the list, and of these scenes.
 
         Args:
             image_features: ``[I, P, Cv]`` patches of the scenes.
             identities: from :meth:`encode_references`; may be empty. Their order numbers them 0, 1, ...
-            grid_size: see :meth:`forward`.
+            grid_size, output_attentions: see :meth:`forward`.
             name_embeddings: see :meth:`forward`; the first has shape ``[1, G, output_size]``.
-            output_attentions: see :meth:`forward`.
 
         Returns:
-            ``[I, Q, output_size]`` image tokens of the scenes. With ``output_attentions`` a pair of the tokens and the
-            identity maps.
+            As :meth:`forward`, for the scenes.
         """
         grid_size = self.resampler.check_features(image_features, grid_size)
         patches = self.resampler.project_patches(image_features)
@@ -332,14 +319,9 @@ class IDFormer(nn.Module):
         independent, scenes = patches.split([groups.num_independent, num_scenes])
         scenes, maps = self._attend_to_references(scenes, grid_size, keys, groups, output_attentions)
         tokens = self.resampler.resample(torch.cat([independent, scenes]), self.resampler.key_bias(grid_size))
+        sample_index = torch.zeros(len(patches), dtype=torch.long)
         image_tokens = self._add_identity_embedding(
-            self.resampler.project_tokens(tokens),
-            maps,
-            grid_size,
-            groups,
-            torch.zeros(len(patches), dtype=torch.long),
-            None,
-            name_embeddings,
+            self.resampler.project_tokens(tokens), maps, grid_size, groups, sample_index, None, name_embeddings
         )
         return (image_tokens, maps) if output_attentions else image_tokens
 
@@ -407,16 +389,13 @@ class IDFormer(nn.Module):
         attention = self.identity_layers[0].attention
         query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
         null = keys[:0] if self.null_token is None else self.null_token
-        numbers = number_over_batch(
-            torch.cat([sample_index[is_reference], sample_index[image]]),
-            torch.cat([identity_index[is_reference], targets[image, patch]]),
-        )
-        owner, target = numbers.split([len(references), len(image)])
+        # Numbered over the batch: the same identity index in different samples gives different numbers.
+        offset = sample_index * (int(max(identity_index[is_reference].max(), targets.max())) + 1)
         return identity_contrastive_loss(
             attention.queries(patches[image, patch], query_bias[patch]),
             attention.keys(torch.cat([null, keys])),
-            owner,
-            target,
+            owner=(offset + identity_index)[is_reference],
+            target=offset[image] + targets[image, patch],
             num_null=len(null),
         )
 
@@ -434,12 +413,7 @@ class IDFormer(nn.Module):
                 )
 
     def _attend_to_references(
-        self,
-        scenes: Tensor,
-        grid_size: tuple[int, int],
-        keys: Tensor,
-        groups: ImageGroups,
-        output_attentions: bool,
+        self, scenes: Tensor, grid_size: tuple[int, int], keys: Tensor, groups: ImageGroups, output_attentions: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Let the patches of scenes ``[S, P, C]`` attend to the keys ``[R, K, C]`` of their own sample."""
         has_null = self.null_token is not None

@@ -30,11 +30,7 @@ class IdentityEmbedding(nn.Embedding):
         return self(torch.arange(self.num_embeddings, device=self.weight.device))
 
     def check(self, num_identities: int) -> None:
-        """Check that a sample has at most ``max_identities`` identities.
-
-        Raises:
-            ValueError: the sample has more.
-        """
+        """Raise ``ValueError`` if a sample has more than ``max_identities`` identities."""
         if num_identities > self.num_embeddings:
             raise ValueError(
                 f"a sample has {num_identities} identities but max_identities={self.num_embeddings}; build the "

@@ -15,16 +15,10 @@ NULL = -1
 
 
 def identity_map_from_attention(sums: Tensor, groups: ImageGroups, num_patches: int) -> Tensor:
-    """Average the attention of scenes over heads and arrange it in the order of the batch.
+    """Average the attention of scenes over heads and arrange it in the order of the batch, ``[I, P, G + 1]``.
 
-    Args:
-        sums: ``[S * P, H, G + 1]`` attention of each patch of the S scenes, summed over the keys of each identity and,
-            in the last column, over the null token.
-        groups: the images of the batch.
-        num_patches: number P of patches per image.
-
-    Returns:
-        ``[I, P, G + 1]`` shares that sum to 1. Images that attend to no reference have all of it in the last column.
+    ``sums`` ``[S * P, H, G + 1]`` is the attention of each patch of the S scenes, summed over the keys of each identity
+    and, in the last column, over the null token. Images that attend to no reference have all of it in the last column.
     """
     scenes = rearrange(sums.mean(1), "(s p) g -> s p g", p=num_patches)
     num_columns = sums.shape[-1]
@@ -33,15 +27,9 @@ def identity_map_from_attention(sums: Tensor, groups: ImageGroups, num_patches: 
 
 
 def teacher_forced_map(identity_map: Tensor, target_identity_map: Tensor | None) -> Tensor:
-    """Replace the predicted identity map by the ground truth wherever there is a target.
+    """Replace the predicted identity map ``[I, P, G + 1]`` by the ground truth ``[I, P]`` wherever it has a target.
 
-    Args:
-        identity_map: ``[I, P, G + 1]``.
-        target_identity_map: ``[I, P]`` identity, :data:`NULL` or ``IGNORE_INDEX`` (-100: keep the prediction). None
-            keeps the whole prediction.
-
-    Returns:
-        ``[I, P, G + 1]``.
+    ``IGNORE_INDEX`` keeps the prediction of a patch, and None the whole prediction.
     """
     if target_identity_map is None:
         return identity_map
@@ -54,16 +42,10 @@ def teacher_forced_map(identity_map: Tensor, target_identity_map: Tensor | None)
 def pool_identity_map(
     identity_map: Tensor, grid_size: tuple[int, int], token_grid: tuple[int, int], num_identities: int
 ) -> Tensor:
-    """Average the identity map over the cell of each token.
+    """Average the identity map ``[I, P, G + 1]`` over the cell of each token, ``[I, Q, num_identities]``.
 
-    Args:
-        identity_map: ``[I, P, G + 1]``.
-        grid_size: rows and columns of the patches.
-        token_grid: rows and columns of the tokens, a coarser grid over the same image.
-        num_identities: at least 1 and at least G; the columns after the first G are zeros.
-
-    Returns:
-        ``[I, Q, num_identities]`` shares of attention; the null share is left out.
+    ``grid_size`` and ``token_grid`` are the rows and columns of the patches and of the tokens. The null share is left
+    out. ``num_identities`` is at least 1 and at least G; the columns after the first G are zeros.
     """
     identities = F.pad(identity_map[..., :-1], (0, num_identities - identity_map.shape[-1] + 1))
     shares = rearrange(identities, "i (h w) g -> i g h w", h=grid_size[0])
@@ -103,11 +85,11 @@ def identity_patch_targets(
         ValueError: shapes, indices or boxes that do not fit.
     """
     boxes = boxes if boxes.is_floating_point() else boxes.float()
-    num_images, num_boxes = image_sizes.shape[0], boxes.shape[0]
     _check_boxes(boxes, box_image, box_identity, image_sizes, image_roles)
     if not 0 < min_coverage <= 1:
         raise ValueError(f"min_coverage={min_coverage} must lie in (0, 1].")
     rows, columns = grid_size
+    num_images, num_patches = len(image_sizes), rows * columns
     device = boxes.device
     height, width = image_sizes[box_image].to(boxes.dtype).unbind(-1)
     x1, y1, x2, y2 = (boxes / torch.stack([width, height, width, height], -1)).clamp(0, 1).unbind(-1)
@@ -118,16 +100,16 @@ def identity_patch_targets(
         return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp(min=0)
 
     intersection = overlap(y1, y2, rows)[:, :, None] * overlap(x1, x2, columns)[:, None, :]
-    area = ((x2 - x1) * (y2 - y1)).clamp(max=1 / (rows * columns))
+    area = ((x2 - x1) * (y2 - y1)).clamp(max=1 / num_patches)
     coverage = intersection.flatten(1) / area.clamp(min=torch.finfo(boxes.dtype).tiny)[:, None]
 
-    num_identities = int(box_identity.max()) + 1 if num_boxes else 0
-    claims = boxes.new_zeros(num_images * num_identities, rows * columns)
+    num_identities = int(box_identity.max()) + 1 if len(boxes) else 0
+    claims = boxes.new_zeros(num_images * num_identities, num_patches)
     cell = (box_image * num_identities + box_identity).long()[:, None].expand_as(coverage)
-    claims = claims.scatter_reduce(0, cell, coverage, "amax").view(num_images, num_identities, rows * columns)
+    claims = claims.scatter_reduce(0, cell, coverage, "amax").view(num_images, num_identities, num_patches)
     # Slightly below the threshold, so that rounding does not decide about patches that are covered by exactly one half.
     claimed = claims >= min_coverage - 1e-4
-    targets = torch.full((num_images, rows * columns), NULL, device=device)
+    targets = torch.full((num_images, num_patches), NULL, device=device)
     targets[(claims > 1e-4).any(1)] = IGNORE_INDEX
     single = claimed.sum(1) == 1
     if num_identities:
@@ -140,14 +122,12 @@ def identity_patch_targets(
 def identity_map_loss(identity_map: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log share of attention that each labelled patch pays to its target; 0 without labelled patches.
 
-    Images that attend to no reference do not count.
+    Images that attend to no reference do not count. Without ``null_token`` the last column is 0 for every patch of an
+    image with references, so NULL cannot be learned. :meth:`IDFormer.identity_map_loss` leaves those patches out.
 
     Args:
         identity_map: ``[I, P, G + 1]``, a map of :class:`IDFormer`: one column per identity, the last for null.
         targets: ``[I, P]`` identity 0..G-1, :data:`NULL` (-1) or ``IGNORE_INDEX`` (-100).
-
-    Without ``null_token`` the last column is 0 for every patch of an image with references, so NULL cannot be learned.
-    :meth:`IDFormer.identity_map_loss` leaves those patches out.
 
     Returns:
         Scalar float32 loss.
@@ -162,11 +142,10 @@ def identity_map_loss(identity_map: Tensor, targets: Tensor) -> Tensor:
         )
     num_identities = identity_map.shape[-1] - 1
     present = (identity_map.detach()[..., :-1] != 0).any(1)
-    allowed = F.pad(present, (0, 1), value=True)
     labelled = targets != IGNORE_INDEX
-    column = targets.masked_fill(~labelled | (targets == NULL), num_identities)
-    outside = (column < 0) | (column > num_identities)
-    wrong = outside | ~allowed.gather(1, column.masked_fill(outside, num_identities)) | (targets == num_identities)
+    is_identity = labelled & (targets != NULL)
+    has_reference = F.pad(present, (0, 1)).gather(1, targets.clamp(0, num_identities))
+    wrong = is_identity & ((targets < 0) | ~has_reference)
     if wrong.any():
         image, patch = wrong.nonzero()[0].tolist()
         raise ValueError(
@@ -174,6 +153,7 @@ def identity_map_loss(identity_map: Tensor, targets: Tensor) -> Tensor:
             f"identity (it has {present[image].nonzero().flatten().tolist()}); use -1 for NULL and -100 to leave the "
             "patch out."
         )
+    column = targets.where(is_identity, num_identities)
     share = identity_map.float().gather(-1, column[..., None]).squeeze(-1)
     nll = -share.clamp(min=torch.finfo(torch.float32).tiny).log()
     counted = labelled & present.any(-1, keepdim=True)
@@ -186,15 +166,14 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
     :func:`identity_map_loss` compares a patch with the few identities of its sample. This loss compares it with the
     references of all samples, which is a harder task.
 
+    Attention is averaged over heads before the logarithm.
+
     Args:
         q: ``[N, H, D]`` projected patches.
         k: ``[num_null + R * L, H, D]`` projected keys: the null token, then L keys for each of the R references.
         owner: ``[R]`` identity of each reference, numbered over the batch.
         target: ``[N]`` identity that each patch shows. It has a reference in the batch.
         num_null: 0 or 1, number of null tokens.
-
-    Returns:
-        Scalar loss; attention is averaged over heads before the logarithm.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
@@ -206,31 +185,24 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
         return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
 
 
-def number_over_batch(sample_index: Tensor, identity_index: Tensor) -> Tensor:
-    """Number identities over the batch: the same identity index in different samples gives different numbers."""
-    return sample_index * (int(identity_index.max()) + 1 if len(identity_index) else 1) + identity_index
-
-
 def _check_boxes(
     boxes: Tensor, box_image: Tensor, box_identity: Tensor, image_sizes: Tensor, image_roles: Tensor | None
 ) -> None:
-    num_boxes, num_images = boxes.shape[0], image_sizes.shape[0]
-    if boxes.dim() != 2 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes has shape {tuple(boxes.shape)}; expected [N, 4] pixels [x1, y1, x2, y2].")
-    if image_sizes.dim() != 2 or image_sizes.shape[-1] != 2:
-        raise ValueError(f"image_sizes has shape {tuple(image_sizes.shape)}; expected [I, 2] heights and widths.")
-    for name, index in (("box_image", box_image), ("box_identity", box_identity)):
-        if index.shape != (num_boxes,) or index.is_floating_point():
-            raise ValueError(
-                f"{name} has shape {tuple(index.shape)}, dtype {index.dtype}; expected [{num_boxes}] integers."
-            )
-    if image_roles is not None and image_roles.shape != (num_images,):
-        raise ValueError(
-            f"image_roles has shape {tuple(image_roles.shape)}; image_sizes describes {num_images} images."
-        )
-    for number, (box, image, identity) in enumerate(
-        zip(boxes.tolist(), box_image.tolist(), box_identity.tolist(), strict=True)
+    num_boxes, num_images = len(boxes), len(image_sizes)
+    for name, tensor, shape in (
+        ("boxes", boxes, (num_boxes, 4)),
+        ("box_image", box_image, (num_boxes,)),
+        ("box_identity", box_identity, (num_boxes,)),
+        ("image_sizes", image_sizes, (num_images, 2)),
+        ("image_roles", image_roles, (num_images,)),
     ):
+        if tensor is not None and (tensor.shape != shape or (name.startswith("box_") and tensor.is_floating_point())):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; expected {list(shape)}, integers "
+                "for indices."
+            )
+    described = zip(boxes.tolist(), box_image.tolist(), box_identity.tolist(), strict=True)
+    for number, (box, image, identity) in enumerate(described):
         if not 0 <= image < num_images:
             raise ValueError(
                 f"box_image[{number}]={image} is out of range; the batch has {num_images} images, numbered from 0."

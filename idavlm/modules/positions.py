@@ -79,12 +79,8 @@ def resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[i
 def square_grid(name: str, count: int) -> tuple[int, int]:
     """Return the sides of the square grid with ``count`` cells.
 
-    Args:
-        name: name of the argument, for the error message.
-        count: number of cells.
-
     Raises:
-        ValueError: ``count`` is not a square number.
+        ValueError: ``count``, the value of argument ``name``, is not a square number.
     """
     side = math.isqrt(count)
     if side * side != count or count == 0:

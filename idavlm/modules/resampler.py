@@ -7,8 +7,6 @@ from idavlm.modules.attention import CrossAttention, FeedForward
 from idavlm.modules.positions import one_hot_positions_2d, resize_positions, sincos_positions_2d, square_grid
 from idavlm.utils import check_choice, check_positive
 
-POSITION_EMBEDDINGS = (None, "sincos", "one_hot")
-
 
 class Resampler(nn.Module):
     """One cross-attention from learned queries to patches (Qwen-VL, arXiv 2308.12966).
@@ -37,8 +35,8 @@ class Resampler(nn.Module):
             from. ``"one_hot"`` uses orthogonal codes for rows and columns, see :func:`one_hot_positions_2d`.
         output_proj: normalise and project the tokens for the language model, as the release does. The references that
             scenes attend to in an ID-Former are the tokens before this projection.
-        output_size: width of the projected tokens. Defaults to C. A narrow module in front of a wide language model is
-            fast and needs little data. Needs ``output_proj``.
+        output_size: width of the projected tokens, needs ``output_proj``. Defaults to C. A narrow module in front of a
+            wide language model is fast and needs little data.
         attn_implementation: backend, see :func:`idavlm.cross_attention`.
 
     Raises:
@@ -62,7 +60,7 @@ class Resampler(nn.Module):
         super().__init__()
         check_positive(hidden_size=hidden_size, num_queries=num_queries, vision_hidden_size=vision_hidden_size)
         check_positive(output_size=output_size)
-        check_choice("token_position_embedding", token_position_embedding, POSITION_EMBEDDINGS)
+        check_choice("token_position_embedding", token_position_embedding, (None, "sincos", "one_hot"))
         self.hidden_size = hidden_size
         self.output_size = output_size or hidden_size
         if self.output_size != hidden_size and not output_proj:
@@ -79,11 +77,9 @@ class Resampler(nn.Module):
         self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.register_buffer("query_position", sincos_positions_2d(hidden_size, self.query_grid))
         self.query_norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.input_proj = (
-            nn.Identity()
-            if self.vision_hidden_size == hidden_size
-            else nn.Linear(self.vision_hidden_size, hidden_size, bias=False)
-        )
+        self.input_proj = nn.Identity()
+        if self.vision_hidden_size != hidden_size:
+            self.input_proj = nn.Linear(self.vision_hidden_size, hidden_size, bias=False)
         self.input_norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.attention = CrossAttention(
             hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
@@ -159,12 +155,7 @@ class Resampler(nn.Module):
         return self.resize_to_patches(self.attention.key_bias(self.position), grid_size)
 
     def resample(self, patches: Tensor, key_bias: Tensor) -> Tensor:
-        """Resample projected patches ``[I, P, C]`` to tokens ``[I, Q, C]``, before the output projection.
-
-        Args:
-            patches: from :meth:`project_patches`.
-            key_bias: from :meth:`key_bias`, for the grid of these patches.
-        """
+        """Resample ``[I, P, C]`` from :meth:`project_patches` to tokens ``[I, Q, C]``, not yet projected."""
         tokens = self.attention(self.query_norm(self.query) + self.position, patches, key_bias=key_bias)
         if self.feed_forward is not None:
             tokens = tokens + self.feed_forward(tokens)

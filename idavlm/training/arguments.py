@@ -41,16 +41,9 @@ class IDTrainingArguments(TrainingArguments):
     """
 
     # transformers parses these from JSON on the command line.
-    _VALID_DICT_FIELDS = [  # noqa: RUF012
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "loss_weights",
-        "module_learning_rates",
-    ]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_weights", "module_learning_rates"]  # noqa: RUF012
 
-    stage: str = field(
-        default="instruction_tuning",
-        metadata={"help": "What is trained.", "choices": list(STAGES)},
-    )
+    stage: str = field(default="instruction_tuning", metadata={"help": "What is trained.", "choices": list(STAGES)})
     mixing_ratio: float = field(default=0.1, metadata={"help": "Share of general batches."})
     mixing_mode: str = field(
         default="extra", metadata={"help": "How general batches are mixed in: extra, interleave or joint."}

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback
+
+LABELS = {"loss_identity": "identity", "loss_general": "general", "identity_map_loss": "identity map"}
+"""Label in the progress bar of each log entry that is shown."""
 
 
 class SourceProgress(ProgressCallback):
@@ -10,13 +13,6 @@ class SourceProgress(ProgressCallback):
 
     It replaces transformers' ``ProgressCallback``, which prints every log entry as a dictionary.
     """
-
-    LABELS = {  # noqa: RUF012
-        "loss_identity": "identity",
-        "loss_general": "general",
-        "identity_map_loss": "identity map",
-    }
-    """Label in the progress bar of each log entry that is shown."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -26,22 +22,10 @@ class SourceProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or logs is None:
             return
-        losses = {label: f"{logs[name]:.3f}" for name, label in self.LABELS.items() if name in logs}
+        losses = {label: f"{logs[name]:.3f}" for name, label in LABELS.items() if name in logs}
         if losses:
             self.training_bar.set_postfix(losses)
         scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         if scores:
             values = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             self.training_bar.write(f"{self.training_bar.desc}step {state.global_step}: {values}")
-
-
-class SetEpoch(TrainerCallback):
-    """Sets the epoch of the loader before the Trainer skips the batches that a resumed run has read already.
-
-    transformers 5.24 does this itself. Version 5.13 sets the epoch of the loader that remains after skipping, which
-    does not pass it on, so a run that is resumed after its first epoch would read the batches of the first epoch.
-    """
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if hasattr(train_dataloader, "set_epoch"):
-            train_dataloader.set_epoch(int(state.epoch))

@@ -17,12 +17,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from idavlm.data import DualDataLoader
 from idavlm.data.schema import SOURCES
 from idavlm.training.arguments import IDTrainingArguments
-from idavlm.training.callbacks import SetEpoch, SourceProgress
+from idavlm.training.callbacks import SourceProgress
 from idavlm.utils import IGNORE_INDEX
 from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
 
 TEXT_FIELDS = ("input_ids", "attention_mask", "labels", "token_identity_index", "name_mask")
-"""Batch fields of the language model; identity pretraining leaves them out."""
+"""Batch fields of the language model, which identity pretraining does not run."""
 
 MAX_BATCHES_WITHOUT_BOXES = 10
 """Identity pretraining stops if this many batches at its start have no boxes."""
@@ -74,8 +74,7 @@ class IDTrainer(Trainer):
             )
         if args.module_learning_rates and kwargs.get("optimizers", (None, None))[0] is not None:
             raise ValueError(
-                "module_learning_rates has no effect on an optimizer that is passed; set the learning rates of its "
-                "parameter groups instead."
+                "module_learning_rates has no effect on an optimizer that is passed; set the rates of its groups."
             )
         self.general_dataset = general_dataset
         self.task_evaluation = task_evaluation
@@ -90,21 +89,11 @@ class IDTrainer(Trainer):
             processing_class = data_collator.__self__
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            data_collator=data_collator,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
         # compute_loss returns the mean of a batch, weighted by source, so accumulated batches have equal weight.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(SetEpoch())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SourceProgress())
-
-    # --- Data --------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self):
         """The loader of the identity data, or of identity and general data."""
@@ -123,8 +112,6 @@ class IDTrainer(Trainer):
             mode=self.args.mixing_mode,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
-
-    # --- Training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """``Trainer.train``; ``resume_from_checkpoint=True`` resumes from :func:`last_complete_checkpoint`."""
@@ -156,7 +143,7 @@ class IDTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch in the current stage, weighted by source."""
         batch = dict(inputs)
-        sources, sample_source = batch.pop("source", None), batch.pop("sample_source", None)
+        sources, sample_source = batch.pop("source", "identity"), batch.pop("sample_source", None)
         if self.args.stage == "identity_pretraining":
             loss, outputs = self._identity_pretraining_loss(model, batch)
         else:
@@ -164,11 +151,17 @@ class IDTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _identity_pretraining_loss(self, model, batch: dict[str, Any]) -> tuple[Tensor, dict]:
-        """The losses of the identity attention; the language model is not run."""
+        """The losses of the identity attention."""
         if batch.get("boxes") is None:
             raise ValueError("stage='identity_pretraining' needs boxes, but the batch has no field 'boxes'.")
         if model.training:
-            self._check_boxes(batch["boxes"])
+            self._pretraining_batches += 1
+            self._pretraining_boxes += len(batch["boxes"])
+            if not self._pretraining_boxes and self._pretraining_batches >= MAX_BATCHES_WITHOUT_BOXES:
+                raise ValueError(
+                    f"stage='identity_pretraining' needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have "
+                    "none; add 'boxes' to the records of train_dataset."
+                )
         outputs = model(**{name: value for name, value in batch.items() if name not in TEXT_FIELDS})
         if outputs.get("auxiliary_loss") is None:
             raise ValueError("stage='identity_pretraining' needs 'auxiliary_loss', which the model did not return.")
@@ -177,26 +170,29 @@ class IDTrainer(Trainer):
         return self.args.loss_weights["identity"] * outputs["auxiliary_loss"], outputs
 
     def _instruction_tuning_loss(
-        self, model, batch: dict[str, Any], sources: str | list[str] | None, sample_source: Tensor | None
+        self, model, batch: dict[str, Any], sources: str | list[str], sample_source: Tensor | None
     ) -> tuple[Tensor, dict]:
         """The language loss of each source, and the losses of the identity attention where the batch has boxes."""
         if self.args.workflow is not None:
             batch["workflow"] = self.args.workflow
         if model.training and self.state.global_step < self.args.teacher_forcing_steps:
             batch["teacher_forcing"] = True
-        source = _common_source(sources)
-        if source is not None:
-            outputs = model(**batch)
-            losses, auxiliary_loss = {source: _language_loss(outputs)}, None
-            if outputs.get("language_loss") is not None:  # otherwise outputs["loss"] includes all losses
-                auxiliary_loss = outputs.get("auxiliary_loss")
-        else:
+        distinct = {sources} if isinstance(sources, str) else set(sources)
+        if len(distinct) > 1 or "joint" in distinct:
             labels = batch.pop("labels")  # without labels the model returns logits
             outputs = model(**batch)
             if sample_source is None:
                 sample_source = torch.tensor([SOURCES.index(name) for name in sources])
             losses = language_loss_by_source(outputs["logits"], labels, sample_source.to(outputs["logits"].device))
             auxiliary_loss = outputs.get("auxiliary_loss")
+        else:
+            outputs = model(**batch)
+            auxiliary_loss, language_loss = outputs.get("auxiliary_loss"), outputs.get("language_loss")
+            if language_loss is None:  # a model that does not return its losses separately
+                auxiliary_loss, language_loss = None, outputs.get("loss")
+            if language_loss is None:
+                raise ValueError("the model returned neither 'language_loss' nor 'loss'; does the batch have 'labels'?")
+            losses = {distinct.pop(): language_loss}
         loss = sum(self.args.loss_weights[name] * value for name, value in losses.items())
         if auxiliary_loss is not None:
             # Only identity samples have boxes of identities with references.
@@ -207,18 +203,6 @@ class IDTrainer(Trainer):
             if "identity" in losses and outputs.get("identity_map_loss") is not None:
                 self._record_loss("identity_map_loss", outputs["identity_map_loss"])
         return loss, outputs
-
-    def _check_boxes(self, boxes: Tensor) -> None:
-        """Stop if none of the first batches has a box."""
-        self._pretraining_batches += 1
-        self._pretraining_boxes += len(boxes)
-        if not self._pretraining_boxes and self._pretraining_batches >= MAX_BATCHES_WITHOUT_BOXES:
-            raise ValueError(
-                f"stage='identity_pretraining' needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have "
-                "none; add 'boxes' to the records of train_dataset."
-            )
-
-    # --- Logging and evaluation --------------------------------------------------------------------------------------
 
     def _record_loss(self, name: str, value: Tensor) -> None:
         self._loss_sums[name] = self._loss_sums[name] + value.detach()
@@ -248,21 +232,17 @@ class IDTrainer(Trainer):
                 self._is_evaluating = False
         if self.task_evaluation is None:
             return metrics
-        scores = {f"{metric_key_prefix}_{name}": value for name, value in self._task_scores().items()}
-        self.log(dict(scores))
-        if not metrics:
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
-        return metrics | scores
-
-    def _task_scores(self) -> dict[str, float]:
-        """The scores of ``task_evaluation``, for the model in evaluation mode and with the trained workflow."""
         was_training = self.model.training
         self.model.eval()
         model = self.accelerator.unwrap_model(self.model)
         with nullcontext() if self.args.workflow is None else model.workflow(self.args.workflow):
             scores = self.task_evaluation(model)
         self.model.train(was_training)
-        return scores
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(scores))
+        if not metrics:
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return metrics | scores
 
 
 def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tensor) -> dict[str, Tensor]:
@@ -310,7 +290,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 def _check_stage(model: nn.Module, args: IDTrainingArguments, general_dataset: Dataset | None) -> None:
     """Check that model and data have what the stage needs."""
-    id_former = _find_module(model, "id_former")
+    named = model.named_modules()
+    id_former = next((module for path, module in named if path.rpartition(".")[-1] == "id_former"), None)
     if args.stage == "identity_pretraining":
         if id_former is None:
             raise ValueError(
@@ -321,19 +302,11 @@ def _check_stage(model: nn.Module, args: IDTrainingArguments, general_dataset: D
                 "general_dataset has no effect with stage='identity_pretraining', which trains on boxes of identities; "
                 "leave it out."
             )
-    if args.teacher_forcing_steps and not _has_identity_embedding(model, id_former):
+    if args.teacher_forcing_steps and getattr(id_former, "identity_embedding_type", None) is None:
         raise ValueError(
             f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with identity_embedding, which "
             f"{type(model).__name__} does not have; set it to 0."
         )
-
-
-def _has_identity_embedding(model: nn.Module, id_former: nn.Module | None) -> bool:
-    """Whether image tokens get an identity embedding, learned or made from the names in the text."""
-    if id_former is None:
-        return False
-    options = getattr(getattr(model, "config", None), "connector_config", None) or {}
-    return getattr(id_former, "identity_embedding", None) is not None or options.get("identity_embedding") is not None
 
 
 def _freeze(model: nn.Module, args: IDTrainingArguments) -> None:
@@ -345,24 +318,3 @@ def _freeze(model: nn.Module, args: IDTrainingArguments) -> None:
     for name, parameter in model.named_parameters():
         if module_of(name) in args.freeze:
             parameter.requires_grad_(False)
-
-
-def _find_module(model: nn.Module, name: str) -> nn.Module | None:
-    return next((module for path, module in model.named_modules() if path.rsplit(".", 1)[-1] == name), None)
-
-
-def _common_source(sources: str | list[str] | None) -> str | None:
-    """The source of all samples of a batch, None if they differ. Without sources it is identity data."""
-    if sources is None:
-        return "identity"
-    if isinstance(sources, str):
-        return None if sources == "joint" else sources
-    return sources[0] if len(set(sources)) == 1 else None
-
-
-def _language_loss(outputs) -> Tensor:
-    """``language_loss`` of the outputs, or ``loss`` of a model that does not return its losses separately."""
-    for name in ("language_loss", "loss"):
-        if outputs.get(name) is not None:
-            return outputs[name]
-    raise ValueError("the model returned neither 'language_loss' nor 'loss'; does the batch have 'labels'?")

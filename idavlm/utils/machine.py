@@ -8,11 +8,7 @@ import torch
 
 
 def describe_machine(device: torch.device | None = None) -> str:
-    """The processor or GPU, the number of threads, and the versions of torch and Python.
-
-    Args:
-        device: the device that was used; by default the GPU if there is one, else the CPU.
-    """
+    """Describe the processor or GPU (default: the GPU if there is one), and the versions of torch and Python."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"

@@ -10,14 +10,11 @@ MODULES = ("vision_tower", "connector", "id_former", "inner_adaptor", "image_ind
 
 
 def module_of(parameter_name: str) -> str | None:
-    """The module of :data:`MODULES` that a parameter belongs to, None if it belongs to none of them.
+    """The module of :data:`MODULES` that a parameter belongs to, or None.
 
     A parameter belongs to the innermost of these modules. All parameters of inner adaptors belong to
     ``inner_adaptor``, including those of the modules that a workflow copies (``modules_to_copy``), such as
     ``inner_adaptor.multimodal.connector.weight``.
-
-    Args:
-        parameter_name: name of the parameter in ``model.named_parameters()``.
     """
     path = parameter_name.split(".")
     if "inner_adaptor" in path:
@@ -26,16 +23,7 @@ def module_of(parameter_name: str) -> str | None:
 
 
 def require_module(model: nn.Module, argument: str, module: str) -> None:
-    """Check that ``model`` has parameters that belong to ``module``.
-
-    Args:
-        model: the model.
-        argument: the argument that names the module, for the error message.
-        module: one of :data:`MODULES`.
-
-    Raises:
-        ValueError: the model has no such parameters.
-    """
+    """Raise ``ValueError`` if ``model`` has no parameters of ``module``, which ``argument`` names."""
     present = {module_of(name) for name, _ in model.named_parameters()}
     if module not in present:
         choices = ", ".join(repr(name) for name in MODULES if name in present) or "none of these modules"
@@ -52,8 +40,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of all trainable parameters, one per learning rate and weight decay.
 
-    The order of groups and parameters depends on the model and the arguments only, because a checkpoint stores
-    the state of an optimizer by position.
+    Their order depends on the arguments only, because a checkpoint stores the state of an optimizer by position.
 
     Args:
         model: the model.

@@ -15,26 +15,10 @@ from idavlm.utils import check_choice, check_positive
 MODULES_TO_COPY = ("embeddings", "norm", "lm_head", "connector")
 
 
-class ModuleReference:
-    """Refers to a module that is registered elsewhere in the model, without registering it a second time.
-
-    A module attribute of this class is neither in ``state_dict`` nor in ``parameters``. Pickling or deep-copying the
-    whole model keeps the reference within the copy.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-
 class LowRankLinear(nn.Module):
     """``base(x) + up(down(x))``: a linear layer of the base model and a trainable difference of low rank.
 
-    ``up`` starts at zero (LoRA, arXiv 2106.09685).
-
-    Args:
-        base: the linear layer of the base model. It is shared, and neither saved nor trained here.
-        rank: output size of ``down``.
-        dtype: of ``down`` and ``up``.
+    ``base`` is shared, and neither saved nor trained here. ``up`` starts at zero (LoRA, arXiv 2106.09685).
     """
 
     def __init__(self, base: nn.Linear, rank: int, dtype: torch.dtype):
@@ -43,20 +27,15 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(base.in_features, rank, **options)
         self.up = nn.Linear(rank, base.out_features, **options)
         nn.init.zeros_(self.up.weight)
-        self.base = ModuleReference(base)
+        self.base = (base,)  # in a tuple, so that it is not registered a second time
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return self.base.module(x) + self.up(self.down(x.to(self.down.weight.dtype)))
+        return self.base[0](x) + self.up(self.down(x.to(self.down.weight.dtype)))
 
 
 class GatedLayer(nn.Module):
-    """A parallel adaptor: ``layer_output + gate * (layer(layer_input) - layer_input)``; the gate starts at zero.
-
-    Args:
-        layer: the adaptor's decoder layer.
-        dtype: of the gate.
-    """
+    """A parallel adaptor: ``layer_output + gate * (layer(layer_input) - layer_input)``; the gate starts at zero."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -120,13 +99,8 @@ class InnerAdaptor(nn.ModuleDict):
 
     @contextlib.contextmanager
     def workflow(self, workflow: str) -> Iterator[None]:
-        """``with language_model.inner_adaptor.workflow("grounding"):`` runs the model in this workflow.
-
-        Raises:
-            ValueError: an unknown workflow.
-        """
-        previous = self.state.active
-        self.state.activate(workflow)
+        """``with language_model.inner_adaptor.workflow("grounding"):`` runs the model in this workflow."""
+        previous = self.state.activate(workflow)
         try:
             yield
         finally:
@@ -217,13 +191,7 @@ def add_inner_adaptors(
 
 
 def new_inner_adaptor(language_model: nn.Module, options: dict, connector: nn.Module | None) -> InnerAdaptor:
-    """New adaptors with their initial values, not yet part of the model.
-
-    Args:
-        language_model: the base model; the adaptors start as copies of its layers.
-        options: as :attr:`InnerAdaptor.options`.
-        connector: as in :func:`add_inner_adaptors`.
-    """
+    """New adaptors with their initial values, not yet part of the model; ``options`` as in :class:`InnerAdaptor`."""
     check_choice("composition", options["composition"], ("serial", "parallel"))
     check_positive(rank=options["rank"])
     for workflow in options["workflows"]:
@@ -289,8 +257,7 @@ def _layer_indices(layers: Iterable[int] | None, every: int | None, parts: Decod
             raise ValueError(f"every={every} exceeds the {count} layers of {parts.name}; pass at most {count}.")
         return list(range(every - 1, count, every))
     chosen = list(layers)
-    wrong = [index for index in chosen if isinstance(index, bool) or not isinstance(index, int)]
-    wrong += [index for index in chosen if index not in wrong and not 0 <= index < count]
+    wrong = [index for index in chosen if type(index) is not int or not 0 <= index < count]
     if wrong or not chosen or len(set(chosen)) < len(chosen):
         what = f"{wrong[0]!r} does not exist" if wrong else "an index is repeated" if chosen else "the list is empty"
         raise ValueError(

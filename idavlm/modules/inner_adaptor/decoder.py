@@ -15,20 +15,12 @@ _NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
 
 @dataclass(frozen=True, eq=False)
 class DecoderParts:
-    """Parts of a language model.
+    """Parts of a language model."""
 
-    Attributes:
-        decoder: the module that runs the layers; the language model itself if it has no head.
-        layers: the decoder layers.
-        embeddings: the token embeddings.
-        norm: the norm after the last layer; None if it has no usual name.
-        lm_head: the language model head; None if there is none.
-    """
-
-    decoder: nn.Module
+    decoder: nn.Module  # runs the layers; the language model itself if it has no head
     layers: nn.ModuleList
     embeddings: nn.Module
-    norm: nn.Module | None
+    norm: nn.Module | None  # after the last layer; None if it has no usual name
     lm_head: nn.Module | None
 
     @property
@@ -75,13 +67,10 @@ def find_decoder_parts(language_model: nn.Module) -> DecoderParts:
 
 
 def enter_cache(cache, workflow: str) -> None:
-    """Record on the cache that ``workflow`` fills it from now on.
-
-    The record is an attribute of the cache, so that copies of the cache keep it.
+    """Record on the cache, and so on its copies, that ``workflow`` fills it from now on.
 
     Raises:
-        ValueError: the cache holds tokens of another workflow. Their keys and values differ from those that this
-            workflow would compute.
+        ValueError: the cache holds tokens of another workflow.
     """
     filled_by = getattr(cache, "filled_by_workflow", TEXT)
     if filled_by == workflow:

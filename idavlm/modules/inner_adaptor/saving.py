@@ -39,11 +39,9 @@ def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str,
     if not found:
         raise ValueError(f"model={type(model).__name__} has no inner adaptors; call add_inner_adaptors first.")
     path, inner_adaptor = found[0]
-    tensors = {
-        name.removeprefix(f"{path}."): tensor
-        for name, tensor in (model.state_dict() if state_dict is None else state_dict).items()
-        if name.startswith(f"{path}.")
-    }
+    base_path = path.rpartition(".")[0]
+    state_dict = _below(base_path, model.state_dict() if state_dict is None else state_dict)
+    tensors = _below(path.rpartition(".")[2], state_dict)
     if set(tensors) != inner_adaptor.tensor_names:
         wrong = sorted(set(tensors) ^ inner_adaptor.tensor_names)[0]
         raise ValueError(
@@ -52,10 +50,7 @@ def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str,
         )
     if any(tensor.numel() == 0 for tensor in tensors.values()):
         raise ValueError("parameters are partitioned; pass state_dict=accelerator.get_state_dict(model).")
-    holder = model.get_submodule(path.rpartition(".")[0])
-    prefix = f"{path.rpartition('.')[0]}." if "." in path else ""
-    tensors_of_base = {name.removeprefix(prefix): tensor for name, tensor in (state_dict or {}).items()}
-    description = {"options": inner_adaptor.options, "base": _describe(holder, tensors_of_base)}
+    description = {"options": inner_adaptor.options, "base": _describe(model.get_submodule(base_path), state_dict)}
     file = Path(folder) / FILE_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -100,6 +95,12 @@ def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: n
     return language_model
 
 
+def _below(path: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the module at ``path``, by their names within it."""
+    prefix = f"{path}." if path else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
 def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
     """Sizes of a base model and a few values of each layer weight, read from ``tensors`` where it has them."""
     layers = find_decoder_parts(language_model).layers
@@ -116,22 +117,15 @@ def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
 
 
 def _check_base(file: Path, saved: dict, present: dict) -> None:
+    remedy = "load the adaptors into the base model that they were trained with."
     # A resized vocabulary does not change the layers.
     if saved["sizes"] | {"vocab_size": present["sizes"]["vocab_size"]} != present["sizes"]:
-        raise ValueError(
-            f"{file}: trained on {_listed(saved['sizes'])}, but language_model is {_listed(present['sizes'])}; "
-            "load the adaptors into the base model that they were trained with."
-        )
+        raise ValueError(f"{file}: trained on {saved['sizes']}, but language_model is {present['sizes']}; {remedy}")
     for name, values in saved["values"].items():
         # The tolerance covers rounding to another dtype. Quantised weights have no values to compare.
         other = present["values"].get(name, values)
         if not torch.allclose(torch.tensor(values), torch.tensor(other), rtol=1e-2, atol=1e-6):
             raise ValueError(
                 f"{file}: trained on another language model of the same sizes; its layer weight {name!r} starts with "
-                f"{values[0]:.5g}, that of language_model with {other[0]:.5g}. Load the adaptors into the base model "
-                "that they were trained with."
+                f"{values[0]:.5g}, that of language_model with {other[0]:.5g}; {remedy}"
             )
-
-
-def _listed(sizes: dict) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sizes.items())

@@ -18,22 +18,18 @@ from idavlm.utils import check_choice
 
 
 class WorkflowState:
-    """The workflow of a model, for its forward pass and for recomputation in its backward pass.
-
-    Attributes:
-        active: the workflow that runs.
-        backward: the workflow of the forward pass whose gradients are being computed; None before the first.
-    """
+    """The active workflow of a model, and the one that its backward pass recomputes."""
 
     def __init__(self, names: tuple[str, ...]):
         self.names = (*names, TEXT)
         self.active = names[0]
-        self.backward: str | None = None
+        self.backward: str | None = None  # until the gradient of the decoder's output has been computed
 
-    def activate(self, workflow: str) -> None:
-        """Make ``workflow`` the active one."""
+    def activate(self, workflow: str) -> str:
+        """Make ``workflow`` the active one, and return the one before."""
         check_choice("workflow", workflow, self.names)
-        self.active = workflow
+        previous, self.active = self.active, workflow
+        return previous
 
     def current(self) -> str:
         """The active workflow; while a backward pass recomputes modules, the workflow of its forward pass.
@@ -51,21 +47,8 @@ class WorkflowState:
             )
         return self.backward
 
-    def begin_forward(self) -> None:
-        """Forget the last backward pass."""
-        if not _in_backward():
-            self.backward = None
-
-    def end_forward(self, output) -> None:
-        """Let the gradient of ``output`` set the workflow in which the backward pass recomputes modules."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
-        workflow = self.current()
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                tensor.register_hook(functools.partial(self._begin_backward, workflow))
-
-    def _begin_backward(self, workflow: str, grad: Tensor) -> None:
+    def begin_backward(self, workflow: str, grad: Tensor) -> None:
+        """Tensor hook of the decoder's output: its gradient begins the backward pass of ``workflow``."""
         self.backward = workflow
 
 
@@ -77,8 +60,7 @@ class AdaptorHook:
         self.position = position
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output):
-        inner_adaptor = self.inner_adaptor
-        workflow = inner_adaptor.state.current()
+        inner_adaptor, workflow = self.inner_adaptor, self.inner_adaptor.state.current()
         if workflow == TEXT:
             return None  # keeps the layer's output
         cache = cache_in(args, kwargs)
@@ -90,10 +72,8 @@ class AdaptorHook:
         layer_output = output[0] if isinstance(output, tuple) else output
         # A workflow's layers may be wrapped after they were added (FSDP, peft), so they are looked up here.
         adaptor = inner_adaptor[workflow]["layers"][self.position]
-        if inner_adaptor.options["composition"] == "parallel":
-            adapted = adaptor(layer_output, layer_input, *args[1:], **kwargs)
-        else:
-            adapted = adaptor(layer_output, *args[1:], **kwargs)
+        inputs = [layer_output, layer_input] if inner_adaptor.options["composition"] == "parallel" else [layer_output]
+        adapted = adaptor(*inputs, *args[1:], **kwargs)
         adapted = adapted[0] if isinstance(adapted, tuple) else adapted
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
@@ -127,13 +107,20 @@ class DecoderHook:
                 f"the model within `with use_workflow(model, {workflow!r}):`."
             )
         state = self.inner_adaptor.state
-        state.begin_forward()
+        if not _in_backward():
+            state.backward = None
         cache = cache_in(args, kwargs)
         if cache is not None:
             enter_cache(cache, state.current())
 
     def after(self, decoder: nn.Module, args: tuple, output) -> None:
-        self.inner_adaptor.state.end_forward(output)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        state = self.inner_adaptor.state
+        begin_backward = functools.partial(state.begin_backward, state.current())
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(begin_backward)
 
 
 class VocabularyHook:
@@ -151,14 +138,7 @@ class VocabularyHook:
 def register_hooks(
     language_model: nn.Module, parts: DecoderParts, inner_adaptor: nn.Module, copied: dict[str, nn.Module]
 ) -> list:
-    """Register all hooks; returns their handles.
-
-    Args:
-        language_model: the model that gets the adaptors.
-        parts: its parts.
-        inner_adaptor: its :class:`InnerAdaptor`.
-        copied: base modules by their name in ``modules_to_copy``.
-    """
+    """Register all hooks of a model and return their handles; ``copied`` are the base modules of modules_to_copy."""
     # First in the order of forward hooks: what others register (capture of hidden states, FSDP2) reads the output of
     # layer and adaptor, whether it was registered before or after.
     options = {"with_kwargs": True, "prepend": True}
@@ -191,16 +171,10 @@ def use_workflow(model: nn.Module, workflow: str) -> Iterator[nn.Module]:
 
 
 def train_workflow(model: nn.Module, workflow: str) -> None:
-    """Make the parameters of this workflow trainable and freeze those of the others.
+    """Make the parameters of this workflow trainable and freeze those of the others; ``"text"`` freezes all.
 
-    DDP would otherwise wait for gradients of the workflows that do not run.
-
-    Args:
-        model: as in :func:`use_workflow`.
-        workflow: the same; ``"text"`` freezes all workflows.
-
-    Raises:
-        ValueError: as in :func:`use_workflow`.
+    DDP would otherwise wait for gradients of the workflows that do not run. Args and errors are those of
+    :func:`use_workflow`.
     """
     inner_adaptor = find_inner_adaptor(model, workflow)
     check_choice("workflow", workflow, inner_adaptor.state.names)
@@ -216,8 +190,7 @@ def takes_workflow(method: Callable) -> Callable:
         if workflow is None:
             return method(self, *args, **kwargs)
         state = find_inner_adaptor(self, workflow).state  # no context manager: torch.compile traces this function
-        previous = state.active
-        state.activate(workflow)
+        previous = state.activate(workflow)
         try:
             return method(self, *args, **kwargs)
         finally:
@@ -227,15 +200,10 @@ def takes_workflow(method: Callable) -> Callable:
 
 
 class WorkflowMixin:
-    """Methods of model classes whose ``language_model`` may have inner adaptors."""
+    """Methods of model classes with a ``language_model`` that may have inner adaptors."""
 
-    def workflow(self, workflow: str) -> contextlib.AbstractContextManager:
-        """``with model.workflow("grounding"):`` runs the model in this workflow; see :func:`use_workflow`."""
-        return use_workflow(self, workflow)
-
-    def train_workflow(self, workflow: str) -> None:
-        """Train the parameters of this workflow; see :func:`train_workflow`."""
-        train_workflow(self, workflow)
+    workflow = use_workflow
+    train_workflow = train_workflow
 
 
 def find_inner_adaptor(model: nn.Module, workflow: str) -> nn.Module:
