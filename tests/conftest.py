@@ -42,7 +42,7 @@ def small_id_former():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder of the pictures that records of ``tests.small_models`` name."""
+    """Folder with the images that the records of ``tests.small_models`` refer to."""
     return draw_images(tmp_path_factory.mktemp("images"), IMAGES)
 
 
