@@ -41,7 +41,7 @@ class Tiling(NamedTuple):
         bwd_dq_shared: the same kernel for queries that all segments share.
         fuse_dq: ``bwd_dkdv`` also accumulates the gradient of the queries, with atomic additions; no ``bwd_dq``.
         bwd_dv: a separate pass of ``bwd_dkdv`` for the values; None: the first pass computes both gradients.
-        fwd_warp_specialized: forward kernel with load-only warps, where possible (``can_specialize_warps``); None: ``fwd``.
+        fwd_warp_specialized: forward kernel with load-only warps, where Triton can compile it; None: ``fwd``.
     """
 
     fwd: Tile
