@@ -18,39 +18,22 @@ device_function = (lambda function: function) if INTERPRETED else triton.jit
 
 
 class KernelOptions(NamedTuple):
-    """KernelOptions that a kernel is compiled for.
+    """Options that a kernel is compiled for."""
 
-    Attributes:
-        RAGGED_Q: segments of queries differ in length; otherwise ``cu_seqlens_q`` is not read.
-        RAGGED_K: the same for keys.
-        SHARED_Q: all segments use the same queries.
-        HAS_BIAS: a bias is added to the keys.
-        GROUPS: number of groups, rounded up to a power of two; 0 without sums over groups of keys.
-        HEAD_DIM: width of a head.
-        BLOCK_D: width of a tile.
-        PRECISION: ``input_precision`` of ``tl.dot``.
-        BLOCK_Q: queries of a tile.
-        BLOCK_K: keys of a tile.
-        TMA: number of dimensions of the tensor descriptors, 4 or 2 (:func:`make_descriptor`); 0 for pointers.
-        FUSE_DQ: ``bwd_dkdv`` also accumulates the gradient of the queries.
-        COMPUTE_DK: ``bwd_dkdv`` computes the gradient of the keys.
-        COMPUTE_DV: ``bwd_dkdv`` computes the gradient of the values.
-    """
-
-    RAGGED_Q: bool
-    RAGGED_K: bool
-    SHARED_Q: bool
-    HAS_BIAS: bool
-    GROUPS: int
+    RAGGED_Q: bool  # segments of queries differ in length; otherwise cu_seqlens_q is not read
+    RAGGED_K: bool  # the same for keys
+    SHARED_Q: bool  # all segments use the same queries
+    HAS_BIAS: bool  # a bias is added to the keys
+    GROUPS: int  # number of groups, rounded up to a power of two; 0 without sums over groups of keys
     HEAD_DIM: int
-    BLOCK_D: int
-    PRECISION: str
-    BLOCK_Q: int = 0
-    BLOCK_K: int = 0
-    TMA: int = 0
-    FUSE_DQ: bool = False
-    COMPUTE_DK: bool = True
-    COMPUTE_DV: bool = True
+    BLOCK_D: int  # width of a tile
+    PRECISION: str  # input_precision of tl.dot
+    BLOCK_Q: int = 0  # queries of a tile
+    BLOCK_K: int = 0  # keys of a tile
+    TMA: int = 0  # dimensions of the tensor descriptors, 4 or 2 (see make_descriptor); 0 for pointers
+    FUSE_DQ: bool = False  # bwd_dkdv also accumulates the gradient of the queries
+    COMPUTE_DK: bool = True  # bwd_dkdv computes the gradient of the keys
+    COMPUTE_DV: bool = True  # bwd_dkdv computes the gradient of the values
 
 
 class Rows(NamedTuple):

@@ -253,10 +253,7 @@ def _read(path: Path) -> dict:
 
 
 def _parse(entry: dict) -> Tiling:
-    tiles = {name: _parse_tile(entry[name]) for name in KERNELS}
-    tiles |= {name: _parse_tile(entry[name]) for name in OPTIONAL_KERNELS if entry.get(name)}
+    fields = {name: entry[name] for name in KERNELS}
+    fields |= {name: entry[name] for name in OPTIONAL_KERNELS if entry.get(name)}
+    tiles = {name: Tile(*map(int, values[:4]), *map(bool, values[4:])) for name, values in fields.items()}
     return Tiling(**tiles, fuse_dq=bool(entry["fuse_dq"]))
-
-
-def _parse_tile(fields: list) -> Tile:
-    return Tile(*map(int, fields[:4]), *map(bool, fields[4:]))
