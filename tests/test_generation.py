@@ -110,3 +110,12 @@ def test_errors():
         score_answers([samples()[1]], [Answer("location-0", "x")], parse_box=None)
     with pytest.raises(ValueError, match="has 1 likelihoods for 4 candidates"):
         score_answers([samples()[2]], [Answer("qa_single-0", None, likelihoods=(1.0,))], parse_box=None)
+
+
+def test_mixed_tasks_of_other_benchmarks_are_all_answered():
+    """Batches hold one task, also if the tasks are not those of the schema."""
+    described = [sample for sample in samples() if sample.task == "caption_single"][:5]
+    given = [replace(sample, task=task) for sample, task in zip(described, "ababa", strict=True)]
+    assert [answer.id for answer in generate_answers(FakeModel(), FakeProcessor(), given, batch_size=3)] == [
+        sample.id for sample in given
+    ]

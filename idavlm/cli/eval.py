@@ -45,25 +45,17 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=task.max_new_tokens, help="maximum length of an answer")
     if task.boxes:
         kinds = ", ".join(BoxFormat.KINDS)
-        parser.add_argument(
-            "--boxes", type=_box_kind, metavar="KIND", help=f"box format ({kinds}); by default that of the processor"
-        )
+        parser.add_argument("--boxes", metavar="KIND", help=f"box format ({kinds}); by default that of the processor")
     if task.judged:
         eval_compare.add_judge_arguments(parser)
-
-
-def _box_kind(kind: str) -> str:
-    try:
-        BoxFormat(kind)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return kind
 
 
 def _run_task(arguments: argparse.Namespace) -> None:
     task = TASKS[arguments.task]
     task_run = TaskRun(task, arguments.data, arguments.out, arguments.images, arguments.missing)
     box_kind = getattr(arguments, "boxes", None)
+    if box_kind is not None:
+        BoxFormat(box_kind)  # an unknown kind is an error before answers are generated
     if arguments.predictions is not None:
         items, answers, box_kind = _load_answers(arguments, task_run, box_kind)
         answers_by_references = {"right": answers}
