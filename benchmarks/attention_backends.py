@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idavlm import cross_attention
 from idavlm.ops.cross_attention import sdpa
+from idavlm.ops.cross_attention.segments import Segments
 
 
 @dataclass(eq=False)
@@ -113,8 +114,8 @@ def padded(backend: SDPBackend) -> Callable[[Problem], Tensor]:
         if len(set(problem.lengths_k)) == 1:
             k, v, starts_k = k.unflatten(0, (num, -1)), v.unflatten(0, (num, -1)), None
         with sdpa_kernel(backend):
-            longest = max(problem.lengths_q), max(problem.lengths_k)
-            out = sdpa._padded(q, k, v, starts_q, starts_k, *longest, q.shape[-1] ** -0.5)
+            segments = Segments(num, starts_q, starts_k, max(problem.lengths_q), max(problem.lengths_k))
+            out = sdpa._padded(q, k, v, segments, q.shape[-1] ** -0.5)
         return out if starts_q is not None else out.flatten(0, 1)
 
     return run

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -28,6 +29,7 @@ from triton.compiler import ASTSource
 
 from idavlm.ops.cross_attention.triton.bwd_dkdv import bwd_dkdv
 from idavlm.ops.cross_attention.triton.bwd_dq import bwd_dq
+from idavlm.ops.cross_attention.triton.device_functions import BackwardInputs, Inputs, KernelOptions, Rows
 from idavlm.ops.cross_attention.triton.fwd import fwd
 from idavlm.ops.cross_attention.triton.tiling import DEFAULT_TILINGS, TMA_TILINGS, Tile, compiler_options
 from idavlm.ops.cross_attention.triton_backend import GROUPS_PER_PASS
@@ -41,9 +43,6 @@ KERNELS = {
     "bwd_dq_shared": bwd_dq,
     "fwd_warp_specialized": fwd,
 }
-INTEGERS = {"key_groups", "cu_seqlens_q", "cu_seqlens_k"}
-FLOATS = {"sums", "grad_sums", "lse", "delta"}
-INPUTS = {"q", "k", "v", "key_bias", "out", "grad_out", "grad_k", "grad_v"}
 
 
 @dataclass(frozen=True)
@@ -112,29 +111,30 @@ def cases(every_option: bool, quick: bool) -> list[Case]:
 
 def compile_case(case: Case) -> Resources:
     kernel, tile = KERNELS[case.kernel], case.tile
-    values = {
-        "RAGGED_Q": case.ragged and not case.shared,
-        "RAGGED_K": case.ragged,
-        "SHARED_Q": case.shared,
-        "HAS_BIAS": case.bias,
-        "GROUPS": case.groups,
-        "HEAD_DIM": case.head_dim,
-        "BLOCK_D": case.head_dim,
-        "BLOCK_Q": tile.block_q,
-        "BLOCK_K": tile.block_k,
-        "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
-        "FUSE_DQ": case.fuse_dq,
-        "COMPUTE_DK": case.kernel == "bwd_dkdv",
-        "COMPUTE_DV": case.kernel == "bwd_dv" or not case.separate_dv,
-        "TMA": 2 if case.kernel == "fwd_warp_specialized" else 4 if tile.tma else 0,
+    options = KernelOptions(
+        RAGGED_Q=case.ragged and not case.shared,
+        RAGGED_K=case.ragged,
+        SHARED_Q=case.shared,
+        HAS_BIAS=case.bias,
+        GROUPS=case.groups,
+        HEAD_DIM=case.head_dim,
+        BLOCK_D=case.head_dim,
+        PRECISION="ieee" if case.dtype == "fp32" else "tf32",
+        BLOCK_Q=tile.block_q,
+        BLOCK_K=tile.block_k,
+        TMA=2 if case.kernel == "fwd_warp_specialized" else 4 if tile.tma else 0,
+        FUSE_DQ=case.fuse_dq,
+        COMPUTE_DK=case.kernel == "bwd_dkdv",
+        COMPUTE_DV=case.kernel == "bwd_dv" or not case.separate_dv,
+    )
+    types = argument_types(case)
+    signature = {name: types[name] for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index("OPTIONS"),): options}
+    attributes = {
+        path: [["tt.divisibility", 16]]
+        for position, name in enumerate(signature)
+        for path in aligned(types[name], (position,))
     }
-    signature, constants, attributes = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        signature[name] = _type_of(name, case)
-        if signature[name] == "constexpr":
-            constants[(position,)] = values[name]
-        elif signature[name].startswith("*") or "stride" in name:
-            attributes[(position,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", case.capability, 32),
@@ -147,16 +147,29 @@ def compile_case(case: Case) -> Resources:
     return Resources(registers, stack, metadata.shared, instruction, tma, metadata.num_warps)
 
 
-def _type_of(name: str, case: Case) -> str:
-    if name.isupper():
-        return "constexpr"
-    if name in INTEGERS:
-        return "*i32"
-    if name in FLOATS or (name == "grad_q" and (case.shared or (case.kernel == "bwd_dkdv" and case.fuse_dq))):
-        return "*fp32"
-    if name in INPUTS or name == "grad_q":
-        return f"*{case.dtype}"
-    return "fp32" if name == "scale" else "i32"
+def argument_types(case: Case) -> dict[str, object]:
+    """Triton's types of the arguments of all kernels, by name."""
+    pointer, integers = f"*{case.dtype}", "*i32"
+    rows = Rows(pointer, "i32", "i32")
+    scalars = dict.fromkeys(set(Inputs._fields) - {"q", "k", "v"}, "i32")
+    arrays = {"key_bias": pointer, "key_groups": integers, "cu_seqlens_q": integers, "cu_seqlens_k": integers}
+    inputs = Inputs(**scalars | {"q": rows, "k": rows, "v": rows, "scale": "fp32"} | arrays)
+    grad_q = "*fp32" if case.shared or (case.kernel == "bwd_dkdv" and case.fuse_dq) else pointer
+    backward = BackwardInputs(pointer, "*fp32", "*fp32", "*fp32")
+    outputs = {"out": pointer, "sums": "*fp32", "lse": "*fp32", "grad_q": grad_q, "grad_k": pointer, "grad_v": pointer}
+    return {"inputs": inputs, "backward": backward, "OPTIONS": "constexpr", **outputs}
+
+
+def aligned(types: object, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Positions of all pointers and strides in nested ``types``; they are multiples of 16."""
+    if isinstance(types, str):
+        if types.startswith("*"):
+            yield path
+        return
+    for position, name in enumerate(types._fields):
+        if "stride" in name:
+            yield (*path, position)
+        yield from aligned(getattr(types, name), (*path, position))
 
 
 def _usage(binary: bytes) -> tuple[int, int]:

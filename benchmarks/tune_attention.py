@@ -20,7 +20,7 @@ from benchmarks.attention_backends import Problem
 from benchmarks.attention_backends import triton as triton_backend
 from benchmarks.cross_attention import CASES, make_problem, reference
 from benchmarks.measure import argument_parser, time_side_by_side, tolerance
-from idavlm.ops.cross_attention.triton import launch
+from idavlm.ops.cross_attention.triton import operator
 from idavlm.ops.cross_attention.triton.tiling import (
     KERNELS,
     Tile,
@@ -89,7 +89,7 @@ def timer(problems: dict[str, Problem], rounds: int) -> Callable[[str, Tiling], 
         if field in ("bwd_dq", "bwd_dq_shared"):
             cases = [case for case in cases if problems[case].shared == (field == "bwd_dq_shared")]
         try:
-            with patch.object(launch, "tiling_for", lambda *tensors: tiling):
+            with patch.object(operator, "tiling_for", lambda *tensors: tiling):
                 return sum(_time(problems[case], *expected[case], field, rounds) for case in cases)
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, AssertionError) as error:
             print(f"{field} {tiling}: {type(error).__name__}")

@@ -42,7 +42,7 @@ def small_id_former():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder of the pictures that records of ``tests.small_models`` name."""
+    """Folder with the images that the records of ``tests.small_models`` refer to."""
     return draw_images(tmp_path_factory.mktemp("images"), IMAGES)
 
 
@@ -53,11 +53,4 @@ def processor():
 
 def use_padded_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``"sdpa"`` use the path of accelerators on the CPU: one padded call with a mask."""
-
-    def padded(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
-        longest = [
-            x.shape[1] if cu is None else int(cu.diff().max()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k))
-        ]
-        return sdpa._padded(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, scale)
-
-    monkeypatch.setattr(sdpa, "_bucketed", padded)
+    monkeypatch.setattr(sdpa, "_bucketed", sdpa._padded)

@@ -45,7 +45,7 @@ def small_model(
 
 
 def draw_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60)) -> Path:
-    """Noise pictures of (width, height) under ``folder``."""
+    """Write images of random noise to ``folder``; ``size`` is (width, height)."""
     rng = np.random.default_rng(0)
     for name in names:
         path = folder / name

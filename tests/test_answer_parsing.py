@@ -101,6 +101,7 @@ def test_choices_of_a_known_number_and_name():
     assert parse_image_number(several, name="Mia") == 1
     assert parse_letter("The answer is (C).") == "C"
     assert parse_letter("E", count=4) is None
+    assert parse_letter("Image 30") is None, "beyond Z"
 
 
 SIZE = (500, 1000)  # height, width

@@ -260,7 +260,7 @@ def test_dtype_is_applied_to_every_floating_tensor(llava, tmp_path):
 
 def test_a_duplicate_file(llava):
     shutil.copy(llava / "clip-vision-tiny" / "model.safetensors", llava / "second.safetensors")
-    found = checkpoint_files.SourceCheckpoint(llava, {}, [])
+    found = checkpoint_files.SourceCheckpoint(llava, {})
     files = [
         checkpoint_files.WeightFile(llava / name)
         for name in ("second.safetensors", "clip-vision-tiny/model.safetensors")

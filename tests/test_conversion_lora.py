@@ -45,7 +45,7 @@ def language_model():
 
 def tokenizer():
     made = tiny_tokenizer(["<unk>", "<s>", "<|im_end|>", "<image>"], 300)
-    made.chat_template = chat_templates.QWEN_CHATML
+    made.chat_template = OWN_TEMPLATE
     return made
 
 
@@ -95,12 +95,13 @@ def test_transformers_llava_converts_with_and_without_an_adapter(folders, tmp_pa
         convert(folders / name, out, adapter=adapter and folders / adapter, progress=False)
         torch.testing.assert_close(logits_of(out), expected, atol=1e-5, rtol=1e-5)
     processor = IDAVLMProcessor.from_pretrained(out)
-    assert processor.chat_template == chat_templates.QWEN_CHATML
+    assert processor.chat_template == OWN_TEMPLATE
     assert (processor.image_token_id, processor.image_seq_length) == (IMAGE, TOKENS)
     state = IDAVLMForConditionalGeneration.from_pretrained(out).state_dict()
     assert {"vision_tower", "connector", "language_model"} == {name.partition(".")[0] for name in state}
 
 
+OWN_TEMPLATE = chat_templates.QWEN_CHATML + "{# of the tokenizer #}"
 FOR_PARTS = "{% for m in messages %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
 FOR_PARTS += "{% endfor %}{% endfor %}"
 

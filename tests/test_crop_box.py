@@ -44,18 +44,18 @@ def test_targets_lie_on_the_pixels_of_the_identity(tmp_path, options, size):
     """A red box in a black image: patches labelled with it are red, NULL patches are not."""
     height, width = size
     box = [width * 0.3, height * 0.35, width * 0.8, height * 0.75]
-    picture = Image.new("RGB", (width, height))
+    image = Image.new("RGB", (width, height))
     box = [round(edge) for edge in box]
-    ImageDraw.Draw(picture).rectangle([*box[:2], box[2] - 1, box[3] - 1], fill=(255, 0, 0))
+    ImageDraw.Draw(image).rectangle([*box[:2], box[2] - 1, box[3] - 1], fill=(255, 0, 0))
     for name in ("scene.png", "kate.png"):
-        picture.save(tmp_path / name)
-    one = {"id": "0", "source": "identity", "messages": record()["messages"][2:]}
-    one["messages"][0]["content"] = [{"type": "image", "image": "scene.png"}, {"type": "text", "text": "Kate?"}]
-    one |= {"identities": [{"name": "Kate", "images": ["kate.png"]}]}
-    one |= {"boxes": [{"name": "Kate", "image": "scene.png", "box": box}]}
+        image.save(tmp_path / name)
+    fields = {"id": "0", "source": "identity", "messages": record()["messages"][2:]}
+    fields["messages"][0]["content"] = [{"type": "image", "image": "scene.png"}, {"type": "text", "text": "Kate?"}]
+    fields |= {"identities": [{"name": "Kate", "images": ["kate.png"]}]}
+    fields |= {"boxes": [{"name": "Kate", "image": "scene.png", "box": box}]}
     tokenizer = small_tokenizer(TEXTS, vocab_size=320)
     processor = IDAVLMProcessor(image_processor(**options), tokenizer, image_seq_length=4, box_format="bins32")
-    encoded = processor.encode(parse_sample(one, where="test.jsonl:1", image_root=tmp_path))
+    encoded = processor.encode(parse_sample(fields, where="test.jsonl:1", image_root=tmp_path))
     red = encoded["pixel_values"][1, 0] * 0.2 + 0.4  # rescaled, not normalised
     targets = identity_patch_targets(
         encoded["boxes"], encoded["box_image"], encoded["box_identity"], encoded["image_sizes"], (8, 8)

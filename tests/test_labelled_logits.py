@@ -17,7 +17,7 @@ SMALL = {
 }
 LANGUAGE_MODELS = {
     "llama": lambda n: small_model(small_processor()).language_model,
-    # Caps its logits behind the head.
+    # Caps its logits after the head.
     "gemma2": lambda n: Gemma2ForCausalLM(Gemma2Config(vocab_size=n, final_logit_softcapping=0.5, **SMALL)),
     "gpt2": lambda n: GPT2LMHeadModel(
         GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)

@@ -357,7 +357,7 @@ def faulty_line(fault: str) -> str:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
-    """A good line before, between and behind bad ones; the folder and the number of each bad line."""
+    """Folder of a file with valid lines before, between and after faulty ones, and the number of each faulty line."""
     folder = tmp_path_factory.mktemp("faulty")
     images = draw_images(folder / "images", IMAGES)
     whole = (images / "kate.png").read_bytes()

@@ -21,7 +21,7 @@ from tests.conftest import randomise
 
 pytest.importorskip("triton")
 
-from idavlm.ops.cross_attention.triton import launch, tiling
+from idavlm.ops.cross_attention.triton import operator, tiling
 from idavlm.ops.cross_attention.triton.tiling import Tile, Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,13 +210,13 @@ def test_head_dims_with_descriptors(dim, variant, shared):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_are_used_where_possible(variant, monkeypatch):
     """Each launch uses descriptors, warp specialisation and a persistent grid, or pointers where these do not fit."""
-    launches, original = [], launch._launch
+    launches, original = [], operator.launch_kernel
 
-    def spy(kernel, tile, grid, arguments, warp_specialized=False):
+    def spy(kernel, tile, grid, *arguments, options, warp_specialized=False):
         launches.append((tile.tma, warp_specialized, len(grid)))
-        original(kernel, tile, grid, arguments, warp_specialized)
+        original(kernel, tile, grid, *arguments, options=options, warp_specialized=warp_specialized)
 
-    monkeypatch.setattr(launch, "_launch", spy)
+    monkeypatch.setattr(operator, "launch_kernel", spy)
     tma = variant in ("tma", "warp_specialized")
     passes = 2 if variant == "separate_dv" or (variant == "warp_specialized" and DEVICE == "cpu") else 1
 

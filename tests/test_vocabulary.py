@@ -43,6 +43,19 @@ WORDS = {
     "initial weights of output_proj": r"\bimage_token_scale\b",
     "identity_map_loss": r"\bidentity_attention_loss\b|\bidentity_supervision\b",
 }
+# Texts that are data: questions and answers of MM-ID and of the built-in data sets. They are removed before matching.
+DATA_TEXTS = re.compile(
+    r"which picture shows|in which picture is|who is in the pictures\?|what is in the picture\?|"
+    r"describe the pictures?\.|\bin picture\b|the picture is"
+)
+# Files that recognise what models and annotators write, for example "In the picture", "somebody else" or "nobody".
+FREE_TEXT = {
+    "idavlm/data/readers/qwen_vl.py",
+    "idavlm/evaluation/answer_parsing.py",
+    "idavlm/evaluation/scoring.py",
+    "tests/test_answer_parsing.py",
+}
+FREE_TEXT_WORDS = {"identity, null token", "image"}
 # The data sets describe drawings: an object behind another one, a figure at rest.
 OUTSIDE_DATASETS = {"after": r"\bbehind\b", "frozen": r"\bat rest\b"}
 
@@ -55,9 +68,11 @@ def test_replaced_words_do_not_come_back(replacement):
         name = path.relative_to(ROOT).as_posix()
         if replacement in OUTSIDE_DATASETS and "datasets" in name:
             continue
+        if replacement in FREE_TEXT_WORDS and name in FREE_TEXT:
+            continue
         if pattern.search(path.stem):
             found.append(name)
-        for number, line in enumerate(path.read_text().lower().splitlines(), 1):
+        for number, line in enumerate(DATA_TEXTS.sub("", path.read_text().lower()).splitlines(), 1):
             found += [f"{name}:{number}: {match[0]}" for match in pattern.finditer(line)]
     listed = "\n".join(found)
     assert not found, f"write {replacement!r} instead, in {len(found)} places:\n{listed}"

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from idavlm.cli import eval_compare
-from idavlm.cli.eval_judge import add_judge_arguments, judge_client
+from idavlm.evaluation.answers import load_answers
+from idavlm.evaluation.baselines import check_wrong_references
 from idavlm.evaluation.judge import judge_answers
-from idavlm.evaluation.task_run import TaskRun, load_predictions
+from idavlm.evaluation.task_run import TaskRun
 from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.image_files import MISSING, with_sizes
 from idavlm.models import BoxFormat
@@ -48,7 +49,7 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
             "--boxes", type=_box_kind, metavar="KIND", help=f"box format ({kinds}); by default that of the processor"
         )
     if task.judged:
-        add_judge_arguments(parser)
+        eval_compare.add_judge_arguments(parser)
 
 
 def _box_kind(kind: str) -> str:
@@ -72,7 +73,7 @@ def _run_task(arguments: argparse.Namespace) -> None:
     parse_box = BoxFormat(box_kind).parse if box_kind else None
     facts = {"answered by": f"`{arguments.predictions or arguments.model}`", "boxes": box_kind}
     judge = None
-    if task.judged and (client := judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
+    if task.judged and (client := eval_compare.judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
         judge = partial(judge_answers, client, tasks=task.judged, workers=arguments.judge_workers, progress=True)
         facts["judged by"] = client.model
     start = time.perf_counter()
@@ -91,13 +92,19 @@ def _load_answers(
     """Items, the answers of ``--predictions``, and their box format."""
     if arguments.baselines:
         raise ValueError("--baselines needs a model to generate answers; pass --model instead of --predictions.")
-    items, answers = load_predictions(arguments.predictions, task_run.load_items(need_images=False), arguments.missing)
+    items = task_run.load_items(need_images=False)
+    if arguments.missing == "skip":
+        answered = {answer.id for answer in load_answers(arguments.predictions)}
+        items = [item for item in items if item.sample.id in answered]
+    answers = load_answers(arguments.predictions, [item.sample for item in items])
     if not any(item.sample.task == "location" for item in items):
         return items, answers, box_kind
     if box_kind is None:
         raise ValueError(f"--boxes is missing; pass the box format of the model, one of {', '.join(BoxFormat.KINDS)}.")
     if box_kind != "pixels":
-        items, answers, unknown = with_sizes(items, answers, arguments.missing)
+        items, unknown = with_sizes(items, answers, arguments.missing)
+        kept = {item.sample.id for item in items}
+        answers = [answer for answer in answers if answer.id in kept]
         if unknown:
             print(f"The size of {len(unknown)} images is unknown, {len(items)} items are left:", *unknown, sep="\n  ")
     return items, answers, box_kind
@@ -112,7 +119,9 @@ def _generate_answers(
     from idavlm.evaluation import load_checkpoint
 
     if arguments.baselines:
-        task_run.check_baselines(items)
+        if not any(item.sample.identities for item in items):
+            raise ValueError(f"{arguments.data}: no item introduces an identity by references; omit --baselines.")
+        check_wrong_references([item.sample for item in items], identity_key=task_run.task.identity_key)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_checkpoint(arguments.model, device=device)
     options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "name": arguments.model}

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from idavlm.cli.eval_judge import add_judge_arguments, judge_client
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.comparison import (
@@ -13,7 +12,7 @@ from idavlm.evaluation.comparison import (
     pair_predictions,
     write_comparison_page,
 )
-from idavlm.evaluation.judge import judge_pairs
+from idavlm.evaluation.judge import JudgeClient, judge_pairs
 from idavlm.evaluation.task_run import load_scores
 from idavlm.evaluation.tasks import TASKS
 
@@ -53,7 +52,31 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\n{differ} items differ: {arguments.out}")
 
 
-def _judge(client, pairs: list[Pair], samples: dict[str, Sample], names: tuple[str, str], arguments) -> str:
+def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--judge`` and its options."""
+    group = parser.add_argument_group("judge", "an OpenAI-compatible endpoint: OPENAI_BASE_URL and OPENAI_API_KEY")
+    group.add_argument("--judge", metavar="MODEL", help="name of the judge model")
+    group.add_argument("--judge-cache", type=Path, help="file of replies; by default judge.jsonl next to the scores")
+    group.add_argument("--judge-rate", type=float, metavar="N", help="maximum number of requests per minute")
+    group.add_argument("--judge-workers", type=int, default=4, metavar="N", help="number of concurrent requests")
+    group.add_argument("--judge-timeout", type=float, default=60.0, metavar="SECONDS")
+
+
+def judge_client(arguments: argparse.Namespace, cache: Path) -> JudgeClient | None:
+    """The client, or None without ``--judge``."""
+    if arguments.judge is None:
+        return None
+    return JudgeClient(
+        arguments.judge,
+        cache=arguments.judge_cache or cache,
+        requests_per_minute=arguments.judge_rate,
+        timeout=arguments.judge_timeout,
+    )
+
+
+def _judge(
+    client: JudgeClient, pairs: list[Pair], samples: dict[str, Sample], names: tuple[str, str], arguments
+) -> str:
     if any(a.id not in samples for a, _ in pairs):
         raise ValueError(
             f"--judge needs the questions, but the data of run {names[0]} is not available; restore its path."

@@ -3,9 +3,10 @@
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,15 @@ class WeightFile:
     overrides: bool = False
 
     @contextmanager
-    def open(self) -> Iterator[Mapping[str, Tensor]]:
-        """Mapping of names to tensors that are read from disk on access."""
+    def open(self) -> Iterator[dict[str, Callable[[], Tensor]]]:
+        """Mapping of names to functions that read the tensor from disk."""
         try:
             if self.path.suffix == ".safetensors":
                 with safe_open(self.path, framework="pt") as opened:
-                    yield _Renamed(self._names(opened.keys()), opened.get_tensor)
+                    yield self._renamed(opened.keys(), opened.get_tensor)
             else:
                 tensors = load_pickle(self.path)
-                yield _Renamed(self._names(tensors), tensors.__getitem__)
+                yield self._renamed(tensors, tensors.__getitem__)
         except SafetensorError as error:
             raise ConversionError(
                 f"{self.path} is not a complete safetensors file ({error}); it may be truncated. Download it again."
@@ -83,27 +84,11 @@ class WeightFile:
     def header(self) -> dict[str, Tensor]:
         """Names with tensors on device ``meta``, which have shape and type only."""
         with self.open() as tensors:
-            return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+            return {name: torch.empty_like(read(), device="meta") for name, read in tensors.items()}
 
-    def _names(self, names: Iterable[str]) -> dict[str, str]:
+    def _renamed(self, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Callable[[], Tensor]]:
         kept = (name for name in names if self.exclude is None or self.exclude not in name)
-        return {self.add_prefix + name.removeprefix(self.remove_prefix): name for name in kept}
-
-
-class _Renamed(Mapping):
-    """A lazy mapping with other names."""
-
-    def __init__(self, names: dict[str, str], get):
-        self._names, self._get = names, get
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._get(self._names[name])
-
-    def __iter__(self):
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return {self.add_prefix + name.removeprefix(self.remove_prefix): partial(read, name) for name in kept}
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
@@ -112,12 +97,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         ConversionError: the file is truncated or contains anything but tensors.
     """
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         with open(path, "rb") as opened:
             zipped = opened.read(4) == b"PK\x03\x04"
         # Files written before torch 1.6 cannot be memory-mapped; they are read completely.
-        loaded = torch.load(path, mmap=zipped, **options)
+        loaded = torch.load(path, mmap=zipped, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path} is refused because it contains more than tensors (weights_only=True: {first_line(error)}). "
@@ -145,13 +129,16 @@ class SourceCheckpoint:
     Attributes:
         folder: folder of the checkpoint.
         config: contents of its ``config.json``.
+        vision_tower, tokenizer: folders of parts that the checkpoint may lack; None: search next to the checkpoint.
         files: weight files.
         headers: :meth:`WeightFile.header` of each file.
     """
 
     folder: Path
     config: dict[str, Any]
-    files: list[WeightFile]
+    vision_tower: Path | None = None
+    tokenizer: Path | None = None
+    files: list[WeightFile] = field(default_factory=list)
     headers: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
@@ -204,15 +191,6 @@ def weight_files(folder: Path) -> list[Path]:
             "(--adapter)."
         )
     raise ConversionError(f"{folder}: no weight files; expected one of {', '.join(WHOLE + SHARDED)}.")
-
-
-def read_checkpoint(folder: Path) -> SourceCheckpoint:
-    """Read configuration and headers of the checkpoint in ``folder``."""
-    if not folder.is_dir():
-        raise ConversionError(f"{folder}: no such folder.")
-    source = SourceCheckpoint(folder, read_config(folder), [])
-    source.add([WeightFile(path) for path in weight_files(folder)])
-    return source
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

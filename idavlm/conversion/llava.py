@@ -1,29 +1,18 @@
-"""Formats of LLaVA's code base: LLaVA-1.5 (and YAICON), Yi-VL, and IAA."""
+"""Formats of LLaVA: the code base (LLaVA-1.5, YAICON, Yi-VL, IAA), and ``LlavaForConditionalGeneration``."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint
-from idavlm.conversion.checkpoint_format import (
-    TOWER,
-    CheckpointFormat,
-    ConversionPlan,
-    PartFolders,
-    add_image_token,
-    add_tower_weights,
-    generation_tokens,
-    llama_config,
-    num_embeddings,
-    num_image_tokens,
-    pad_to_square,
-    read_image_processor,
-    read_tokenizer,
-    space_after,
-    tower_config,
-    tower_folder,
-    tower_rules,
-)
+import jinja2
+import torch
+from transformers import AddedToken, AutoConfig, AutoModel, LlamaConfig, PretrainedConfig
+
+from idavlm._compat import auto_image_processor, pil_image_processor
+from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint, WeightFile, weight_files
+from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan, generation_tokens, read_tokenizer
 from idavlm.conversion.key_mapping import KeyMap, Rule, resize_rows
-from idavlm.data.chat_templates import LLAMA_3, VICUNA, YI_VL_STOP
+from idavlm.data.chat_templates import LLAMA_3, QWEN_CHATML, VICUNA, YI_VL_STOP
 from idavlm.data.chat_templates import YI_VL as YI_VL_TEMPLATE
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.processing import IDAVLMProcessor
@@ -31,83 +20,122 @@ from idavlm.models.processing import IDAVLMProcessor
 INCLUDED_TOWER = "model.vision_tower.vision_tower."
 """Prefix of a vision tower whose weights are part of the checkpoint."""
 
-
-def has_projector(source: SourceCheckpoint) -> bool:
-    """Whether the checkpoint has LLaVA's projector."""
-    return any(name.startswith("model.mm_projector.") for name in source.tensors)
-
-
-def has_projector_norm(source: SourceCheckpoint) -> bool:
-    """Whether the projector contains norms, as in Yi-VL."""
-    return str(source.config.get("mm_projector_type", "")).lower().endswith("_norm")
+TEMPLATES = {"llama": VICUNA, "qwen2": QWEN_CHATML}
+"""``model_type`` of the language model -> chat template, if the tokenizer has none for text messages."""
 
 
 def plan_llava(
     source: SourceCheckpoint,
-    folders: PartFolders,
     tokenizer,
     *,
-    image_token: str,
-    chat_template: str,
-    box_format: str,
+    image_token: str = "<image>",
+    chat_template: str = VICUNA,
+    box_format: str = "unit",
     inner_adaptors: dict | None = None,
     first_rules: Sequence[Rule] = (),
 ) -> ConversionPlan:
     """Plan the conversion of LLaVA-1.5 and its derivatives; ``first_rules`` take precedence over the common rules."""
     config = source.config
-    vision, folder, prefix = read_tower(source, folders)
-    with_cls = config.get("mm_vision_select_feature", "patch") == "cls_patch"
-    image_token_id = add_image_token(tokenizer, image_token)
+    vision, folder, prefix = read_tower(source)
+    add_image_token(tokenizer, image_token)
     text = llama_config(config, num_embeddings(config, tokenizer))
+    connector = str(config.get("mm_projector_type", "linear")).lower()
+    if connector != "linear" and not connector.startswith("mlp"):
+        raise ConversionError(
+            f"mm_projector_type={connector!r} is not supported; expected 'linear' or 'mlp2x_gelu[_Norm]'."
+        )
     image_processor = read_image_processor(source.folder, folder)
     if config.get("image_aspect_ratio") == "pad":
         image_processor = pad_to_square(image_processor)
-    tokens = num_image_tokens(vision, with_cls=with_cls)
     space = space_after(tokenizer, image_token)
     image_format = "<im_start>{image}<im_end>" if config.get("mm_use_im_start_end") else "{image}"
+    return build_plan(
+        source,
+        tokenizer,
+        image_processor,
+        vision_config=vision,
+        text_config=text,
+        connector=connector,
+        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        with_cls=config.get("mm_vision_select_feature", "patch") == "cls_patch",
+        rules=[*first_rules, *language_rules(text.vocab_size), *tower_rules(vision, prefix)],
+        image_token=image_token,
+        chat_template=chat_template.replace("{{ bos_token }}", "{{ bos_token }}" + space),
+        image_format=image_format + space,
+        box_format=box_format,
+        inner_adaptors=inner_adaptors,
+    )
+
+
+def build_plan(
+    source: SourceCheckpoint,
+    tokenizer,
+    image_processor,
+    *,
+    vision_config: PretrainedConfig,
+    text_config: PretrainedConfig,
+    connector: str,
+    vision_feature_layer: int,
+    with_cls: bool,
+    rules: Sequence[Rule],
+    image_token: str,
+    chat_template: str,
+    image_format: str = "{image}",
+    box_format: str = "unit",
+    inner_adaptors: dict | None = None,
+) -> ConversionPlan:
+    """Plan of a model whose image tokens are the projected patches of an image, ``with_cls`` the class token too."""
+    tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + int(with_cls)
     return ConversionPlan(
         config=IDAVLMConfig(
-            vision_config=vision,
-            text_config=text,
-            connector=connector_kind(config),
-            image_token_id=image_token_id,
+            vision_config=vision_config,
+            text_config=text_config,
+            connector=connector,
+            image_token_id=tokenizer.convert_tokens_to_ids(image_token),
             image_seq_length=tokens,
-            vision_feature_layer=config.get("mm_vision_select_layer", -2),
+            vision_feature_layer=vision_feature_layer,
             vision_feature_select="all" if with_cls else "patch",
             inner_adaptors=inner_adaptors,
         ),
-        key_map=KeyMap([*first_rules, *language_rules(text.vocab_size), *tower_rules(vision, prefix)]),
+        key_map=KeyMap(rules),
         processor=IDAVLMProcessor(
             image_processor,
             tokenizer,
-            chat_template=chat_template.replace("{{ bos_token }}", "{{ bos_token }}" + space),
+            chat_template=chat_template,
             image_seq_length=tokens,
             image_token=image_token,
-            image_format=image_format + space,
+            image_format=image_format,
             box_format=box_format,
         ),
         generation=generation_tokens(source, tokenizer),
     )
 
 
-def read_tower(source: SourceCheckpoint, folders: PartFolders):
+def read_tower(source: SourceCheckpoint) -> tuple[PretrainedConfig, Path, str]:
     """Configuration and folder of the vision tower, and the prefix of its names (a regular expression).
 
-    Weights in the checkpoint take precedence over the folder, because they may have been fine-tuned.
+    The folder is ``source.vision_tower``, or the one that config.json names: a path relative to the checkpoint, or
+    any path. Weights in the checkpoint take precedence over the folder, because they may have been fine-tuned.
     """
-    folder = tower_folder(source, folders, source.config.get("mm_vision_tower"))
-    if any(name.startswith(INCLUDED_TOWER) for name in source.tensors):
-        return tower_config(folder), folder, INCLUDED_TOWER.replace(".", r"\.")
-    add_tower_weights(source, folder)
-    return tower_config(folder), folder, TOWER.replace(".", r"\.")
-
-
-def connector_kind(config: dict) -> str:
-    """Name of the projector for :func:`idavlm.build_connector`."""
-    kind = str(config.get("mm_projector_type", "linear")).lower()
-    if kind != "linear" and not kind.startswith("mlp"):
-        raise ConversionError(f"mm_projector_type={kind!r} is not supported; expected 'linear' or 'mlp2x_gelu[_Norm]'.")
-    return kind
+    named = str(source.config.get("mm_vision_tower"))
+    folders = [source.folder / named, Path(named)] if source.vision_tower is None else [source.vision_tower]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None and source.vision_tower is not None:
+        raise ConversionError(
+            f"vision_tower={str(source.vision_tower)!r} has no config.json; pass the folder of the tower."
+        )
+    if folder is None:
+        raise ConversionError(
+            f"{source.folder}: its vision tower {named!r} is not a local folder; download that model and pass its "
+            "folder with vision_tower= (--vision-tower)."
+        )
+    prefix = INCLUDED_TOWER
+    if not any(name.startswith(INCLUDED_TOWER) for name in source.tensors):
+        prefix = "vision_tower."
+        source.add([WeightFile(path, prefix, remove_prefix="vision_model.") for path in weight_files(folder)])
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # The folder may hold a complete image-text model.
+    return getattr(config, "vision_config", config), folder, prefix.replace(".", r"\.")
 
 
 def language_rules(vocab_size: int) -> list[Rule]:
@@ -122,27 +150,23 @@ def language_rules(vocab_size: int) -> list[Rule]:
     ]
 
 
-def plan_yi_vl(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
+def plan_yi_vl(source: SourceCheckpoint) -> ConversionPlan:
     """Plan the conversion of Yi-VL: norms in the projector, a fine-tuned tower, its own prompt."""
-    tokenizer = read_tokenizer(source, folders)
+    tokenizer = read_tokenizer(source)
     has_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     template = "{{ bos_token }}" + YI_VL_TEMPLATE if has_bos else YI_VL_TEMPLATE
-    plan = plan_llava(
-        source, folders, tokenizer, image_token="<image_placeholder>", chat_template=template, box_format="unit"
-    )
+    plan = plan_llava(source, tokenizer, image_token="<image_placeholder>", chat_template=template)
     plan.generation["stop_strings"] = [YI_VL_STOP]
     return plan
 
 
-def plan_iaa(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
+def plan_iaa(source: SourceCheckpoint) -> ConversionPlan:
     """Plan the conversion of IAA: Llama with inner adaptors; each workflow has embeddings, norm, head and projector."""
-    tokenizer = read_tokenizer(source, folders)
+    tokenizer = read_tokenizer(source)
     add_image_token(tokenizer, "<image>")
     plan = plan_llava(
         source,
-        folders,
         tokenizer,
-        image_token="<image>",
         chat_template=LLAMA_3,
         box_format="square",
         inner_adaptors={
@@ -178,47 +202,171 @@ def adaptor_layers(source: SourceCheckpoint) -> list[int]:
 def adaptor_rules(vocab_size: int) -> list[Rule]:
     """Rules of the inner adaptors. The connector outside all workflows, which the release lacks, is a copy of the
     multimodal one."""
-    rows = resize_rows(vocab_size)
+    rows, adaptor = resize_rows(vocab_size), "language_model.inner_adaptor"
     rules = [
-        Rule(
-            r"model\.mm_projector\.(.*)",
-            {r"connector.\1": None, f"{_workflow_prefix('multimodal')}.connector.\\1": None},
-        )
+        Rule(r".*\.rotary_emb\.inv_freq", {}),
+        Rule(r"model\.mm_projector\.(.*)", {r"connector.\1": None, rf"{adaptor}.multimodal.connector.\1": None}),
+        Rule(r"model\.mm_projector_G\.(.*)", {rf"{adaptor}.grounding.connector.\1": None}),
     ]
-    for workflow, suffix, projector in (
-        ("multimodal", "", "mm_projector"),
-        ("grounding", "_grounding", "mm_projector_G"),
-    ):
-        to = _workflow_prefix(workflow)
+    for workflow, suffix in (("multimodal", ""), ("grounding", "_grounding")):
+        to = f"{adaptor}.{workflow}"
         rules += [
             Rule(rf"model\.condition_layers{suffix}\.(.*)", {rf"{to}.layers.\1": None}),
             Rule(rf"model\.embed_tokens_condition{suffix}\.(.*)", {rf"{to}.embeddings.\1": rows}),
             Rule(rf"model\.norm_condition{suffix}\.(.*)", {rf"{to}.norm.\1": None}),
             Rule(rf"lm_head_condtion{suffix}\.(.*)", {rf"{to}.lm_head.\1": rows}),
-            Rule(rf"model\.{projector}\.(.*)", {rf"{to}.connector.\1": None}),
         ]
-    return [Rule(r".*\.rotary_emb\.inv_freq", {}), *rules]
+    return rules
 
 
-def _workflow_prefix(workflow: str) -> str:
-    return f"language_model.inner_adaptor.{workflow}"
+def plan_transformers_llava(source: SourceCheckpoint) -> ConversionPlan:
+    """Plan the conversion of ``LlavaForConditionalGeneration`` with any language model and vision tower."""
+    config = AutoConfig.for_model(**source.config)
+    if not config.multimodal_projector_bias or config.projector_hidden_act != "gelu":
+        raise ConversionError(
+            f"{source.folder}: multimodal_projector_bias={config.multimodal_projector_bias}, projector_hidden_act="
+            f"{config.projector_hidden_act!r}; expected True and 'gelu'."
+        )
+    if not isinstance(config.vision_feature_layer, int):
+        raise ConversionError(
+            f"{source.folder}: vision_feature_layer={config.vision_feature_layer}; expected one layer."
+        )
+    tokenizer = read_tokenizer(source)
+    image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
+    if image_token is None:
+        raise ConversionError(
+            f"{source.folder}: image_token_index={config.image_token_index} is not a token of the tokenizer "
+            f"({len(tokenizer)} tokens); add it to the tokenizer."
+        )
+    vision, text = config.vision_config, config.text_config
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
+    return build_plan(
+        source,
+        tokenizer,
+        read_image_processor(source.folder),
+        vision_config=vision,
+        text_config=text,
+        connector="mlp2x_gelu",
+        vision_feature_layer=config.vision_feature_layer,
+        with_cls=config.vision_feature_select_strategy == "full",
+        rules=[*transformers_llava_rules(text.vocab_size), *tower_rules(vision, r"(?:model\.)?vision_tower\.")],
+        image_token=image_token,
+        chat_template=_text_chat_template(source, tokenizer),
+    )
 
 
-def _plan_llava_1_5(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
-    tokenizer = read_tokenizer(source, folders)
-    return plan_llava(source, folders, tokenizer, image_token="<image>", chat_template=VICUNA, box_format="unit")
+def _text_chat_template(source: SourceCheckpoint, tokenizer) -> str:
+    """Template of the tokenizer if it supports text messages; many support lists of parts only and drop plain text."""
+    messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "An answer."}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (ValueError, TypeError, jinja2.TemplateError):
+        text = ""
+    if all(message["content"] in text for message in messages):
+        return tokenizer.chat_template
+    template = TEMPLATES.get(source.config["text_config"].get("model_type"))
+    if template is None:
+        raise ConversionError(
+            f"{source.folder}: the tokenizer has no chat_template that supports text messages; set one, save the "
+            "tokenizer and pass its folder with tokenizer= (--tokenizer)."
+        )
+    return template
+
+
+def transformers_llava_rules(vocab_size: int) -> list[Rule]:
+    """Rules for the names of transformers 4 (used on disk) and of transformers 5 (used by peft)."""
+    rows = resize_rows(vocab_size)
+    decoder = r"(?:language_model\.model|model\.language_model)\."
+    return [
+        Rule(r".*\.rotary_emb\.inv_freq", {}),
+        Rule(r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", {r"connector.0.\1": None}),
+        Rule(r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", {r"connector.2.\1": None}),
+        Rule(decoder + r"(embed_tokens\.weight)", {r"language_model.model.\1": rows}),
+        Rule(r"(?:language_model\.)?(lm_head\.weight)", {r"language_model.\1": rows}),
+        Rule(decoder + r"(.*)", {r"language_model.model.\1": None}),
+    ]
+
+
+def llama_config(config: dict[str, Any], vocab_size: int) -> LlamaConfig:
+    """Configuration of the language model of a Llama-like checkpoint with ``vocab_size`` embeddings."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    names = LlamaConfig.__annotations__.keys() & config.keys() - {"vocab_size", "rope_parameters", "use_cache"}
+    return LlamaConfig(**{name: config[name] for name in names}, vocab_size=vocab_size, rope_parameters=rope)
+
+
+def num_embeddings(config: dict[str, Any], tokenizer) -> int:
+    """Number of embeddings: that of the checkpoint, but at least one per token of the tokenizer."""
+    return max(config["vocab_size"], len(tokenizer))
+
+
+def tower_rules(config: PretrainedConfig, prefix: str) -> list[Rule]:
+    """Rules from names below ``prefix`` (a regular expression) to the names in the installed transformers."""
+    with torch.device("meta"):
+        names = AutoModel.from_config(config).state_dict()
+    head = "vision_model." if all(name.startswith("vision_model.") for name in names) else ""
+    return [
+        # A complete CLIP also has the text tower and the projections; they are not needed.
+        Rule(prefix + r"(text_model|text_projection|visual_projection|logit_scale|logit_bias)(\..*)?", {}),
+        Rule(prefix + r"(?:.*\.)?position_ids", {}),
+        Rule(prefix + r"(?:vision_model\.)?(.*)", {rf"vision_tower.{head}\1": None}),
+    ]
+
+
+def add_image_token(tokenizer, token: str) -> None:
+    """Add ``token`` as a special token unless it exists."""
+    if token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+
+
+def space_after(tokenizer, token: str) -> str:
+    """Text to insert after a special token so that the following text is tokenized as at the beginning of a text.
+
+    The code of LLaVA tokenizes the text between images piece by piece. A SentencePiece tokenizer starts every piece
+    with a space marker, but after a special token only if there is a space.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    return " " if ids(f"{token}a")[1:] != ids("a") == ids(f"{token} a")[1:] else ""
+
+
+def read_image_processor(*folders: Path):
+    """Image processor of the first folder that has one."""
+    for folder in folders:
+        if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
+            return auto_image_processor().from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    raise ConversionError(f"{folders[-1]}: no preprocessor_config.json; download that of the vision tower.")
+
+
+def pad_to_square(image_processor):
+    """The same image processor with padding to squares in the mean colour first, as in LLaVA-1.5."""
+    names = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor", "do_resize")
+    names += ("do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    options = image_processor.to_dict()
+    options = {name: options[name] for name in names if options.get(name) is not None}
+    return pil_image_processor("llava", "LlavaImageProcessor")(**options, do_pad=True)
+
+
+def has_projector(source: SourceCheckpoint) -> bool:
+    """Whether the checkpoint has LLaVA's projector. Yi-VL and IAA have it too; their formats are tried first."""
+    return any(name.startswith("model.mm_projector.") for name in source.tensors)
 
 
 LLAVA = CheckpointFormat(
     name="LLaVA-1.5",
     signature="keys model.mm_projector.*, mm_projector_type without norm",
-    matches=lambda source: has_projector(source) and not has_projector_norm(source),
-    plan=_plan_llava_1_5,
+    matches=has_projector,
+    plan=lambda source: plan_llava(source, read_tokenizer(source)),
 )
 YI_VL = CheckpointFormat(
     name="Yi-VL",
     signature="keys model.mm_projector.*, mm_projector_type with norm",
-    matches=lambda source: has_projector(source) and has_projector_norm(source),
+    matches=lambda source: (
+        has_projector(source) and str(source.config.get("mm_projector_type")).lower().endswith("_norm")
+    ),
     plan=plan_yi_vl,
 )
 IAA = CheckpointFormat(
@@ -226,4 +374,12 @@ IAA = CheckpointFormat(
     signature="keys model.condition_layers.*, lm_head_condtion.*",
     matches=lambda source: any(name.startswith("model.condition_layers.") for name in source.tensors),
     plan=plan_iaa,
+)
+TRANSFORMERS_LLAVA = CheckpointFormat(
+    name="LLaVA of transformers",
+    signature="model_type 'llava' with text_config and vision_config",
+    matches=lambda source: (
+        source.config.get("model_type") == "llava" and {"text_config", "vision_config"} <= source.config.keys()
+    ),
+    plan=plan_transformers_llava,
 )

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,16 @@ NON_LORA = "non_lora_trainables.bin"
 _LORA = re.compile(r"(?P<module>.*)\.lora_(?P<part>A|B)\.(?:default\.)?weight")
 
 
-@dataclass
-class LoraAdapter:
-    """Low-rank factors of an adapter.
+Deltas = dict[str, tuple[Tensor, Tensor, float]]
+"""Name of a weight of the base model -> (A, B, scale) of its low-rank update."""
 
-    Attributes:
-        deltas: name of a weight of the base model -> (A, B, scale).
-    """
 
-    deltas: dict[str, tuple[Tensor, Tensor, float]]
-
-    def merge(self, name: str, tensor: Tensor) -> Tensor:
-        """``weight + scale * B @ A``, computed in float32; other tensors are returned unchanged."""
-        if name not in self.deltas:
-            return tensor
-        down, up, scale = self.deltas[name]
-        return (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
+def merge_delta(deltas: Deltas, name: str, tensor: Tensor) -> Tensor:
+    """``tensor + scale * B @ A``, computed in float32; tensors without a delta are returned unchanged."""
+    if name not in deltas:
+        return tensor
+    down, up, scale = deltas[name]
+    return (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
 
 
 def add_adapter_files(source: SourceCheckpoint, folder: Path) -> None:
@@ -50,7 +43,7 @@ def add_adapter_files(source: SourceCheckpoint, folder: Path) -> None:
     source.add(files)
 
 
-def read_adapter(folder: Path, source: SourceCheckpoint, key_map: KeyMap) -> LoraAdapter:
+def read_adapter(folder: Path, source: SourceCheckpoint, key_map: KeyMap) -> Deltas:
     """Read the low-rank tensors of the adapter in ``folder`` and assign them to weights of ``source``.
 
     Names in adapter and source may differ: they refer to the same weight if ``key_map`` maps them to the same target.
@@ -69,14 +62,14 @@ def read_adapter(folder: Path, source: SourceCheckpoint, key_map: KeyMap) -> Lor
     pairs: dict[str, dict[str, Tensor]] = {}
     with WeightFile(path, remove_prefix=PREFIX).open() as tensors:
         low_rank = [name for name in tensors if ".lora_" in name]
-        unexpected = [name for name in low_rank if not _LORA.fullmatch(name) or tensors[name].dim() != 2]
+        unexpected = [name for name in low_rank if not _LORA.fullmatch(name) or tensors[name]().dim() != 2]
         if unexpected:
             raise ConversionError(f"{path}: expected lora_A and lora_B of linear layers, found {listed(unexpected)}.")
         for name in low_rank:
             match = _LORA.fullmatch(name)
-            pairs.setdefault(match["module"], {})[match["part"]] = tensors[name].clone()
+            pairs.setdefault(match["module"], {})[match["part"]] = tensors[name]().clone()
     names = {_target(key_map, name): name for header in source.headers for name in header}
-    deltas = {}
+    deltas: Deltas = {}
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ConversionError(f"{path}: {module} has lora_{''.join(pair)} only; the file is incomplete.")
@@ -92,7 +85,7 @@ def read_adapter(folder: Path, source: SourceCheckpoint, key_map: KeyMap) -> Lor
                 f"{tuple(source.tensors[name].shape)}; pass the base model of the adapter."
             )
         deltas[name] = (pair["A"], pair["B"], _scale(config, module, len(pair["A"])))
-    return LoraAdapter(deltas)
+    return deltas
 
 
 def _target(key_map: KeyMap, name: str) -> tuple[str, ...]:

@@ -4,14 +4,9 @@ from typing import Any
 
 from transformers import Qwen2Config
 
+from idavlm._compat import pil_image_processor
 from idavlm.conversion.checkpoint_files import ConversionError, SourceCheckpoint
-from idavlm.conversion.checkpoint_format import (
-    CheckpointFormat,
-    ConversionPlan,
-    PartFolders,
-    read_tokenizer,
-    square_image_processor,
-)
+from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan, read_tokenizer
 from idavlm.conversion.key_mapping import KeyMap, Rule, head_rows, row_block, transposed
 from idavlm.conversion.qwen_tokenizer import FILE_NAME, qwen_tokenizer
 from idavlm.data.chat_templates import QWEN_CHATML
@@ -23,14 +18,12 @@ HEAD_DIM = 128
 """Head dimension of the attention of the resampler and the ID-Former."""
 
 
-def _matches(source: SourceCheckpoint) -> bool:
-    return "visual" in source.config and any(name.startswith("transformer.visual.") for name in source.tensors)
-
-
-def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
+def _plan(source: SourceCheckpoint) -> ConversionPlan:
     visual = source.config["visual"]
     has_id_former = any(name.startswith("transformer.visual.attn_pool.attn1.") for name in source.tensors)
-    tokenizer = read_qwen_tokenizer(source, folders)
+    location = source.tokenizer or source.folder
+    vocabulary = location if location.is_file() else location / FILE_NAME
+    tokenizer = qwen_tokenizer(vocabulary) if vocabulary.is_file() else read_tokenizer(source)
     image_start, image_token_id = tokenizer.convert_tokens_to_ids(["<img>", "<imgpad>"])
     if image_start != visual["image_start_id"]:
         raise ConversionError(
@@ -38,6 +31,7 @@ def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
             "tokenizer; pass the tokenizer of the checkpoint with tokenizer= (--tokenizer)."
         )
     num_queries = visual.get("n_queries", 256)
+    size = {"height": visual["image_size"], "width": visual["image_size"]}
     return ConversionPlan(
         config=IDAVLMConfig(
             vision_config=vision_config(source),
@@ -53,7 +47,7 @@ def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
         ),
         key_map=KeyMap([*language_rules(), *vision_rules(visual["heads"]), *connector_rules(has_id_former)]),
         processor=IDAVLMProcessor(
-            square_image_processor(visual["image_size"]),
+            pil_image_processor("clip", "CLIPImageProcessor")(size=size, crop_size=size, do_center_crop=False),
             tokenizer,
             chat_template=QWEN_CHATML,
             image_seq_length=num_queries,
@@ -66,13 +60,6 @@ def _plan(source: SourceCheckpoint, folders: PartFolders) -> ConversionPlan:
             "pad_token_id": tokenizer.pad_token_id,
         },
     )
-
-
-def read_qwen_tokenizer(source: SourceCheckpoint, folders: PartFolders):
-    """Load the tokenizer from ``qwen.tiktoken``, or a converted tokenizer."""
-    location = folders.tokenizer or source.folder
-    path = location if location.is_file() else location / FILE_NAME
-    return qwen_tokenizer(path) if path.is_file() else read_tokenizer(source, folders)
 
 
 def language_config(config: dict[str, Any]) -> Qwen2Config:
@@ -175,6 +162,8 @@ def connector_rules(has_id_former: bool) -> list[Rule]:
 QWEN_VL = CheckpointFormat(
     name="Qwen-VL, IDA-VLM",
     signature="model_type 'qwen' with visual, keys transformer.visual.*",
-    matches=_matches,
+    matches=lambda source: (
+        "visual" in source.config and any(name.startswith("transformer.visual.") for name in source.tensors)
+    ),
     plan=_plan,
 )

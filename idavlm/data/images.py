@@ -72,9 +72,9 @@ class ImageStore:
             if not resolved.is_file():
                 state = "is not a regular file" if resolved.exists() else "does not exist"
                 raise _image_error(path, f"{state} below the image root {self.root}; check image_root and the path")
+        except DataError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, DataError):
-                raise
             raise _image_error(path, f"cannot be looked up ({error}); correct the path") from error
         return resolved
 

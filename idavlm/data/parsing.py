@@ -38,12 +38,8 @@ def parse_sample(record: Any, *, where: str = "record", image_root: str | Path |
     """
     try:
         return _parse(record, where, Path(image_root) if image_root is not None else None)
-    except _SchemaError as error:
-        raise DataError(str(error), where=where) from None
-
-
-class _SchemaError(Exception):
-    """A violation of the schema, without file and line."""
+    except DataError as error:
+        raise error.at(where) from None
 
 
 def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
@@ -53,24 +49,26 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
     names = [identity.name for identity in identities]
     for name in names:
         if names.count(name) > 1:
-            raise _SchemaError(
-                f"identities contains {name!r} {names.count(name)} times; merge its photos into one entry."
-            )
+            raise DataError(f"identities contains {name!r} {names.count(name)} times; merge its photos into one entry.")
     source = record.get("source", "identity" if identities else "general")
-    if source not in SOURCES:
-        raise _SchemaError(f"source={source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
+    _check_choice(source, SOURCES, "source")
     if (source == "identity") != bool(identities):
-        raise _SchemaError(
+        raise DataError(
             f"source={source!r}, but the record has {len(identities)} identities; use 'identity' for records with "
             "identities and 'general' for records without, or omit source."
         )
     if not isinstance(record.get("id", ""), (str, int)):
-        raise _SchemaError(f"id={record['id']!r} must be a string or an integer.")
+        raise DataError(f"id={record['id']!r} must be a string or an integer.")
 
     messages = _messages(record, is_evaluation=record.get("answer") is not None)
     images = [image for message in messages for image in message.images]
     boxes = [_box(entry, f"boxes[{i}]", images) for i, entry in enumerate(_list(record, "boxes"))]
-    _check_unique_boxes(boxes)
+    labels = [(box.name, box.image) for box in boxes]
+    for number, (name, image) in enumerate(labels):
+        if (name, image) in labels[:number]:
+            raise DataError(
+                f"boxes[{number}] is a second box of {name!r} in {image!r}; keep one box per name and image."
+            )
     messages = [
         Message(message.role, [_resolve_box_part(part, boxes, f"messages[{i}]") for part in message.content])
         for i, message in enumerate(messages)
@@ -98,7 +96,7 @@ def _identity(entry: Any, field: str) -> Identity:
     name = _text(entry.get("name"), f"{field}.name")
     images = entry.get("images")
     if not isinstance(images, list) or not images:
-        raise _SchemaError(f"{field}.images={images!r} of {name!r} must be a list of at least one photo.")
+        raise DataError(f"{field}.images={images!r} of {name!r} must be a list of at least one photo.")
     return Identity(name, [_path(image, f"{field}.images[{i}]") for i, image in enumerate(images)])
 
 
@@ -108,11 +106,11 @@ def _messages(record: dict, *, is_evaluation: bool) -> list[Message]:
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if "user" not in turns:
-        raise _SchemaError(f"messages has no user turn (roles: {', '.join(roles) or 'none'}); add the question.")
+        raise DataError(f"messages has no user turn (roles: {', '.join(roles) or 'none'}); add the question.")
     for number, role in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            raise _SchemaError(
+            raise DataError(
                 f"messages[{number + len(roles) - len(turns)}].role={role!r}, expected {expected!r}; after at most one "
                 "system turn, user and assistant turns alternate."
             )
@@ -123,7 +121,7 @@ def _messages(record: dict, *, is_evaluation: bool) -> list[Message]:
             if is_evaluation
             else 'a training record ends with the answer of the assistant; an evaluation record needs "answer"'
         )
-        raise _SchemaError(f"messages ends with a turn of {turns[-1]!r}, expected {last!r}; {remedy}.")
+        raise DataError(f"messages ends with a turn of {turns[-1]!r}, expected {last!r}; {remedy}.")
     return messages
 
 
@@ -131,29 +129,27 @@ def _message(entry: Any, field: str) -> Message:
     _check(entry, dict, field, 'an object {"role", "content"}')
     _check_fields(entry, ("role", "content"), field)
     role, content = entry.get("role"), entry.get("content")
-    if role not in ROLES:
-        raise _SchemaError(f"{field}.role={role!r} is not known; choose one of {', '.join(map(repr, ROLES))}.")
+    _check_choice(role, ROLES, f"{field}.role")
     if isinstance(content, str):
         parts = [Part("text", text=content)]
     elif isinstance(content, list):
         parts = [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
     else:
-        raise _SchemaError(f"{field}.content={content!r} must be a string or a list of parts.")
+        raise DataError(f"{field}.content={content!r} must be a string or a list of parts.")
     if role != "user":
         if any(part.type == "image" for part in parts):
-            raise _SchemaError(f"{field} of {role!r} has an image; only user turns have images.")
+            raise DataError(f"{field} of {role!r} has an image; only user turns have images.")
         if not any(part.type == "box" or part.text.strip() for part in parts):
-            raise _SchemaError(f"{field} of {role!r} has no text; add text or remove the turn.")
+            raise DataError(f"{field} of {role!r} has no text; add text or remove the turn.")
     elif not any(part.type != "text" or part.text.strip() for part in parts):
-        raise _SchemaError(f"{field} of 'user' is empty; add text or an image.")
+        raise DataError(f"{field} of 'user' is empty; add text or an image.")
     return Message(role, parts)
 
 
 def _part(entry: Any, field: str) -> Part:
     _check(entry, dict, field, 'an object with a "type"')
     kind = entry.get("type")
-    if kind not in PART_TYPES:
-        raise _SchemaError(f"{field}.type={kind!r} is not known; choose one of {', '.join(map(repr, PART_TYPES))}.")
+    _check_choice(kind, PART_TYPES, f"{field}.type")
     _check_fields(entry, _PART_FIELDS[kind], field)
     if kind == "text":
         _check(entry.get("text"), str, f"{field}.text", "a string")
@@ -170,32 +166,20 @@ def _box(entry: Any, field: str, images: list[str]) -> Box:
     name = _text(entry.get("name"), f"{field}.name")
     image = _path(entry.get("image"), f"{field}.image")
     if image not in images:
-        raise _SchemaError(
+        raise DataError(
             f"{field}.image={image!r} is not an image of the messages ({', '.join(images) or 'they have none'}); boxes "
             "are for scenes, not for reference photos."
         )
     box = entry.get("box")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise _SchemaError(f"{field}.box={box!r} of {name!r} must be four numbers [x1, y1, x2, y2] in pixels.")
+        raise DataError(f"{field}.box={box!r} of {name!r} must be four numbers [x1, y1, x2, y2] in pixels.")
     if not (box[0] < box[2] and box[1] < box[3] and box[2] > 0 and box[3] > 0):
-        raise _SchemaError(
-            f"{field}.box={box} of {name!r} is empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2."
-        )
+        raise DataError(f"{field}.box={box} of {name!r} is empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2.")
     return Box(name, image, box)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_unique_boxes(boxes: list[Box]) -> None:
-    seen = set()
-    for number, box in enumerate(boxes):
-        if (box.name, box.image) in seen:
-            raise _SchemaError(
-                f"boxes[{number}] is a second box of {box.name!r} in {box.image!r}; keep one box per name and image."
-            )
-        seen.add((box.name, box.image))
 
 
 def _resolve_box_part(part: Part, boxes: list[Box], field: str) -> Part:
@@ -206,66 +190,62 @@ def _resolve_box_part(part: Part, boxes: list[Box], field: str) -> Part:
     if len(found) == 1:
         return Part("box", name=part.name, image=found[0])
     if found:
-        raise _SchemaError(
+        raise DataError(
             f"{field} has a box part of {part.name!r}, which has boxes in several images ({', '.join(found)}); add "
             '"image" to the part.'
         )
     existing = ", ".join(f"{box.name!r} in {box.image}" for box in boxes) or "none"
     image = f" in {part.image!r}" if part.image else ""
-    raise _SchemaError(
+    raise DataError(
         f"{field} has a box part of {part.name!r}{image}, but boxes has no such entry (it has {existing}); add one."
     )
 
 
 def _check_task(record: dict, sample: Sample) -> None:
-    if sample.task is not None and sample.task not in TASK_TYPES:
-        raise _SchemaError(f"type={sample.task!r} is not known; choose one of {', '.join(map(repr, TASK_TYPES))}.")
+    if sample.task is not None:
+        _check_choice(sample.task, TASK_TYPES, "type")
     if not sample.is_evaluation:
         for name in EVALUATION_FIELDS:
             if record.get(name) is not None:
-                raise _SchemaError(
+                raise DataError(
                     f'{name} is a field of evaluation records, but the record has no "answer"; add it or remove {name}.'
                 )
         return
     if sample.task is None:
-        raise _SchemaError(
+        raise DataError(
             'a record with "answer" is an evaluation record and needs "type"; choose one of '
             f"{', '.join(map(repr, TASK_TYPES))}."
         )
     _check(sample.answer, str, "answer", "a string")
     if not sample.answer.strip() and sample.task != "location":
-        raise _SchemaError(
+        raise DataError(
             f"answer={sample.answer!r} of a {sample.task} record is empty; only location records may have no text."
         )
     for number, text in enumerate(sample.false_answers):
         _text(text, f"false_answers[{number}]")
         if text == sample.answer:
-            raise _SchemaError(f"false_answers[{number}]={text!r} equals the correct answer; remove it.")
+            raise DataError(f"false_answers[{number}]={text!r} equals the correct answer; remove it.")
     if sample.target is not None:
         _text(sample.target, "target")
     if sample.task == "location" and sample.target_box is None:
-        raise _SchemaError(
-            f"target={sample.target!r} of a location record has no box in the last image; add it to boxes."
-        )
+        raise DataError(f"target={sample.target!r} of a location record has no box in the last image; add it to boxes.")
 
 
 def _path(path: Any, field: str) -> str:
     """Check that an image path does not leave the image root. Symbolic links are checked when the file is opened."""
     _text(path, field)
     if _SCHEME.match(path):
-        raise _SchemaError(
-            f"{field}={path[:80]!r} is a URL; URLs are not supported: download the image and use its path."
-        )
+        raise DataError(f"{field}={path[:80]!r} is a URL; URLs are not supported: download the image and use its path.")
     if path.startswith(("/", "\\")) or _DRIVE.match(path):
-        raise _SchemaError(f"{field}={path!r} is absolute; use a path relative to the image root.")
+        raise DataError(f"{field}={path!r} is absolute; use a path relative to the image root.")
     if ".." in path and ".." in re.split(r"[/\\]", path):
-        raise _SchemaError(f"{field}={path!r} leaves the image root ('..'); move the image below the root.")
+        raise DataError(f"{field}={path!r} leaves the image root ('..'); move the image below the root.")
     return path
 
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise _SchemaError(f"{field}={value!r} must be a non-empty string without NUL characters.")
+        raise DataError(f"{field}={value!r} must be a non-empty string without NUL characters.")
     return value
 
 
@@ -275,15 +255,20 @@ def _list(record: dict, field: str) -> list:
     return value
 
 
+def _check_choice(value: Any, choices: tuple[str, ...], field: str) -> None:
+    if value not in choices:
+        raise DataError(f"{field}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
 def _check(value: Any, kind: type, field: str, expected: str) -> None:
     if not isinstance(value, kind):
-        raise _SchemaError(f"{field} is {type(value).__name__} {str(value)[:80]!r}; expected {expected}.")
+        raise DataError(f"{field} is {type(value).__name__} {str(value)[:80]!r}; expected {expected}.")
 
 
 def _check_fields(entry: dict, allowed: tuple | set, field: str) -> None:
     unknown = entry.keys() - set(allowed)
     if unknown:
-        raise _SchemaError(
+        raise DataError(
             f"{field} has unknown fields {', '.join(sorted(map(repr, map(str, unknown))))}; allowed are "
             f"{', '.join(sorted(allowed))}."
         )

@@ -88,8 +88,7 @@ def _labels_from_generation_tags(
 
     if not tokenizer.is_fast:
         raise DataError(
-            "a template with {% generation %} marks needs a fast tokenizer; set use_fast=True.",
-            kind="template",
+            "a template with {% generation %} marks needs a fast tokenizer; set use_fast=True.", kind="template"
         )
     try:
         texts, spans = render_jinja_template(

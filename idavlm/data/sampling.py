@@ -32,11 +32,8 @@ class CurriculumStage:
 
     def __post_init__(self) -> None:
         check_positive(steps=self.steps)
-        if (
-            not self.weights
-            or any(not weight >= 0 for weight in self.weights.values())
-            or not sum(self.weights.values())
-        ):
+        weights = self.weights.values()
+        if not all(weight >= 0 for weight in weights) or not sum(weights) > 0:
             raise ValueError(
                 f"weights={dict(self.weights)!r} must have at least one positive weight and no negative weight."
             )

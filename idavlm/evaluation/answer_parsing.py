@@ -108,7 +108,7 @@ def parse_image_number(text: str, *, count: int | None = None, name: str = "") -
 def parse_letter(text: str, *, count: int | None = None) -> str | None:
     """Parse the chosen option, "A", "B", ..., by the rules of :func:`parse_image_number`."""
     number = parse_image_number(text, count=count)
-    return None if number is None else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number - 1]
+    return None if number is None or number > 26 else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number - 1]
 
 
 def parse_yes_no(text: str) -> bool | None:
@@ -160,20 +160,15 @@ def _mentions(text: str) -> list[_Mention]:
             end = more.end()
         between = text[found[-1].end : match.start()] if found else ""
         joined = bool(found) and _JOINED.fullmatch(between) is not None
-        denied = _is_denied(text, match.start(), end)
+        # "not image 1" or "image 1 is not her", within the clause
+        before, after = _CLAUSE.split(text[: match.start()])[-1], _NEXT.split(text[end:], maxsplit=1)[0]
+        denied = bool(_NO_BEFORE.search(before) or _NO_AFTER.match(after))
         if joined and found[-1].denied and not _NO_AFTER.match(text[end:]):
             denied = True
         for number, (value, start, stop) in enumerate(values):
             found.append(_Mention(value, start, stop, denied, joined=joined or number > 0))
         position = end
     return found
-
-
-def _is_denied(text: str, start: int, end: int) -> bool:
-    """Whether the clause negates the mention, before it ("not image 1") or after it ("image 1 is not her")."""
-    if _NO_BEFORE.search(_CLAUSE.split(text[:start])[-1]):
-        return True
-    return bool(_NO_AFTER.match(_NEXT.split(text[end:], maxsplit=1)[0]))
 
 
 def _sentence_of(text: str, mention: _Mention) -> str:

@@ -33,10 +33,6 @@ class Answer:
     image_size: tuple[int, int] | None = None
     likelihoods: tuple[float, ...] | None = None
 
-    def to_json(self) -> str:
-        """One line of JSON without the fields that are None."""
-        return json.dumps({k: v for k, v in asdict(self).items() if v is not None}, ensure_ascii=False)
-
 
 def candidates(sample: Sample) -> list[str]:
     """Possible answers; the right one is last. Ties are resolved in favour of the first, so a tie counts as wrong."""
@@ -133,7 +129,8 @@ class AnswerFile:
         with self.path.open("a", encoding="utf-8") as file:
             for answer in answers:
                 self.answers[answer.id] = answer
-                file.write(answer.to_json() + "\n")
+                fields = {name: value for name, value in asdict(answer).items() if value is not None}
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

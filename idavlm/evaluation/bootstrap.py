@@ -30,12 +30,16 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed:
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("values is empty; pass at least one value.")
-    counts = resample_counts(len(values), resamples, seed)
-    low, high = np.percentile(counts @ values / len(values), [2.5, 97.5])
+    low, high = np.percentile(resampled_means(values, resamples, seed), [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
+def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Means ``[resamples]`` of draws of ``len(values)`` values with replacement."""
+    return _resample_counts(len(values), resamples, seed) @ values / len(values)
+
+
 @lru_cache(maxsize=8)
-def resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:
+def _resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:
     """``[resamples, n]``: how often each of ``n`` items is drawn in each resample."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)

@@ -21,19 +21,15 @@ def load_checkpoint(
         ValueError: ``path`` has no processor that can be loaded.
         OSError: ``path`` has no model.
     """
-    if Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
-        raise ValueError(_no_processor(path, "it has no processor_config.json"))
     try:
+        if Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
+            raise FileNotFoundError("it has no processor_config.json")
         processor = IDAVLMProcessor.from_pretrained(path)
     except Exception as error:  # transformers raises many types, depending on which file is missing
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(_no_processor(path, reason)) from error
+        raise ValueError(
+            f"{path}: no processor can be loaded ({reason}). A checkpoint holds model and processor; save the "
+            f"processor that the model was trained with by processor.save_pretrained({str(path)!r})."
+        ) from error
     options = {} if dtype is None else {"dtype": dtype}
     return IDAVLMForConditionalGeneration.from_pretrained(path, **options).to(device), processor
-
-
-def _no_processor(path: str | Path, reason: str) -> str:
-    return (
-        f"{path}: no processor can be loaded ({reason}). A checkpoint holds model and processor: save the processor "
-        f"that the model was trained with by processor.save_pretrained({str(path)!r})."
-    )

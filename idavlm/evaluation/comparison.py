@@ -1,12 +1,13 @@
 """Compare two evaluation runs on the same items: paired bootstrap, wins and losses, an HTML page of the differences."""
 
 import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -14,7 +15,7 @@ from idavlm.data.errors import DataError
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
-from idavlm.evaluation.bootstrap import RESAMPLES, Interval, resample_counts
+from idavlm.evaluation.bootstrap import RESAMPLES, Interval, bootstrap_mean, resampled_means
 from idavlm.evaluation.results import EvaluationResult, Prediction, main_metric, metrics_of
 from idavlm.utils import markdown_table
 
@@ -23,7 +24,8 @@ Pair = tuple[Prediction, Prediction]
 GOLD, A, B = "#1a9850", "#c0392b", "#2c6fbb"
 _SIDE = 240  # longest side of an image on the page in pixels
 
-_STYLE = """
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ a }} / {{ b }}</title><style>
 body { font: 15px/1.45 system-ui, sans-serif; color: #22242a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; } th, td { padding: .25rem .7rem; text-align: right; }
 th { border-bottom: 2px solid #22242a; font-weight: 600; } td { border-bottom: 1px solid #e3e5ea; }
@@ -32,6 +34,22 @@ article { border-top: 1px solid #cfd2d9; padding: 1rem 0; } .images { display: f
 figure { margin: 0; } figcaption { font-size: 12px; color: #666b76; } img { display: block; border-radius: 3px; }
 .gold { color: #1a9850; } .a { color: #c0392b; } .b { color: #2c6fbb; } p { margin: .35rem 0; }
 .id { color: #666b76; font-size: 13px; } .score { font-variant-numeric: tabular-nums; font-weight: 600; }
+</style>
+<h1><span class=a>{{ a }}</span> against <span class=b>{{ b }}</span></h1>
+<table><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p>{{ differ }} of {{ total }} items differ: {{ b }} is better on {{ wins }}, worse on {{ differ - wins }}.
+{{ items | length }} of them are shown. Boxes: <span class=gold>right</span>, <span class=a>{{ a }}</span>,
+<span class=b>{{ b }}</span>.</p>
+{% for item in items %}<article><p class=id>{{ item.id }} ({{ item.task }})</p>
+<div class=images>{% for figure in item.figures %}<figure>{% if figure.image %}<img alt=""
+src="data:image/jpeg;base64,{{ figure.image }}">{% endif %}<figcaption>{{ figure.caption }}</figcaption></figure>
+{% endfor %}</div><p><b>{{ item.question }}</b></p><p class=gold>{{ item.gold }}</p>
+{% for run, name, score, text in item.answers %}<p><span class={{ run }}>{{ name }}</span>
+<span class=score>{{ "%.2f" % score }}</span> {{ text }}</p>
+{% endfor %}</article>
+{% endfor %}</html>
 """
 
 
@@ -104,7 +122,7 @@ def main_scores(pair: Pair) -> tuple[float, float] | None:
 
 def comparison_table(rows: Sequence[Comparison], a: str, b: str) -> str:
     """Markdown table of means, difference with interval, p-value, wins, losses and ties of ``b``."""
-    return markdown_table(*_table_cells(rows, a, b))
+    return markdown_table(_header(a, b), [_cells(row) for row in rows])
 
 
 def write_comparison_page(
@@ -129,19 +147,19 @@ def write_comparison_page(
     Returns:
         Number of items whose main scores differ.
     """
-    scored = [(pair, scores) for pair in pairs if (scores := main_scores(pair)) is not None]
-    differ = [(pair, scores) for pair, scores in scored if scores[0] != scores[1]]
+    differ = [(pair, scores) for pair in pairs if (scores := main_scores(pair)) is not None and scores[0] != scores[1]]
     wins = sorted((item for item in differ if item[1][1] > item[1][0]), key=lambda item: item[1][0] - item[1][1])
     losses = sorted((item for item in differ if item[1][1] < item[1][0]), key=lambda item: item[1][1] - item[1][0])
-    shown = _alternate(wins, losses)[:max_items]
-    a, b = map(html.escape, names)
-    articles = "\n".join(_article(pair, scores, (a, b), samples.get(pair[0].id)) for pair, scores in shown)
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{a} / {b}</title><style>{_STYLE}</style>\n'
-        f"<h1><span class=a>{a}</span> against <span class=b>{b}</span></h1>\n{_html_table(comparisons, names)}\n"
-        f"<p>{len(differ)} of {len(pairs)} items differ: {b} is better on {len(wins)}, worse on {len(losses)}. "
-        f"{len(shown)} of them are shown. Boxes: <span class=gold>right</span>, <span class=a>{a}</span>, "
-        f"<span class=b>{b}</span>.</p>\n{articles}\n</html>\n"
+    alternating = [item for turn in zip_longest(wins, losses) for item in turn if item is not None]
+    page = jinja2.Template(_PAGE, autoescape=True).render(
+        a=names[0],
+        b=names[1],
+        header=_header(*names),
+        rows=[_cells(row) for row in comparisons],
+        differ=len(differ),
+        total=len(pairs),
+        wins=len(wins),
+        items=[_item(pair, scores, names, samples.get(pair[0].id)) for pair, scores in alternating[:max_items]],
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,91 +167,64 @@ def write_comparison_page(
     return len(differ)
 
 
-def _article(pair: Pair, scores: tuple[float, float], names: tuple[str, str], sample: Sample | None) -> str:
-    first = pair[0]
-    question = html.escape(question_text(sample)) if sample is not None else ""
-    gold = html.escape(first.answer) or ("the green box" if first.gold_box else "")
-    answers = "".join(
-        f"<p><span class={style}>{name}</span> <span class=score>{score:.2f}</span> {html.escape(prediction.text)}</p>"
-        for style, name, score, prediction in zip("ab", names, scores, pair, strict=True)
-    )
-    return (
-        f"<article><p class=id>{html.escape(first.id)} ({html.escape(first.task)})</p>{_figures(pair, sample)}"
-        f"<p><b>{question}</b></p><p class=gold>{gold}</p>{answers}</article>"
-    )
+def _item(pair: Pair, scores: tuple[float, float], names: tuple[str, str], sample: Sample | None) -> dict:
+    """Values of one article of the page."""
+    return {
+        "id": pair[0].id,
+        "task": pair[0].task,
+        "question": question_text(sample) if sample is not None else "",
+        "gold": pair[0].answer or ("the green box" if pair[0].gold_box else ""),
+        "answers": zip("ab", names, scores, (prediction.text for prediction in pair), strict=True),
+        "figures": [] if sample is None or sample.image_root is None else _figures(pair, sample),
+    }
 
 
-def _figures(pair: Pair, sample: Sample | None) -> str:
-    if sample is None or sample.image_root is None:
-        return ""
-    store, figures = ImageStore(sample.image_root), []
-    shown = [(identity.name, image) for identity in sample.identities for image in identity.images]
+def _figures(pair: Pair, sample: Sample) -> list[dict[str, str]]:
+    """Captions and JPEG images (base 64) of references and scenes; the last image shows the boxes."""
+    images = [(identity.name, image) for identity in sample.identities for image in identity.images]
     several = len(sample.message_images) > 1
-    shown += [(str(place) if several else "", path) for place, path in enumerate(sample.message_images, 1)]
-    for number, (caption, path) in enumerate(shown, 1):
+    images += [(str(number) if several else "", path) for number, path in enumerate(sample.message_images, 1)]
+    figures = []
+    for number, (caption, path) in enumerate(images, 1):
         try:
-            image = store.open(path)
+            image = ImageStore(sample.image_root).open(path)
         except DataError:
-            figures.append(f"<figure><figcaption>{html.escape(path)} is missing</figcaption></figure>")
+            figures.append({"image": "", "caption": f"{path} is missing"})
             continue
-        boxes = []
-        if number == len(shown):
-            found = [(pair[0].gold_box, GOLD), (pair[0].box, A), (pair[1].box, B)]
-            boxes = [(box, colour) for box, colour in found if box is not None]
-        figures.append(f"<figure>{_image(image, boxes)}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return f"<div class=images>{''.join(figures)}</div>"
+        scale = min(1.0, _SIDE / max(image.size))
+        small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+        draw = ImageDraw.Draw(small)
+        for box, colour in ((pair[0].gold_box, GOLD), (pair[0].box, A), (pair[1].box, B)):
+            if box is not None and number == len(images):
+                draw.rectangle([edge * scale for edge in box], outline=colour, width=3)
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=82)
+        figures.append({"image": base64.b64encode(buffer.getvalue()).decode(), "caption": caption})
+    return figures
 
 
-def _image(image: Image.Image, boxes: Sequence[tuple[Sequence[float], str]]) -> str:
-    scale = min(1.0, _SIDE / max(image.size))
-    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(small)
-    for box, colour in boxes:
-        draw.rectangle([edge * scale for edge in box], outline=colour, width=3)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=82)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" width={small.width} height={small.height} src="data:image/jpeg;base64,{data}">'
+def _header(a: str, b: str) -> list[str]:
+    return ["task", "metric", "n", a, b, "difference", "p", f"{b} wins", "loses", "ties"]
 
 
-def _html_table(rows: Sequence[Comparison], names: tuple[str, str]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
-
-    header, cells = _table_cells(rows, *names)
-    return f"<table>{line('th', header)}{''.join(line('td', row) for row in cells)}</table>"
-
-
-def _alternate(first: list, second: list) -> list:
-    """Elements of both lists in turn, then the rest of the longer one."""
-    turns = [element for pair in zip(first, second, strict=False) for element in pair]
-    return turns + first[len(second) :] + second[len(first) :]
-
-
-def _table_cells(rows: Sequence[Comparison], a: str, b: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison table."""
-    header = ["task", "metric", "n", a, b, "difference", "p", f"{b} wins", "loses", "ties"]
-    cells = []
-    for row in rows:
-        difference = f"{row.difference.mean:+.3f} [{row.difference.low:+.3f}, {row.difference.high:+.3f}]"
-        p_value = f"{row.p_value:.3f}" if row.p_value >= 0.001 else "< 0.001"
-        cells.append([row.task, row.metric, str(row.difference.n), f"{row.a:.3f}", f"{row.b:.3f}", difference, p_value])
-        cells[-1] += [str(row.wins), str(row.losses), str(row.ties)]
-    return header, cells
+def _cells(row: Comparison) -> list[str]:
+    difference = f"{row.difference.mean:+.3f} [{row.difference.low:+.3f}, {row.difference.high:+.3f}]"
+    p_value = f"{row.p_value:.3f}" if row.p_value >= 0.001 else "< 0.001"
+    counts = [str(row.wins), str(row.losses), str(row.ties)]
+    return [row.task, row.metric, str(row.difference.n), f"{row.a:.3f}", f"{row.b:.3f}", difference, p_value, *counts]
 
 
 def _compare(task: str, metric: str, scores: Sequence[tuple[float, float]]) -> Comparison:
     a, b = np.asarray(scores, np.float64).T
     differences = b - a
-    means = resample_counts(len(differences), RESAMPLES, 0) @ differences / len(differences)
-    low, high = np.percentile(means, [2.5, 97.5])
+    means = resampled_means(differences)
     tail = min((means <= 0).mean(), (means >= 0).mean())
     return Comparison(
         task=task,
         metric=metric,
         a=float(a.mean()),
         b=float(b.mean()),
-        difference=Interval(float(differences.mean()), float(low), float(high), len(differences)),
+        difference=bootstrap_mean(differences),
         p_value=float(min(1.0, max(2 * tail, 1 / RESAMPLES))),
         wins=int((differences > 0).sum()),
         losses=int((differences < 0).sum()),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from idavlm.data.images import ImageStore
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRUE, PREDICTED, WRONG = "#1a9850", "#f58b1f", "#c0392b"
-_TILE = 256  # side of one image in pixels
+_TILE = 256  # longest side of one image in pixels
 _CELL, _GAP, _TEXT, _HEAD = 1.75, 0.14, 2.75, 0.3  # inches
 
 EXAMPLES_PER_TASK = {
@@ -194,73 +194,69 @@ def draw_contact_sheet(path: str | Path, examples: Sequence[Example]) -> Path:
         ax.set_title(title, fontsize=8.5, color=INK, loc="left", pad=3, parse_math=False)
         return ax
 
-    _draw_legend(cell(-1, 0, ""), heat=maps > 0)
+    legend = [(0, "— right", TRUE), (0.62, "- - predicted", PREDICTED)]
+    if maps:
+        legend.append((1.9, "heat map: share of the attention of a patch, yellow = all", INK))
+    ax = cell(-1, 0, "")
+    for x, text, colour in legend:
+        ax.text(x, -0.06, text, fontsize=8.5, color=colour, weight="bold", transform=ax.transAxes)
     for row, (example, grid) in enumerate(zip(examples, grids, strict=True)):
-        _draw_references(cell(row, 0, "references"), example)
-        scene = cell(row, 1, "scene" if len(example.images) == 1 else "images")
-        _draw_frames(scene, example, _draw_images(scene, example.images))
+        of_name = [[image for name, image in example.references if name == wanted] for wanted in example.names]
+        _draw_images(cell(row, 0, "references"), of_name, [[name] for name in example.names])
+        several = len(example.images) > 1
+        numbers = [str(number) for number in range(1, len(example.images) + 1)] if several else []
+        ax = cell(row, 1, "images" if several else "scene")
+        _draw_frames(ax, example, _draw_images(ax, _square_grid(example.images), _square_grid(numbers)))
         _draw_texts(cell(row, 2, ""), example)
         for column, name in enumerate(example.names if grid else ()):
             heat = [_heat_map(image, maps_[column]) for image, maps_ in zip(example.images, grid, strict=True)]
-            _draw_images(cell(row, 3 + column, f"attention to {_shorten(name, 16)}"), heat, numbers=False)
+            _draw_images(cell(row, 3 + column, f"attention to {_shorten(name, 16)}"), _square_grid(heat))
     return save(figure, path)
 
 
-def _draw_legend(ax: "Axes", *, heat: bool) -> None:
-    entries = [(0, "— right", TRUE), (0.62, "- - predicted", PREDICTED)]
-    if heat:
-        entries.append((1.9, "heat map: share of the attention of a patch, yellow = all", INK))
-    for x, text, colour in entries:
-        ax.text(x, -0.06, text, fontsize=8.5, color=colour, weight="bold", transform=ax.transAxes)
+def _square_grid(elements: Sequence) -> list[Sequence]:
+    """Rows of equal length, about as many as columns; the last row may be shorter."""
+    columns = max(1, int(np.ceil(np.sqrt(len(elements)))))
+    return [elements[start : start + columns] for start in range(0, len(elements), columns)]
 
 
-def _draw_references(ax: "Axes", example: Example) -> None:
-    """One line of references per identity, with the name on the first."""
-    rows = [[image for name, image in example.references if name == wanted] for wanted in example.names]
+def _draw_images(
+    ax: "Axes", rows: Sequence[Sequence[Image.Image]], labels: Sequence[Sequence[str]] = ()
+) -> list[tuple[float, float, float]]:
+    """Draw rows of images in a square; returns left, top and scale of each, to place boxes in its pixels."""
     side = max([1, len(rows), *map(len, rows)])
-    ax.set(xlim=(0, side), ylim=(side, 0), aspect="equal")
-    for row, (name, images) in enumerate(zip(example.names, rows, strict=True)):
-        top = row + (side - len(rows)) / 2
-        for column, image in enumerate(images):
-            left = column + (side - len(images)) / 2
-            ax.imshow(_square(image)[0], extent=(left + 0.02, left + 0.98, top + 0.98, top + 0.02))
-        left = (side - len(images)) / 2
-        _label(ax, left + 0.02, top + 0.98, _shorten(name, 26 // side))
-    ax.set(xlim=(0, side), ylim=(side, 0))
-
-
-def _draw_images(ax: "Axes", images: Sequence[Image.Image], numbers: bool = True) -> list[tuple[float, float, float]]:
-    """Draw images in a square of tiles; returns left, top and scale of each, to place boxes in its pixels."""
-    columns = int(np.ceil(np.sqrt(len(images))))
-    step, empty = _TILE + 8, columns - int(np.ceil(len(images) / columns))
     placed = []
-    for number, image in enumerate(images):
-        tile, dx, dy, scale = _square(image)
-        left, top = number % columns * step, (number // columns + empty / 2) * step
-        ax.imshow(tile, extent=(left, left + _TILE, top + _TILE, top), interpolation="lanczos")
-        placed.append((left + dx, top + dy, scale))
-        if numbers and len(images) > 1:
-            _label(ax, left + dx, top + _TILE - dy, str(number + 1))
-    end = columns * step - 8
-    ax.set(xlim=(-2, end + 2), ylim=(end + 2, -2), aspect="equal")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            scale = 0.97 / max(image.size)
+            width, height = scale * image.width, scale * image.height
+            left = column + (side - max(map(len, rows)) + 1 - width) / 2
+            top = row + (side - len(rows) + 1 - height) / 2
+            small = ImageOps.contain(image.convert("RGB"), (_TILE, _TILE))
+            ax.imshow(small, extent=(left, left + width, top + height, top), interpolation="lanczos")
+            placed.append((left, top, scale))
+            if labels and column < len(labels[row]):
+                text, bottom_left = _shorten(labels[row][column], 26 // side), (left, top + height)
+                box = {"fc": "white", "ec": "none", "alpha": 0.82, "pad": 1.5}
+                style = {"fontsize": 7.5, "color": INK, "bbox": box, "zorder": 5, "parse_math": False}
+                ax.annotate(text, bottom_left, (3, 3.5), textcoords="offset points", **style)
+    ax.set(xlim=(0, side), ylim=(side, 0), aspect="equal")
     return placed
 
 
 def _draw_frames(ax: "Axes", example: Example, placed: Sequence[tuple[float, float, float]]) -> None:
     from matplotlib.patches import Rectangle
 
-    def frame(image: int, box: Sequence[float], **style) -> None:
-        left, top, scale = placed[image]
-        x1, y1, x2, y2 = (scale * edge for edge in box)
-        ax.add_patch(Rectangle((left + x1, top + y1), x2 - x1, y2 - y1, fill=False, clip_on=False, **style))
-
     true, predicted = {"ec": TRUE, "lw": 2.4}, {"ec": PREDICTED, "lw": 1.8, "ls": (0, (4, 2))}
-    for box, style in ((example.true_box, true), (example.predicted_box, predicted)):
-        if box is not None:
-            frame(len(placed) - 1, box, **style)
+    frames = [(len(placed), example.true_box, true), (len(placed), example.predicted_box, predicted)]
     for number, style in ((example.true_image, true), (example.predicted_image, predicted)):
         if number is not None and 1 <= number <= len(placed):
-            frame(number - 1, (0, 0, *example.images[number - 1].size), **style)
+            frames.append((number, (0, 0, *example.images[number - 1].size), style))
+    for number, box, style in frames:
+        if box is not None:
+            left, top, scale = placed[number - 1]
+            x1, y1, x2, y2 = (scale * edge for edge in box)
+            ax.add_patch(Rectangle((left + x1, top + y1), x2 - x1, y2 - y1, fill=False, clip_on=False, **style))
 
 
 def _draw_texts(ax: "Axes", example: Example) -> None:
@@ -275,29 +271,12 @@ def _draw_texts(ax: "Axes", example: Example) -> None:
     y = 0.0
     for text, colour, weight in blocks:
         width = int(letters * (0.88 if weight == "bold" else 1))
-        lines = textwrap.wrap(_printable(text), width, max_lines=most, placeholder=" ...")
+        # An untrained model may generate control characters.
+        printable = "".join(letter if letter.isprintable() else "\u00b7" for letter in " ".join(text.split()))
+        lines = textwrap.wrap(printable, width, max_lines=most, placeholder=" ...")
         style = {"fontsize": size, "linespacing": 1.25, "va": "top", "parse_math": False}
         ax.text(0.02, y, "\n".join(lines), color=colour, weight=weight, **style)
         y += 0.01 * size * len(lines) + 0.04
-
-
-def _label(ax: "Axes", left: float, bottom: float, text: str) -> None:
-    style = {"fc": "white", "ec": "none", "alpha": 0.82, "pad": 1.5}
-    ax.annotate(
-        text, (left, bottom), (3, 3.5), textcoords="offset points", fontsize=7.5, color=INK, bbox=style, zorder=5,
-        parse_math=False,
-    )  # fmt: skip
-
-
-def _square(image: Image.Image) -> tuple[Image.Image, float, float, float]:
-    """``image`` centred on a white square tile; also its left edge, top edge and scale on the tile."""
-    image = image.convert("RGB")
-    scale = _TILE / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    tile = Image.new("RGB", (_TILE, _TILE), "white")
-    left, top = (_TILE - width) // 2, (_TILE - height) // 2
-    tile.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
-    return tile, left, top, scale
 
 
 def _heat_map(image: Image.Image, share: np.ndarray) -> Image.Image:
@@ -311,11 +290,6 @@ def _heat_map(image: Image.Image, share: np.ndarray) -> Image.Image:
     weight = (0.7 * share)[..., None]
     blended = (0.25 + 0.7 * grey) * (1 - weight) + colour * weight
     return Image.fromarray((255 * blended.clip(0, 1)).astype(np.uint8))
-
-
-def _printable(text: str) -> str:
-    """One line without control characters, which an untrained model may generate."""
-    return "".join(character if character.isprintable() else "\u00b7" for character in " ".join(text.split()))
 
 
 def _shorten(text: str, limit: int) -> str:

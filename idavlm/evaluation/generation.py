@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from idavlm.data.schema import TASK_TYPES, Message, Part, Sample
 from idavlm.evaluation.answers import CHOICE_TASKS, Answer, AnswerFile, candidates, question_text
@@ -71,15 +73,18 @@ def generate_answers(
     generated_with = {"references": references, "max_new_tokens": max_new_tokens, "write_choices": write_choices}
     file = AnswerFile(path, generated_with | (settings or {})) if path is not None else None
     answers: dict[str, Answer] = {} if file is None else file.answers
-    waiting = [number for number in _by_length(samples) if samples[number].id not in answers]
-    with evaluating(model), _progress_bar(len(samples), len(samples) - len(waiting), progress) as bar:
-        for chunk in _chunks(waiting, samples, batch_size):
-            batch = [shown[number] for number in chunk]
-            found = _answer(model, processor, batch, batch_size, max_new_tokens, write_choices)
-            answers.update({answer.id: answer for answer in found})
-            if file is not None:
-                file.add(found)
-            bar.update(len(chunk))
+    waiting = sorted((sample for sample in shown if sample.id not in answers), key=_batch_order)
+    bar = tqdm(total=len(samples), initial=len(samples) - len(waiting), desc="answers", disable=not progress)
+    with evaluating(model), bar:
+        for _, of_task in groupby(waiting, key=lambda sample: sample.task):
+            remaining = list(of_task)
+            while remaining:
+                batch, remaining = remaining[:batch_size], remaining[batch_size:]
+                found = _answer(model, processor, batch, batch_size, max_new_tokens, write_choices)
+                answers.update({answer.id: answer for answer in found})
+                if file is not None:
+                    file.add(found)
+                bar.update(len(batch))
     return [answers[sample.id] for sample in samples]
 
 
@@ -113,8 +118,7 @@ def generate_texts(
     inputs = _encode_images_once(model, model_inputs(model, processor.collate(encoded, padding_side="left")), samples)
     prompt = inputs["input_ids"]
     stop_strings = getattr(getattr(model, "generation_config", None), "stop_strings", None) or []
-    # transformers needs the tokenizer to find stop strings.
-    options = {"tokenizer": processor.tokenizer} if stop_strings else {}
+    options = {"tokenizer": processor.tokenizer} if stop_strings else {}  # transformers needs it to find stop strings
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
     # Some models return the prompt and the new tokens, others the new tokens only.
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
@@ -178,49 +182,20 @@ def _answer(
     likelihoods: list[float] = []
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
-        likelihoods += answer_likelihoods(model, processor, *map(list, zip(*batch, strict=True)))
-    remaining = iter(likelihoods)
-    return [
-        Answer(
-            id=sample.id,
-            prediction=text,
-            question=question_text(sample),
-            image_size=size,
-            likelihoods=tuple(next(remaining) for _ in candidates(sample)) if is_choice else None,
-        )
-        for sample, (text, size) in zip(samples, generated, strict=True)
-    ]
+        likelihoods += answer_likelihoods(model, processor, *zip(*batch, strict=True))
+    answers = []
+    for sample, (text, size) in zip(samples, generated, strict=True):
+        count = len(candidates(sample))
+        of_sample, likelihoods = tuple(likelihoods[:count]), likelihoods[count:]
+        answers.append(Answer(sample.id, text, question_text(sample), size, of_sample if is_choice else None))
+    return answers
 
 
-def _by_length(samples: list[Sample]) -> list[int]:
-    """Indices sorted by task, whose answers have similar length; longest prompts first to fail early on memory."""
-
-    def key(number: int) -> tuple:
-        sample = samples[number]
-        length = sum(len(part.text) for message in sample.messages for part in message.content)
-        return _task_order(sample), -len(sample.images), -length
-
-    return sorted(range(len(samples)), key=key)
-
-
-def _chunks(numbers: list[int], samples: list[Sample], size: int) -> Iterator[list[int]]:
-    """Batches of at most ``size`` samples of one task."""
-    start = 0
-    while start < len(numbers):
-        task = samples[numbers[start]].task
-        chunk = [number for number in numbers[start : start + size] if samples[number].task == task]
-        yield chunk
-        start += len(chunk)
-
-
-def _task_order(sample: Sample) -> int:
-    return TASK_TYPES.index(sample.task) if sample.task in TASK_TYPES else len(TASK_TYPES)
-
-
-def _progress_bar(total: int, done: int, progress: bool):
-    from tqdm import tqdm  # a dependency of transformers
-
-    return tqdm(total=total, initial=done, desc="answers", unit="sample", disable=not progress)
+def _batch_order(sample: Sample) -> tuple:
+    """Sort by task, whose answers have similar length; longest prompts first to fail early on memory."""
+    length = sum(len(part.text) for message in sample.messages for part in message.content)
+    task_number = TASK_TYPES.index(sample.task) if sample.task in TASK_TYPES else len(TASK_TYPES)
+    return task_number, sample.task, -len(sample.images), -length
 
 
 def _check_samples(samples: Sequence[Sample], write_choices: bool) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -14,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
-from random import Random
 from typing import TypeVar
+
+from tqdm import tqdm
 
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.results import EvaluationResult
@@ -82,38 +84,28 @@ class ReplyCache:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(path) if path is not None else None
+        self.replies: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._replies: dict[str, str] = {}
-        if self.path is not None and self.path.exists():
-            self._read()
-
-    def __len__(self) -> int:
-        return len(self._replies)
-
-    def get(self, key: str) -> str | None:
-        """The stored reply, or None."""
-        return self._replies.get(key)
-
-    def put(self, key: str, reply: str) -> None:
-        """Store a reply; it is in the file when the method returns."""
-        with self._lock:
-            self._replies[key] = reply
-            if self.path is None:
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
-
-    def _read(self) -> None:
+        if self.path is None or not self.path.exists():
+            return
         drop_torn_line(self.path)
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
                 entry = json.loads(line)
-                self._replies[entry["key"]] = entry["reply"]
+                self.replies[entry["key"]] = entry["reply"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"{self.path}:{number} is not a stored reply of a judge; repair or remove the file."
                 ) from None
+
+    def put(self, key: str, reply: str) -> None:
+        """Store a reply; it is in the file when the method returns."""
+        with self._lock:
+            self.replies[key] = reply
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
 
 
 @dataclass
@@ -146,8 +138,7 @@ class JudgeClient:
 
     def __post_init__(self) -> None:
         check_positive(max_tokens=self.max_tokens)
-        for name in ("timeout", "requests_per_minute"):
-            value = getattr(self, name)
+        for name, value in (("timeout", self.timeout), ("requests_per_minute", self.requests_per_minute)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be greater than 0.")
         self.base_url = (self.base_url or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/")
@@ -156,11 +147,10 @@ class JudgeClient:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url={self.base_url!r} must begin with http:// or https://.")
         self.api_key = self.api_key or os.environ.get("OPENAI_API_KEY")
-        self._replies = ReplyCache(self.cache)
+        self._cache = ReplyCache(self.cache)
         self._lock = threading.Lock()
         self._in_flight: dict[str, threading.Lock] = {}
         self._next_start = 0.0
-        self._random = Random(0)
 
     def ask(self, messages: list[dict[str, str]]) -> str:
         """Reply to ``messages`` (``{"role", "content"}``) at temperature 0.
@@ -173,11 +163,9 @@ class JudgeClient:
         with self._lock:
             request_lock = self._in_flight.setdefault(key, threading.Lock())
         with request_lock:  # a concurrent identical request waits for this reply
-            reply = self._replies.get(key)
-            if reply is None:
-                reply = self._request(body)
-                self._replies.put(key, reply)
-        return reply
+            if key not in self._cache.replies:
+                self._cache.put(key, self._request(body))
+        return self._cache.replies[key]
 
     def _request(self, body: dict) -> str:
         problem = ""
@@ -186,8 +174,7 @@ class JudgeClient:
             try:
                 return self._send(body)
             except urllib.error.HTTPError as error:
-                text = error.read(2000).decode(errors="replace")
-                problem = f"HTTP {error.code}: {text[:300]}"
+                problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
                 if error.code not in _RETRIED:
                     raise JudgeError(f"{self.base_url} refused the request for {self.model!r}: {problem}") from None
                 retry_after = error.headers.get("Retry-After")
@@ -195,7 +182,10 @@ class JudgeClient:
             except (OSError, ValueError, KeyError, IndexError, TypeError, HTTPException) as error:
                 problem, retry_after = f"{type(error).__name__}: {error}", None
             if attempt < self.retries:
-                time.sleep(self._pause(attempt, retry_after))
+                pause = self.backoff * 2**attempt * random.uniform(0.75, 1.25)
+                with contextlib.suppress(TypeError, ValueError):  # no header, or a date instead of seconds
+                    pause = max(pause, float(retry_after))
+                time.sleep(min(pause, self.MAX_BACKOFF))
         raise JudgeError(f"{self.base_url} returned no reply in {self.retries + 1} attempts; the last error: {problem}")
 
     def _send(self, body: dict) -> str:
@@ -210,13 +200,6 @@ class JudgeClient:
         if not isinstance(reply, str):
             raise TypeError(f"content is {type(reply).__name__}")
         return reply
-
-    def _pause(self, attempt: int, retry_after: str | None) -> float:
-        with self._lock:
-            pause = self.backoff * 2**attempt * self._random.uniform(0.75, 1.25)
-        with contextlib.suppress(ValueError):  # a date instead of seconds is ignored
-            pause = max(pause, float(retry_after or 0))
-        return min(pause, self.MAX_BACKOFF)
 
     def _wait_for_turn(self) -> None:
         if self.requests_per_minute is None:
@@ -253,15 +236,14 @@ def judge_answers(
 
     def judge(number: int) -> float | None:
         sample, prediction = items[number].sample, result.predictions[number]
-        return parse_score(client.ask(single_messages(question_text(sample), sample.answer, prediction.text)))
+        answer = prediction.text or "(empty)"
+        question = SINGLE.format(question=question_text(sample), truth=sample.answer, prediction=answer)
+        return parse_score(client.ask(_messages(question)))
 
     predictions = list(result.predictions)
     for number, score in zip(judged, _map_concurrently(judge, judged, workers, progress), strict=True):
-        scores = dict(predictions[number].scores)
-        if score is not None:
-            scores["judge"] = score
-        scores["judge_unscored"] = float(score is None)
-        predictions[number] = replace(predictions[number], scores=scores)
+        scores = {"judge_unscored": 1.0} if score is None else {"judge": score, "judge_unscored": 0.0}
+        predictions[number] = replace(predictions[number], scores=predictions[number].scores | scores)
     return EvaluationResult(predictions, result.seconds)
 
 
@@ -291,7 +273,8 @@ def judge_pairs(
         if a == b:
             return "tie"
         first, second = (a, b) if number % 2 == 0 else (b, a)
-        verdict = parse_winner(client.ask(pair_messages(question, truth, first, second)))
+        texts = {"first": first or "(empty)", "second": second or "(empty)"}
+        verdict = parse_winner(client.ask(_messages(PAIR.format(question=question, truth=truth, **texts))))
         return verdict if number % 2 == 0 else swapped[verdict]
 
     verdicts = _map_concurrently(judge, range(2 * len(questions)), workers, progress)
@@ -301,9 +284,6 @@ def judge_pairs(
 
 def _map_concurrently(function: Callable[[int], T], numbers: Iterable[int], workers: int, progress: bool) -> list[T]:
     """Results in order; the first error cancels calls that have not started."""
-    from tqdm import tqdm
-
-    numbers = list(numbers)
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(function, number) for number in numbers]
         try:
@@ -311,17 +291,6 @@ def _map_concurrently(function: Callable[[int], T], numbers: Iterable[int], work
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def single_messages(question: str, truth: str, prediction: str) -> list[dict[str, str]]:
-    """Messages that ask the judge to score one answer."""
-    return _messages(SINGLE.format(question=question, truth=truth, prediction=prediction or "(empty)"))
-
-
-def pair_messages(question: str, truth: str, first: str, second: str) -> list[dict[str, str]]:
-    """Messages that ask the judge which of two answers is better."""
-    first, second = first or "(empty)", second or "(empty)"
-    return _messages(PAIR.format(question=question, truth=truth, first=first, second=second))
 
 
 def parse_score(reply: str) -> float | None:
@@ -340,9 +309,7 @@ def parse_score(reply: str) -> float | None:
         edges = [line for line in (*lines[-1:], *lines[:1]) if _LAST_LINE.match(line)]
         alone = _ALONE.fullmatch(text) or (_LAST_LINE.match(edges[0]) if edges else None)
         found = [float(alone[1])] if alone else []
-    if not found or not 1 <= found[-1] <= 10:
-        return None
-    return found[-1]
+    return found[-1] if found and 1 <= found[-1] <= 10 else None
 
 
 def parse_winner(reply: str) -> str | None:
@@ -350,9 +317,7 @@ def parse_winner(reply: str) -> str | None:
     text = plain_answer(reply)
     alone = _WINNER_ALONE.fullmatch(text)
     found = [alone[1]] if alone else [match[1] or match[2] for match in _WINNER.finditer(text)]
-    if not found:
-        return None
-    return {"C": "tie", "TIE": "tie"}.get(found[-1].upper(), found[-1].upper())
+    return {"A": "A", "B": "B", "C": "tie", "TIE": "tie"}[found[-1].upper()] if found else None
 
 
 def _messages(content: str) -> list[dict[str, str]]:

@@ -6,10 +6,10 @@ import pydoc_data.topics
 import torch
 from torch import nn
 
+from idavlm.evaluation.generation import evaluating
 from idavlm.utils import check_positive
 
 
-@torch.no_grad()
 def text_perplexity(language_model: nn.Module, tokenizer, *, num_windows: int = 64, length: int = 256) -> float:
     """Perplexity of a causal language model on the Python language reference (``pydoc_data.topics``).
 
@@ -33,9 +33,7 @@ def text_perplexity(language_model: nn.Module, tokenizer, *, num_windows: int = 
         raise ValueError(
             f"num_windows={num_windows} of length={length} exceed the {len(ids)} tokens of the text; reduce one."
         )
-    was_training = language_model.training
-    language_model.eval()
-    windows = ids[: num_windows * length].view(num_windows, length)
-    losses = [language_model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
-    language_model.train(was_training)
+    windows = ids[: num_windows * length].view(num_windows, 1, length)
+    with evaluating(language_model):
+        losses = [language_model(input_ids=window, labels=window).loss.item() for window in windows]
     return math.exp(sum(losses) / num_windows)

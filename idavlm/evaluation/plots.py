@@ -65,28 +65,19 @@ def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> P
         ax.set_title(title, fontsize=11, color=INK, loc="left")
         ax.set_xlabel("step", fontsize=9, color=INK)
         for number, (variant, seeds) in enumerate(logs.items()):
+            colour = COLOURS[number % len(COLOURS)]
             for style, (line, key) in zip(("-", _DASHES), lines.items(), strict=False):
                 label = ", ".join(part for part in (variant if len(logs) > 1 else "", line) if part)
-                for history in seeds:
-                    label = _draw(ax, history, key, COLOURS[number % len(COLOURS)], style, label)
+                for steps, values in (_curve(history, key) for history in seeds):
+                    if steps and key != "learning_rate":
+                        ax.plot(steps, values, color=colour, lw=0.6, alpha=0.25)
+                        values = _smooth(values)
+                    if steps:
+                        ax.plot(steps, values, color=colour, lw=1.6, ls=style, label=label or None)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         ax.set_ylim(bottom=0)
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend(fontsize=8.5, frameon=False)
+        _draw_legend(ax, ax, fontsize=8.5)
     return save(figure, path)
-
-
-def _draw(ax: "Axes", history: LogHistory, key: str, colour: str, style, label: str) -> str:
-    """Draw one curve. Returns the label for the next seed: "" once a curve carries it, so the legend has one entry."""
-    steps, values = _curve(history, key)
-    if not steps:
-        return label
-    if key == "learning_rate":
-        ax.plot(steps, values, color=colour, lw=1.6, ls=style, label=label or None)
-    else:
-        ax.plot(steps, values, color=colour, lw=0.6, alpha=0.25)
-        ax.plot(steps, _smooth(values), color=colour, lw=1.6, ls=style, label=label or None)
-    return ""
 
 
 def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]]) -> Path | None:
@@ -103,27 +94,25 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
     """
     summaries = {variant: [result.summary for result in seeds] for variant, seeds in results.items()}
     found = [summary for seeds in summaries.values() for summary in seeds]
-    main = {
-        task: metric
-        for task in TASK_TYPES
-        if (metric := next((main_metric(task, summary[task]["metrics"]) for summary in found if task in summary), None))
-    }
-    tasks = list(main)
-    if not tasks:
+    rows = []  # task, metric, chance
+    for task in TASK_TYPES:
+        first = next((summary[task] for summary in found if task in summary), None)
+        metric = first and main_metric(task, first["metrics"])
+        if metric:
+            rows.append((task, metric, first["chance"].get(metric)))
+    if not rows:
         return None
-    figure = new_figure(max(6.0, 0.8 + len(tasks) * (0.34 * len(summaries) + 0.3)), 3.9)
+    figure = new_figure(max(6.0, 0.8 + len(rows) * (0.34 * len(summaries) + 0.3)), 3.9)
     ax = figure.subplots()
     _tidy(ax)
     width = 0.8 / len(summaries)
     for number, (variant, seeds) in enumerate(summaries.items()):
-        for place, task in enumerate(tasks):
-            values = [summary[task]["metrics"][main[task]] for summary in seeds if task in summary]
+        for place, (task, metric, _) in enumerate(rows):
+            values = [summary[task]["metrics"][metric] for summary in seeds if task in summary]
             if not values:
                 continue
             x, mean = place - 0.4 + (number + 0.5) * width, fmean(values)
-            colour = COLOURS[number % len(COLOURS)]
-            label = variant if variant not in ax.get_legend_handles_labels()[1] else None
-            ax.bar(x, mean, width * 0.88, color=colour, label=label, zorder=2)
+            ax.bar(x, mean, width * 0.88, color=COLOURS[number % len(COLOURS)], label=variant, zorder=2)
             if len(values) > 1:
                 low, high = mean - min(values), max(values) - mean
                 ax.errorbar(x, mean, [[low], [high]], color=INK, capsize=3, lw=1, zorder=4)
@@ -131,20 +120,15 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
                 f"{mean:.2f}", (x, max(values)), (0, 4), textcoords="offset points",
                 ha="center", fontsize=8, color=INK, zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.5},
             )  # fmt: skip
-    chances = [
-        next((summary[task]["chance"].get(main[task]) for summary in found if task in summary), None) for task in tasks
-    ]
-    chances = {place: chance for place, chance in enumerate(chances) if chance is not None}
-    for place, chance in chances.items():
-        ax.plot([place - 0.45, place + 0.45], [chance] * 2, color=INK, lw=1.2, ls=(0, (4, 2)), zorder=3)
-    ax.set_xticks(range(len(tasks)), [f"{task}\n{main[task]}" for task in tasks], fontsize=9.5, color=INK)
-    ax.set_xlim(-0.6, len(tasks) - 0.4)
+    for place, (_, _, chance) in enumerate(rows):
+        if chance is not None:
+            ends = [place - 0.45, place + 0.45]
+            ax.plot(ends, [chance] * 2, color=INK, lw=1.2, ls=(0, (4, 2)), zorder=3, label="chance")
+    ax.set_xticks(range(len(rows)), [f"{task}\n{metric}" for task, metric, _ in rows], fontsize=9.5, color=INK)
+    ax.set_xlim(-0.6, len(rows) - 0.4)
     ax.set_ylim(0, 1.08)
     ax.tick_params(axis="x", length=0)
-    handles, labels = ax.get_legend_handles_labels()
-    if chances:
-        handles, labels = [*handles, ax.lines[-1]], [*labels, "chance"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(summaries) + 1, fontsize=9, frameon=False)
+    _draw_legend(figure, ax, loc="outside upper center", ncols=len(summaries) + 1, fontsize=9)
     return save(figure, path)
 
 
@@ -165,6 +149,14 @@ def _smooth(values: Sequence[float]) -> list[float]:
     """Moving average over about 5 % of the curve, over fewer values at its ends."""
     half = len(values) // 40
     return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _draw_legend(owner: "Axes | Figure", ax: "Axes", **style) -> None:
+    """Legend with one entry per label of ``ax``; none without labels."""
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    if unique:
+        owner.legend(unique.values(), unique.keys(), frameon=False, **style)
 
 
 def _tidy(ax: "Axes") -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -10,20 +10,10 @@ from idavlm.data.schema import TASK_TYPES
 from idavlm.evaluation.bootstrap import bootstrap_mean
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet
 from idavlm.evaluation.plots import LogHistory, plot_bars, plot_curves
-from idavlm.evaluation.results import EvaluationResult, Prediction, metrics_of
+from idavlm.evaluation.results import EvaluationResult, Prediction, metrics_of, summarize
 from idavlm.utils import describe_machine, markdown_table
 
 Label = Callable[[Prediction], str]
-
-
-@dataclass(frozen=True)
-class _Figure:
-    """``draw(path)`` returns None if there is nothing to draw."""
-
-    name: str
-    heading: str
-    caption: str
-    draw: Callable[[Path], Path | None]
 
 
 _METRICS = """\
@@ -84,41 +74,40 @@ def write_report(
         "time": seconds and format_seconds(seconds),
         "machine": machine or describe_machine(),
     }
-    title = f"# {model} on {data}: {_count_records(results)}, {_count_seeds(results)}"
-    parts = [title, "  \n".join(f"{name}: {value}" for name, value in facts.items() if value)]
-    parts += ["## Scores", score_table(results), _describe_spread(results), _METRICS]
-    figures = [
-        _Figure("scores.png", "", "Main score of each task", lambda path: plot_bars(path, results)),
-        _Figure(
-            "examples.png", "## Examples", "Answers and identity maps", lambda path: _draw_examples(path, examples)
-        ),
-        _Figure("curves.png", "## Training", "Losses over steps", lambda path: plot_curves(path, logs or {})),
-    ]
+    counts = sorted({len(seeds) for seeds in results.values() if seeds})
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else count_of(counts[0], "seed")
+    records = max(len(result.predictions) for variant in results.values() for result in variant)
+    parts = [f"# {model} on {data}: {count_of(records, 'record')}, {seeds}"]
+    parts += ["  \n".join(f"{name}: {value}" for name, value in facts.items() if value)]
+    parts += ["## Scores", score_table(results)]
+    parts += [f"Mean of {seeds} (lowest to highest)." if counts[-1] > 1 else "", _METRICS]
     last = []
     if settings:
         rows = [[f"`{name}`", value] for name, value in settings.items()]
         last = ["## Settings", markdown_table(["setting", "value"], rows)]
-
     path = folder / "report.md"
-    for figure in figures:
-        (folder / figure.name).unlink(missing_ok=True)
     _write_parts(path, [*parts, *last])
-    errors: list[tuple[str, Exception]] = []
-    for figure in figures:
+
+    figures = [
+        ("scores.png", "", "Main score of each task", plot_bars, results),
+        ("examples.png", "## Examples", "Answers and identity maps", draw_contact_sheet, examples),
+        ("curves.png", "## Training", "Losses over steps", plot_curves, logs),
+    ]
+    errors: dict[str, Exception] = {}
+    for name, heading, caption, draw, content in figures:
+        (folder / name).unlink(missing_ok=True)
         try:
-            drawn = figure.draw(folder / figure.name)
+            if content and draw(folder / name, content):
+                parts += [heading, f"![{caption}]({name})"]
         except Exception as error:
-            (folder / figure.name).unlink(missing_ok=True)
-            errors.append((f"{figure.name}: {type(error).__name__}: {error}", error))
-            parts += [figure.heading, f"**Could not be drawn:** {errors[-1][0]}"]
-        else:
-            parts += [figure.heading, f"![{figure.caption}]({figure.name})"] if drawn else []
+            (folder / name).unlink(missing_ok=True)
+            errors[f"{name}: {type(error).__name__}: {error}"] = error
+            parts += [heading, f"**Could not be drawn:** {name}: {type(error).__name__}: {error}"]
         _write_parts(path, [*parts, *last])
     if errors:
-        messages = "; ".join(message for message, _ in errors)
-        raise RuntimeError(f"{path} is written, but {len(errors)} of its figures are missing ({messages}).") from (
-            errors[0][1]
-        )
+        first = next(iter(errors.values()))
+        messages = "; ".join(errors)
+        raise RuntimeError(f"{path} is written, but {len(errors)} of its figures are missing ({messages}).") from first
     return path
 
 
@@ -133,14 +122,10 @@ def score_table(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
     for task in TASK_TYPES:
         found = [summary[task] for seeds in summaries.values() for summary in seeds if task in summary]
         for number, metric in enumerate(found[0]["metrics"] if found else ()):
-            cells = [
-                [summary[task]["metrics"][metric] for summary in seeds if task in summary]
-                for seeds in summaries.values()
-            ]
-            chance = found[0]["chance"].get(metric)
-            records = found[0]["n"] if number == 0 else ""
-            cells = [_format_range(values) for values in cells]
-            rows.append([task if number == 0 else "", metric, records, *cells, _format_range(chance)])
+            cells = [[s[task]["metrics"][metric] for s in seeds if task in s] for seeds in summaries.values()]
+            chance = [found[0]["chance"][metric]] if metric in found[0]["chance"] else []
+            first = [task, metric, found[0]["n"]] if number == 0 else ["", metric, ""]
+            rows.append([*first, *map(_format_range, cells), _format_range(chance)])
         if any(summary["unparsed"] for summary in found):
             cells = [[s[task]["unparsed"] / s[task]["n"] for s in seeds if task in s] for seeds in summaries.values()]
             rows.append(["", "unparsed", "", *map(_format_range, cells), "-"])
@@ -163,7 +148,7 @@ def interval_summary(result: EvaluationResult, label: Label) -> dict[str, dict]:
         for prediction in predictions:
             if name := label(prediction):
                 groups.setdefault(name, []).append(prediction)
-    return {name: _summarize_group(found) for name, found in groups.items()}
+    return {name: summarize(found, lambda values: asdict(bootstrap_mean(values))) for name, found in groups.items()}
 
 
 def interval_table(results: Mapping[str, EvaluationResult], label: Label, *, first: str = "task") -> str:
@@ -208,56 +193,19 @@ def _write_parts(path: Path, parts: Sequence[str]) -> None:
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _draw_examples(path: Path, examples: Sequence[Example]) -> Path | None:
-    return draw_contact_sheet(path, examples) if examples else None
+def count_of(number: int, noun: str) -> str:
+    """``"1 seed"``, ``"2 seeds"``."""
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
-def _count_records(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
-    most = max(len(result.predictions) for seeds in results.values() for result in seeds)
-    return f"{most} record{'s' if most != 1 else ''}"
-
-
-def _count_seeds(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
-    counts = sorted({len(seeds) for seeds in results.values() if seeds})
-    if len(counts) > 1:
-        return f"{counts[0]} to {counts[-1]} seeds"
-    return f"{counts[0]} seed{'s' if counts[0] != 1 else ''}"
-
-
-def _describe_spread(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
-    several = max(map(len, results.values())) > 1
-    return f"Mean of {_count_seeds(results)} (lowest to highest)." if several else ""
-
-
-def _format_range(values: Sequence[float] | float | None) -> str:
-    if isinstance(values, float):
-        return f"{values:.2f}"
+def _format_range(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{spread}"
 
 
 def _format_interval(interval: dict | None) -> str:
     if interval is None:
         return "-"
     return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-
-
-def _summarize_group(predictions: list[Prediction]) -> dict:
-    metrics = metrics_of([prediction.scores for prediction in predictions])
-    values = {
-        metric: [prediction.scores[metric] for prediction in predictions if metric in prediction.scores]
-        for metric in metrics
-    }
-    chance = {
-        metric: [prediction.chance[metric] for prediction in predictions if metric in prediction.chance]
-        for metric in metrics
-    }
-    return {
-        "n": len(predictions),
-        "unparsed": sum(not prediction.parsed for prediction in predictions),
-        "metrics": {metric: asdict(bootstrap_mean(found)) for metric, found in values.items()},
-        "chance": {metric: fmean(found) for metric, found in chance.items() if found},
-    }

@@ -1,10 +1,11 @@
 """Results of an evaluation: one prediction per record, one summary per task."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from idavlm.data.schema import TASK_TYPES
 
@@ -74,15 +75,7 @@ class EvaluationResult:
     @property
     def summary(self) -> dict[str, dict]:
         """``{task: {"n", "unparsed", "metrics": {metric: mean}, "chance": {metric: mean}}}``."""
-        return {
-            task: {
-                "n": len(found),
-                "unparsed": sum(not prediction.parsed for prediction in found),
-                "metrics": _means([prediction.scores for prediction in found]),
-                "chance": _means([prediction.chance for prediction in found]),
-            }
-            for task, found in self.by_task.items()
-        }
+        return {task: summarize(found, fmean) for task, found in self.by_task.items()}
 
     @property
     def by_task(self) -> dict[str, list[Prediction]]:
@@ -127,6 +120,15 @@ def metrics_of(rows: Sequence[Mapping[str, float]]) -> list[str]:
     return list(dict.fromkeys(metric for row in rows for metric in row))
 
 
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the records that have it."""
-    return {metric: fmean(row[metric] for row in rows if metric in row) for metric in metrics_of(rows)}
+def summarize(predictions: Sequence[Prediction], mean: Callable[[list[float]], Any]) -> dict[str, Any]:
+    """``{"n", "unparsed", "metrics": {metric: mean(values)}, "chance": {metric: mean}}`` of the predictions.
+
+    Each metric is computed from the predictions that have it.
+    """
+    scores, chance = [found.scores for found in predictions], [found.chance for found in predictions]
+    return {
+        "n": len(predictions),
+        "unparsed": sum(not prediction.parsed for prediction in predictions),
+        "metrics": {name: mean([row[name] for row in scores if name in row]) for name in metrics_of(scores)},
+        "chance": {name: fmean(row[name] for row in chance if name in row) for name in metrics_of(chance)},
+    }

@@ -219,7 +219,11 @@ def score_answer(
         count = len(sample.false_answers) + 1 if sample.false_answers else None
         scores = score_matching(text, sample.answer, count=count, name=sample.target or "")
     elif sample.task in CHOICE_TASKS:
-        scores = _score_choice(sample, answer)
+        scores = {}
+        if answer.likelihoods and sample.false_answers:
+            scores["accuracy"] = float(most_likely(sample, answer) == sample.answer)
+        if answer.prediction is not None and sample.false_answers:
+            scores["closest_accuracy"] = float(closest(text, candidates(sample)) == sample.answer)
         if answer.prediction is None:
             text = most_likely(sample, answer)
     else:
@@ -231,31 +235,15 @@ def score_answer(
     return Prediction(sample.id, sample.task, text, sample.answer, scores, chance, parsed=parsed)
 
 
-def _score_choice(sample: Sample, answer: Answer) -> dict[str, float]:
-    """Accuracy by likelihood, by the closest candidate to the generated text, or both; {} without candidates."""
-    scores: dict[str, float] = {}
-    if answer.likelihoods and sample.false_answers:
-        scores["accuracy"] = float(most_likely(sample, answer) == sample.answer)
-    if answer.prediction is not None and sample.false_answers:
-        scores["closest_accuracy"] = float(closest(answer.prediction, candidates(sample)) == sample.answer)
-    return scores
-
-
 def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | None, parse_box: ParseBox) -> Prediction:
     box, gold = parse_box(text, image_size, name=sample.target), sample.target_box
     boxes = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]
     chance = {metric: fmean(scores[metric] for scores in boxes) for metric in boxes[0]} if len(boxes) > 1 else {}
-    return Prediction(
-        id=sample.id,
-        task=sample.task,
-        text=text,
-        answer=sample.answer,
-        scores=score_box(box or (0, 0, 0, 0), gold.box),  # an empty box has IoU 0
-        chance=chance,
-        box=None if box is None else [float(edge) for edge in box],
-        gold_box=[float(edge) for edge in gold.box],
-        parsed=box is not None,
-    )
+    scores = score_box(box or (0, 0, 0, 0), gold.box)  # an empty box has IoU 0
+    found = None if box is None else [float(edge) for edge in box]
+    gold_box = [float(edge) for edge in gold.box]
+    parsed = box is not None
+    return Prediction(sample.id, sample.task, text, sample.answer, scores, chance, found, gold_box, parsed)
 
 
 def _f1(first: Sequence, second: Sequence) -> float:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from idavlm.evaluation.answers import Answer, load_answers
-from idavlm.evaluation.baselines import check_wrong_references
+from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.bootstrap import RESAMPLES
 from idavlm.evaluation.generation import generate_answers
-from idavlm.evaluation.report import interval_summary, interval_table
+from idavlm.evaluation.report import count_of, interval_summary, interval_table
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
@@ -56,40 +55,21 @@ class TaskRun:
                 print(f"{len(absent)} image files are missing, {len(items)} items are left:\n  {listed}")
         return items
 
-    def check_baselines(self, items: Sequence[Item]) -> None:
-        """Check that the baselines without references and with wrong references can be computed.
-
-        Raises:
-            ValueError: no item has references, or there are too few identities for wrong references.
-        """
-        if not any(item.sample.identities for item in items):
-            raise ValueError(f"{self.data}: no item introduces an identity by references, so there are no baselines.")
-        check_wrong_references([item.sample for item in items], identity_key=self.task.identity_key)
-
     def generate(
-        self,
-        items: Sequence[Item],
-        model,
-        processor,
-        *,
-        name: str,
-        references: str = "right",
-        batch_size: int = 16,
-        max_new_tokens: int | None = None,
+        self, items: Sequence[Item], model, processor, *, name: str, references: str = "right", **options: int
     ) -> list[Answer]:
-        """Generate the answers of a model; an interrupted run is resumed."""
+        """Call :func:`idavlm.evaluation.generate_answers` (``options``: its sizes); an interrupted run is resumed."""
         answers = generate_answers(
             model,
             processor,
             [item.sample for item in items],
             path=self.folder(references) / "predictions.jsonl",
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens or self.task.max_new_tokens,
             references=references,
             write_choices=self.task.write_choices,
             identity_key=self.task.identity_key,
             settings={"task": self.task.name, "data": str(self.data), "model": name},
             progress=True,
+            **options,
         )
         if self.task.write is not None:
             self.task.write(self.folder(references) / "answers.jsonl", items, answers, name)
@@ -113,7 +93,7 @@ class TaskRun:
         result = self.task.score(items, answers, parse_box)
         if judge is not None:
             result = judge(items, result)
-        tables = {name: interval_summary(result, self._label(items, name)) for name in self._tables(items)}
+        tables = {name: interval_summary(result, label) for name, label in _labels(items).items()}
         facts = {"task": self.task.name, "data": str(self.data), "images": str(self.images or ""), **facts}
         result.save(self.folder(references) / "scores.json", **facts, references=references, tables=tables)
         return result
@@ -131,14 +111,15 @@ class TaskRun:
         """
         columns = {VARIANT_NAMES[references]: result for references, result in results.items()}
         lines = {"task": self.task.description, "data": f"`{self.data}`", **facts, "machine": describe_machine()}
-        count = f"{len(items)} item{'s' if len(items) != 1 else ''}"
-        parts = [f"# {model} on {self.task.name} ({self.data.name}): {count}"]
+        parts = [f"# {model} on {self.task.name} ({self.data.name}): {count_of(len(items), 'item')}"]
         parts += ["  \n".join(f"{name}: {value}" for name, value in lines.items() if value)]
-        for name in self._tables(items):
-            parts += [f"## By {name}", interval_table(columns, self._label(items, name), first=name)]
-        if len(self._tables(items)) > 1:
-            parts += ["## By " + " and ".join(self._tables(items))]
-            parts += [interval_table(columns, self._label_of_all(items), first=" / ".join(self._tables(items)))]
+        labels = _labels(items)
+        for name, label in labels.items():
+            parts += [f"## By {name}", interval_table(columns, label, first=name)]
+        if len(labels) > 1:
+            groups = {item.sample.id: " / ".join(item.groups.values()) for item in items}
+            table = interval_table(columns, lambda prediction: groups[prediction.id], first=" / ".join(labels))
+            parts += [f"## By {' and '.join(labels)}", table]
         if self.task.summary is not None:
             for references, result in results.items():
                 text = self.task.summary(items, result)
@@ -148,31 +129,15 @@ class TaskRun:
             "parsed score 0. Chance: a random candidate; for boxes, a random annotated box of the image."
         )
         path = self.out / "report.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         return path
 
-    @staticmethod
-    def _tables(items: Sequence[Item]) -> list[str]:
-        return list(dict.fromkeys(name for item in items for name in item.groups))
 
-    @staticmethod
-    def _label(items: Sequence[Item], table: str) -> Callable[[Prediction], str]:
-        groups = {item.sample.id: item.groups.get(table, "") for item in items}
-        return lambda prediction: groups[prediction.id]
-
-    @staticmethod
-    def _label_of_all(items: Sequence[Item]) -> Callable[[Prediction], str]:
-        groups = {item.sample.id: " / ".join(item.groups.values()) for item in items}
-        return lambda prediction: groups[prediction.id]
-
-
-def load_predictions(path: Path, items: Sequence[Item], missing: str) -> tuple[list[Item], list[Answer]]:
-    """Items and their answers from a file; with ``missing="skip"`` items without an answer are left out."""
-    if missing == "skip":
-        answered = {answer.id for answer in load_answers(path)}
-        items = [item for item in items if item.sample.id in answered]
-    return list(items), load_answers(path, [item.sample for item in items])
+def _labels(items: Sequence[Item]) -> dict[str, Callable[[Prediction], str]]:
+    """For each table, a function that returns the row of a prediction."""
+    groups = {item.sample.id: item.groups for item in items}
+    names = dict.fromkeys(name for item in items for name in item.groups)
+    return {name: lambda prediction, name=name: groups[prediction.id].get(name, "") for name in names}
 
 
 def load_scores(path: str | Path) -> tuple[EvaluationResult, dict]:

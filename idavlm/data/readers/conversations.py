@@ -1,9 +1,10 @@
 """Conversations of ``{"from", "value"}`` with one placeholder per image: LLaVA, Yi-VL and ShareGPT."""
 
+from itertools import islice
 from typing import Any
 
 from idavlm.data.errors import DataError
-from idavlm.data.readers.turns import new_record, text_of, text_part, turns_of
+from idavlm.data.readers.turns import interleave, new_record, text_of, turns_of
 
 
 def read_llava(record: Any, where: str) -> dict[str, Any]:
@@ -45,9 +46,6 @@ def _read(record: Any, where: str, field: str, placeholder: str) -> dict[str, An
     remaining = iter(images)
     messages = []
     for (role, _), text in zip(turns, texts, strict=True):
-        before, *following = text.split(placeholder)
-        content = text_part(before)
-        for after in following:
-            content += [{"type": "image", "image": next(remaining)}, *text_part(after)]
-        messages.append({"role": role, "content": content})
+        pieces = text.split(placeholder)
+        messages.append({"role": role, "content": interleave(pieces, list(islice(remaining, len(pieces) - 1)))})
     return new_record(record, messages)

@@ -55,25 +55,19 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
             raise DataError("a location item has no scene, only reference photos; add a scene.", where=where)
         target = text_of(record.get("ground_target"), "ground_target", where).strip()
         converted |= {"answer": "", "target": target}
-        converted["boxes"] = [{"name": target, "image": images[-1], "box": _box(answer, where)}]
+        try:
+            box = json.loads(answer)
+        except ValueError:
+            raise DataError(f"answer={answer!r} of a location item is not [x1, y1, x2, y2].", where=where) from None
+        converted["boxes"] = [{"name": target, "image": images[-1], "box": box}]
     elif kind == "matching":
         numbers = range(1, sum(part["type"] == "image" for part in converted["messages"][-1]["content"]) + 1)
         names = [f"Image {number}" for number in numbers]
         if answer not in names:
-            raise DataError(
-                f"answer={answer!r} of a matching item; expected one of {', '.join(names)}.",
-                where=where,
-            )
+            raise DataError(f"answer={answer!r} of a matching item; expected one of {', '.join(names)}.", where=where)
         converted["false_answers"] = [name for name in names if name != answer]
         converted["target"] = converted["identities"][0]["name"] if converted["identities"] else None
     elif "false answers" in record:
         false = text_of(record["false answers"], "false answers", where)
         converted["false_answers"] = [text.strip() for text in _SLASH.split(false) if text.strip()]
     return converted
-
-
-def _box(answer: str, where: str) -> list[float]:
-    try:
-        return json.loads(answer)
-    except ValueError:
-        raise DataError(f"answer={answer!r} of a location item is not [x1, y1, x2, y2].", where=where) from None

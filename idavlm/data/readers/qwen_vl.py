@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from idavlm.data.errors import DataError
-from idavlm.data.readers.turns import new_record, text_of, text_part, turns_of
+from idavlm.data.readers.turns import interleave, new_record, text_of, turns_of
 
 _IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _REFERENCE = re.compile(
@@ -45,9 +45,7 @@ def read_qwen_vl(record: Any, where: str) -> dict[str, Any]:
             )
         if role == "user":
             text = _REFERENCE.sub(introduce, text)
-        before, *following = _IMAGE.split(text)
-        content = text_part(before)
-        for image, after in zip(following[::2], following[1::2], strict=True):
-            content += [{"type": "image", "image": image.strip()}, *text_part(after)]
+        pieces = _IMAGE.split(text)
+        content = interleave(pieces[::2], [image.strip() for image in pieces[1::2]])
         messages.append({"role": role, "content": content})
     return new_record(record, messages, [{"name": name, "images": images} for name, images in identities.items()])

@@ -14,15 +14,8 @@ _ROLES = {
 }
 
 
-def role_of(name: Any, where: str) -> str:
-    """Return the role of the schema for the ``name`` of a role in another format."""
-    if not isinstance(name, str) or name not in _ROLES:
-        raise DataError(f"role {name!r} is not known; choose one of {', '.join(map(repr, _ROLES))}.", where=where)
-    return _ROLES[name]
-
-
 def turns_of(record: Any, field: str, role: str, content: str, where: str) -> list[tuple[str, Any]]:
-    """Return ``(role, content)`` of every turn in the list ``record[field]``."""
+    """Return ``(role of the schema, content)`` of every turn in the list ``record[field]``."""
     turns = record.get(field) if isinstance(record, dict) else None
     if not isinstance(turns, list):
         raise DataError(f"the record has no list {field!r}; choose the reader of its format.", where=where)
@@ -31,7 +24,11 @@ def turns_of(record: Any, field: str, role: str, content: str, where: str) -> li
             raise DataError(
                 f"{field}[{number}] is {str(turn)[:80]!r}; expected an object {{{role!r}, {content!r}}}.", where=where
             )
-    return [(role_of(turn[role], where), turn[content]) for turn in turns]
+    for turn in turns:
+        name = turn[role]
+        if not isinstance(name, str) or name not in _ROLES:
+            raise DataError(f"role {name!r} is not known; choose one of {', '.join(map(repr, _ROLES))}.", where=where)
+    return [(_ROLES[turn[role]], turn[content]) for turn in turns]
 
 
 def text_of(value: Any, field: str, where: str) -> str:
@@ -41,9 +38,12 @@ def text_of(value: Any, field: str, where: str) -> str:
     return value
 
 
-def text_part(text: str) -> list[dict[str, str]]:
-    """Return a list with one text part, or an empty list if ``text`` is empty."""
-    return [{"type": "text", "text": text}] if text else []
+def interleave(texts: list[str], images: list[str]) -> list[dict[str, str]]:
+    """Return content parts: a text, an image, a text, ... Empty texts are left out."""
+    parts = [{"type": "text", "text": texts[0]}]
+    for image, text in zip(images, texts[1:], strict=True):
+        parts += [{"type": "image", "image": image}, {"type": "text", "text": text}]
+    return [part for part in parts if part["type"] == "image" or part["text"]]
 
 
 def new_record(record: dict, messages: list[dict], identities: list[dict] | None = None) -> dict[str, Any]:

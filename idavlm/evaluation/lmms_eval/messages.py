@@ -31,7 +31,8 @@ def sample_of(messages: Sequence[dict[str, Any]], folder: Path, name: str) -> Sa
             elif part["type"] == "image":
                 path = f"{name}-{len(images)}.png"
                 images.append(path)
-                _write(part["url"], folder / path)
+                image = part["url"] if isinstance(part["url"], Image.Image) else Image.open(part["url"])
+                image.convert("RGB").save(folder / path, compress_level=1)
                 text += f"<img>{path}</img>"
             else:
                 raise ValueError(f"content of type {part['type']!r} is not supported; pass text and images only.")
@@ -39,9 +40,3 @@ def sample_of(messages: Sequence[dict[str, Any]], folder: Path, name: str) -> Sa
     record = read_qwen_vl({"id": name, "conversations": turns}, name)
     # The schema requires an answer of evaluation records. It is not used: lmms-eval scores the answers.
     return parse_sample(record | {"type": "caption_single", "answer": "-"}, where=name, image_root=folder)
-
-
-def _write(image: Image.Image | str | Path, path: Path) -> None:
-    if not isinstance(image, Image.Image):
-        image = Image.open(image)
-    image.convert("RGB").save(path, compress_level=1)

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import datasets
 from lmms_eval.api.task import ConfigurableMessagesTask
-from PIL import Image
 
-from idavlm.data import ImageStore, Sample
+from idavlm.data import ImageStore
 from idavlm.evaluation.answers import Answer
-from idavlm.evaluation.scoring import score_answers
-from idavlm.evaluation.tasks import Item
-from idavlm.evaluation.tasks.image_files import image_size, with_images
-from idavlm.evaluation.tasks.mmid import MMID
+from idavlm.evaluation.tasks.base import Item, score_items
+from idavlm.evaluation.tasks.identity_tasks import MMID
+from idavlm.evaluation.tasks.image_files import with_images
 from idavlm.models import BoxFormat
 
 _METRICS = {
@@ -45,11 +43,18 @@ class MMIDTask(ConfigurableMessagesTask):
         _ITEMS.clear()
         _ITEMS.update({item.sample.id: item for item in items})
         _NAMES[:] = sorted({identity.name for item in items for identity in item.sample.identities})
-        rows = [
-            {"id": item.sample.id, "task": item.groups["task"], "domain": item.groups["domain"]}
-            | {"question": _question(item.sample), "answer": item.sample.answer or ""}
-            for item in items
-        ]
+        rows = []
+        for item in items:
+            introduced = [
+                f"{identity.name} is <image>\n" for identity in item.sample.identities for _ in identity.images
+            ]
+            question = [part.text or "<image>" for part in item.sample.messages[-1].content]
+            row = {
+                "id": item.sample.id,
+                "question": "".join([*introduced, *question]),
+                "answer": item.sample.answer or "",
+            }
+            rows.append(row | item.groups)
         self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
         self.dataset_no_image = self.dataset
 
@@ -60,38 +65,24 @@ def doc_to_messages(doc: dict) -> list[dict]:
     store, content = ImageStore(sample.image_root), []
     for identity in sample.identities:
         for path in identity.images:
-            content += [_text_part(f"{identity.name} is "), _image_part(store.open(path)), _text_part("\n")]
+            content.append({"type": "text", "text": f"{identity.name} is "})
+            content.append({"type": "image", "url": store.open(path)})
+            content.append({"type": "text", "text": "\n"})
     for part in sample.messages[-1].content:
-        content.append(_image_part(store.open(part.image)) if part.type == "image" else _text_part(part.text))
+        is_image = part.type == "image"
+        content.append(
+            {"type": "image", "url": store.open(part.image)} if is_image else {"type": "text", "text": part.text}
+        )
     return [{"role": "user", "content": content}]
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     """Score an answer; metrics are named after the task."""
     item = _ITEMS[doc["id"]]
-    scored = score_answers(
-        [item.sample],
-        [Answer(item.sample.id, results[0])],
-        parse_box=BoxFormat(os.environ["MMID_BOXES"]).parse,
-        prose=True,
-        names=_NAMES,
-        image_size=image_size,
-    )
+    parse_box = BoxFormat(os.environ["MMID_BOXES"]).parse
+    scored = score_items([item], [Answer(item.sample.id, results[0])], parse_box, prose=True, names=_NAMES)
     names = _METRICS[item.sample.task.split("_")[0]]
     return {names[metric]: score for metric, score in scored.predictions[0].scores.items() if metric in names}
-
-
-def _question(sample: Sample) -> str:
-    introduced = "".join(f"{identity.name} is <image>\n" for identity in sample.identities for _ in identity.images)
-    return introduced + "".join(part.text or "<image>" for part in sample.messages[-1].content)
-
-
-def _text_part(text: str) -> dict:
-    return {"type": "text", "text": text}
-
-
-def _image_part(image: Image.Image) -> dict:
-    return {"type": "image", "url": image}
 
 
 def _setting(name: str, meaning: str) -> str:

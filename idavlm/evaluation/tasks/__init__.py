@@ -2,10 +2,9 @@
 
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.grounding import GROUNDING
+from idavlm.evaluation.tasks.identity_tasks import MMID, RECORDS
 from idavlm.evaluation.tasks.mme import MME
-from idavlm.evaluation.tasks.mmid import MMID
 from idavlm.evaluation.tasks.personal import PERSONAL
-from idavlm.evaluation.tasks.records import RECORDS
 from idavlm.evaluation.tasks.vqa import VQA
 
 TASKS: dict[str, EvaluationTask] = {task.name: task for task in (MMID, RECORDS, GROUNDING, MME, VQA, PERSONAL)}

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageOps
+
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import IdentityKey
 from idavlm.evaluation.results import EvaluationResult
-from idavlm.evaluation.scoring import ParseBox
+from idavlm.evaluation.scoring import ParseBox, score_answers
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,19 @@ class Item:
     sample: Sample
     groups: Mapping[str, str]
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the last image: ``extra["size"]``, else those of the file; None if it is missing."""
+        if self.extra.get("size") is not None:
+            return self.extra["size"]
+        if self.sample.image_root is None or not self.sample.message_images:
+            return None
+        file = self.sample.image_root / self.sample.message_images[-1]
+        if not file.is_file():
+            return None
+        with Image.open(file) as image:  # reads the header only, unless the image has to be rotated
+            upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) > 1 else image
+            return upright.height, upright.width
 
 
 Load = Callable[[Path, "Path | None"], "list[Item]"]
@@ -63,3 +78,14 @@ class EvaluationTask:
     write: Callable[[Path, Sequence[Item], Sequence[Answer], str], None] | None = None
     identity_key: IdentityKey | None = None
     max_new_tokens: int = 64
+
+
+def score_items(
+    items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None, **options
+) -> EvaluationResult:
+    """Score samples of the six tasks of the schema by :func:`idavlm.evaluation.score_answers`; ``options`` are its."""
+    size_of = {item.sample.id: item.image_size for item in items}
+    samples = [item.sample for item in items]
+    return score_answers(
+        samples, answers, parse_box=parse_box, image_size=lambda sample: size_of[sample.id](), **options
+    )

@@ -1,30 +1,15 @@
-"""Image files of a benchmark: find missing files, determine image sizes."""
+"""Image files of a benchmark: leave out items whose images are missing or of unknown size, or raise an error."""
 
-from collections.abc import Sequence
-
-from PIL import Image, ImageOps
+from collections.abc import Mapping, Sequence
 
 from idavlm.data.errors import DataError
 from idavlm.data.images import ImageStore
-from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.tasks.base import Item
 from idavlm.utils import check_choice
 
 MISSING = ("fail", "skip")
 """What to do about missing files: raise an error, or leave out the items that need them."""
-
-
-def image_size(sample: Sample) -> tuple[int, int] | None:
-    """Height and width of the last image of ``sample`` after EXIF rotation; None if the file is missing."""
-    if sample.image_root is None or not sample.message_images:
-        return None
-    file = sample.image_root / sample.message_images[-1]
-    if not file.is_file():
-        return None
-    with Image.open(file) as image:  # reads the header only, unless the image has to be rotated
-        upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) > 1 else image
-        return upright.height, upright.width
 
 
 def missing_images(items: Sequence[Item]) -> dict[str, list[str]]:
@@ -51,24 +36,13 @@ def with_images(items: Sequence[Item], missing: str) -> tuple[list[Item], dict[s
     Raises:
         DataError: files are missing and ``missing="fail"``, or no item is left.
     """
-    check_choice("missing", missing, MISSING)
     absent = missing_images(items)
-    skipped = {sample_id for sample_ids in absent.values() for sample_id in sample_ids}
-    kept = [item for item in items if item.sample.id not in skipped]
-    if absent and (missing == "fail" or not kept):
-        listed = "\n  ".join(absent)
-        root = items[0].sample.image_root
-        raise DataError(
-            f"{len(absent)} image files of {len(skipped)} items are missing in {root}; pass the right folder with "
-            f"--images, or leave these items out with --missing skip.\n  {listed}",
-            kind="image",
-        )
-    return kept, absent
+    return _without(items, absent, missing, "{files} image files of {items} items are missing in {root}"), absent
 
 
 def with_sizes(
     items: Sequence[Item], answers: Sequence[Answer], missing: str
-) -> tuple[list[Item], list[Answer], dict[str, list[str]]]:
+) -> tuple[list[Item], dict[str, list[str]]]:
     """Items whose image size is known, which is needed to parse boxes in relative coordinates.
 
     The size comes from the answer, the data, or the image file.
@@ -79,25 +53,29 @@ def with_sizes(
         missing: as in :func:`with_images`.
 
     Returns:
-        Remaining items, their answers, and the images of unknown size with the ids of the items that need them.
+        Remaining items, and the images of unknown size with the ids of the items that need them.
 
     Raises:
-        DataError: sizes are unknown and ``missing="fail"``.
+        DataError: sizes are unknown and ``missing="fail"``, or no item is left.
     """
-    check_choice("missing", missing, MISSING)
     unknown: dict[str, list[str]] = {}
     for item, answer in zip(items, answers, strict=True):
-        known = item.sample.task != "location" or answer.image_size or item.extra.get("size")
-        if not known and image_size(item.sample) is None:
+        if item.sample.task == "location" and not (answer.image_size or item.image_size()):
             unknown.setdefault(item.sample.message_images[-1], []).append(item.sample.id)
-    if unknown and missing == "fail":
-        listed = "\n  ".join(unknown)
+    problem = "the size of {files} images is unknown (in {root}), but the box format has relative coordinates"
+    return _without(items, unknown, missing, problem), unknown
+
+
+def _without(items: Sequence[Item], absent: Mapping[str, list[str]], missing: str, problem: str) -> list[Item]:
+    """Items that need none of the ``absent`` files (path -> ids of items)."""
+    check_choice("missing", missing, MISSING)
+    skipped = {sample_id for sample_ids in absent.values() for sample_id in sample_ids}
+    kept = [item for item in items if item.sample.id not in skipped]
+    if absent and (missing == "fail" or not kept):
+        problem = problem.format(files=len(absent), items=len(skipped), root=items[0].sample.image_root)
+        listed = "\n  ".join(absent)
         raise DataError(
-            f"the size of {len(unknown)} images is unknown, but the box format has relative coordinates. Pass the "
-            f"folder of the images with --images (now {items[0].sample.image_root}), or leave these items out with "
-            f"--missing skip.\n  {listed}",
+            f"{problem}; pass the right folder with --images, or leave the items out with --missing skip.\n  {listed}",
             kind="image",
         )
-    skipped = {sample_id for sample_ids in unknown.values() for sample_id in sample_ids}
-    kept = [pair for pair in zip(items, answers, strict=True) if pair[0].sample.id not in skipped]
-    return [item for item, _ in kept], [answer for _, answer in kept], unknown
+    return kept

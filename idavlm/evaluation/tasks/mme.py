@@ -13,7 +13,6 @@ from idavlm.evaluation.tasks.benchmark_records import question_sample
 from idavlm.utils import markdown_table
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def load_mme(data: Path, images: Path | None) -> list[Item]:
@@ -25,35 +24,23 @@ def load_mme(data: Path, images: Path | None) -> list[Item]:
     if not data.is_dir():
         raise DataError(f"{data} is not a folder; pass the release of MME, which has one folder per category.")
     for text in sorted(data.rglob("*.txt")):
-        folder = text.parent.parent if text.parent.name == "questions_answers_YN" else text.parent
+        separate = text.parent.name == "questions_answers_YN"
+        folder = text.parent.parent if separate else text.parent
         if folder == data:
             continue  # for example a readme
-        image_folder = folder.relative_to(data) / ("images" if text.parent != folder else "")
-        found = [
-            name
-            for suffix in _IMAGE_SUFFIXES
-            if (root / (name := str(image_folder / f"{text.stem}{suffix}"))).is_file()
-        ]
-        image = found[0] if found else str(image_folder / f"{text.stem}.jpg")
         category = folder.relative_to(data).as_posix()
+        image = f"{category}/images/{text.stem}" if separate else f"{category}/{text.stem}"
+        suffix = next((suffix for suffix in (".jpg", ".jpeg", ".png") if (root / (image + suffix)).is_file()), ".jpg")
+        groups = {"ability": "cognition" if category in COGNITION else "perception", "category": category}
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
         for number, line in enumerate(lines, 1):
             where = f"{text}:{number}"
             question, tab, answer = line.rpartition("\t")
             if not tab or parse_yes_no(answer) is None:
                 raise DataError(f"{line[:80]!r} is not a question, a tab, and Yes or No.", where=where)
-            sample = question_sample(
-                f"{category}/{text.stem}#{number}",
-                question.strip(),
-                [image],
-                task="mme",
-                where=where,
-                root=root,
-                answer=answer.strip(),
-            )
-            ability = "cognition" if category in COGNITION else "perception"
-            groups = {"ability": ability, "category": category}
-            items.append(Item(sample, groups, {"image": f"{category}/{text.stem}", "first": number == 1}))
+            record = {"id": f"{category}/{text.stem}#{number}", "text": question.strip(), "image": image + suffix}
+            sample = question_sample(record, where, root=root, task="mme", answer=answer.strip())
+            items.append(Item(sample, groups, {"first": number == 1}))
     if not items:
         raise DataError(f"{data} has no category folder with .txt files; pass the release of MME.")
     return items
@@ -65,38 +52,30 @@ def score_mme(items: Sequence[Item], answers: Sequence[Answer], parse_box: Parse
     right = [value is parse_yes_no(item.sample.answer) for value, item in zip(parsed, items, strict=True)]
     by_image: dict[str, list[bool]] = {}
     for item, correct in zip(items, right, strict=True):
-        by_image.setdefault(item.extra["image"], []).append(correct)
+        by_image.setdefault(item.sample.images[0], []).append(correct)
     predictions = []
     for item, answer, value, correct in zip(items, answers, parsed, right, strict=True):
-        scores, chance = {"accuracy": float(correct)}, {"accuracy": 0.5}
+        sample, scores, chance = item.sample, {"accuracy": float(correct)}, {"accuracy": 0.5}
         if item.extra["first"]:
-            image_results = by_image[item.extra["image"]]
-            scores["accuracy_plus"] = float(all(image_results))
-            chance["accuracy_plus"] = 0.5 ** len(image_results)
+            of_image = by_image[sample.images[0]]
+            scores["accuracy_plus"] = float(all(of_image))
+            chance["accuracy_plus"] = 0.5 ** len(of_image)
         text = answer.prediction or ""
-        sample = item.sample
-        predictions.append(
-            Prediction(sample.id, sample.task, text, sample.answer, scores, chance, parsed=value is not None)
-        )
+        predictions.append(Prediction(sample.id, "mme", text, sample.answer, scores, chance, parsed=value is not None))
     return EvaluationResult(predictions)
 
 
 def mme_scores(items: Sequence[Item], result: EvaluationResult) -> dict[str, float]:
     """The scores that MME reports: 100 (accuracy + accuracy+) per category, and their sums per ability."""
-    by_category: dict[str, list[Prediction]] = {}
-    ability = {}
-    for item, prediction in zip(items, result.predictions, strict=True):
-        by_category.setdefault(item.groups["category"], []).append(prediction)
-        ability[item.groups["category"]] = item.groups["ability"]
-    scores = {
-        category: 100 * sum(EvaluationResult(found).summary["mme"]["metrics"].values())
-        for category, found in by_category.items()
-    }
-    sums = {
-        f"{name} (sum)": sum(score for category, score in scores.items() if ability[category] == name)
-        for name in dict.fromkeys(ability.values())
-    }
-    return scores | sums
+    ability = {item.groups["category"]: item.groups["ability"] for item in items}
+    scores = {}
+    for category in ability:
+        pairs = zip(items, result.predictions, strict=True)
+        found = [prediction for item, prediction in pairs if item.groups["category"] == category]
+        scores[category] = 100 * sum(EvaluationResult(found).summary["mme"]["metrics"].values())
+    for name in dict.fromkeys(ability.values()):
+        scores[f"{name} (sum)"] = sum(scores[category] for category in ability if ability[category] == name)
+    return scores
 
 
 def _summary(items: Sequence[Item], result: EvaluationResult) -> str:

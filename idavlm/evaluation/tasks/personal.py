@@ -10,10 +10,15 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import field, images_of, iterate_records, question_sample
+from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample
 from idavlm.utils import markdown_table, plain_answer
 
-KINDS = ("recognition", "choice_v", "choice_t", "caption")
+PARSERS: dict[str, Callable[[str], object]] = {
+    "recognition": parse_yes_no,
+    "choice_v": parse_letter,
+    "choice_t": parse_letter,
+}
+"""Parser of the answers of each kind; the answer to a ``caption`` is free text."""
 
 
 def load_personal(data: Path, images: Path | None) -> list[Item]:
@@ -27,23 +32,15 @@ def load_personal(data: Path, images: Path | None) -> list[Item]:
     items = []
     for record, where in iterate_records(data):
         kind, concept = field(record, ("kind",), where), field(record, ("concept",), where)
-        if kind not in KINDS:
-            raise DataError(f"kind={kind!r} is not known; choose one of {', '.join(map(repr, KINDS))}.", where=where)
+        if kind not in (*PARSERS, "caption"):
+            choices = ", ".join(map(repr, (*PARSERS, "caption")))
+            raise DataError(f"kind={kind!r} is not known; choose one of {choices}.", where=where)
         answer = concept if kind == "caption" else field(record, ("answer",), where)
-        if kind != "caption" and _PARSERS[kind](answer) is None:
+        if kind != "caption" and PARSERS[kind](answer) is None:
             raise DataError(
                 f"answer={answer!r} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
             )
-        sample = question_sample(
-            str(field(record, ("id", "question_id"), where, kind=(str, int))),
-            field(record, ("text", "question"), where),
-            images_of(record, where),
-            task=kind,
-            where=where,
-            root=root,
-            answer=answer,
-            identities=record.get("identities", ()),
-        )
+        sample = question_sample(record, where, root=root, task=kind, answer=answer)
         items.append(Item(sample, {"kind": kind, "concept": concept}))
     return items
 
@@ -58,9 +55,10 @@ def score_personal(items: Sequence[Item], answers: Sequence[Answer], parse_box: 
             found = re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", plain_answer(text), re.IGNORECASE)
             scores = {"recall": float(found is not None)}
         else:
-            predicted, right = _PARSERS[kind](text), _PARSERS[kind](gold)
+            predicted, right = PARSERS[kind](text), PARSERS[kind](gold)
+            parsed = predicted is not None
             metric = "accuracy" if kind != "recognition" else "positive" if right else "negative"
-            scores, parsed = {metric: float(predicted == right and predicted is not None)}, predicted is not None
+            scores = {metric: float(parsed and predicted == right)}
             chance = {metric: 0.5} if kind == "recognition" else {}
         predictions.append(Prediction(item.sample.id, kind, text, gold, scores, chance, parsed=parsed))
     return EvaluationResult(predictions)
@@ -78,12 +76,6 @@ def _summary(items: Sequence[Item], result: EvaluationResult) -> str:
     rows = [[name, f"{score:.3f}"] for name, score in recognition_scores(result).items()]
     return "## Recognition\n\n" + markdown_table(["", "accuracy"], rows) if rows else ""
 
-
-_PARSERS: dict[str, Callable[[str], object]] = {
-    "recognition": parse_yes_no,
-    "choice_v": parse_letter,
-    "choice_t": parse_letter,
-}
 
 PERSONAL = EvaluationTask(
     name="personal",

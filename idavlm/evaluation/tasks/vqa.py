@@ -10,7 +10,7 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox, word_f1, words
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import field, images_of, iterate_records, question_sample
+from idavlm.evaluation.tasks.benchmark_records import iterate_records, question_sample
 from idavlm.utils import plain_answer
 
 
@@ -31,16 +31,8 @@ def load_vqa(data: Path, images: Path | None) -> list[Item]:
             raise DataError(f"answers={right} must be texts.", where=where)
         if not all(fact and all(isinstance(text, str) for text in fact) for fact in facts):
             raise DataError(f"facts={record['facts']} must be texts, or lists of wordings of one fact.", where=where)
-        sample = question_sample(
-            str(field(record, ("question_id", "id"), where, kind=(str, int))),
-            field(record, ("text", "question"), where),
-            images_of(record, where),
-            task="vqa",
-            where=where,
-            root=root,
-            answer=right[0] if right else "; ".join(fact[0] for fact in facts),
-            identities=record.get("identities", ()),
-        )
+        answer = right[0] if right else "; ".join(fact[0] for fact in facts)
+        sample = question_sample(record, where, root=root, task="vqa", answer=answer)
         groups = {"category": str(record.get("category", "all"))}
         items.append(Item(sample, groups, {"answers": right, "facts": facts}))
     return items
@@ -76,8 +68,14 @@ def write_llava_answers(path: Path, items: Sequence[Item], answers: Sequence[Ans
     """Write LLaVA's answer file: ``{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`` lines."""
     with path.open("w", encoding="utf-8") as file:
         for item, answer in zip(items, answers, strict=True):
-            line = {"question_id": item.sample.id, "prompt": answer.question, "text": answer.prediction or ""}
-            line |= {"answer_id": item.sample.id, "model_id": model, "metadata": {}}
+            line = {
+                "question_id": item.sample.id,
+                "prompt": answer.question,
+                "text": answer.prediction or "",
+                "answer_id": item.sample.id,
+                "model_id": model,
+                "metadata": {},
+            }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

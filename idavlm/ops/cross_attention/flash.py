@@ -4,23 +4,14 @@ import torch
 from torch import Tensor
 
 from idavlm.ops.cross_attention.sdpa import attention_weights, cast_for_autocast
-from idavlm.ops.cross_attention.segments import Segments, add_key_bias, repeat_shared
+from idavlm.ops.cross_attention.segments import Options, Segments, add_key_bias, repeat_shared
 
 
 def flash_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    segments: Segments,
-    scale: float,
-    key_bias: Tensor | None,
-    key_groups: Tensor | None,
-    num_key_groups: int,
-    output_attentions: bool,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.cross_attention`, all required. Shared queries are copied per segment."""
-    q, k, v, key_bias = cast_for_autocast(q, k, v, key_bias)
+    """One call for all segments. Shared queries are copied per segment."""
+    q, k, v, key_bias = cast_for_autocast(q, k, v, options.key_bias)
     _check(q)
     try:
         from flash_attn import flash_attn_varlen_func
@@ -39,14 +30,14 @@ def flash_cross_attention(
         _segment_starts(segments.cu_seqlens_k, segments.num, segments.max_seqlen_k, q.device),
         segments.max_seqlen_q,
         segments.max_seqlen_k,
-        softmax_scale=scale,
+        softmax_scale=options.scale,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     if dense:
         output = output.unflatten(0, (segments.num, segments.max_seqlen_q))
-    if not output_attentions:
+    if not options.output_attentions:
         return output, None
-    return output, attention_weights(q, k, segments, scale, key_groups, num_key_groups)
+    return output, attention_weights(q, k, segments, options)
 
 
 def _segment_starts(cu_seqlens: Tensor | None, num: int, length: int, device: torch.device) -> Tensor:

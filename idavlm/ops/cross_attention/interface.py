@@ -8,7 +8,7 @@ from torch import Tensor
 from idavlm.ops.cross_attention.eager import eager_cross_attention
 from idavlm.ops.cross_attention.flash import flash_cross_attention
 from idavlm.ops.cross_attention.sdpa import sdpa_cross_attention
-from idavlm.ops.cross_attention.segments import Segments
+from idavlm.ops.cross_attention.segments import Options, Segments
 from idavlm.ops.cross_attention.triton_backend import triton_cross_attention
 from idavlm.utils import check_choice, check_positive, outside_compile
 
@@ -100,17 +100,10 @@ def cross_attention(
     if num_segments == 0:
         output, attentions = _no_segments(q, k, v, max_seqlen_q, max_seqlen_k, num_key_groups)
     else:
-        output, attentions = _IMPLEMENTATIONS[attn_implementation](
-            q,
-            k,
-            v,
-            segments=Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            key_bias=key_bias,
-            key_groups=key_groups,
-            num_key_groups=num_key_groups,
-            output_attentions=output_attentions,
-        )
+        segments = Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        options = Options(scale, key_bias, key_groups, num_key_groups, output_attentions)
+        output, attentions = _IMPLEMENTATIONS[attn_implementation](q, k, v, segments, options)
     if equal_q:
         output = output.flatten(0, 1)
         if key_groups is not None and output_attentions:

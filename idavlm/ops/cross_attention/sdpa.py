@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idavlm.ops.cross_attention.segments import (
+    Options,
     Segments,
     add_key_bias,
     group_sums,
@@ -25,39 +26,20 @@ from idavlm.utils import outside_compile
 
 
 def sdpa_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    segments: Segments,
-    scale: float,
-    key_bias: Tensor | None,
-    key_groups: Tensor | None,
-    num_key_groups: int,
-    output_attentions: bool,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.cross_attention`, all required."""
-    q, k = repeat_shared(q, segments), add_key_bias(k, key_bias, segments)
-    cu_seqlens_q, cu_seqlens_k = segments.cu_seqlens_q, segments.cu_seqlens_k
-    if cu_seqlens_q is None and cu_seqlens_k is None:
-        output = _dense(q, k, v, scale=scale)
+    """One call for dense input, else one call per length or one padded call."""
+    q, k = repeat_shared(q, segments), add_key_bias(k, options.key_bias, segments)
+    if segments.cu_seqlens_q is None and segments.cu_seqlens_k is None:
+        output = _dense(q, k, v, scale=options.scale)
     elif q.device.type == "cpu":
-        output = _bucketed(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        output = _bucketed(q, k, v, segments, options.scale)
     else:
-        output = _padded(q, k, v, cu_seqlens_q, cu_seqlens_k, segments.max_seqlen_q, segments.max_seqlen_k, scale)
-    if not output_attentions:
-        return output, None
-    return output, attention_weights(q, k, segments, scale, key_groups, num_key_groups)
+        output = _padded(q, k, v, segments, options.scale)
+    return output, attention_weights(q, k, segments, options) if options.output_attentions else None
 
 
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    segments: Segments,
-    scale: float,
-    key_groups: Tensor | None = None,
-    num_key_groups: int = 0,
-) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, segments: Segments, options: Options) -> Tensor:
     """Attention weights in float32, which fused kernels do not return, or their sums over groups of keys."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     num_queries = len(q)
@@ -65,7 +47,7 @@ def attention_weights(
     with torch.autocast(q.device.type, enabled=False):
         q = pad_segments(q, cu_seqlens_q, segments.max_seqlen_q).to(dtype)
         k = pad_segments(k, cu_seqlens_k, segments.max_seqlen_k).to(dtype)
-        scores = torch.einsum("nqhd,nkhd->nhqk", q * scale, k)
+        scores = torch.einsum("nqhd,nkhd->nhqk", q * options.scale, k)
         if cu_seqlens_k is None:
             weights = scores.softmax(dim=-1)
         else:
@@ -74,9 +56,7 @@ def attention_weights(
             weights = scores.masked_fill(absent, lowest).softmax(dim=-1).masked_fill(absent, 0)
         if cu_seqlens_q is not None:
             weights = weights * length_mask(cu_seqlens_q, segments.max_seqlen_q)[:, None, :, None]
-    if key_groups is None:
-        return weights
-    return group_sums(weights, key_groups, num_key_groups, num_queries, segments)
+    return weights if options.key_groups is None else group_sums(weights, num_queries, segments, options)
 
 
 def cast_for_autocast(q: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -99,48 +79,32 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
 
 
 @outside_compile
-def _bucketed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float
-) -> Tensor:
-    segments = list(
-        zip(
-            split_segments(q, cu_seqlens_q),
-            split_segments(k, cu_seqlens_k),
-            split_segments(v, cu_seqlens_k),
-            strict=True,
-        )
-    )
+def _bucketed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    keys, values = (split_segments(x, segments.cu_seqlens_k) for x in (k, v))
+    inputs = list(zip(split_segments(q, segments.cu_seqlens_q), keys, values, strict=True))
     buckets = defaultdict(list)
-    for number, (queries, keys, _) in enumerate(segments):
+    for number, (queries, keys, _) in enumerate(inputs):
         buckets[len(queries), len(keys)].append(number)
-    outputs = [q] * len(segments)
+    outputs = [q] * len(inputs)
     for numbers in buckets.values():
-        batch = zip(*(segments[number] for number in numbers), strict=True)
+        batch = zip(*(inputs[number] for number in numbers), strict=True)
         output = _dense(*(x[0][None] if len(x) == 1 else torch.stack(x) for x in batch), scale=scale)
         for number, segment in zip(numbers, output.unbind(0), strict=True):
             outputs[number] = segment
-    return torch.stack(outputs) if cu_seqlens_q is None else torch.cat(outputs)
+    return torch.stack(outputs) if segments.cu_seqlens_q is None else torch.cat(outputs)
 
 
-def _padded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-) -> Tensor:
+def _padded(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    cu_seqlens_q, cu_seqlens_k = segments.cu_seqlens_q, segments.cu_seqlens_k
     # At least one key: a segment without keys attends to one zero vector, so its output and gradients are zero.
-    max_seqlen_k = max(max_seqlen_k, 1)
+    max_seqlen_k = max(segments.max_seqlen_k, 1)
     mask = None
     if cu_seqlens_k is not None:
         mask = length_mask(cu_seqlens_k, max_seqlen_k)
         mask[:, 0] = True
         mask = mask[:, None, None]
     output = _dense(
-        pad_segments(q, cu_seqlens_q, max_seqlen_q),
+        pad_segments(q, cu_seqlens_q, segments.max_seqlen_q),
         pad_segments(k, cu_seqlens_k, max_seqlen_k),
         pad_segments(v, cu_seqlens_k, max_seqlen_k),
         scale=scale,

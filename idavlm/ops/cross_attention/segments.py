@@ -17,6 +17,17 @@ class Segments:
     max_seqlen_k: int
 
 
+@dataclass(frozen=True)
+class Options:
+    """The other arguments of :func:`idavlm.cross_attention`, with defaults filled in."""
+
+    scale: float
+    key_bias: Tensor | None
+    key_groups: Tensor | None
+    num_key_groups: int
+    output_attentions: bool
+
+
 def repeat_shared(q: Tensor, segments: Segments) -> Tensor:
     """Shared queries ``[Lq, H, D]`` as a dense view ``[N, Lq, H, D]``; other queries are returned unchanged."""
     shared = q.dim() == 3 and segments.cu_seqlens_q is None
@@ -37,9 +48,10 @@ def add_key_bias(k: Tensor, key_bias: Tensor | None, segments: Segments) -> Tens
     return k + key_bias[positions % len(key_bias)]
 
 
-def group_sums(weights: Tensor, key_groups: Tensor, num_groups: int, num_queries: int, segments: Segments) -> Tensor:
+def group_sums(weights: Tensor, num_queries: int, segments: Segments, options: Options) -> Tensor:
     """Sum weights ``[N, H, Lq, Lk]`` over the keys of each group: ``[N, Lq, H, G]``, or packed ``[Tq, H, G]``."""
-    one_hot = (key_groups[..., None] == torch.arange(num_groups, device=key_groups.device)).to(weights.dtype)
+    groups = torch.arange(options.num_key_groups, device=weights.device)
+    one_hot = (options.key_groups[..., None] == groups).to(weights.dtype)
     one_hot = pad_segments(one_hot, segments.cu_seqlens_k, segments.max_seqlen_k)
     with torch.autocast(weights.device.type, enabled=False):
         sums = torch.einsum("nhqk,nkg->nqhg", weights, one_hot)

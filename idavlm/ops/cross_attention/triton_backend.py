@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from idavlm.ops.cross_attention.sdpa import attention_weights, cast_for_autocast
-from idavlm.ops.cross_attention.segments import Segments, add_key_bias, repeat_shared
+from idavlm.ops.cross_attention.segments import Options, Segments, add_key_bias, repeat_shared
 
 MAX_HEAD_DIM = 256
 
@@ -16,29 +16,21 @@ GROUPS_PER_PASS = 32
 
 
 def triton_cross_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    segments: Segments,
-    scale: float,
-    key_bias: Tensor | None,
-    key_groups: Tensor | None,
-    num_key_groups: int,
-    output_attentions: bool,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as in :func:`idavlm.cross_attention`, all required. Shared queries are not repeated."""
-    q, k, v, key_bias = cast_for_autocast(q, k, v, key_bias)
+    """One call for up to :data:`GROUPS_PER_PASS` groups. Shared queries are not repeated."""
+    q, k, v, key_bias = cast_for_autocast(q, k, v, options.key_bias)
     _check(q, k, v, key_bias)
     from idavlm.ops.cross_attention.triton.operator import fused_cross_attention
 
+    key_groups, num_groups = options.key_groups, options.num_key_groups
     shared = q.dim() == 3 and segments.cu_seqlens_q is None
     dense = segments.cu_seqlens_q is None
     packed_q = q if q.dim() == 3 else q.flatten(0, 1)
     packed_k, packed_v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (k, v))
-    with_sums = output_attentions and key_groups is not None
+    with_sums = options.output_attentions and key_groups is not None
     outputs, sums = [], []
-    for first in range(0, num_key_groups if with_sums else 1, GROUPS_PER_PASS):
+    for first in range(0, num_groups if with_sums else 1, GROUPS_PER_PASS):
         out, partial_sums, _ = fused_cross_attention(
             packed_q,
             packed_k,
@@ -50,9 +42,9 @@ def triton_cross_attention(
             segments.num,
             segments.max_seqlen_q,
             segments.max_seqlen_k,
-            min(num_key_groups - first, GROUPS_PER_PASS) if with_sums else 0,
+            min(num_groups - first, GROUPS_PER_PASS) if with_sums else 0,
             shared,
-            scale,
+            options.scale,
         )
         outputs.append(out)
         sums.append(partial_sums)
@@ -60,12 +52,12 @@ def triton_cross_attention(
     output, group_sums = outputs[0], sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)
     if dense:
         output, group_sums = output.unflatten(0, shape), group_sums.unflatten(0, shape)
-    if not output_attentions:
+    if not options.output_attentions:
         return output, None
     if with_sums:
         return output, group_sums
-    weights = attention_weights(repeat_shared(q, segments), add_key_bias(k, key_bias, segments), segments, scale)
-    return output, weights
+    k = add_key_bias(k, key_bias, segments)
+    return output, attention_weights(repeat_shared(q, segments), k, segments, options)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> None:

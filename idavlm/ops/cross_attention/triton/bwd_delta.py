@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from idavlm.ops.cross_attention.triton.device_functions import load_rows, row_mask, row_pointers
+from idavlm.ops.cross_attention.triton.device_functions import group_elements, row_mask, row_pointers
 
 
 @triton.jit
@@ -30,13 +30,14 @@ def bwd_delta(
     rows = tl.arange(0, BLOCK_Q)
     left = num_rows - first
     base = (first * num_heads + head) * HEAD_DIM
-    outputs = load_rows(out + base, rows, left, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D).to(tl.float32)
-    grads = load_rows(grad_out + base, rows, left, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D).to(tl.float32)
-    mean = tl.sum(outputs * grads, 1)
+    mask = row_mask(rows, left, HEAD_DIM, BLOCK_D)
+    outputs = tl.load(row_pointers(out + base, rows, num_heads * HEAD_DIM, BLOCK_D), mask=mask, other=0.0)
+    grads = tl.load(row_pointers(grad_out + base, rows, num_heads * HEAD_DIM, BLOCK_D), mask=mask, other=0.0)
+    mean = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
     if GROUPS:
         base = (first * num_heads + head) * num_groups
-        mask = row_mask(rows, left, GROUPS, GROUPS) & (tl.arange(0, GROUPS)[None, :] < num_groups)
-        shares = tl.load(row_pointers(sums + base, rows, num_heads * num_groups, GROUPS), mask=mask, other=0.0)
-        grads = tl.load(row_pointers(grad_sums + base, rows, num_heads * num_groups, GROUPS), mask=mask, other=0.0)
-        mean += tl.sum(shares * grads, 1)
+        pointers, mask = group_elements(sums + base, rows, left, num_heads, num_groups, GROUPS)
+        shares = tl.load(pointers, mask=mask, other=0.0)
+        pointers, mask = group_elements(grad_sums + base, rows, left, num_heads, num_groups, GROUPS)
+        mean += tl.sum(shares * tl.load(pointers, mask=mask, other=0.0), 1)
     tl.store(delta + head.to(tl.int64) * num_rows + first + rows, mean, mask=rows < left)

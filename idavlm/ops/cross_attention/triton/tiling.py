@@ -41,7 +41,7 @@ class Tiling(NamedTuple):
         bwd_dq_shared: the same kernel for queries that all segments share.
         fuse_dq: ``bwd_dkdv`` also accumulates the gradient of the queries, with atomic additions; no ``bwd_dq``.
         bwd_dv: a separate pass of ``bwd_dkdv`` for the values; None: the first pass computes both gradients.
-        fwd_warp_specialized: forward kernel with load-only warps, where possible (``launch.py``); None: ``fwd``.
+        fwd_warp_specialized: forward kernel with load-only warps, where Triton can compile it; None: ``fwd``.
     """
 
     fwd: Tile
@@ -253,10 +253,7 @@ def _read(path: Path) -> dict:
 
 
 def _parse(entry: dict) -> Tiling:
-    tiles = {name: _parse_tile(entry[name]) for name in KERNELS}
-    tiles |= {name: _parse_tile(entry[name]) for name in OPTIONAL_KERNELS if entry.get(name)}
+    fields = {name: entry[name] for name in KERNELS}
+    fields |= {name: entry[name] for name in OPTIONAL_KERNELS if entry.get(name)}
+    tiles = {name: Tile(*map(int, values[:4]), *map(bool, values[4:])) for name, values in fields.items()}
     return Tiling(**tiles, fuse_dq=bool(entry["fuse_dq"]))
-
-
-def _parse_tile(fields: list) -> Tile:
-    return Tile(*map(int, fields[:4]), *map(bool, fields[4:]))
