@@ -76,8 +76,8 @@ def mean_name_embeddings(
     """
     device, dtype = inputs_embeds.device, inputs_embeds.dtype
     token_identity_index, name_mask = token_identity_index.to(device), name_mask.to(device)
-    is_name = name_mask & (token_identity_index < num_identities)
-    spelled = F.one_hot(token_identity_index.where(is_name, num_identities), num_identities + 1)[..., :-1].to(dtype)
+    in_name = name_mask & (token_identity_index < num_identities)
+    spelled = F.one_hot(token_identity_index.where(in_name, num_identities), num_identities + 1)[..., :-1].to(dtype)
     return spelled.mT @ inputs_embeds / spelled.sum(1).clamp(min=1)[..., None]
 
 
