@@ -66,18 +66,16 @@ def takes_cache(method: Callable) -> Callable:
 def auto_image_processor() -> type:
     """``AutoImageProcessor``, whether torchvision is installed or not.
 
-    Where torchvision is missing, ``from transformers import AutoImageProcessor`` returns a placeholder that raises
-    ImportError in transformers before 5.18. The class itself does not need torchvision: it falls back to processors
-    that use Pillow.
+    Without torchvision, ``from transformers import AutoImageProcessor`` returns a placeholder that raises ImportError
+    before transformers 5.18. The class itself falls back to processors that use Pillow.
     """
     return importlib.import_module("transformers.models.auto.image_processing_auto").AutoImageProcessor
 
 
 def pil_image_processor(model: str, name: str) -> type:
-    """The image processor ``name`` of the transformers model ``model`` that uses Pillow and does not need torchvision.
+    """The image processor ``name`` of the transformers model ``model`` that uses Pillow instead of torchvision.
 
-    transformers 5 defines it in ``image_processing_pil_<model>.py`` under the name with the suffix ``Pil``. A model
-    without that file has one processor only, which is returned.
+    transformers 5 defines it as ``<name>Pil`` in a file of its own. A model without that file has one processor only.
     """
     try:
         module = importlib.import_module(f"transformers.models.{model}.image_processing_pil_{model}")

@@ -93,24 +93,20 @@ class IDAVLMConfig(PretrainedConfig):
                     f"{self.connector!r} they are the same number: leave image_seq_length out."
                 )
             self.image_seq_length = num_queries
-        if self.connector == "id_former":
-            self._check_id_former()
-        if self.null_name_token_id is not None and self.connector_config.get("identity_embedding") != "name":
-            raise ValueError(
-                f"null_name_token_id={self.null_name_token_id} needs an ID-Former with identity_embedding='name'; "
-                "leave it out."
-            )
-
-    def _check_id_former(self) -> None:
-        if self.vision_feature_select != "patch":
+        if self.connector == "id_former" and self.vision_feature_select != "patch":
             raise ValueError(
                 f"vision_feature_select={self.vision_feature_select!r} does not work with an ID-Former, which needs a "
                 "grid of patches; use 'patch'."
             )
-        if "connector" in (self.inner_adaptors or {}).get("modules_to_copy", ()):
+        if self.connector == "id_former" and "connector" in (self.inner_adaptors or {}).get("modules_to_copy", ()):
             raise ValueError(
                 "inner_adaptors: modules_to_copy holds 'connector', but all workflows share connector='id_former'; "
                 "leave it out, or choose another connector."
+            )
+        if self.null_name_token_id is not None and self.connector_config.get("identity_embedding") != "name":
+            raise ValueError(
+                f"null_name_token_id={self.null_name_token_id} needs an ID-Former with identity_embedding='name'; "
+                "leave it out."
             )
 
     def get_text_config(self, *args, **kwargs):

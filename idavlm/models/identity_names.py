@@ -12,9 +12,6 @@ from idavlm.utils import IGNORE_INDEX, ImageRole
 NO_IDENTITY = -1
 """Value of ``token_identity_index`` for tokens that are not about an identity."""
 
-_CACHE_SIZE = 100_000
-"""Largest number of spellings and token texts kept per tokenizer. The same few occur in every sample."""
-
 
 def find_names(tokenizer, input_ids: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> list[int]:
     """Return for each token the identity whose name it spells, or -1.
@@ -79,8 +76,8 @@ def mean_name_embeddings(
     """
     device, dtype = inputs_embeds.device, inputs_embeds.dtype
     token_identity_index, name_mask = token_identity_index.to(device), name_mask.to(device)
-    is_name = name_mask & (token_identity_index < num_identities)
-    spelled = F.one_hot(token_identity_index.where(is_name, num_identities), num_identities + 1)[..., :-1].to(dtype)
+    in_name = name_mask & (token_identity_index < num_identities)
+    spelled = F.one_hot(token_identity_index.where(in_name, num_identities), num_identities + 1)[..., :-1].to(dtype)
     return spelled.mT @ inputs_embeds / spelled.sum(1).clamp(min=1)[..., None]
 
 
@@ -106,7 +103,7 @@ def count_identities(images: ImageBatch) -> int:
 
 def _cached(tokenizer, content: str) -> dict:
     cache = tokenizer_cache(tokenizer).setdefault(content, {})
-    if len(cache) > _CACHE_SIZE:
+    if len(cache) > 100_000:  # the same few names and tokens occur in every sample
         cache.clear()
     return cache
 

@@ -7,14 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """Features of all images of a batch and the tensors that describe them.
+    """Features ``[I, P, Cv]`` of all images of a batch, their grid if it is known, and the tensors that describe them.
 
-    Attributes:
-        features: ``[I, P, Cv]`` features of the vision tower.
-        grid_size: rows and columns of the patches, or None if they are not a known grid.
-        image_roles: ``[I]``, see :class:`idavlm.ImageRole`.
-        sample_index: ``[I]`` row of the batch each image belongs to.
-        identity_index: ``[I]`` identity of each reference within its sample, or None.
+    Attributes as in :meth:`idavlm.IDFormer.forward`.
     """
 
     features: Tensor

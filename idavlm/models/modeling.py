@@ -502,8 +502,7 @@ def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: 
 def head_at_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
     """Apply ``head`` to hidden states ``[B, T, C]`` at ``positions`` ``[B, T]`` only, as ``[1, N, C]``.
 
-    Most of a prompt is images, and vocabularies are large. What the language model does to its logits after the head,
-    such as scaling or capping, still happens.
+    What the language model does to its logits after the head, such as scaling or capping, still happens.
     """
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions.to(inputs[0].device)][None],))
     try:

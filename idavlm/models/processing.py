@@ -200,10 +200,7 @@ class IDAVLMProcessor(ProcessorMixin):
         return self._boxes.parse(text, image_size, name=name)
 
     def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
-        """Load and prepare an image file.
-
-        Returns:
-            Pixels ``[3, H, W]``, and the (height, width) of the original.
+        """Load and prepare an image file: pixels ``[3, H, W]``, and the (height, width) of the original.
 
         Raises:
             DataError: the image cannot be read, or there is no root.
@@ -291,7 +288,7 @@ class IDAVLMProcessor(ProcessorMixin):
         return tuple(row.repeat_interleave(repeats) for row in rows)
 
     def _box_tensors(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-        """Return the boxes of identities with references as far as the image processor keeps them.
+        """Return the boxes of identities with references, as far as the image processor keeps them.
 
         If an image occurs several times in the messages, its boxes belong to the first occurrence.
         """

@@ -68,10 +68,9 @@ class IdentityLayer(nn.Module):
         self.attention = CrossAttention(
             hidden_size=hidden_size, num_heads=num_heads, attn_implementation=attn_implementation
         )
-        self.feed_forward = (
-            FeedForward(hidden_size, intermediate_size, zero_init=gate == "zero_init") if feed_forward else None
-        )
-        if gate == "zero_init":
+        zero_init = gate == "zero_init"
+        self.feed_forward = FeedForward(hidden_size, intermediate_size, zero_init=zero_init) if feed_forward else None
+        if zero_init:
             nn.init.zeros_(self.attention.out_proj.weight)
         self.attention_gate = nn.Parameter(torch.zeros(())) if gate == "tanh" else None
         self.feed_forward_gate = nn.Parameter(torch.zeros(())) if gate == "tanh" and feed_forward else None
@@ -167,9 +166,8 @@ class IDFormer(nn.Module):
         check_choice("identity_embedding", identity_embedding, (None, "learned", "name"))
         if (identity_embedding == "learned") != (max_identities is not None):
             raise ValueError(
-                f"identity_embedding={identity_embedding!r} and max_identities={max_identities}: a learned embedding "
-                "needs max_identities, and nothing else has it; pass identity_embedding='learned' and max_identities "
-                "together, or neither."
+                f"identity_embedding={identity_embedding!r} and max_identities={max_identities}: pass "
+                "identity_embedding='learned' and max_identities together, or neither."
             )
         self._config = config
         self.detach_references = detach_references
@@ -198,11 +196,10 @@ class IDFormer(nn.Module):
             )
             for _ in range(num_identity_layers)
         )
-        self.identity_embedding = (
-            IdentityEmbedding(max_identities, self.resampler.output_size) if identity_embedding == "learned" else None
-        )
+        has_table = identity_embedding == "learned"
+        self.identity_embedding = IdentityEmbedding(max_identities, self.resampler.output_size) if has_table else None
         self.null_token = nn.Parameter(torch.empty(1, hidden_size)) if null_token else None
-        if self.null_token is not None:
+        if null_token:
             nn.init.trunc_normal_(self.null_token, std=0.02)
 
     @classmethod
@@ -463,9 +460,8 @@ class IDFormer(nn.Module):
                 "identities; pass the name of each identity."
             )
         num_columns = embeddings.shape[-2]
-        if num_columns == 0:
-            shares = image_tokens.new_zeros(*image_tokens.shape[:2], 0)
-        else:
+        shares = image_tokens.new_zeros(*image_tokens.shape[:2], 0)
+        if num_columns:
             shares = pool_identity_map(identity_map, grid_size, self.resampler.query_grid, num_columns)
         if groups.references is not None and len(groups.references) and num_columns:
             identities = torch.tensor(groups.identities, device=shares.device)

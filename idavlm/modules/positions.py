@@ -54,12 +54,12 @@ def one_hot_positions_2d(hidden_size: int, grid_size: tuple[int, int], *, dtype=
             f"channel for each of {rows} rows and {columns} columns."
         )
     channel = torch.arange(half, device=device)
-    codes = []
-    for count in (columns, rows):
+
+    def codes(count: int) -> Tensor:
         active = channel * count // half == torch.arange(count, device=device)[:, None]
-        codes.append(active.to(dtype or torch.float32) * (count / 2) ** 0.5)
-    column, row = codes
-    return torch.cat([column.repeat(rows, 1), row.repeat_interleave(columns, 0)], dim=1)
+        return active.to(dtype or torch.float32) * (count / 2) ** 0.5
+
+    return torch.cat([codes(columns).repeat(rows, 1), codes(rows).repeat_interleave(columns, 0)], dim=1)
 
 
 def resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:

@@ -104,11 +104,7 @@ class Resampler(nn.Module):
         return self.project_tokens(self.resample(self.project_patches(image_features), self.key_bias(grid_size)))
 
     def check_features(self, image_features: Tensor, grid_size: tuple[int, int] | None) -> tuple[int, int]:
-        """Check the shape of ``image_features`` and return the rows and columns of the patches.
-
-        Raises:
-            ValueError: the shape is not ``[I, P, Cv]``, or ``grid_size`` does not have P cells.
-        """
+        """Check that the features are ``[I, P, Cv]`` on a grid of P cells, and return its rows and columns."""
         if image_features.dim() != 3 or image_features.shape[-1] != self.vision_hidden_size:
             raise ValueError(
                 f"image_features has shape {tuple(image_features.shape)}; expected [I, P, {self.vision_hidden_size}], "

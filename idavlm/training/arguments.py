@@ -66,8 +66,21 @@ class IDTrainingArguments(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True removes image roles and boxes from the batches; use False.")
         self._check_stage()
-        self._check_loss_weights()
-        self._check_modules()
+        for source in self.loss_weights or {}:
+            check_choice("loss_weights", source, SOURCES)
+        self.loss_weights = dict.fromkeys(SOURCES, 1.0) | (self.loss_weights or {})
+        for source, weight in self.loss_weights.items():
+            if weight < 0:
+                raise ValueError(f"loss_weights[{source!r}]={weight} must be at least 0.")
+        self.module_learning_rates = dict(self.module_learning_rates or {})
+        for module in self.module_learning_rates:
+            check_choice("module_learning_rates", module, MODULES)
+        for module in self.freeze:
+            check_choice("freeze", module, MODULES)
+            if module in self.module_learning_rates:
+                raise ValueError(
+                    f"freeze holds {module!r}, but module_learning_rates sets a rate for it; remove one of them."
+                )
 
     def _check_stage(self) -> None:
         check_choice("stage", self.stage, STAGES)
@@ -88,22 +101,3 @@ class IDTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # The parameters of the language model and of the resampler get no gradient in this stage.
             self.ddp_find_unused_parameters = True
-
-    def _check_loss_weights(self) -> None:
-        for source in self.loss_weights or {}:
-            check_choice("loss_weights", source, SOURCES)
-        self.loss_weights = dict.fromkeys(SOURCES, 1.0) | (self.loss_weights or {})
-        for source, weight in self.loss_weights.items():
-            if weight < 0:
-                raise ValueError(f"loss_weights[{source!r}]={weight} must be at least 0.")
-
-    def _check_modules(self) -> None:
-        self.module_learning_rates = dict(self.module_learning_rates or {})
-        for module in self.module_learning_rates:
-            check_choice("module_learning_rates", module, MODULES)
-        for module in self.freeze:
-            check_choice("freeze", module, MODULES)
-            if module in self.module_learning_rates:
-                raise ValueError(
-                    f"freeze holds {module!r}, but module_learning_rates sets a rate for it; remove one of them."
-                )

@@ -79,8 +79,7 @@ class IDTrainer(Trainer):
         self.general_dataset = general_dataset
         self.task_evaluation = task_evaluation
         self._is_evaluating = False
-        self._loss_sums: dict[str, Tensor | float] = defaultdict(float)
-        self._loss_counts: dict[str, int] = defaultdict(int)
+        self._losses: dict[str, list[Tensor]] = defaultdict(list)
         self._pretraining_batches = self._pretraining_boxes = 0
         _freeze(model, args)
         if data_collator is None:
@@ -166,7 +165,7 @@ class IDTrainer(Trainer):
         if outputs.get("auxiliary_loss") is None:
             raise ValueError("stage='identity_pretraining' needs 'auxiliary_loss', which the model did not return.")
         if model.training:
-            self._record_loss("identity_map_loss", outputs["identity_map_loss"])
+            self._losses["identity_map_loss"].append(outputs["identity_map_loss"].detach())
         return self.args.loss_weights["identity"] * outputs["auxiliary_loss"], outputs
 
     def _instruction_tuning_loss(
@@ -199,22 +198,18 @@ class IDTrainer(Trainer):
             loss = loss + self.args.loss_weights["identity"] * auxiliary_loss
         if model.training:
             for name, value in losses.items():
-                self._record_loss(f"loss_{name}", value)
+                self._losses[f"loss_{name}"].append(value.detach())
             if "identity" in losses and outputs.get("identity_map_loss") is not None:
-                self._record_loss("identity_map_loss", outputs["identity_map_loss"])
+                self._losses["identity_map_loss"].append(outputs["identity_map_loss"].detach())
         return loss, outputs
-
-    def _record_loss(self, name: str, value: Tensor) -> None:
-        self._loss_sums[name] = self._loss_sums[name] + value.detach()
-        self._loss_counts[name] += 1
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """``Trainer.log``, with the mean of each recorded loss since the last entry of the training loss."""
         if "loss" in logs:
             for name in ("loss_identity", "loss_general", "identity_map_loss"):
-                count = self._loss_counts.pop(name, 0)
-                if count:
-                    mean = self.accelerator.reduce(self._loss_sums.pop(name) / count, reduction="mean")
+                losses = self._losses.pop(name, None)
+                if losses:
+                    mean = self.accelerator.reduce(sum(losses) / len(losses), reduction="mean")
                     logs[name] = round(mean.item(), 6)
         super().log(logs, *args, **kwargs)
 

@@ -4,12 +4,7 @@ from collections.abc import Iterable
 
 
 def markdown_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """Render a Markdown table. Vertical bars in cells are escaped, line breaks become spaces.
-
-    Args:
-        header: column titles.
-        rows: cells of each row; anything that ``str`` accepts.
-    """
+    """Render a Markdown table of cells that ``str`` accepts; escape vertical bars, replace line breaks by spaces."""
 
     def line(cells: Iterable[object]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -77,9 +77,8 @@ class InnerAdaptor(nn.ModuleDict):
         self.state = WorkflowState(tuple(options["workflows"]))
         self.hook_handles = []
         copied = {name: _module_to_copy(parts, name, connector) for name in options["modules_to_copy"]}
-        self.vocabulary = {
-            name: _vocabulary_size(module) for name, module in copied.items() if name in ("embeddings", "lm_head")
-        }
+        vocabularies = copied.keys() & {"embeddings", "lm_head"}
+        self.vocabulary = {name: _vocabulary_size(copied[name]) for name in vocabularies}
         kind = {"composition": options["composition"], "rank": options["rank"], "dtype": dtype}
         for workflow in options["workflows"]:
             layers = [
@@ -203,9 +202,7 @@ def new_inner_adaptor(language_model: nn.Module, options: dict, connector: nn.Mo
     for name in options["modules_to_copy"]:
         check_choice("modules_to_copy", name, MODULES_TO_COPY)
     if ("connector" in options["modules_to_copy"]) != (connector is not None):
-        raise ValueError(
-            "modules_to_copy=('connector',) and connector=<the module> belong together; pass both or neither."
-        )
+        raise ValueError("modules_to_copy=('connector',) and connector=<module> belong together; pass both or neither.")
     if any(hasattr(parameter, "ds_id") for parameter in language_model.parameters()):
         raise ValueError(
             "language_model is partitioned by ZeRO-3, so its layers cannot be copied; load it and add the adaptors "

@@ -13,7 +13,6 @@ from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
 
 FILE_NAME = "inner_adaptors.safetensors"
 _METADATA = "inner_adaptors"
-_NUM_VALUES = 4  # saved of every base layer tensor; enough to distinguish checkpoints of one architecture
 
 
 def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> Path:
@@ -110,7 +109,8 @@ def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
     for name, parameter in layers.named_parameters():
         tensor = tensors.get(f"{path}.{name}", parameter).detach()
         if tensor.is_floating_point() and tensor.numel():
-            indices = torch.linspace(0, tensor.numel() - 1, _NUM_VALUES, device=tensor.device).long()
+            # Four values are enough to distinguish checkpoints of one architecture.
+            indices = torch.linspace(0, tensor.numel() - 1, 4, device=tensor.device).long()
             values[name.replace(".base_layer", "")] = tensor.flatten()[indices].float().tolist()
     sizes = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
     return {"sizes": {name: getattr(config, name, None) for name in sizes}, "values": values}

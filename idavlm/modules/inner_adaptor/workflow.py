@@ -32,11 +32,7 @@ class WorkflowState:
         return previous
 
     def current(self) -> str:
-        """The active workflow; while a backward pass recomputes modules, the workflow of its forward pass.
-
-        Gradient checkpointing runs hooks again where a layer's ``__call__`` is recomputed (transformers before 5.23,
-        torch's ``CheckpointWrapper``). The active workflow may have changed since the forward pass.
-        """
+        """The active workflow; while a backward pass recomputes layers and their hooks, that of its forward pass."""
         if not _in_backward():
             return self.active
         if self.backward is None:
@@ -124,7 +120,7 @@ class DecoderHook:
 
 
 class VocabularyHook:
-    """Forward pre-hook of the language model: refuses embeddings or a head that were resized after copying."""
+    """Forward pre-hook of the language model: an error if embeddings or head were resized after they were copied."""
 
     def __init__(self, inner_adaptor: nn.Module):
         self.inner_adaptor = inner_adaptor
