@@ -236,14 +236,6 @@ class _Stream:
     The order of a pass is a pure function of (seed, name, pass). It comes from the loader's own samplers: their
     generators are seeded with (seed, name, pass), samplers with ``set_epoch`` (DistributedSampler, accelerate's) get
     the number of the pass, and torch's global generator is seeded temporarily for all others.
-
-    Args:
-        name: name of the stream, for messages and seeds.
-        loader: a DataLoader over a map-style dataset with automatic batching; may be prepared by accelerate.
-        seed: seed of the training run.
-
-    Raises:
-        ValueError: the loader cannot be indexed by batch.
     """
 
     def __init__(self, name: str, loader: DataLoader, seed: int) -> None:

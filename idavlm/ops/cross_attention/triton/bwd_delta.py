@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from idavlm.ops.cross_attention.triton.device_functions import group_elements, row_mask, row_pointers
+from idavlm.ops.cross_attention.triton import device_functions as device
 
 
 @triton.jit
@@ -30,14 +30,14 @@ def bwd_delta(
     rows = tl.arange(0, BLOCK_Q)
     left = num_rows - first
     base = (first * num_heads + head) * HEAD_DIM
-    mask = row_mask(rows, left, HEAD_DIM, BLOCK_D)
-    outputs = tl.load(row_pointers(out + base, rows, num_heads * HEAD_DIM, BLOCK_D), mask=mask, other=0.0)
-    grads = tl.load(row_pointers(grad_out + base, rows, num_heads * HEAD_DIM, BLOCK_D), mask=mask, other=0.0)
+    mask = device.row_mask(rows, left, HEAD_DIM, BLOCK_D)
+    outputs = tl.load(device.row_pointers(out + base, rows, num_heads * HEAD_DIM, BLOCK_D), mask=mask, other=0.0)
+    grads = tl.load(device.row_pointers(grad_out + base, rows, num_heads * HEAD_DIM, BLOCK_D), mask=mask, other=0.0)
     mean = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
     if GROUPS:
         base = (first * num_heads + head) * num_groups
-        pointers, mask = group_elements(sums + base, rows, left, num_heads, num_groups, GROUPS)
+        pointers, mask = device.group_elements(sums + base, rows, left, num_heads, num_groups, GROUPS)
         shares = tl.load(pointers, mask=mask, other=0.0)
-        pointers, mask = group_elements(grad_sums + base, rows, left, num_heads, num_groups, GROUPS)
+        pointers, mask = device.group_elements(grad_sums + base, rows, left, num_heads, num_groups, GROUPS)
         mean += tl.sum(shares * tl.load(pointers, mask=mask, other=0.0), 1)
     tl.store(delta + head.to(tl.int64) * num_rows + first + rows, mean, mask=rows < left)

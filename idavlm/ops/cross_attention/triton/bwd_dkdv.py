@@ -12,26 +12,7 @@ There are two ways to compute the gradient of the queries. The tuner measures bo
 import triton
 import triton.language as tl
 
-from idavlm.ops.cross_attention.triton.device_functions import (
-    cast,
-    contiguous_rows,
-    describe_keys,
-    describe_queries,
-    device_function,
-    dot,
-    group_elements,
-    key_group_one_hot,
-    load_segment,
-    next_first_item,
-    offset_rows,
-    read_keys,
-    read_rows,
-    row_mask,
-    row_pointers,
-    segment_keys,
-    segment_queries,
-    write_rows,
-)
+from idavlm.ops.cross_attention.triton import device_functions as device
 
 
 @triton.jit
@@ -40,53 +21,53 @@ def bwd_dkdv(inputs, backward, grad_q, grad_k, grad_v, OPTIONS: tl.constexpr):
 
     Blocks are assigned to programs as in ``fwd.py``.
     """
-    grad_out = contiguous_rows(backward.grad_out, inputs, OPTIONS)
-    grad_k = contiguous_rows(grad_k, inputs, OPTIONS)
-    grad_v = contiguous_rows(grad_v, inputs, OPTIONS)
+    grad_out = device.contiguous_rows(backward.grad_out, inputs, OPTIONS)
+    grad_k = device.contiguous_rows(grad_k, inputs, OPTIONS)
+    grad_v = device.contiguous_rows(grad_v, inputs, OPTIONS)
     if OPTIONS.TMA:
-        all_q = describe_queries(inputs.q, inputs, OPTIONS.SHARED_Q, OPTIONS)
-        all_k = describe_keys(inputs.k, inputs, OPTIONS)
-        all_v = describe_keys(inputs.v, inputs, OPTIONS)
-        all_do = describe_queries(grad_out, inputs, False, OPTIONS)
-        all_dk = describe_keys(grad_k, inputs, OPTIONS)
-        all_dv = describe_keys(grad_v, inputs, OPTIONS)
+        all_q = device.describe_queries(inputs.q, inputs, OPTIONS.SHARED_Q, OPTIONS)
+        all_k = device.describe_keys(inputs.k, inputs, OPTIONS)
+        all_v = device.describe_keys(inputs.v, inputs, OPTIONS)
+        all_do = device.describe_queries(grad_out, inputs, False, OPTIONS)
+        all_dk = device.describe_keys(grad_k, inputs, OPTIONS)
+        all_dv = device.describe_keys(grad_v, inputs, OPTIONS)
         first_item, programs = tl.program_id(0), tl.num_programs(0)
         for number in tl.range(inputs.num_segments, disable_licm=True):
-            segment = load_segment(number, inputs, OPTIONS)
+            segment = device.load_segment(number, inputs, OPTIONS)
             blocks = tl.cdiv(segment.rows_k, OPTIONS.BLOCK_K)
             items = blocks * inputs.num_heads
             if first_item < items:
-                segment_q = segment_queries(inputs.q, all_q, segment, inputs, OPTIONS.SHARED_Q, OPTIONS)
-                segment_k = segment_keys(inputs.k, all_k, segment, inputs, OPTIONS)
-                segment_v = segment_keys(inputs.v, all_v, segment, inputs, OPTIONS)
-                segment_do = segment_queries(grad_out, all_do, segment, inputs, False, OPTIONS)
-                segment_dk = segment_keys(grad_k, all_dk, segment, inputs, OPTIONS)
-                segment_dv = segment_keys(grad_v, all_dv, segment, inputs, OPTIONS)
+                segment_q = device.segment_queries(inputs.q, all_q, segment, inputs, OPTIONS.SHARED_Q, OPTIONS)
+                segment_k = device.segment_keys(inputs.k, all_k, segment, inputs, OPTIONS)
+                segment_v = device.segment_keys(inputs.v, all_v, segment, inputs, OPTIONS)
+                segment_do = device.segment_queries(grad_out, all_do, segment, inputs, False, OPTIONS)
+                segment_dk = device.segment_keys(grad_k, all_dk, segment, inputs, OPTIONS)
+                segment_dv = device.segment_keys(grad_v, all_dv, segment, inputs, OPTIONS)
                 for item in tl.range(first_item, items, programs, disable_licm=True):
                     head, start = item // blocks, (item % blocks) * OPTIONS.BLOCK_K
                     _bwd_dkdv_block(
                         segment_q, segment_k, segment_v, segment_do, grad_q, segment_dk, segment_dv, segment, head,
                         start, inputs, backward, OPTIONS,
                     )  # fmt: skip
-            first_item = next_first_item(first_item, items, programs)
+            first_item = device.next_first_item(first_item, items, programs)
     else:
         block, head = tl.program_id(0), tl.program_id(1)
-        segment = load_segment(block // inputs.num_blocks, inputs, OPTIONS)
+        segment = device.load_segment(block // inputs.num_blocks, inputs, OPTIONS)
         start = (block % inputs.num_blocks) * OPTIONS.BLOCK_K
         if start >= segment.rows_k:
             return
-        q = offset_rows(inputs.q, 0, head)
+        q = device.offset_rows(inputs.q, 0, head)
         if not OPTIONS.SHARED_Q:
-            q = offset_rows(q, segment.first_q, 0)
-        k = offset_rows(inputs.k, segment.first_k, head)
-        v = offset_rows(inputs.v, segment.first_k, head)
-        do = offset_rows(grad_out, segment.first_q, head)
-        dk = offset_rows(grad_k, segment.first_k, head)
-        dv = offset_rows(grad_v, segment.first_k, head)
+            q = device.offset_rows(q, segment.first_q, 0)
+        k = device.offset_rows(inputs.k, segment.first_k, head)
+        v = device.offset_rows(inputs.v, segment.first_k, head)
+        do = device.offset_rows(grad_out, segment.first_q, head)
+        dk = device.offset_rows(grad_k, segment.first_k, head)
+        dv = device.offset_rows(grad_v, segment.first_k, head)
         _bwd_dkdv_block(q, k, v, do, grad_q, dk, dv, segment, head, start, inputs, backward, OPTIONS)
 
 
-@device_function
+@device.device_function
 def _bwd_dkdv_block(
     q, k, v, grad_out, grad_q, grad_k, grad_v, segment, head, start_k, inputs, backward, OPTIONS: tl.constexpr
 ):
@@ -94,50 +75,50 @@ def _bwd_dkdv_block(
     columns = start_k + tl.arange(0, OPTIONS.BLOCK_K)
     bias = inputs.key_bias + head * OPTIONS.HEAD_DIM
     index_q = 0 if OPTIONS.SHARED_Q else segment.index_q
-    grad_q = contiguous_rows(grad_q, inputs, OPTIONS)
+    grad_q = device.contiguous_rows(grad_q, inputs, OPTIONS)
     if not OPTIONS.SHARED_Q:
-        grad_q = offset_rows(grad_q, segment.first_q, 0)
-    grad_q = offset_rows(grad_q, 0, head)
+        grad_q = device.offset_rows(grad_q, segment.first_q, 0)
+    grad_q = device.offset_rows(grad_q, 0, head)
     grad_sums = backward.grad_sums + (segment.first_q * inputs.num_heads + head) * inputs.num_groups
     lse = backward.lse + (segment.first_q + head.to(tl.int64) * inputs.num_rows)
     delta = backward.delta + (segment.first_q + head.to(tl.int64) * inputs.num_rows)
 
-    keys = read_keys(k, bias, segment, head, start_k, inputs, OPTIONS)
+    keys = device.read_keys(k, bias, segment, head, start_k, inputs, OPTIONS)
     if OPTIONS.COMPUTE_DK:
-        values = read_rows(v, segment.index_k, head, start_k, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
+        values = device.read_rows(v, segment.index_k, head, start_k, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
         if OPTIONS.GROUPS:
-            one_hot = key_group_one_hot(segment, start_k, inputs, tl.float32, OPTIONS)
+            one_hot = device.key_group_one_hot(segment, start_k, inputs, tl.float32, OPTIONS)
         dk = tl.full([OPTIONS.BLOCK_K, OPTIONS.BLOCK_D], 0.0, tl.float32)
     if OPTIONS.COMPUTE_DV:
         dv = tl.full([OPTIONS.BLOCK_K, OPTIONS.BLOCK_D], 0.0, tl.float32)
     for start in tl.range(0, segment.rows_q, OPTIONS.BLOCK_Q, disable_licm=OPTIONS.TMA):
         rows = start + tl.arange(0, OPTIONS.BLOCK_Q)
-        queries = read_rows(q, index_q, head, start, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
+        queries = device.read_rows(q, index_q, head, start, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
         # Infinity for rows past the end makes their weights zero.
         lse_tile = tl.load(lse + rows, mask=rows < segment.rows_q, other=float("inf"))
-        scores = dot(keys, tl.trans(queries), OPTIONS) * (inputs.scale * 1.4426950408889634)
+        scores = device.dot(keys, tl.trans(queries), OPTIONS) * (inputs.scale * 1.4426950408889634)
         weights = tl.exp2(tl.where(columns[:, None] < segment.rows_k, scores - lse_tile[None, :], float("-inf")))
-        do = read_rows(grad_out, segment.index_q, head, start, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
+        do = device.read_rows(grad_out, segment.index_q, head, start, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
         if OPTIONS.COMPUTE_DV:
-            dv += dot(cast(weights, do.dtype), do, OPTIONS)
+            dv += device.dot(device.cast(weights, do.dtype), do, OPTIONS)
         if OPTIONS.COMPUTE_DK:
-            grad_weights = dot(values, tl.trans(do), OPTIONS)
+            grad_weights = device.dot(values, tl.trans(do), OPTIONS)
             if OPTIONS.GROUPS:
-                pointers, mask = group_elements(
+                pointers, mask = device.group_elements(
                     grad_sums, rows, segment.rows_q, inputs.num_heads, inputs.num_groups, OPTIONS.GROUPS
                 )
-                grad_weights += dot(one_hot, tl.trans(tl.load(pointers, mask=mask, other=0.0)), OPTIONS)
+                grad_weights += device.dot(one_hot, tl.trans(tl.load(pointers, mask=mask, other=0.0)), OPTIONS)
             delta_tile = tl.load(delta + rows, mask=rows < segment.rows_q, other=0.0)
-            grad_scores = cast(weights * (grad_weights - delta_tile[None, :]), keys.dtype)
-            dk += dot(grad_scores, queries, OPTIONS)
+            grad_scores = device.cast(weights * (grad_weights - delta_tile[None, :]), keys.dtype)
+            dk += device.dot(grad_scores, queries, OPTIONS)
             if OPTIONS.FUSE_DQ:
-                dq = dot(tl.trans(grad_scores), keys, OPTIONS) * inputs.scale
-                mask = row_mask(rows, segment.rows_q, OPTIONS.HEAD_DIM, OPTIONS.BLOCK_D)
-                pointers = row_pointers(grad_q.data, rows, grad_q.stride, OPTIONS.BLOCK_D)
+                dq = device.dot(tl.trans(grad_scores), keys, OPTIONS) * inputs.scale
+                mask = device.row_mask(rows, segment.rows_q, OPTIONS.HEAD_DIM, OPTIONS.BLOCK_D)
+                pointers = device.row_pointers(grad_q.data, rows, grad_q.stride, OPTIONS.BLOCK_D)
                 tl.atomic_add(pointers, dq, mask=mask, sem="relaxed")
 
     if OPTIONS.COMPUTE_DK:
         dk *= inputs.scale
-        write_rows(grad_k, dk, segment.index_k, head, start_k, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
+        device.write_rows(grad_k, dk, segment.index_k, head, start_k, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
     if OPTIONS.COMPUTE_DV:
-        write_rows(grad_v, dv, segment.index_k, head, start_k, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
+        device.write_rows(grad_v, dv, segment.index_k, head, start_k, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)

@@ -3,25 +3,7 @@
 import triton
 import triton.language as tl
 
-from idavlm.ops.cross_attention.triton.device_functions import (
-    cast,
-    contiguous_rows,
-    describe_keys,
-    describe_queries,
-    device_function,
-    dot,
-    group_elements,
-    key_group_one_hot,
-    load_segment,
-    next_first_item,
-    offset_rows,
-    read_keys,
-    read_rows,
-    segment_keys,
-    segment_queries,
-    store_rows,
-    write_rows,
-)
+from idavlm.ops.cross_attention.triton import device_functions as device
 
 
 @triton.jit
@@ -32,80 +14,80 @@ def bwd_dq(inputs, backward, grad_q, OPTIONS: tl.constexpr):
     partial sum: ``grad_q`` is float32 ``[num_parts, Lq, H, D]``, and the first axis of the grid has
     ``num_parts * num_blocks`` programs.
     """
-    grad_out = contiguous_rows(backward.grad_out, inputs, OPTIONS)
-    grad_q = contiguous_rows(grad_q, inputs, OPTIONS)
+    grad_out = device.contiguous_rows(backward.grad_out, inputs, OPTIONS)
+    grad_q = device.contiguous_rows(grad_q, inputs, OPTIONS)
     if OPTIONS.TMA:
-        all_q = describe_queries(inputs.q, inputs, OPTIONS.SHARED_Q, OPTIONS)
-        all_k = describe_keys(inputs.k, inputs, OPTIONS)
-        all_v = describe_keys(inputs.v, inputs, OPTIONS)
-        all_do = describe_queries(grad_out, inputs, False, OPTIONS)
+        all_q = device.describe_queries(inputs.q, inputs, OPTIONS.SHARED_Q, OPTIONS)
+        all_k = device.describe_keys(inputs.k, inputs, OPTIONS)
+        all_v = device.describe_keys(inputs.v, inputs, OPTIONS)
+        all_do = device.describe_queries(grad_out, inputs, False, OPTIONS)
     if OPTIONS.SHARED_Q:
         block, head = tl.program_id(0), tl.program_id(1)
         part = block // inputs.num_blocks
         start = (block % inputs.num_blocks) * OPTIONS.BLOCK_Q
-        q = all_q if OPTIONS.TMA else offset_rows(inputs.q, 0, head)
-        queries = read_rows(q, 0, head, start, inputs.length_q, OPTIONS.BLOCK_Q, OPTIONS)
+        q = all_q if OPTIONS.TMA else device.offset_rows(inputs.q, 0, head)
+        queries = device.read_rows(q, 0, head, start, inputs.length_q, OPTIONS.BLOCK_Q, OPTIONS)
         dq = tl.full([OPTIONS.BLOCK_Q, OPTIONS.BLOCK_D], 0.0, tl.float32)
         num_parts = tl.num_programs(0) // inputs.num_blocks
         for number in tl.range(part, inputs.num_segments, num_parts, disable_licm=True):
-            segment = load_segment(number, inputs, OPTIONS)
+            segment = device.load_segment(number, inputs, OPTIONS)
             if OPTIONS.TMA:
-                k = segment_keys(inputs.k, all_k, segment, inputs, OPTIONS)
-                v = segment_keys(inputs.v, all_v, segment, inputs, OPTIONS)
+                k = device.segment_keys(inputs.k, all_k, segment, inputs, OPTIONS)
+                v = device.segment_keys(inputs.v, all_v, segment, inputs, OPTIONS)
                 do = all_do
             else:
                 # Offsets are added one after the other; the sum of both takes more registers.
-                k = offset_rows(offset_rows(inputs.k, segment.first_k, 0), 0, head)
-                v = offset_rows(offset_rows(inputs.v, segment.first_k, 0), 0, head)
-                do = offset_rows(offset_rows(grad_out, segment.first_q, 0), 0, head)
+                k = device.offset_rows(device.offset_rows(inputs.k, segment.first_k, 0), 0, head)
+                v = device.offset_rows(device.offset_rows(inputs.v, segment.first_k, 0), 0, head)
+                do = device.offset_rows(device.offset_rows(grad_out, segment.first_q, 0), 0, head)
             dq = _accumulate_dq(dq, queries, k, v, do, segment, head, start, inputs, backward, OPTIONS)
-        grad_q = offset_rows(grad_q, tl.cast(part, tl.int64) * inputs.length_q, head)
+        grad_q = device.offset_rows(grad_q, tl.cast(part, tl.int64) * inputs.length_q, head)
         rows = start + tl.arange(0, OPTIONS.BLOCK_Q)
-        store_rows(grad_q, dq * inputs.scale, rows, inputs.length_q, OPTIONS)
+        device.store_rows(grad_q, dq * inputs.scale, rows, inputs.length_q, OPTIONS)
     elif OPTIONS.TMA:
-        all_dq = describe_queries(grad_q, inputs, False, OPTIONS)
+        all_dq = device.describe_queries(grad_q, inputs, False, OPTIONS)
         first_item, programs = tl.program_id(0), tl.num_programs(0)
         for number in tl.range(inputs.num_segments, disable_licm=True):
-            segment = load_segment(number, inputs, OPTIONS)
+            segment = device.load_segment(number, inputs, OPTIONS)
             blocks = tl.cdiv(segment.rows_q, OPTIONS.BLOCK_Q)
             items = blocks * inputs.num_heads
             if first_item < items:
-                segment_q = segment_queries(inputs.q, all_q, segment, inputs, False, OPTIONS)
-                segment_k = segment_keys(inputs.k, all_k, segment, inputs, OPTIONS)
-                segment_v = segment_keys(inputs.v, all_v, segment, inputs, OPTIONS)
-                segment_do = segment_queries(grad_out, all_do, segment, inputs, False, OPTIONS)
-                segment_dq = segment_queries(grad_q, all_dq, segment, inputs, False, OPTIONS)
+                segment_q = device.segment_queries(inputs.q, all_q, segment, inputs, False, OPTIONS)
+                segment_k = device.segment_keys(inputs.k, all_k, segment, inputs, OPTIONS)
+                segment_v = device.segment_keys(inputs.v, all_v, segment, inputs, OPTIONS)
+                segment_do = device.segment_queries(grad_out, all_do, segment, inputs, False, OPTIONS)
+                segment_dq = device.segment_queries(grad_q, all_dq, segment, inputs, False, OPTIONS)
                 for item in tl.range(first_item, items, programs, disable_licm=True):
                     head, start = item // blocks, (item % blocks) * OPTIONS.BLOCK_Q
                     _bwd_dq_block(
                         segment_q, segment_k, segment_v, segment_do, segment_dq, segment, head, start, inputs, backward,
                         OPTIONS,
                     )  # fmt: skip
-            first_item = next_first_item(first_item, items, programs)
+            first_item = device.next_first_item(first_item, items, programs)
     else:
         block, head = tl.program_id(0), tl.program_id(1)
-        segment = load_segment(block // inputs.num_blocks, inputs, OPTIONS)
+        segment = device.load_segment(block // inputs.num_blocks, inputs, OPTIONS)
         start = (block % inputs.num_blocks) * OPTIONS.BLOCK_Q
         if start >= segment.rows_q:
             return
-        q = offset_rows(inputs.q, segment.first_q, head)
-        k = offset_rows(inputs.k, segment.first_k, head)
-        v = offset_rows(inputs.v, segment.first_k, head)
-        do = offset_rows(grad_out, segment.first_q, head)
-        dq = offset_rows(grad_q, segment.first_q, head)
+        q = device.offset_rows(inputs.q, segment.first_q, head)
+        k = device.offset_rows(inputs.k, segment.first_k, head)
+        v = device.offset_rows(inputs.v, segment.first_k, head)
+        do = device.offset_rows(grad_out, segment.first_q, head)
+        dq = device.offset_rows(grad_q, segment.first_q, head)
         _bwd_dq_block(q, k, v, do, dq, segment, head, start, inputs, backward, OPTIONS)
 
 
-@device_function
+@device.device_function
 def _bwd_dq_block(q, k, v, grad_out, grad_q, segment, head, start_q, inputs, backward, OPTIONS: tl.constexpr):
-    queries = read_rows(q, segment.index_q, head, start_q, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
+    queries = device.read_rows(q, segment.index_q, head, start_q, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
     dq = tl.full([OPTIONS.BLOCK_Q, OPTIONS.BLOCK_D], 0.0, tl.float32)
     dq = _accumulate_dq(dq, queries, k, v, grad_out, segment, head, start_q, inputs, backward, OPTIONS)
     dq *= inputs.scale
-    write_rows(grad_q, dq, segment.index_q, head, start_q, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
+    device.write_rows(grad_q, dq, segment.index_q, head, start_q, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
 
 
-@device_function
+@device.device_function
 def _accumulate_dq(dq, queries, k, v, grad_out, segment, head, start_q, inputs, backward, OPTIONS: tl.constexpr):
     """Add the gradient of one block of queries over all keys of one segment to ``dq``."""
     rows = start_q + tl.arange(0, OPTIONS.BLOCK_Q)
@@ -113,25 +95,25 @@ def _accumulate_dq(dq, queries, k, v, grad_out, segment, head, start_q, inputs, 
     offset = segment.first_q + head.to(tl.int64) * inputs.num_rows
     lse_tile = tl.load(backward.lse + offset + rows, mask=rows < segment.rows_q, other=float("inf"))
     delta_tile = tl.load(backward.delta + offset + rows, mask=rows < segment.rows_q, other=0.0)
-    do = read_rows(grad_out, segment.index_q, head, start_q, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
+    do = device.read_rows(grad_out, segment.index_q, head, start_q, segment.rows_q, OPTIONS.BLOCK_Q, OPTIONS)
     if OPTIONS.GROUPS:
         grad_sums = backward.grad_sums + (segment.first_q * inputs.num_heads + head) * inputs.num_groups
-        pointers, mask = group_elements(
+        pointers, mask = device.group_elements(
             grad_sums, rows, segment.rows_q, inputs.num_heads, inputs.num_groups, OPTIONS.GROUPS
         )
         grad_sums_tile = tl.load(pointers, mask=mask, other=0.0)
     for start in range(0, segment.rows_k, OPTIONS.BLOCK_K):
         columns = start + tl.arange(0, OPTIONS.BLOCK_K)
-        keys = read_keys(k, bias, segment, head, start, inputs, OPTIONS)
+        keys = device.read_keys(k, bias, segment, head, start, inputs, OPTIONS)
         # Loaded before the products so that one barrier serves both. With a second barrier, float32 would have to
         # keep an operand in registers across it.
-        values = read_rows(v, segment.index_k, head, start, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
-        scores = dot(queries, tl.trans(keys), OPTIONS) * (inputs.scale * 1.4426950408889634)
+        values = device.read_rows(v, segment.index_k, head, start, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
+        scores = device.dot(queries, tl.trans(keys), OPTIONS) * (inputs.scale * 1.4426950408889634)
         weights = tl.exp2(tl.where(columns[None, :] < segment.rows_k, scores - lse_tile[:, None], float("-inf")))
-        grad_weights = dot(do, tl.trans(values), OPTIONS)
+        grad_weights = device.dot(do, tl.trans(values), OPTIONS)
         if OPTIONS.GROUPS:
-            one_hot = key_group_one_hot(segment, start, inputs, tl.float32, OPTIONS)
-            grad_weights += dot(grad_sums_tile, tl.trans(one_hot), OPTIONS)
-        grad_scores = cast(weights * (grad_weights - delta_tile[:, None]), keys.dtype)
-        dq += dot(grad_scores, keys, OPTIONS)
+            one_hot = device.key_group_one_hot(segment, start, inputs, tl.float32, OPTIONS)
+            grad_weights += device.dot(grad_sums_tile, tl.trans(one_hot), OPTIONS)
+        grad_scores = device.cast(weights * (grad_weights - delta_tile[:, None]), keys.dtype)
+        dq += device.dot(grad_scores, keys, OPTIONS)
     return dq
