@@ -14,31 +14,28 @@ from idavlm._auto_classes import register_when_imported
 
 __version__ = "0.1.0"
 
-_HOME_OF = {
-    "CrossAttention": "idavlm.modules",
-    "DualDataLoader": "idavlm.data",
-    "IDAVLMConfig": "idavlm.models",
-    "IDAVLMForConditionalGeneration": "idavlm.models",
-    "IDAVLMProcessor": "idavlm.models",
-    "IDFormer": "idavlm.modules",
-    "IDTrainer": "idavlm.training",
-    "IDTrainingArguments": "idavlm.training",
-    "IdentityEmbedding": "idavlm.modules",
-    "IdentityTokens": "idavlm.modules",
-    "ImageIndexEmbedding": "idavlm.modules",
-    "ImageRole": "idavlm.utils",
-    "RecordDataset": "idavlm.data",
-    "Resampler": "idavlm.modules",
-    "Sample": "idavlm.data",
-    "add_inner_adaptors": "idavlm.modules",
-    "build_connector": "idavlm.modules",
-    "cross_attention": "idavlm.ops",
-    "identity_map_loss": "idavlm.modules",
-    "identity_patch_targets": "idavlm.modules",
-    "load_adaptors": "idavlm.modules",
-    "parse_sample": "idavlm.data",
-    "save_adaptors": "idavlm.modules",
+_EXPORTS = {
+    "idavlm.data": ("DualDataLoader", "RecordDataset", "Sample", "parse_sample"),
+    "idavlm.models": ("IDAVLMConfig", "IDAVLMForConditionalGeneration", "IDAVLMProcessor"),
+    "idavlm.modules": (
+        "CrossAttention",
+        "IDFormer",
+        "IdentityEmbedding",
+        "IdentityTokens",
+        "ImageIndexEmbedding",
+        "Resampler",
+        "add_inner_adaptors",
+        "build_connector",
+        "identity_map_loss",
+        "identity_patch_targets",
+        "load_adaptors",
+        "save_adaptors",
+    ),
+    "idavlm.ops": ("cross_attention",),
+    "idavlm.training": ("IDTrainer", "IDTrainingArguments"),
+    "idavlm.utils": ("ImageRole",),
 }
+_HOME_OF = {name: package for package, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "CrossAttention",
