@@ -47,7 +47,7 @@ from idavlm.experimental.small_models import small_language_model, small_process
 from idavlm.models import ImageFeatures
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-STEPS = {"characters": (700, 850), "wesnoth": (2000, 1700), "faces": (1500, 1700)}
+STEPS = {"characters": (700, 1000), "wesnoth": (2000, 1700), "faces": (1500, 1700)}
 DEFAULT_STEPS = (1500, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64

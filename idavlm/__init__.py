@@ -1,10 +1,7 @@
 """idavlm: identity-aware vision-language models.
 
-A model is shown reference photos of named identities (people, characters, pets, objects) and recognises them in other
-images. The public names below are imported on first use: ``import idavlm`` imports neither torch nor transformers.
-
-``import idavlm`` also registers the model, configuration and processor with the Auto classes of transformers, so that
-``AutoModelForImageTextToText``, ``AutoConfig`` and ``AutoProcessor`` load idavlm checkpoints.
+The public names are imported on first use: ``import idavlm`` imports neither torch nor transformers. It registers the
+classes of idavlm with the Auto classes of transformers, so these load idavlm checkpoints.
 """
 
 from importlib import import_module

@@ -1,10 +1,9 @@
 """Registration with transformers' Auto classes that costs nothing until a checkpoint is loaded.
 
 ``import idavlm`` must be enough for ``AutoModelForImageTextToText.from_pretrained(checkpoint)``, but it must import
-neither torch nor transformers. Therefore :func:`register_when_imported` installs a finder on ``sys.meta_path``. It adds
-:class:`_DeferredClass` entries to a registry of transformers right after the module of the registry was executed. The
-first use of an entry, for the ``model_type`` or ``processor_class`` of an idavlm checkpoint, imports ``idavlm.models``,
-which registers the real classes. An earlier import would need modules of transformers that may be half imported.
+neither torch nor transformers. A finder on ``sys.meta_path`` adds deferred entries to the registries of transformers
+right after the modules that hold them were executed. The first use of an entry imports ``idavlm.models``, which
+registers the real classes. Importing it earlier would meet modules of transformers that are half imported.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Tools for training small models from scratch within minutes. Not part of the stable API."""
 
 from idavlm.experimental.muon import MuonAdamW, muon_adamw
-from idavlm.experimental.small_models import load_smollm2, small_language_model, small_processor, small_vision_tower
+from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
 
-__all__ = ["MuonAdamW", "load_smollm2", "muon_adamw", "small_language_model", "small_processor", "small_vision_tower"]
+__all__ = ["MuonAdamW", "muon_adamw", "small_language_model", "small_processor", "small_vision_tower"]
