@@ -1,4 +1,4 @@
-"""Collation: encoded samples become a batch. :data:`FIELDS` is the reference for their fields."""
+"""Collation: encoded samples become a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,35 +25,10 @@ FIELDS: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
     "box_image": (torch.int64, ("N",)),
     "box_identity": (torch.int64, ("N",)),
 }
-"""Fields of an encoded sample, with dtype and shape. This is the only table of these fields.
+"""Fields of an encoded sample, with dtype and shape; docs/reference/models.md says what they mean.
 
-An encoded sample has all of them, but only one of ``pixel_values`` and ``image_features``; ``source`` is optional.
-:class:`Collator` turns them into the fields of a batch:
-
-======================== ================== ==========================================================================
-Batch field              Shape              Meaning
-======================== ================== ==========================================================================
-``input_ids``            ``[B, T]``         token ids; an image is a run of image tokens
-``attention_mask``       ``[B, T]``         1 for tokens, 0 for padding (added by the collator)
-``labels``               ``[B, T]``         token ids of the assistant turns, -100 elsewhere
-``token_identity_index`` ``[B, T]``         identity that a token refers to: the name in the prompt and the text after
-                                            it up to the next name, image or end of the answer; -1 elsewhere
-``name_mask``            ``[B, T]``         whether a token is part of an identity's name in the prompt
-``pixel_values``         ``[I, 3, H, W]``   preprocessed images of all samples: per sample the references, identity by
-                                            identity, then the images of the messages
-``image_features``       ``[I, P, Cv]``     output of the vision tower, in place of ``pixel_values``
-``image_roles``          ``[I]``            0 reference, 1 scene, 2 general image (``ImageRole``)
-``sample_index``         ``[I]``            row of the batch that an image belongs to (added by the collator)
-``identity_index``       ``[I]``            identity of a reference within its sample; 0 for other images
-``image_sizes``          ``[I, 2]``         height and width of the original image in pixels
-``boxes``                ``[N, 4]``         ``[x1, y1, x2, y2]`` in pixels of the original image, of the identities that
-                                            have references
-``box_image``            ``[N]``            image of a box: index within the batch (within the sample before collation)
-``box_identity``         ``[N]``            identity of a box within its sample
-``source``               list of B strings  ``"identity"`` or ``"general"``; :class:`DualDataLoader` replaces it by one
-                                            string and adds ``sample_source`` ``[B]`` (0 identity, 1 general)
-======================== ================== ==========================================================================
-
+An encoded sample has all of them, but only one of ``pixel_values`` and ``image_features``; ``source`` is optional. The
+collator adds ``attention_mask`` ``[B, T]`` and ``sample_index`` ``[I]``, and makes ``box_image`` count over the batch.
 B is the number of samples, T of tokens, I of images, P of patches, N of boxes; Cv is the width of the vision tower.
 """
 

@@ -28,23 +28,18 @@ _BINS = re.compile(r"bins([1-9]\d*)")
 class BoxFormat:
     """Text form of a box ``[x1, y1, x2, y2]``.
 
-    ============== ============================================== ================================================
-    ``kind``       example                                        coordinates
-    ============== ============================================== ================================================
-    ``"qwen"``     ``<ref>Kate</ref><box>(120,40),(630,980)</box>`` 0..999 of width and height (Qwen-VL, IDA-VLM)
-    ``"thousand"`` ``[120, 40, 630, 980]``                        0..999 of width and height
-    ``"unit"``     ``[0.120, 0.040, 0.630, 0.980]``               0..1 of width and height (LLaVA)
-    ``"square"``   ``[0.120, 0.245, 0.630, 0.715]``               0..1 of the image padded to a centred square (IAA)
-    ``"pixels"``   ``[77, 19, 403, 470]``                         pixels (Qwen2.5-VL, ground truth of MM-ID)
-    ``"bins32"``   ``4 1 20 31``                                  0..31 of width and height; any number of bins
-                                                                  (quantised coordinates, Pix2Seq)
-    ============== ============================================== ================================================
+    - ``"qwen"``: ``<ref>Kate</ref><box>(120,40),(630,980)</box>``, 0..999 of width and height (Qwen-VL, IDA-VLM)
+    - ``"thousand"``: ``[120, 40, 630, 980]``, 0..999 of width and height
+    - ``"unit"``: ``[0.120, 0.040, 0.630, 0.980]``, 0..1 of width and height (LLaVA)
+    - ``"square"``: ``[0.120, 0.245, 0.630, 0.715]``, 0..1 of the image padded to a centred square (IAA)
+    - ``"pixels"``: ``[77, 19, 403, 470]``, pixels of the image (Qwen2.5-VL, ground truth of MM-ID)
+    - ``"bins32"``: ``4 1 20 31``, 0..31 of width and height; any number of bins (quantised coordinates, Pix2Seq)
 
     The kind is a property of the model and never guessed: "[120, 40, 630, 980]" is one box in pixels and another one
     in thousandths.
 
     Args:
-        kind: see the table.
+        kind: see above.
 
     Raises:
         ValueError: an unknown kind.

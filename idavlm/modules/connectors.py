@@ -12,21 +12,17 @@ _MLP = re.compile(r"mlp([1-9]\d*)x_gelu(_norm)?")
 def build_connector(kind: str, *, vision_hidden_size: int, hidden_size: int, **options) -> nn.Module:
     """Build a module that maps image features ``[I, P, Cv]`` to image tokens ``[I, P', C]``.
 
-    ==================== ====================================================== =========================
-    ``kind``             computes                                               source
-    ==================== ====================================================== =========================
-    ``identity``         ``nn.Identity``; the widths must be equal
-    ``linear``           ``Linear``                                             LLaVA
-    ``mlpNx_gelu``       N ``Linear``, GELU between them                        LLaVA-1.5 (N = 2)
-    ``mlpNx_gelu_norm``  N ``Linear`` + ``LayerNorm``, GELU between them        Yi-VL (N = 2)
-    ``resampler``        :class:`Resampler`; ``options`` are its arguments      Qwen-VL
-    ==================== ====================================================== =========================
+    - ``"identity"``: ``nn.Identity``; the widths must be equal
+    - ``"linear"``: ``Linear`` (LLaVA)
+    - ``"mlpNx_gelu"``: N ``Linear`` with GELU between them (LLaVA-1.5, N = 2)
+    - ``"mlpNx_gelu_norm"``: N ``Linear`` + ``LayerNorm`` with GELU between them (Yi-VL, N = 2)
+    - ``"resampler"``: :class:`Resampler`; ``options`` are its arguments (Qwen-VL)
 
     The MLPs are ``nn.Sequential`` modules. Their ``state_dict`` keys equal those of the releases below
     ``mm_projector.``.
 
     Args:
-        kind: see the table.
+        kind: see above.
         vision_hidden_size: width Cv of the image features.
         hidden_size: width C of the image tokens.
         options: arguments of the resampler, at least ``num_queries`` and ``num_heads``. The other kinds have none.
