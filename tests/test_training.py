@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
+from idavlm import add_inner_adaptors
 from idavlm.data import RecordDataset
 from idavlm.models import IDAVLMProcessor
 from idavlm.training import IDTrainer, IDTrainingArguments, last_complete_checkpoint
@@ -357,6 +358,28 @@ def test_a_bare_language_model_is_trained_on_its_own_loss(tmp_path):
         IDTrainer(model, arguments(tmp_path, teacher_forcing_steps=1))
     with pytest.raises(ValueError, match="neither 'language_loss' nor 'loss'; does the batch have 'labels'"):
         trainer.compute_loss(model, {"input_ids": ids[None]})
+
+
+def test_a_bare_language_model_trains_one_workflow(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = add_inner_adaptors(LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes)), every=1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    ids = torch.arange(8)
+    samples = [{"input_ids": ids, "labels": ids}] * 4
+    workflows = []
+    trainer = IDTrainer(
+        model,
+        arguments(tmp_path, workflow="grounding", max_steps=2, learning_rate=1e-2),
+        train_dataset=samples,
+        task_evaluation=lambda model: workflows.append(model.inner_adaptor.active) or {"score": 1.0},
+    )
+    trainer.train()
+    trainer.evaluate()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert all(name.startswith("inner_adaptor.grounding.") for name in changed)
+    assert set(workflows) == {"grounding"}
+    assert model.inner_adaptor.active == "multimodal"
 
 
 class OneWeight(nn.Module):

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from idavlm.data import DualDataLoader
 from idavlm.data.schema import SOURCES
+from idavlm.modules import train_workflow, use_workflow
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
 from idavlm.utils import IGNORE_INDEX
@@ -146,7 +147,8 @@ class IDTrainer(Trainer):
         if self.args.stage == "identity_pretraining":
             loss, outputs = self._identity_pretraining_loss(model, batch)
         else:
-            loss, outputs = self._instruction_tuning_loss(model, batch, sources, sample_source)
+            with self._workflow(model):
+                loss, outputs = self._instruction_tuning_loss(model, batch, sources, sample_source)
         return (loss, outputs) if return_outputs else loss
 
     def _identity_pretraining_loss(self, model, batch: dict[str, Any]) -> tuple[Tensor, dict]:
@@ -172,8 +174,6 @@ class IDTrainer(Trainer):
         self, model, batch: dict[str, Any], sources: str | list[str], sample_source: Tensor | None
     ) -> tuple[Tensor, dict]:
         """The language loss of each source, and the losses of the identity attention where the batch has boxes."""
-        if self.args.workflow is not None:
-            batch["workflow"] = self.args.workflow
         if model.training and self.state.global_step < self.args.teacher_forcing_steps:
             batch["teacher_forcing"] = True
         distinct = {sources} if isinstance(sources, str) else set(sources)
@@ -230,7 +230,7 @@ class IDTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         model = self.accelerator.unwrap_model(self.model)
-        with nullcontext() if self.args.workflow is None else model.workflow(self.args.workflow):
+        with self._workflow(model):
             scores = self.task_evaluation(model)
         self.model.train(was_training)
         scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
@@ -238,6 +238,9 @@ class IDTrainer(Trainer):
         if not metrics:
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return metrics | scores
+
+    def _workflow(self, model: nn.Module) -> AbstractContextManager:
+        return nullcontext() if self.args.workflow is None else use_workflow(model, self.args.workflow)
 
 
 def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tensor) -> dict[str, Tensor]:
@@ -307,7 +310,7 @@ def _check_stage(model: nn.Module, args: IDTrainingArguments, general_dataset: D
 def _freeze(model: nn.Module, args: IDTrainingArguments) -> None:
     """Freeze the modules of ``args.freeze`` and the inner adaptors of all workflows but ``args.workflow``."""
     if args.workflow is not None:
-        model.train_workflow(args.workflow)
+        train_workflow(model, args.workflow)
     for module in args.freeze:
         require_module(model, "freeze", module)
     for name, parameter in model.named_parameters():
