@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,9 +71,14 @@ def kernels_of(some_tiling: tiling.Tiling) -> list[str]:
     return [*tiling.KERNELS, *(kernel for kernel in tiling.OPTIONAL_KERNELS if getattr(some_tiling, kernel))]
 
 
-def test_kernels_fit_and_spill_nothing(resources):
+def test_kernels_fit_in_shared_memory(resources):
     for case in resources:
         assert case["shared_memory"] <= SHARED_MEMORY[case["capability"]], case
+
+
+@pytest.mark.skipif(version("triton") < "3.7", reason="the tiles are chosen for Triton 3.7; Triton 3.6 spills in some")
+def test_kernels_spill_nothing(resources):
+    for case in resources:
         assert case["stack"] == 0, case
 
 
