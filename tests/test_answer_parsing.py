@@ -170,14 +170,16 @@ def test_the_same_in_thousandths(kind, text, box):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("kind", "text", "reason"),
     [
-        ("unit", "[305, 1, 535, 234]"), ("square", "[0, 0, 276, 235]"), ("thousand", "[0.1, 0.2, 0.5, 0.6]"),
-        ("pixels", "[0.1, 0.2, 0.5, 0.6]"), ("unit", "null"), ("unit", "[0.2, 0.2, 0.2, 0.5]"),
-        ("square", "[0.1, 0.0, 0.2, 0.1]"),
+        ("unit", "[305, 1, 535, 234]", "convention"), ("square", "[0, 0, 276, 235]", "convention"),
+        ("thousand", "[0.1, 0.2, 0.5, 0.6]", "convention"), ("pixels", "[0.1, 0.2, 0.5, 0.6]", "convention"),
+        ("unit", "null", "none"), ("unit", "[0.2, 0.2, 0.2, 0.5]", "empty"),
+        ("square", "[0.1, 0.0, 0.2, 0.1]", "empty"),
     ],
 )  # fmt: skip
-def test_numbers_of_another_box_format_are_rejected(kind, text):
+def test_numbers_of_another_box_format_are_rejected(kind, text, reason):
+    assert BoxFormat(kind).read(text, SIZE) == (None, reason)
     assert BoxFormat(kind).parse(text, SIZE) is None
 
 

@@ -71,7 +71,13 @@ class BoxFormat:
         return f"{x1} {y1} {x2} {y2}" if self.num_bins else f"[{x1}, {y1}, {x2}, {y2}]"
 
     def parse(self, text: str, image_size: Sequence[int] | None, *, name: str = "") -> list[float] | None:
-        """Find a box in ``text``.
+        """Return the box that :meth:`read` finds, or None."""
+        return self.read(text, image_size, name=name)[0]
+
+    def read(
+        self, text: str, image_size: Sequence[int] | None, *, name: str = ""
+    ) -> tuple[list[float] | None, str | None]:
+        """Find a box in ``text``, and say why there is none.
 
         Of several boxes, the one that follows ``name`` counts, otherwise the first. Exchanged corners are sorted, and
         the part outside the image is cut off. Numbers that cannot be of this kind (0.3 in thousandths or pixels, 300 in
@@ -83,7 +89,8 @@ class BoxFormat:
             name: identity that the question is about.
 
         Returns:
-            ``[x1, y1, x2, y2]`` in pixels, or None if the text contains no box or nothing of it lies in the image.
+            ``[x1, y1, x2, y2]`` in pixels and None; or None and the reason: ``"none"`` (no box in text), ``"empty"``
+            (nothing of it lies in the image) or ``"convention"`` (the numbers cannot be of this kind).
 
         Raises:
             ValueError: ``image_size`` is None although the kind needs it.
@@ -96,15 +103,17 @@ class BoxFormat:
         found = find_boxes(text, spaced=self.num_bins is not None)
         named = [numbers for before, numbers in found if name and name.lower() in before.lower()]
         numbers = next(iter(named or [numbers for _, numbers in found]), None)
-        if numbers is None or not self._is_plausible(numbers):
-            return None
+        if numbers is None:
+            return None, "none"
+        if not self._is_plausible(numbers):
+            return None, "convention"
         pixels = self._to_pixels(numbers, image_size)
         x1, x2 = sorted((pixels[0], pixels[2]))
         y1, y2 = sorted((pixels[1], pixels[3]))
         height, width = image_size if image_size is not None else (float("inf"),) * 2
         x1, x2 = max(x1, 0.0), min(x2, float(width))
         y1, y2 = max(y1, 0.0), min(y2, float(height))
-        return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
+        return ([x1, y1, x2, y2], None) if x1 < x2 and y1 < y2 else (None, "empty")
 
     @property
     def _steps(self) -> int:
