@@ -20,5 +20,9 @@ def fuzz_settings(count: int) -> settings:
     """Settings of a fuzz test: ``count`` seeded examples in continuous integration, more and random ones otherwise."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(
-        max_examples=examples(count), deadline=None, derandomize=FACTOR == 1, suppress_health_check=checks, database=None
+        max_examples=examples(count),
+        deadline=None,
+        derandomize=FACTOR == 1,
+        suppress_health_check=checks,
+        database=None,
     )
