@@ -21,9 +21,12 @@ def outside_compile(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if disabled is None:
+            torch.compiler.disable(call, recursive=False)  # marks this wrapper's code
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
 
-    # The compiler counts recompilations per code object and prints its name, so every function needs its own.
+    # All wrappers share their code, but the compiler marks code objects, and prints their names.
     call.__code__ = call.__code__.replace(co_name=function.__name__)
+    # The compiler then calls the wrapper and does not trace it, already at the first time.
+    call._torchdynamo_disable = True
     return call

@@ -1,8 +1,8 @@
 """``attn_implementation="sdpa"``: ``torch.nn.functional.scaled_dot_product_attention``.
 
 Dense input is one call. Ragged input is handled in one of two ways, both measured in ``benchmarks/cross_attention.py``.
-On the CPU, segments with the same lengths share one call, so that no padding is computed. On other devices there is one
-padded call with a mask, which needs no host sync.
+On the CPU, segments with the same lengths share one call, so that no padding is computed. On other devices, and under
+``torch.compile``, there is one padded call with a mask, which needs no host sync.
 """
 
 from collections import defaultdict
@@ -22,7 +22,6 @@ from idavlm.ops.cross_attention.segments import (
     split_segments,
     unpad_segments,
 )
-from idavlm.utils import outside_compile
 
 
 def sdpa_cross_attention(
@@ -32,7 +31,7 @@ def sdpa_cross_attention(
     q, k = repeat_shared(q, segments), add_key_bias(k, options.key_bias, segments)
     if segments.cu_seqlens_q is None and segments.cu_seqlens_k is None:
         output = _dense(q, k, v, scale=options.scale)
-    elif q.device.type == "cpu":
+    elif q.device.type == "cpu" and not torch.compiler.is_compiling():
         output = _bucketed(q, k, v, segments, options.scale)
     else:
         output = _padded(q, k, v, segments, options.scale)
@@ -78,7 +77,6 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-@outside_compile
 def _bucketed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     keys, values = (split_segments(x, segments.cu_seqlens_k) for x in (k, v))
     inputs = list(zip(split_segments(q, segments.cu_seqlens_q), keys, values, strict=True))
