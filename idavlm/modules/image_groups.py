@@ -7,7 +7,7 @@ from itertools import accumulate, islice, pairwise
 import torch
 from torch import Tensor
 
-from idavlm.utils import ImageRole, outside_compile
+from idavlm.utils import ImageRole, mark_length_dynamic, outside_compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def group_images(
     in_order = order == list(range(num_images))
 
     def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+        return mark_length_dynamic(torch.tensor(values, dtype=torch.long).to(device, non_blocking=True))
 
     return ImageGroups(
         order=None if in_order else tensor(order),
@@ -132,14 +132,15 @@ def attention_segments(
     key_groups = torch.tensor(owners, dtype=torch.int32).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
 
     def cu_seqlens(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+        values = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return mark_length_dynamic(values.to(device, non_blocking=True))
 
     return {
         "cu_seqlens_q": cu_seqlens(query_lengths),
         "cu_seqlens_k": cu_seqlens(key_lengths),
         "max_seqlen_q": max(query_lengths, default=extra_keys),
         "max_seqlen_k": max(key_lengths, default=extra_keys),
-        "key_groups": key_groups.to(device, non_blocking=True),
+        "key_groups": mark_length_dynamic(key_groups.to(device, non_blocking=True)),
         "num_key_groups": num_identities + 1,
     }
 

@@ -2,7 +2,7 @@
 
 from idavlm.utils.answer_text import last_answer, plain_answer
 from idavlm.utils.checks import check_choice, check_positive
-from idavlm.utils.compiling import outside_compile
+from idavlm.utils.compiling import mark_length_dynamic, outside_compile
 from idavlm.utils.files import drop_torn_line
 from idavlm.utils.ignore_index import IGNORE_INDEX
 from idavlm.utils.image_roles import ImageRole
@@ -18,6 +18,7 @@ __all__ = [
     "drop_torn_line",
     "last_answer",
     "markdown_table",
+    "mark_length_dynamic",
     "outside_compile",
     "plain_answer",
 ]

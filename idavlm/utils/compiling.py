@@ -1,4 +1,4 @@
-"""Exclude host-side functions from ``torch.compile``."""
+"""Host-side functions and ``torch.compile``."""
 
 import functools
 import sys
@@ -30,3 +30,10 @@ def outside_compile(function: Callable[_P, _R]) -> Callable[_P, _R]:
     # The compiler then calls the wrapper and does not trace it, already at the first time.
     call._torchdynamo_disable = True
     return call
+
+
+def mark_length_dynamic(x: torch.Tensor) -> torch.Tensor:
+    """Tell ``torch.compile``, if it is used, that the first size of ``x`` varies, so that it is not compiled for one."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x

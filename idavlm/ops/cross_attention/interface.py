@@ -90,9 +90,10 @@ def cross_attention(
         )
     max_seqlen_q = len(q) if shared else _longest_segment("q", q, cu_seqlens_q, max_seqlen_q)
     max_seqlen_k = _longest_segment("k", k, cu_seqlens_k, max_seqlen_k)
-    equal_q = cu_seqlens_q is not None and 0 < num_segments * max_seqlen_q == len(q)
-    equal_k = cu_seqlens_k is not None and 0 < num_segments * max_seqlen_k == len(k)
-    # Backends get cu_seqlens only where segments differ in length.
+    # Backends get cu_seqlens only where segments differ in length. A graph is compiled once for both.
+    compiling = torch.compiler.is_compiling()
+    equal_q = cu_seqlens_q is not None and not compiling and 0 < num_segments * max_seqlen_q == len(q)
+    equal_k = cu_seqlens_k is not None and not compiling and 0 < num_segments * max_seqlen_k == len(k)
     if equal_q:
         q, cu_seqlens_q = q.unflatten(0, (num_segments, max_seqlen_q)), None
     if equal_k:
