@@ -1,5 +1,6 @@
 """The ID-Former: image tokens of scenes that carry the identities of reference photos (IDA-VLM, arXiv 2407.07577)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idavlm.modules.attention import CrossAttention, FeedForward
+from idavlm.modules.attention import CrossAttention, FeedForward, saves_memory
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
@@ -256,11 +257,12 @@ class IDFormer(nn.Module):
         groups = group_images(
             image_roles, sample_index, identity_index, num_images=len(image_features), device=image_features.device
         )
-        patches = self.resampler.project_patches(select_images(image_features, groups.order))
+        independent, project_scenes = self._project_patches(image_features, groups)
         key_bias = self.resampler.key_bias(grid_size)
-        independent, scenes = patches.split([groups.num_independent, len(patches) - groups.num_independent])
         independent_tokens = self.resampler.resample(independent, key_bias)
         keys = self._identity_keys(independent, independent_tokens).index_select(0, groups.references)
+        del independent
+        scenes = project_scenes()
         scenes, maps = self._attend_to_references(scenes, grid_size, keys, groups, output_attentions)
         image_tokens = torch.cat([independent_tokens, self.resampler.resample(scenes, key_bias)])
         image_tokens = select_images(self.resampler.project_tokens(image_tokens), groups.inverse)
@@ -395,6 +397,18 @@ class IDFormer(nn.Module):
             target=offset[image] + targets[image, patch],
             num_null=len(null),
         )
+
+    def _project_patches(self, image_features: Tensor, groups: ImageGroups) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Patches of the images that are resampled independently, and a function that returns those of the scenes."""
+        sizes = [groups.num_independent, len(image_features) - groups.num_independent]
+        if groups.order is not None and saves_memory(image_features):
+            independent, scenes = (
+                lambda index=index: self.resampler.project_patches(image_features.index_select(0, index))
+                for index in groups.order.split(sizes)
+            )
+            return independent(), scenes
+        independent, scenes = self.resampler.project_patches(select_images(image_features, groups.order)).split(sizes)
+        return independent, lambda: scenes
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
         keys = image_tokens if self.identity_keys == "tokens" else patches

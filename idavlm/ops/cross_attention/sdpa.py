@@ -24,6 +24,10 @@ from idavlm.ops.cross_attention.segments import (
 )
 
 
+_LONG = 256
+"""Queries of a segment that is computed alone on the CPU."""
+
+
 def sdpa_cross_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options
 ) -> tuple[Tensor, Tensor | None]:
@@ -82,13 +86,22 @@ def _bucketed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float)
     inputs = list(zip(split_segments(q, segments.cu_seqlens_q), keys, values, strict=True))
     buckets = defaultdict(list)
     for number, (queries, keys, _) in enumerate(inputs):
-        buckets[len(queries), len(keys)].append(number)
+        # A long segment keeps all cores busy on its own, and is not copied.
+        buckets[(len(queries), len(keys)) if len(queries) < _LONG else number].append(number)
     outputs = [q] * len(inputs)
+    joined = None if torch.is_grad_enabled() else torch.empty_like(q, memory_format=torch.contiguous_format)
+    if joined is not None:  # written in place, so that the outputs are not in memory twice
+        outputs = list(split_segments(joined, segments.cu_seqlens_q))
     for numbers in buckets.values():
         batch = zip(*(inputs[number] for number in numbers), strict=True)
         output = _dense(*(x[0][None] if len(x) == 1 else torch.stack(x) for x in batch), scale=scale)
         for number, segment in zip(numbers, output.unbind(0), strict=True):
-            outputs[number] = segment
+            if joined is None:
+                outputs[number] = segment
+            else:
+                outputs[number].copy_(segment)
+    if joined is not None:
+        return joined
     return torch.stack(outputs) if segments.cu_seqlens_q is None else torch.cat(outputs)
 
 
