@@ -9,7 +9,6 @@ from idavlm.ops import cross_attention
 from idavlm.ops.cross_attention import ATTN_IMPLEMENTATIONS
 from idavlm.utils import check_choice, check_positive
 
-
 IMAGES_PER_CHUNK = 8
 """Segments whose keys and values are in memory at one time on a CPU without gradients."""
 
@@ -21,8 +20,8 @@ class CrossAttention(nn.Module):
     ``k = k_proj(key_value) + key_bias`` and ``v = v_proj(key_value)``. The result equals ``nn.MultiheadAttention`` on
     ``(query + position, key_value + position, key_value)`` and needs less work. Positions, which are the same for all
     images, are projected once and enter as biases (:meth:`query_bias`, :meth:`key_bias`). Queries that all segments
-    share are projected once. The attention matrix is not kept for the backward pass. On a CPU without gradients, segments
-    that share their queries are computed in chunks, which takes less memory and no more time.
+    share are projected once. The attention matrix is not kept for the backward pass. On a CPU without gradients,
+    segments that share their queries are computed in chunks, which takes less memory and no more time.
 
     ``state_dict`` keys: ``q_proj``, ``out_proj`` of shape ``[C, C]`` and ``k_proj``, ``v_proj`` of shape ``[C, Ckv]``,
     each with ``.weight`` and ``.bias``. The projections are called as modules, so LoRA and quantised layers can replace

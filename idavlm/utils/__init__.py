@@ -17,8 +17,8 @@ __all__ = [
     "describe_machine",
     "drop_torn_line",
     "last_answer",
-    "markdown_table",
     "mark_length_dynamic",
+    "markdown_table",
     "outside_compile",
     "plain_answer",
 ]

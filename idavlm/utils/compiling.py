@@ -33,7 +33,7 @@ def outside_compile(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def mark_length_dynamic(x: torch.Tensor) -> torch.Tensor:
-    """Tell ``torch.compile``, if it is used, that the first size of ``x`` varies, so that it is not compiled for one."""
+    """Tell ``torch.compile``, if it is used, that the first size of ``x`` varies, so that it compiles for any."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.maybe_mark_dynamic(x, 0)
     return x

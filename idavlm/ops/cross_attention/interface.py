@@ -186,8 +186,8 @@ def _longest_segment(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen
     lengths = cu_seqlens.diff()
     torch._assert_async(
         ((lengths >= 0) & (lengths <= max_seqlen)).all() & (cu_seqlens[-1] <= len(x)),
-        f"cu_seqlens_{name} decreases, exceeds the {len(x)} packed tokens or has a segment longer than max_seqlen_{name}"
-        f"={max_seqlen}; pass the length of the longest segment, or None.",
+        f"cu_seqlens_{name} decreases, exceeds the {len(x)} packed tokens, or has a segment longer than "
+        f"max_seqlen_{name}={max_seqlen}; pass the length of the longest segment, or None.",
     )
     return max_seqlen
 

@@ -23,7 +23,6 @@ from idavlm.ops.cross_attention.segments import (
     unpad_segments,
 )
 
-
 _LONG = 256
 """Queries of a segment that is computed alone on the CPU."""
 
