@@ -5,8 +5,8 @@
 
 Stages: correctness, speed, tiles, training, memory accesses, and speed again with the measured tiles
 (``benchmarks/gpu_stages.py``). Each runs in a process of its own and gets a share of the time that is left. It is
-printed, and written as Markdown, JSON and a log, as soon as it ends. If it fails, hangs or crashes, what it has found is
-kept and the next stage starts. ``report.md`` has all stages. The exit code is 1 if a stage failed.
+printed, and written as Markdown, JSON and a log, as soon as it ends. If it fails, hangs or crashes, what it has
+found is kept and the next stage starts. ``report.md`` has all stages. The exit code is 1 if a stage failed.
 
 It needs the repository, torch 2.11, triton 3.6, transformers 5.17, pytest and hypothesis.
 """

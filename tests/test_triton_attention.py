@@ -194,6 +194,74 @@ def test_neighbouring_segments_do_not_leak():
         assert grad[:5].isfinite().all()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs 9 GB of address space, which only the CPU has without using it")
+def test_offsets_within_a_segment_exceed_32_bits(monkeypatch):
+    """Rows of strided views lie more than 2^31 elements apart. The memory between them is never touched."""
+    import mmap
+
+    from triton.runtime import interpreter
+
+    from idavlm.ops.cross_attention.triton.operator import fused_cross_attention, fused_cross_attention_backward
+
+    # The interpreter copies whole storages after a kernel, here to themselves.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+    stride, rows = 2**27 + 16, 18
+
+    def spread(x: Tensor) -> Tensor:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * stride * rows, flags=flags), dtype=torch.float16)
+        view = memory.as_strided(x.shape, (stride, x.shape[2], 1))
+        return view.copy_(x)
+
+    x = torch.randn(3, rows, 2, 16).half()
+    q, k, v = map(spread, x)
+    segments = (None, None, None, None, 1, rows, rows)
+    far, near = [], []
+    for inputs, outcome in (((q, k, v), far), (tuple(x), near)):
+        saved = fused_cross_attention(*inputs, *segments, 0, False, 0.25)
+        outcome.append(saved[0])
+        grad = torch.ones_like(saved[0])
+        outcome += fused_cross_attention_backward(
+            grad, None, *inputs, *segments[:4], *saved, *segments[4:], False, 0.25
+        )
+    for found, expected in zip(far, near, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert found.any()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_after_the_last_segment_have_zero_gradients(shared, deterministic):
+    """The public function refuses such rows where it can read ``cu_seqlens``; the operator computes zeros for them."""
+    from idavlm.ops.cross_attention.triton.operator import fused_cross_attention
+
+    inputs, options = case([5, 4], [7, 6], shared=shared)
+    extra = 3
+    q, k, v = (torch.cat([x, torch.randn_like(x[:extra])]).detach().requires_grad_() for x in inputs.values())
+    q = inputs["q"] if shared else q
+    cu_q = None if shared else options["cu_seqlens_q"]
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        out = fused_cross_attention(q, k, v, None, None, cu_q, options["cu_seqlens_k"], 2, 5, 7, 0, shared, 32**-0.5)[0]
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert shared or not out[-extra:].any()
+    for grad in grads if not shared else grads[1:]:
+        assert grad.isfinite().all()
+        assert grad[:-extra].any()
+        assert not grad[-extra:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_integers_of_any_width_delimit_segments(dtype):
+    inputs, options = case([5, 20], [7, 30], groups=3)
+    expected = cross_attention(**inputs, **options, attn_implementation="eager")
+    options |= {name: options[name].to(dtype) for name in ("cu_seqlens_q", "cu_seqlens_k", "key_groups")}
+    found = cross_attention(**inputs, **options, attn_implementation="triton")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_shared_queries_are_not_repeated():
     inputs, options = case([9], [20, 3, 11], shared=True)
     shapes = []
