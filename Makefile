@@ -6,7 +6,7 @@
 #   make format       fix what ruff can fix
 #   make demo         train the small example and write its report
 #   make bench        CPU benchmarks
-#   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU, in the environment of PYTHON
+#   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU in MINUTES, in the environment of PYTHON
 #   make clean        remove environments, builds and caches
 #
 # PYTHON is the interpreter for new environments. CONSTRAINTS is a file of pinned versions; the default pins a CPU build
@@ -49,16 +49,12 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cross_attention
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
+	$(BIN)/python -m benchmarks.throughput
 
-# Correctness of the attention kernels, their fastest tile sizes, their speed, the loss curves of models that use them,
-# and memory accesses (compute-sanitizer is part of the CUDA toolkit).
-WIDTHS ?= 64 128
+# One program in stages: correctness, speed, tile sizes, training, memory accesses. See benchmarks/gpu.py.
+MINUTES ?= 8
 gpu:
-	$(PYTHON) -m pytest tests/test_triton_attention.py tests/test_attention_kernels.py
-	$(foreach width,$(WIDTHS),$(PYTHON) -m benchmarks.tune_attention --head-dim $(width) --dtype bfloat16 &&) true
-	$(PYTHON) -m benchmarks.cross_attention --device cuda --dtype bfloat16
-	$(PYTHON) -m benchmarks.loss_curves --bf16
-	compute-sanitizer $(PYTHON) -m pytest tests/test_triton_attention.py -k head_dims
+	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out runs/gpu
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest

@@ -95,19 +95,20 @@ class CrossAttention(nn.Module):
             ``[N, Lq, C]``, or the shape of ``query`` with ``cu_seqlens_q``. With ``output_attentions`` a pair of the
             output and the weights.
         """
-        q = self.queries(query, query_bias)
         key_bias = None if key_bias is None else self._split_heads(key_bias)
         segments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "key_bias": key_bias}
         segments["output_attentions"] = output_attentions
         if query.dim() == 2 and len(segments) == 4 and not output_attentions and saves_memory(query):
-            outputs = [self._attend(q, chunk, segments)[0] for chunk in key_value.split(IMAGES_PER_CHUNK)]
-            return self.out_proj(torch.cat(outputs))
-        output, attentions = self._attend(q, key_value, segments)
-        del q  # not needed any more; at its most, memory holds the queries and the output of the attention
+            return self.out_proj(self._attend_in_chunks(self.queries(query, query_bias), key_value, segments))
+        # No name for the projected queries, so that they are freed before the output is projected.
+        output, attentions = self._attend(self.queries(query, query_bias), key_value, segments)
         output = self.out_proj(output)
         if cu_seqlens_q is not None:
             output = output.view(query.shape)
         return (output, attentions) if output_attentions else output
+
+    def _attend_in_chunks(self, q: Tensor, key_value: Tensor, segments: dict) -> Tensor:
+        return torch.cat([self._attend(q, chunk, segments)[0] for chunk in key_value.split(IMAGES_PER_CHUNK)])
 
     def _attend(self, q: Tensor, key_value: Tensor, segments: dict) -> tuple[Tensor, Tensor | None]:
         k, v = self.keys(key_value), self._split_heads(self.v_proj(key_value))

@@ -478,8 +478,7 @@ class IDFormer(nn.Module):
         if num_columns:
             shares = pool_identity_map(identity_map, grid_size, self.resampler.query_grid, num_columns)
         if groups.references is not None and len(groups.references) and num_columns:
-            identities = torch.tensor(groups.identities, device=shares.device)
-            own = F.one_hot(identities, num_columns).to(shares)[:, None].expand(-1, shares.shape[1], -1)
+            own = F.one_hot(groups.reference_identities, num_columns).to(shares)[:, None].expand(-1, shares.shape[1], -1)
             packed = select_images(shares, groups.order).index_copy(0, groups.references, own)
             shares = select_images(packed, groups.inverse)
         shares = shares.to(embeddings.dtype)

@@ -25,6 +25,7 @@ class ImageGroups:
         references_per_sample: number of references for each of the N samples that have images.
         scenes_per_sample: number of scenes that attend to references, for each of these samples.
         references: ``[R]`` packed index of each reference, or None if the references are not among the images.
+        reference_identities: ``identities`` as a tensor, or None likewise.
     """
 
     order: Tensor | None
@@ -34,6 +35,7 @@ class ImageGroups:
     references_per_sample: tuple[int, ...]
     scenes_per_sample: tuple[int, ...]
     references: Tensor | None = None
+    reference_identities: Tensor | None = None
 
 
 @outside_compile
@@ -88,6 +90,7 @@ def group_images(
         inverse=None if in_order else tensor(inverse),
         num_independent=num_images - sum(attends),
         references=tensor([inverse[image] for image in references]),
+        reference_identities=tensor(identities),
         identities=tuple(identities),
         references_per_sample=references_per_sample,
         scenes_per_sample=tuple(num_scenes[sample] for sample in dict.fromkeys(samples)),
