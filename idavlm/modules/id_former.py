@@ -11,6 +11,7 @@ from idavlm.modules.attention import CrossAttention, FeedForward
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
+    identities_of_scenes,
     identity_contrastive_loss,
     identity_map_from_attention,
     identity_map_loss,
@@ -334,7 +335,16 @@ class IDFormer(nn.Module):
         numbers = [number for number, identity in enumerate(identities) for _ in identity.image_tokens]
         return tokens + self.identity_embedding(torch.tensor(numbers, device=tokens.device))[:, None]
 
-    def identity_map_loss(self, identity_maps: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+    def identity_map_loss(
+        self,
+        identity_maps: tuple[Tensor, ...],
+        targets: Tensor,
+        image_roles: Tensor,
+        sample_index: Tensor,
+        identity_index: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+    ) -> Tensor:
         """Supervise the identity maps: mean over layers of :func:`idavlm.identity_map_loss`.
 
         Without ``null_token`` the attention is a distribution over references only and cannot express null. NULL
@@ -343,10 +353,15 @@ class IDFormer(nn.Module):
         Args:
             identity_maps: from :meth:`forward` with ``output_attentions=True``.
             targets: ``[I, P]``, for example from :func:`idavlm.identity_patch_targets`.
+            image_roles, sample_index, identity_index: those that were passed to :meth:`forward`.
+            reduction: ``"mean"`` over images, or ``"none"`` for the loss of each image ``[I]``.
         """
         if self.null_token is None:
             targets = targets.masked_fill(targets == NULL, IGNORE_INDEX)
-        return torch.stack([identity_map_loss(layer, targets) for layer in identity_maps]).mean()
+        num_identities = identity_maps[0].shape[-1] - 1
+        has_reference = identities_of_scenes(image_roles, sample_index, identity_index, num_identities)
+        losses = [identity_map_loss(layer, targets, has_reference, reduction=reduction) for layer in identity_maps]
+        return torch.stack(losses).mean(0)
 
     def contrastive_loss(
         self,
