@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from idavlm.models.image_batch import ImageBatch
-from idavlm.modules import NULL, IDFormer, identity_patch_targets
+from idavlm.modules import NULL, IDFormer, ImageTokens, identity_patch_targets
 from idavlm.modules.positions import square_grid
 from idavlm.utils import IGNORE_INDEX, ImageRole
 
@@ -68,6 +68,45 @@ def target_identity_map(
     is_incomplete = _in_incomplete_samples(image_roles, sample_index, identity_index, box_image, box_identity)
     targets = targets.masked_fill(is_incomplete[:, None] & (targets == NULL), IGNORE_INDEX)
     return targets.to(boxes.device)
+
+
+def token_targets(
+    images: ImageTokens,
+    boxes: Tensor,
+    box_image: Tensor,
+    box_identity: Tensor,
+    image_sizes: Tensor,
+    image_roles: Tensor,
+    sample_index: Tensor,
+    identity_index: Tensor,
+) -> Tensor:
+    """:func:`target_identity_map` for images of different grids, ``[N]`` for the N tokens of all images.
+
+    Tokens of images without a grid have no target.
+    """
+    device = boxes.device
+    boxes, box_image, box_identity, image_sizes = (x.cpu() for x in (boxes, box_image, box_identity, image_sizes))
+    image_roles, sample_index = image_roles.cpu(), sample_index.cpu()
+    is_incomplete = _in_incomplete_samples(image_roles, sample_index, identity_index, box_image, box_identity)
+    targets = []
+    for image, (length, grid) in enumerate(zip(images.lengths, images.grids, strict=True)):
+        of_image = box_image == image
+        if of_image.any() and image_roles[image] != ImageRole.SCENE:
+            raise ValueError(
+                f"box_image holds {image}, which has role {int(image_roles[image])}; boxes belong to scenes."
+            )
+        if grid is None or image_roles[image] != ImageRole.SCENE:
+            targets.append(torch.full((length,), IGNORE_INDEX))
+            continue
+        found = identity_patch_targets(
+            boxes[of_image],
+            torch.zeros(int(of_image.sum()), dtype=torch.long),
+            box_identity[of_image],
+            image_sizes[image : image + 1],
+            grid,
+        ).flatten()
+        targets.append(found.masked_fill(found == NULL, IGNORE_INDEX) if is_incomplete[image] else found)
+    return torch.cat([*targets, torch.zeros(0, dtype=torch.long)]).to(device)
 
 
 def _in_incomplete_samples(

@@ -14,6 +14,7 @@ from idavlm.modules.inner_adaptor import (
     use_workflow,
 )
 from idavlm.modules.resampler import Resampler
+from idavlm.modules.residual_id_former import ImageTokens, ResidualIDFormer
 
 __all__ = [
     "NULL",
@@ -24,8 +25,10 @@ __all__ = [
     "IdentityLayer",
     "IdentityTokens",
     "ImageIndexEmbedding",
+    "ImageTokens",
     "InnerAdaptor",
     "Resampler",
+    "ResidualIDFormer",
     "add_inner_adaptors",
     "build_connector",
     "identities_of_scenes",

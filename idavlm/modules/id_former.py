@@ -77,26 +77,36 @@ class IdentityLayer(nn.Module):
         self.feed_forward_gate = nn.Parameter(torch.zeros(())) if gate == "tanh" and feed_forward else None
 
     def forward(
-        self, patches: Tensor, keys: Tensor, *, query_bias: Tensor, output_attentions: bool = False, **segments
+        self,
+        patches: Tensor,
+        keys: Tensor,
+        *,
+        query_bias: Tensor,
+        output_attentions: bool = False,
+        residual_only: bool = False,
+        **segments,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from the patches of scenes to the references of their samples.
 
         Args:
-            patches: ``[S, P, C]`` patches of scenes.
+            patches: ``[S, P, C]`` patches of scenes, or ``[T, C]`` packed.
             keys: ``[T, C]`` packed reference tokens.
-            query_bias: ``[P, C]`` projected positions of the patches.
+            query_bias: ``[P, C]`` projected positions of the patches, or ``[T, C]``.
             output_attentions: also return the attention weights, summed over groups of keys.
+            residual_only: return what the layer adds to the patches, instead of the sum.
             segments: ``cu_seqlens_q``, ``key_groups``, ... of :func:`idavlm.cross_attention`, which group by sample.
 
         Returns:
-            ``[S, P, C]`` patches, and the weights ``[S * P, H, G + 1]`` or None.
+            Patches in the shape of the input, and the weights ``[S * P, H, G + 1]`` or None.
         """
         result = self.attention(patches, keys, query_bias=query_bias, output_attentions=output_attentions, **segments)
         attended, attentions = result if output_attentions else (result, None)
-        patches = patches + _gated(attended, self.attention_gate)
+        residual = _gated(attended, self.attention_gate)
+        output = patches + residual
         if self.feed_forward is not None:
-            patches = patches + _gated(self.feed_forward(patches), self.feed_forward_gate)
-        return patches, attentions
+            transformed = _gated(self.feed_forward(output), self.feed_forward_gate)
+            residual, output = residual + transformed, output + transformed
+        return residual if residual_only else output, attentions
 
 
 class IDFormer(nn.Module):
@@ -403,10 +413,11 @@ class IDFormer(nn.Module):
         null = keys[:0] if self.null_token is None else self.null_token
         # Numbered over the batch: the same identity index in different samples gives different numbers.
         offset = sample_index * (int(max(identity_index[is_reference].max(), targets.max())) + 1)
+        owner = (offset + identity_index)[is_reference]
         return identity_contrastive_loss(
             attention.queries(patches[image, patch], query_bias[patch]),
             attention.keys(torch.cat([null, keys])),
-            owner=(offset + identity_index)[is_reference],
+            owner=owner.repeat_interleave(len(keys) // len(owner)),
             target=offset[image] + targets[image, patch],
             num_null=len(null),
         )
@@ -429,9 +440,14 @@ class IDFormer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Let the patches of scenes ``[S, P, C]`` attend to the keys ``[R, K, C]`` of their own sample."""
         has_null = self.null_token is not None
-        packed = pack_keys(keys, groups, null_token=self.null_token)
+        key_lengths = [keys.shape[1]] * len(keys)
+        packed = pack_keys(keys.flatten(0, 1), key_lengths, groups, null_token=self.null_token)
         segments = attention_segments(
-            groups, num_patches=scenes.shape[1], key_length=keys.shape[1], null_token=has_null, device=scenes.device
+            groups,
+            scene_lengths=[scenes.shape[1]] * len(scenes),
+            reference_lengths=key_lengths,
+            null_token=has_null,
+            device=scenes.device,
         )
         needs_maps = output_attentions or self.identity_embedding_type is not None
         maps = []

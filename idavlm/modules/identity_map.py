@@ -207,18 +207,16 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
 
     Args:
         q: ``[N, H, D]`` projected patches.
-        k: ``[num_null + R * L, H, D]`` projected keys: the null token, then L keys for each of the R references.
-        owner: ``[R]`` identity of each reference, numbered over the batch.
+        k: ``[num_null + K, H, D]`` projected keys: the null token, then the K keys of all references.
+        owner: ``[K]`` identity that each key belongs to, numbered over the batch.
         target: ``[N]`` identity that each patch shows. It has a reference in the batch.
         num_null: 0 or 1, number of null tokens.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.einsum("nhd,khd->hnk", q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype))
-        null, references = scores[..., :num_null], scores[..., num_null:]
-        references = rearrange(references, "h n (r l) -> h n r l", r=len(owner)).logsumexp(-1)
-        correct = references.masked_fill(owner != target[:, None], -torch.inf).logsumexp(-1)
-        log_share = correct - torch.cat([null, references], -1).logsumexp(-1)
+        correct = scores[..., num_null:].masked_fill(owner != target[:, None], -torch.inf).logsumexp(-1)
+        log_share = correct - scores.logsumexp(-1)
         return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
 
 
