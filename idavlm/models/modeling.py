@@ -415,7 +415,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if sample_index is None and (needs_samples or self.image_index_embedding is not None):
             raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
         if image_roles is None:
-            image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
+            image_roles = torch.full((len(features),), ImageRole.GENERAL)
         if sample_index is None:
             if input_ids is None:
                 sample_index = torch.zeros(len(features), dtype=torch.long)
