@@ -1,5 +1,8 @@
 """Supervision of identity attention by boxes: targets of a batch, and the losses that they define."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,3 +68,16 @@ def supervision_losses(
         )
         total = total + contrastive_loss_weight * losses["contrastive_loss"]
     return losses | {"auxiliary_loss": total}
+
+
+def count_supervised_scenes(batch: Mapping[str, Any]) -> int:
+    """Count the scenes that the identity-map loss of a batch is a mean over.
+
+    A scene is supervised if its sample has at least one reference and at least one box in the batch.
+    """
+    box_image, roles, sample_index = (batch.get(name) for name in ("box_image", "image_roles", "sample_index"))
+    if box_image is None or len(box_image) == 0 or roles is None or sample_index is None:
+        return 0
+    with_box = torch.isin(sample_index, sample_index[box_image])
+    with_reference = torch.isin(sample_index, sample_index[roles == ImageRole.REFERENCE])
+    return int(((roles == ImageRole.SCENE) & with_box & with_reference).sum())
