@@ -15,7 +15,7 @@ from idavlm import add_inner_adaptors
 from idavlm.data import RecordDataset
 from idavlm.models import IDAVLMProcessor
 from idavlm.training import IDTrainer, IDTrainingArguments, last_complete_checkpoint
-from idavlm.training.trainer import MAX_BATCHES_WITHOUT_BOXES, language_loss_by_source
+from idavlm.training.trainer import MAX_STEPS_WITHOUT_BOXES, language_loss_by_source
 from idavlm.utils.parameter_groups import module_of
 from tests.interrupted_run import STEPS, build_trainer, write_data
 from tests.small_models import record, small_model, small_processor
@@ -288,7 +288,7 @@ def test_identity_pretraining_needs_an_id_former_and_boxes(data, tmp_path):
 
 @pytest.mark.parametrize("records_with_boxes", [0, 1])
 def test_identity_pretraining_stops_if_the_data_has_no_boxes(data, tmp_path, records_with_boxes):
-    records = [record(number) | {"boxes": []} for number in range(MAX_BATCHES_WITHOUT_BOXES + 2)]
+    records = [record(number) | {"boxes": []} for number in range(MAX_STEPS_WITHOUT_BOXES + 2)]
     for entry in records[records_with_boxes:]:
         entry["messages"] = entry["messages"][2:]  # these turns have no box
         entry["messages"][0] = {"role": "user", "content": [{"type": "image", "image": "scene.png"}]}
@@ -308,9 +308,7 @@ def test_identity_pretraining_stops_if_the_data_has_no_boxes(data, tmp_path, rec
     if records_with_boxes:
         trainer.train()
     else:
-        with pytest.raises(
-            ValueError, match=f"needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have none"
-        ):
+        with pytest.raises(ValueError, match=f"needs boxes, but the first {MAX_STEPS_WITHOUT_BOXES} steps have none"):
             trainer.train()
 
 

@@ -28,8 +28,8 @@ FIELDS: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
 """Fields of an encoded sample, with dtype and shape; docs/reference/models.md says what they mean.
 
 An encoded sample has all of them, but only one of ``pixel_values`` and ``image_features``; ``source`` and ``id`` are
-optional. The collator adds ``attention_mask`` ``[B, T]`` and ``sample_index`` ``[I]``, and makes ``box_image`` count over
-the batch. The ids become ``sample_ids``.
+optional. The collator adds ``attention_mask`` ``[B, T]`` and ``sample_index`` ``[I]``, makes ``box_image`` count over
+the batch, and calls the ids ``sample_ids``.
 B is the number of samples, T of tokens, I of images, P of patches, N of boxes; Cv is the width of the vision tower.
 """
 
@@ -130,7 +130,8 @@ def _check_sample(number: int, sample: dict[str, Any], image_input: str) -> None
     if missing or unknown:
         fault = f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown fields {', '.join(sorted(unknown))}"
         raise ValueError(
-            f"samples[{number}] {fault}; an encoded sample of this batch has {', '.join(fields)} and optionally source and id."
+            f"samples[{number}] {fault}; an encoded sample of this batch has {', '.join(fields)} and optionally source "
+            "and id."
         )
     sizes: dict[str, tuple[int, str]] = {}
     for name, (dtype, shape) in fields.items():

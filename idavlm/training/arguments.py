@@ -42,8 +42,9 @@ class IDTrainingArguments(TrainingArguments):
 
     Some arguments of ``TrainingArguments`` would have no effect on the losses and batches of :class:`IDTrainer`, or a
     wrong one. They raise an error: ``label_smoothing_factor``, ``use_liger_kernel``,
-    ``average_tokens_across_devices=False``, ``logging_nan_inf_filter=True``, ``label_names``, ``remove_unused_columns=True``,
-    ``accelerator_config={"dispatch_batches": True}``, and context or sequence parallelism.
+    ``average_tokens_across_devices=False``, ``logging_nan_inf_filter=True``, ``label_names``,
+    ``remove_unused_columns=True``, ``accelerator_config={"dispatch_batches": True}``, and context or sequence
+    parallelism.
 
     Raises:
         ValueError: an argument is out of range, or contradicts another one.

@@ -265,8 +265,13 @@ def check_saved_by_adapter(model: nn.Module) -> None:
         )
 
 
-def check_adapter_weights(model: nn.Module, folder: str | Path) -> None:
-    """Check that a PEFT model holds exactly the adapter weights of a checkpoint, after PEFT has loaded them.
+def check_adapter_weights(model: nn.Module, folder: str | Path, *, loaded: bool) -> None:
+    """Check that a checkpoint has exactly the adapter weights of a PEFT model.
+
+    Args:
+        model: a PEFT model.
+        folder: the checkpoint.
+        loaded: whether PEFT has loaded the checkpoint, so that the values must be equal, too.
 
     Raises:
         ValueError: tensors are missing, unexpected or of other values; the message lists them.
@@ -284,7 +289,7 @@ def check_adapter_weights(model: nn.Module, folder: str | Path) -> None:
             f"The weights in {str(file)!r} do not fit the adapter {name!r} of the model",
             missing=sorted(present.keys() - saved.keys()),
             unexpected=sorted(saved.keys() - present.keys()),
-            different=[key for key in shared if not torch.equal(saved[key].to(present[key]), present[key])],
+            different=[key for key in shared if loaded and not torch.equal(saved[key].to(present[key]), present[key])],
         )
 
 

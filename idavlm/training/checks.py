@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from idavlm.training.arguments import IDTrainingArguments
 

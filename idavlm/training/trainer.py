@@ -143,8 +143,8 @@ class IDTrainer(Trainer):
                 "non_finite_loss='skip' has no effect with DeepSpeed, which updates the weights right after the "
                 "backward pass; use 'stop'."
             )
-        # compute_loss returns the share of a micro-batch in the loss of the global batch. With this, and with the counts
-        # that get_batch_samples returns, the Trainer does not divide it by the number of micro-batches.
+        # compute_loss returns the share of a micro-batch in the loss of the global batch. With this, and with the
+        # counts that get_batch_samples returns, the Trainer does not divide it by the number of micro-batches.
         self.model_accepts_loss_kwargs = True
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SourceProgress())
@@ -376,8 +376,9 @@ class IDTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif _is_peft_model(model):
+            check_adapter_weights(model, resume_from_checkpoint, loaded=False)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            check_adapter_weights(model, resume_from_checkpoint)
+            check_adapter_weights(model, resume_from_checkpoint, loaded=True)
         else:
             load_weights(self.accelerator.unwrap_model(model, keep_torch_compile=False), resume_from_checkpoint)
 
