@@ -361,6 +361,19 @@ def test_a_run_with_other_data_is_not_resumed(data, tmp_path, change, message):
         trainer_of(data, tmp_path, trainer=trainer, **(options | change)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1e-3}, r"the learning rate of parameter group 0 was 5e-05 and is 0\.001"),
+        ({"weight_decay": 0.1}, r"the weight decay of parameter group 0 was 0\.0 and is 0\.1"),
+    ],
+)
+def test_options_that_the_optimizer_state_overwrites_must_not_change(data, finished, tmp_path, change, message):
+    trainer = trainer_of(data, tmp_path, max_steps=6, **change)
+    with pytest.raises(ValueError, match=f"belongs to a run with another optimizer: {message}"):
+        trainer.train(resume_from_checkpoint=str(finished / "checkpoint-4"))
+
+
 def test_other_data_are_accepted_on_request_and_a_longer_run_is_the_same_run(data, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for options in ({"seed": 9, "ignore_data_skip": True, "max_steps": 5}, {"max_steps": 6, "logging_steps": 1}):

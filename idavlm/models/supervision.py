@@ -35,7 +35,7 @@ def supervised_scenes(
 
 def count_supervised_scenes(batch: Mapping[str, Any]) -> int:
     """Number of :func:`supervised_scenes` of a collated batch; 0 if it has no field ``boxes``."""
-    if batch.get("boxes") is None:
+    if batch.get("boxes") is None or len(batch["boxes"]) == 0:
         return 0
     fields = ("image_roles", "sample_index", "identity_index", "box_image", "box_identity")
     return int(supervised_scenes(*(batch[name] for name in fields)).sum())
@@ -149,16 +149,3 @@ def supervision_losses(
         )
         total = total + contrastive_loss_weight * losses["contrastive_loss"]
     return losses | {"auxiliary_loss": total}
-
-
-def count_supervised_scenes(batch: Mapping[str, Any]) -> int:
-    """Count the scenes that the identity-map loss of a batch is a mean over.
-
-    A scene is supervised if its sample has at least one reference and at least one box in the batch.
-    """
-    box_image, roles, sample_index = (batch.get(name) for name in ("box_image", "image_roles", "sample_index"))
-    if box_image is None or len(box_image) == 0 or roles is None or sample_index is None:
-        return 0
-    with_box = torch.isin(sample_index, sample_index[box_image])
-    with_reference = torch.isin(sample_index, sample_index[roles == ImageRole.REFERENCE])
-    return int(((roles == ImageRole.SCENE) & with_box & with_reference).sum())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,34 @@ def check_same_run(folder: str | Path, settings: Mapping[str, Any]) -> None:
             f"resume_from_checkpoint={str(folder)!r} belongs to a run with other data: {'; '.join(changed)}. Use the "
             "former values, start a new run in another output_dir, or set ignore_data_skip=True to continue with the "
             "new data from the start of an epoch."
+        )
+
+
+def group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """Learning rate before scheduling, and weight decay, of each parameter group."""
+    names = {"initial_lr": "learning rate", "weight_decay": "weight decay"}
+    return [{text: group[name] for name, text in names.items() if name in group} for group in optimizer.param_groups]
+
+
+def check_same_options(
+    folder: str | Path, saved: Sequence[Mapping[str, float]], options: Sequence[Mapping[str, float]]
+) -> None:
+    """Check that the options of an optimizer are those of the checkpoint, which overwrites them.
+
+    Raises:
+        ValueError: an option of a parameter group has changed; the message names it with both values.
+    """
+    changed = [
+        f"the {name} of parameter group {number} was {old} and is {new[name]}"
+        for number, (group, new) in enumerate(zip(saved, options, strict=True))
+        for name, old in group.items()
+        if name in new and old != new[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r} belongs to a run with another optimizer: {'; '.join(changed)}. "
+            "The checkpoint would overwrite the new values. Use the former ones, or load its model with from_pretrained "
+            "and start a new run."
         )
 
 

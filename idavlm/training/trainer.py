@@ -20,9 +20,11 @@ from idavlm.training.checkpoints import (
     begin_checkpoint,
     check_adapter_weights,
     check_checkpoint,
+    check_same_options,
     check_same_run,
     check_saved_by_adapter,
     data_settings,
+    group_options,
     last_complete_checkpoint,
     load_weights,
     read_run_state,
@@ -381,6 +383,15 @@ class IDTrainer(Trainer):
             check_adapter_weights(model, resume_from_checkpoint, loaded=True)
         else:
             load_weights(self.accelerator.unwrap_model(model, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Load the states, which overwrite learning rates and weight decays. These must not have changed."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        options = group_options(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        check_same_options(checkpoint, group_options(self.optimizer), options)
 
     def _load_best_model(self):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
