@@ -236,8 +236,8 @@ def check_same_options(
     if changed:
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r} belongs to a run with another optimizer: {'; '.join(changed)}. "
-            "The checkpoint would overwrite the new values. Use the former ones, or load its model with from_pretrained "
-            "and start a new run."
+            "The checkpoint would overwrite the new values. Use the former ones, or load its model with "
+            "from_pretrained and start a new run."
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -62,6 +62,8 @@ class TrainingStep:
 class NonFiniteGuard:
     """Stops training at the first step whose losses or gradient are not finite, or leaves out such steps.
 
+    The model is then as before the step, with the statistics of its batch norms.
+
     Args:
         action: ``"stop"`` or ``"skip"``, see :class:`IDTrainingArguments`.
         output_dir: folder in which steps are saved.
@@ -74,6 +76,22 @@ class NonFiniteGuard:
         self.action = action
         self.output_dir = Path(output_dir)
         self.skipped = self._in_a_row = 0
+        self._buffers: list[Tensor] | None = None
+        self._kept: list[Tensor] = []
+
+    def begin(self, step: TrainingStep, model: nn.Module) -> None:
+        """Keep what the first micro-batch of a step will change: random states, and the buffers of the model."""
+        step.random_states = random_states()
+        if self._buffers is None:
+            self._buffers = [
+                buffer
+                for module in model.modules()
+                for name, buffer in module.named_buffers(recurse=False)
+                if name not in module._non_persistent_buffers_set
+            ]
+            self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
 
     def is_finite(self, step: TrainingStep, number: int, grad_norm: Any, accelerator: Accelerator) -> bool:
         """Whether the losses and the gradient of a step are finite on all processes. This waits for the device once.
@@ -97,6 +115,8 @@ class NonFiniteGuard:
         if finite:
             self._in_a_row = 0
             return True
+        for buffer, kept in zip(self._buffers or (), self._kept, strict=True):
+            buffer.copy_(kept)
         self.skipped += 1
         self._in_a_row += 1
         if self.action == "stop" or self._in_a_row >= MAX_SKIPPED_STEPS:
@@ -118,7 +138,7 @@ class NonFiniteGuard:
         in_a_row = f", for the {self._in_a_row}th time in a row" if self._in_a_row > 1 else ""
         raise NonFiniteLossError(
             f"{what} of step {number} is NaN or infinite{in_a_row}. Records of the batch: "
-            f"{', '.join(sample_ids) or 'unknown, because the data set has no ids'}. The weights are those before the "
+            f"{', '.join(sample_ids) or 'unknown, because the data set has no ids'}. The model is as before the "
             f"step. The batch is saved in {folder}. Check these records and the learning rate, or set "
             "non_finite_loss='skip' to leave out such steps.",
             step=number,

@@ -39,7 +39,7 @@ from idavlm.training.losses import (
     sum_counts,
     without_repeated,
 )
-from idavlm.training.non_finite import NonFiniteGuard, TrainingStep, random_states
+from idavlm.training.non_finite import NonFiniteGuard, TrainingStep
 from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
 
 logger = logging.get_logger(__name__)
@@ -195,6 +195,7 @@ class IDTrainer(Trainer):
             if not self.args.ignore_data_skip:
                 check_same_run(resume_from_checkpoint, self._settings)
             self._supervised_scenes = read_run_state(resume_from_checkpoint)["supervised_scenes"]
+        self._non_finite = NonFiniteGuard(self.args.non_finite_loss, self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, model=None):
@@ -239,7 +240,7 @@ class IDTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step.random_states is None:  # not in get_batch_samples: a resumed run restores the states after it
-            self._step.random_states = random_states()
+            self._non_finite.begin(self._step, self.model)
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Of a step that is skipped, the Trainer's own sum must not become NaN.
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
@@ -305,8 +306,10 @@ class IDTrainer(Trainer):
         if model.training and self.state.global_step < self.args.teacher_forcing_steps:
             batch["teacher_forcing"] = True
         distinct = {sources} if isinstance(sources, str) else set(sources)
-        has_labels = batch.get("labels") is not None
-        if has_labels and (len(distinct) > 1 or "joint" in distinct or not any(counts.tokens.values())):
+        is_mixed = len(distinct) > 1 or "joint" in distinct
+        if is_mixed and batch.get("labels") is None:
+            raise ValueError("a batch of two sources needs 'labels', from which the loss of each source is computed.")
+        if is_mixed or not any(counts.tokens.values()):  # the model's own mean over no tokens would be NaN
             labels = batch.pop("labels")  # without labels the model returns logits
             outputs = model(**batch)
             row_source = row_sources({"source": sources, "sample_source": sample_source}, len(labels), labels.device)
