@@ -314,6 +314,7 @@ def test_resuming_a_finished_run_trains_nothing(data, finished, tmp_path, length
         result = trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 4
         assert result.global_step == 4
+        assert "train_loss" not in trainer.state.log_history[-1]
         assert contents(tmp_path) == before
         expected = IDAVLMForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4").state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in trainer.model.state_dict().items())

@@ -56,7 +56,7 @@ class TrainingStep:
     def sample_ids(self, numbers: Sequence[int] | None = None) -> list[str]:
         """Ids of the records of some micro-batches, or of all."""
         batches = self.batches if numbers is None else [self.batches[number] for number in numbers]
-        return [sample_id for batch in batches for sample_id in batch.get("sample_ids", ())]
+        return [str(sample_id) for batch in batches for sample_id in batch.get("sample_ids", ())]
 
 
 class NonFiniteGuard:

@@ -130,7 +130,8 @@ class IDTrainer(Trainer):
         self._step = TrainingStep()
         self._non_finite = NonFiniteGuard(args.non_finite_loss, args.output_dir)
         self._steps_without_boxes = 0
-        self._supervised_scenes = 0  # since the start of the run
+        self._supervised_scenes = self._scenes_before = 0  # since the start of the run; when training was resumed
+        self._has_trained = False
         self._settings: dict[str, Any] = {}
         _freeze(model, args)
         if data_collator is None:
@@ -187,16 +188,26 @@ class IDTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._settings = data_settings(self.args, self.train_dataset, self.general_dataset)
-        self._supervised_scenes = 0
+        self._scenes_before = 0
         if _is_peft_model(self.model):
             check_saved_by_adapter(self.model)
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
             if not self.args.ignore_data_skip:
                 check_same_run(resume_from_checkpoint, self._settings)
-            self._supervised_scenes = read_run_state(resume_from_checkpoint)["supervised_scenes"]
+            self._scenes_before = read_run_state(resume_from_checkpoint)["supervised_scenes"]
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if not self._has_trained:
+            logger.warning(f"The run was finished (step {self.state.global_step}); nothing was trained.")
+        return result
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """The training loop. With ``auto_find_batch_size`` it may begin several times."""
+        self._train_losses = LossAverages()
         self._non_finite = NonFiniteGuard(self.args.non_finite_loss, self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._supervised_scenes, self._steps_without_boxes = self._scenes_before, 0
+        self._has_trained = False
+        return super()._inner_training_loop(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """The optimizer of ``args.optim``, with one parameter group per learning rate and weight decay."""
@@ -231,6 +242,7 @@ class IDTrainer(Trainer):
             batch["loss_counts"] = count
         total = sum_counts(counts, self.accelerator)
         self._step = TrainingStep(batches)
+        self._has_trained = True
         if batches:
             self._check_supervision(total)
         return batches, total
@@ -350,6 +362,8 @@ class IDTrainer(Trainer):
             logs.update({name: count for name, count in counts.items() if count})
             self._train_losses = LossAverages()
             self._non_finite.skipped = self._steps_without_boxes = 0
+        if not self._has_trained:  # a finished run that was resumed: the Trainer's mean over no steps is 0
+            logs.pop("train_loss", None)
         super().log(logs, *args, **kwargs)
 
     # --- Losses that are not finite ---------------------------------------------------------------------------------
@@ -405,7 +419,6 @@ class IDTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         """Train for an epoch, unless the run was finished when it was resumed."""
         if self.state.global_step >= self.state.max_steps:
-            logger.warning(f"The run is finished (step {self.state.global_step}); nothing is trained.")
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
