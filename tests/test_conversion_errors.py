@@ -135,7 +135,7 @@ def test_a_configuration_that_lacks_something(tmp_path):
     (iaa / "config.json").write_text("{")
     refused(iaa, r"config\.json: invalid JSON")
     (iaa / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 40}))
-    refused(iaa, "14 adaptor layers, but 16 expected")
+    refused(iaa, r"config\.json: num_hidden_layers=40, but the weights have 32 layers")
 
 
 def test_parts_in_other_folders(llava, tmp_path, capsys):

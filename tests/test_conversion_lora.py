@@ -7,23 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
 from idavlm._compat import auto_image_processor
 from idavlm.conversion import ConversionError, convert
 from idavlm.data import chat_templates
-from tests.released import released, tiny_tokenizer
+from tests.released import IMAGE, OWN_TEMPLATE, language_model, llava_tokenizer, released, tower, transformers_llava
 
-IMAGE, TOKENS = 3, 4
+TOKENS = 4
 BATCH = {
     "input_ids": torch.tensor([[5, *[IMAGE] * TOKENS, 7, 8, 9, 2], [6, *[IMAGE] * TOKENS, 11, 12, 13, 2]]),
     "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1)),
@@ -32,43 +24,19 @@ LORA = {"r": 4, "lora_alpha": 8, "modules_to_save": ["multi_modal_projector"]}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2"]
 
 
-def tower():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = AutoConfig.for_model("chinese_clip_vision_model", image_size=28, patch_size=14, **sizes)
-    return AutoModel.from_config(config)
-
-
-def language_model():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_key_value_heads=2, **sizes))
-
-
-def tokenizer():
-    made = tiny_tokenizer(["<unk>", "<s>", "<|im_end|>", "<image>"], 300)
-    made.chat_template = OWN_TEMPLATE
-    return made
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A LLaVA put together from three parts, a LoRA adapter trained on both halves, and the two merged by peft."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("chinese-clip")
-    parts = tower(), language_model()
-    config = LlavaConfig(vision_config=parts[0].config, text_config=parts[1].config, image_token_index=IMAGE)
-    llava = LlavaForConditionalGeneration(config)
-    llava.model.vision_tower.load_state_dict(parts[0].state_dict())
-    llava.model.language_model.load_state_dict(parts[1].model.state_dict())
-    llava.lm_head.load_state_dict(parts[1].lm_head.state_dict())
-    llava.save_pretrained(folder / "base")
+    llava = transformers_llava(folder / "base")
     trained = get_peft_model(llava, LoraConfig(target_modules=TARGETS, **LORA))
     train(trained, BATCH)
     trained.save_pretrained(folder / "adapter")
     trained.merge_and_unload().save_pretrained(folder / "merged")
-    preprocessor = released("llava-1.5", folder) / "clip-vision-tiny" / "preprocessor_config.json"
-    for name in ("base", "merged"):
-        tokenizer().save_pretrained(folder / name)
-        shutil.copy(preprocessor, folder / name)
+    for path in (folder / "base").glob("*"):
+        if not (folder / "merged" / path.name).exists():
+            shutil.copy(path, folder / "merged")
     return folder
 
 
@@ -101,7 +69,6 @@ def test_transformers_llava_converts_with_and_without_an_adapter(folders, tmp_pa
     assert {"vision_tower", "connector", "language_model"} == {name.partition(".")[0] for name in state}
 
 
-OWN_TEMPLATE = chat_templates.QWEN_CHATML + "{# of the tokenizer #}"
 FOR_PARTS = "{% for m in messages %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
 FOR_PARTS += "{% endfor %}{% endfor %}"
 
@@ -111,7 +78,7 @@ def test_what_transformers_processor_saves_is_read(folders, tmp_path):
     base = shutil.copytree(folders / "base", tmp_path / "base")
     image_processor = auto_image_processor().from_pretrained(base)
     (base / "preprocessor_config.json").unlink()
-    made = tokenizer()
+    made = llava_tokenizer()
     made.chat_template = None
     saved = LlavaProcessor(image_processor, made, patch_size=14, chat_template=FOR_PARTS)
     saved.save_pretrained(base)
