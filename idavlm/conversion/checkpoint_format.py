@@ -75,9 +75,33 @@ def read_tokenizer(source: SourceCheckpoint):
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         tokenizer.decode(tokenizer("Who is this?").input_ids)
         template = tokenizer.chat_template
+    tokens = {}
+    for token, number in tokenizer.get_vocab().items():
+        if tokens.setdefault(number, token) != token:
+            raise ConversionError(
+                f"{folder}: its tokenizer gives {shown(tokens[number])} and {shown(token)} the same id {number}. "
+                "Download it again."
+            )
     if template is not None and not isinstance(template, str):
         raise ConversionError(f"{folder}: its tokenizer has chat_template={shown(template)}; expected one template.")
     return tokenizer
+
+
+def check_image_token(source: SourceCheckpoint, tokenizer, token: str) -> None:
+    """Check that an image placeholder in a text becomes one token.
+
+    Raises:
+        ConversionError: it does not.
+    """
+    folder = source.tokenizer or source.folder
+    with errors_of(folder, "has a tokenizer that fails on text", "Pass that of the checkpoint (--tokenizer)."):
+        ids = tokenizer(f"Who is this? {token}{token} Who?").input_ids
+        count = ids.count(tokenizer.convert_tokens_to_ids(token))
+    if count != 2:
+        raise ConversionError(
+            f"{folder}: its tokenizer has the image placeholder {token!r}, but finds {count} of 2 in a text. Pass the "
+            "tokenizer of the checkpoint with tokenizer= (--tokenizer)."
+        )
 
 
 def num_embeddings(path: Path, vocab_size: int, tokenizer) -> int:

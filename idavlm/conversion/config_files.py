@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.activations import ACT2FN
 
 from idavlm.conversion.errors import ConversionError, shown
@@ -90,14 +91,18 @@ class Field:
 
 def integer(minimum: int | None = 1, maximum: int | None = None) -> Field:
     """An integer from ``minimum`` to ``maximum``; None: without limit."""
-    bounds = [f"of at least {minimum}"] * (minimum is not None) + [f"of at most {maximum}"] * (maximum is not None)
+    if minimum is not None and maximum is not None:
+        bounds = f"from {minimum} to {maximum}"
+    else:
+        bounds = f"of at least {minimum}" if maximum is None else f"of at most {maximum}"
+    expected = "an integer" if minimum is None and maximum is None else f"an integer {bounds}"
 
     def accepts(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
             return False
         return (minimum is None or value >= minimum) and (maximum is None or value <= maximum)
 
-    return Field(" ".join(["an integer", " and ".join(bounds)]).strip(), accepts)
+    return Field(expected, accepts)
 
 
 def number(minimum: float, maximum: float) -> Field:
@@ -134,12 +139,23 @@ NULL = Field("null", lambda value: value is None)
 FLAG = Field("true or false", lambda value: isinstance(value, bool))
 TEXT = Field("a text", lambda value: isinstance(value, str))
 OBJECT = Field("an object", lambda value: isinstance(value, dict))
-SHARE = Field("0", lambda value: value == 0 and not isinstance(value, bool)) | number(0, 1)
+SHARE = Field("a number from 0 to 1", lambda value: number(-1, 1).accepts(value) and value >= 0)
 EPSILON = number(0, 0.1)
 FACTOR = number(0, 1e9)
 TOKEN = integer(0)
+SIDE = integer(1, MAX_IMAGE_SIZE)
+DTYPE = Field(
+    "a type of torch", lambda value: isinstance(value, str) and isinstance(getattr(torch, value, 0), torch.dtype)
+)
 ACTIVATION = Field("an activation of transformers", lambda value: isinstance(value, str) and value in ACT2FN)
 
+COMMON = {
+    "architectures": list_of(TEXT) | NULL,
+    "dtype": DTYPE | NULL,
+    "torch_dtype": DTYPE | NULL,
+    "id2label": OBJECT | NULL,
+    "label2id": OBJECT | NULL,
+}
 ROPE = {
     "rope_type": choice("default", "linear", "dynamic", "yarn", "llama3", "longrope"),
     "type": choice("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su"),
@@ -176,6 +192,7 @@ LANGUAGE_MODEL = {
     "attention_bias": FLAG,
     "mlp_bias": FLAG,
     "tie_word_embeddings": FLAG,
+    **COMMON,
 }
 LLAVA = {
     "mm_vision_tower": TEXT,
@@ -203,11 +220,12 @@ VISION_TOWER = {
     "num_hidden_layers": integer(1),
     "num_attention_heads": integer(1),
     "num_channels": integer(1),
-    "image_size": integer(1, MAX_IMAGE_SIZE),
-    "patch_size": integer(1, MAX_IMAGE_SIZE),
+    "image_size": SIDE,
+    "patch_size": SIDE,
     "hidden_act": ACTIVATION,
     "layer_norm_eps": EPSILON,
     "attention_dropout": SHARE,
+    **COMMON,
 }
 QWEN = {
     "vocab_size": integer(1),
@@ -224,10 +242,11 @@ QWEN = {
     "tie_word_embeddings": FLAG,
     "initializer_range": SHARE,
     "visual": OBJECT,
+    **COMMON,
 }
 QWEN_VISUAL = {
-    "image_size": integer(1, MAX_IMAGE_SIZE),
-    "patch_size": integer(1, MAX_IMAGE_SIZE),
+    "image_size": SIDE,
+    "patch_size": SIDE,
     "width": integer(1),
     "layers": integer(1),
     "heads": integer(1),
@@ -236,10 +255,7 @@ QWEN_VISUAL = {
     "n_queries": integer(1),
     "image_start_id": TOKEN,
 }
-IMAGE_PROCESSOR = {
-    name: integer(1, MAX_IMAGE_SIZE) | _object_of(integer(1, MAX_IMAGE_SIZE) | NULL) | NULL
-    for name in ("size", "crop_size", "pad_size")
-}
+IMAGE_PROCESSOR = {name: SIDE | _object_of(SIDE | NULL) | NULL for name in ("size", "crop_size", "pad_size")}
 GENERATION = {"eos_token_id": TOKEN | list_of(TOKEN) | NULL}
 ADAPTER = {
     "peft_type": TEXT,

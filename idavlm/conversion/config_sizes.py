@@ -9,10 +9,12 @@ from torch import Tensor
 
 from idavlm.conversion.errors import ConversionError, shown
 
-COUNT = re.compile(r"layer|depth|block|stage|expert|label", re.IGNORECASE)
-"""Fields of these names count parts of a model that are built one by one."""
-MAX_COUNT = 100_000
-"""Largest number of labels or the like; ImageNet-21k has 21,843."""
+LAYER_COUNTS = re.compile(r"(?:\w+_)?(?:layers?|blocks|depths?)")
+"""Fields that count parts of a model that have tensors and are built one by one."""
+OTHER_COUNTS = re.compile(r"num_labels|num_\w*experts")
+"""Fields that count what is listed one by one."""
+MAX_OTHER_COUNT = 100_000
+"""Their largest value; ImageNet-21k has 21,843 labels."""
 
 Size = tuple[str, int]
 """A regular expression of names of tensors, and a dimension of these tensors."""
@@ -43,14 +45,14 @@ def check_counts(path: Path, config: dict[str, Any], tensors: dict[str, Tensor],
         if isinstance(value, dict):
             check_counts(path, value, tensors, section=field)
             continue
-        if not COUNT.search(name):
+        limit = len(tensors) if LAYER_COUNTS.fullmatch(name) else MAX_OTHER_COUNT
+        if limit == MAX_OTHER_COUNT and not OTHER_COUNTS.fullmatch(name):
             continue
-        limit = MAX_COUNT if "label" in name else len(tensors)
         for count in value if isinstance(value, list) else [value]:
             if isinstance(count, (int, float)) and count > limit:
                 raise ConversionError(
-                    f"{path}: {field}={shown(value)}, but there are {len(tensors)} tensors. Check that the file "
-                    "belongs to the weights."
+                    f"{path}: {field}={shown(value)} is more than {limit}; the weights have {len(tensors)} tensors. "
+                    "Check that the file belongs to them."
                 )
 
 

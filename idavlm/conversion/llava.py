@@ -17,6 +17,7 @@ from idavlm.conversion.checkpoint_format import (
     CheckpointFormat,
     ConversionPlan,
     check_image_processor,
+    check_image_token,
     generation_tokens,
     idavlm_config,
     num_embeddings,
@@ -63,7 +64,6 @@ def plan_llava(
 ) -> ConversionPlan:
     """Plan the conversion of LLaVA-1.5 and its derivatives; ``first_rules`` take precedence over the common rules."""
     config = source.config
-    check_llava_config(source)
     vision, folder, prefix = read_tower(source)
     add_image_token(tokenizer, image_token)
     text = llama_config(source, num_embeddings(source.config_path, config["vocab_size"], tokenizer))
@@ -120,6 +120,7 @@ def build_plan(
             f"{source.config_path}: the vision feature layer is {vision_feature_layer}, but the vision tower has "
             f"{layers} layers, whose outputs are -1 to {-layers - 1}."
         )
+    check_image_token(source, tokenizer, image_token)
     tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + int(with_cls)
     return ConversionPlan(
         config=idavlm_config(
@@ -171,15 +172,20 @@ def read_tower(source: SourceCheckpoint) -> tuple[PretrainedConfig, Path, str]:
     if not any(name.startswith(INCLUDED_TOWER) for name in source.tensors):
         prefix = "vision_tower."
         source.add([WeightFile(path, prefix, remove_prefix="vision_model.") for path in weight_files(folder)])
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
+    prefix = prefix.replace(".", r"\.")
+    check_fields(path, config, {"model_type": config_files.TEXT}, required=("model_type",))
+    check_counts(path, config, source.tensors)
     section = "vision_config" if isinstance(config.get("vision_config"), dict) else ""
     vision = config[section] if section else config  # the folder may hold a complete image-text model
-    prefix = prefix.replace(".", r"\.")
-    check_tower_config(source, folder / "config.json", vision, prefix, section=section)
-    with errors_of(folder / "config.json", "describes no vision tower of transformers", CHECK):
+    check_fields(path, vision, config_files.VISION_TOWER, section=section)
+    check_tower_sizes(source, path, vision, prefix, section=section)
+    with errors_of(path, "describes no vision tower of transformers", CHECK):
         made = AutoConfig.for_model(**config)
     tower = getattr(made, "vision_config", made)
-    check_square(folder / "config.json", tower)
+    check_square(path, tower)
+    check_tower_sizes(source, path, tower.to_dict(), prefix, section=section)  # with the defaults of transformers
     return tower, folder, prefix
 
 
@@ -213,21 +219,19 @@ def check_language_sizes(
         check_layers(path, field, config["num_hidden_layers"], tensors)
 
 
-def check_tower_config(
+def check_tower_sizes(
     source: SourceCheckpoint, path: Path, config: dict[str, Any], prefix: str, *, section: str = ""
 ) -> None:
-    """Check the configuration of a vision tower, also against the tensors below ``prefix`` (a regular expression)."""
-    field = f"{section}." if section else ""
-    check_fields(path, config, config_files.VISION_TOWER, section=section, required=("model_type",))
+    """Compare the sizes of a vision tower with the tensors below ``prefix`` (a regular expression)."""
     tensors = {
         name: tensor
         for name, tensor in source.tensors.items()
         if re.match(prefix, name) and not re.match(prefix + "text_model", name)
     }
-    check_counts(path, config, tensors, section=section)
     check_sizes(path, config, tensors, config_sizes.VISION_TOWER, section=section)
     if "num_hidden_layers" in config:
-        check_layers(path, f"{field}num_hidden_layers", config["num_hidden_layers"], tensors)
+        field = f"{section}.num_hidden_layers" if section else "num_hidden_layers"
+        check_layers(path, field, config["num_hidden_layers"], tensors)
 
 
 def _has_config(folder: Path) -> bool:
@@ -249,8 +253,15 @@ def language_rules(vocab_size: int) -> list[Rule]:
     ]
 
 
+def plan_llava_1_5(source: SourceCheckpoint) -> ConversionPlan:
+    """Plan the conversion of LLaVA-1.5."""
+    check_llava_config(source)
+    return plan_llava(source, read_tokenizer(source))
+
+
 def plan_yi_vl(source: SourceCheckpoint) -> ConversionPlan:
     """Plan the conversion of Yi-VL: norms in the projector, a fine-tuned tower, its own prompt."""
+    check_llava_config(source)
     tokenizer = read_tokenizer(source)
     has_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     template = "{{ bos_token }}" + YI_VL_TEMPLATE if has_bos else YI_VL_TEMPLATE
@@ -261,6 +272,7 @@ def plan_yi_vl(source: SourceCheckpoint) -> ConversionPlan:
 
 def plan_iaa(source: SourceCheckpoint) -> ConversionPlan:
     """Plan the conversion of IAA: Llama with inner adaptors; each workflow has embeddings, norm, head and projector."""
+    check_llava_config(source)
     tokenizer = read_tokenizer(source)
     add_image_token(tokenizer, "<image>")
     plan = plan_llava(
@@ -288,7 +300,6 @@ def plan_iaa(source: SourceCheckpoint) -> ConversionPlan:
 
 def adaptor_layers(source: SourceCheckpoint) -> list[int]:
     """Layers that are followed by an inner adaptor: two of every five, as hard-coded in the release."""
-    check_llava_config(source)
     layers = [index for index in range(source.config["num_hidden_layers"]) if index % 5 < 2]
     numbers = {name.split(".")[2] for name in source.tensors if name.startswith("model.condition_layers.")}
     if len(numbers) != len(layers):
@@ -327,6 +338,7 @@ def plan_transformers_llava(source: SourceCheckpoint) -> ConversionPlan:
         config = AutoConfig.for_model(**source.config)
     vision, text = config.vision_config, config.text_config
     check_square(path, vision)
+    check_transformers_llava_sizes(source, text.to_dict(), vision.to_dict())  # with the defaults of transformers
     if not config.multimodal_projector_bias or config.projector_hidden_act != "gelu":
         raise ConversionError(
             f"{path}: multimodal_projector_bias={config.multimodal_projector_bias}, projector_hidden_act="
@@ -367,9 +379,15 @@ def check_transformers_llava_config(source: SourceCheckpoint) -> None:
     text = config["text_config"]
     check_fields(path, text, config_files.LANGUAGE_MODEL, section="text_config")
     check_rope(path, text, section="text_config")
-    pattern = rf"(?!{TRANSFORMERS_TOWER}).*"
-    check_language_sizes(path, text, source.tensors, pattern, section="text_config")
-    check_tower_config(source, path, config["vision_config"], TRANSFORMERS_TOWER, section="vision_config")
+    check_fields(path, config["vision_config"], config_files.VISION_TOWER, section="vision_config")
+    check_transformers_llava_sizes(source, text, config["vision_config"])
+
+
+def check_transformers_llava_sizes(source: SourceCheckpoint, text: dict[str, Any], vision: dict[str, Any]) -> None:
+    """Compare the sizes of both halves of a LLaVA of transformers with the tensors."""
+    path, language = source.config_path, rf"(?!{TRANSFORMERS_TOWER}).*"
+    check_language_sizes(path, text, source.tensors, language, section="text_config")
+    check_tower_sizes(source, path, vision, TRANSFORMERS_TOWER, section="vision_config")
 
 
 def _text_chat_template(source: SourceCheckpoint, tokenizer) -> str:
@@ -487,7 +505,7 @@ LLAVA = CheckpointFormat(
     name="LLaVA-1.5",
     signature="keys model.mm_projector.*, mm_projector_type without norm",
     matches=has_projector,
-    plan=lambda source: plan_llava(source, read_tokenizer(source)),
+    plan=plan_llava_1_5,
 )
 YI_VL = CheckpointFormat(
     name="Yi-VL",

@@ -8,6 +8,7 @@ from idavlm.conversion.checkpoint_format import (
     CheckpointFormat,
     ConversionPlan,
     check_image_processor,
+    check_image_token,
     idavlm_config,
     num_embeddings,
     read_tokenizer,
@@ -26,10 +27,12 @@ HEAD_DIM = 128
 SIZES: dict[str, Size] = {
     "vocab_size": (r"transformer\.wte\.weight", 0),
     "hidden_size": (r"transformer\.wte\.weight", 1),
+    "intermediate_size // 2": (r"transformer\.h\.\d+\.mlp\.w1\.weight", 0),
 }
 VISUAL_SIZES: dict[str, Size] = {
     "width": (r"transformer\.visual\.conv1\.weight", 0),
     "patch_size": (r"transformer\.visual\.conv1\.weight", 2),
+    "width * mlp_ratio": (r"transformer\.visual\.transformer\.resblocks\.\d+\.mlp\.c_fc\.weight", 0),
     "n_queries": (r"transformer\.visual\.attn_pool\.query", 0),
     "output_dim": (r"transformer\.visual\.attn_pool\.query", 1),
 }
@@ -53,6 +56,7 @@ def _plan(source: SourceCheckpoint) -> ConversionPlan:
             f"{path}: visual.image_start_id={visual['image_start_id']}, but <img> is token {image_start} of the "
             "tokenizer; pass the tokenizer of the checkpoint with tokenizer= (--tokenizer)."
         )
+    check_image_token(source, tokenizer, "<imgpad>")
     num_queries = visual.get("n_queries", 256)
     size = {"height": visual["image_size"], "width": visual["image_size"]}
     image_processor = pil_image_processor("clip", "CLIPImageProcessor")(size=size, crop_size=size, do_center_crop=False)
@@ -110,8 +114,10 @@ def check_config(source: SourceCheckpoint) -> None:
         raise ConversionError(
             f"{path}: visual.patch_size={visual['patch_size']} does not divide image_size={visual['image_size']}."
         )
-    check_sizes(path, config, tensors, SIZES)
-    check_sizes(path, visual, tensors, VISUAL_SIZES, section="visual")
+    inner = {"intermediate_size // 2": config["intermediate_size"] // 2}
+    visual_inner = {"width * mlp_ratio": int(visual["width"] * visual["mlp_ratio"])}
+    check_sizes(path, config | inner, tensors, SIZES)
+    check_sizes(path, visual | visual_inner, tensors, VISUAL_SIZES, section="visual")
     check_layers(path, "num_hidden_layers", config["num_hidden_layers"], tensors, pattern=r"transformer\.h\.(\d+)\..*")
     blocks = r"transformer\.visual\.transformer\.resblocks\.(\d+)\..*"
     check_layers(path, "visual.layers", visual["layers"], tensors, pattern=blocks)

@@ -31,6 +31,7 @@ VALUES: tuple[Any, ...] = (
     *(1e300, float("nan"), float("inf"), -float("inf"), "", "1", "default", "../../x", "/etc/passwd", "\0", "\ud800"),
     *("x" * 5000, [], [1], [None], ["x"], [[]], {}, {"a": 1}, {"model_type": "llama"}, {"type": "linear", "factor": 2}),
 )
+WEIGHTS = (".safetensors", ".bin", ".tiktoken", ".jinja")
 SECONDS, GIGABYTES = 20, 3
 """Bounds of one conversion of a tiny checkpoint, and of the memory of all."""
 
@@ -121,7 +122,7 @@ def example(seed: int, folder: Path) -> tuple[str, str]:
     system = rng.choice(SYSTEMS)
     source = checkpoints()[system]
     files = json_files(source)
-    others = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.suffix not in ("", ".json"))
+    others = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.suffix in WEIGHTS)
     configs = [name for name in files if name.endswith("/config.json") or name == "config.json"]
     name = rng.choice(configs * 4 + files + others)
     copied = folder / "case"
