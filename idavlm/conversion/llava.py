@@ -176,11 +176,11 @@ def read_tower(source: SourceCheckpoint) -> tuple[PretrainedConfig, Path, str]:
     config = read_json(path)
     prefix = prefix.replace(".", r"\.")
     check_fields(path, config, {"model_type": config_files.TEXT}, required=("model_type",))
-    check_counts(path, config, source.tensors)
     section = "vision_config" if isinstance(config.get("vision_config"), dict) else ""
     vision = config[section] if section else config  # the folder may hold a complete image-text model
     check_fields(path, vision, config_files.VISION_TOWER, section=section)
     check_tower_sizes(source, path, vision, prefix, section=section)
+    check_counts(path, config, source.tensors)
     with errors_of(path, "describes no vision tower of transformers", CHECK):
         made = AutoConfig.for_model(**config)
     tower = getattr(made, "vision_config", made)
@@ -206,6 +206,7 @@ def check_llava_config(source: SourceCheckpoint) -> None:
     check_fields(path, config, config_files.LLAVA)
     check_rope(path, config)
     check_language_sizes(path, config, source.tensors, r"model\.(?!vision_tower|condition_layers).*|lm_head.*")
+    llama_config(source, config["vocab_size"])
 
 
 def check_language_sizes(
@@ -375,12 +376,12 @@ def check_transformers_llava_config(source: SourceCheckpoint) -> None:
     """Check what conversion reads of the config.json of a LLaVA of transformers, also against the tensors."""
     path, config = source.config_path, source.config
     check_fields(path, config, config_files.TRANSFORMERS_LLAVA, required=("text_config", "vision_config"))
-    check_counts(path, config, source.tensors)
     text = config["text_config"]
     check_fields(path, text, config_files.LANGUAGE_MODEL, section="text_config")
     check_rope(path, text, section="text_config")
     check_fields(path, config["vision_config"], config_files.VISION_TOWER, section="vision_config")
     check_transformers_llava_sizes(source, text, config["vision_config"])
+    check_counts(path, config, source.tensors)
 
 
 def check_transformers_llava_sizes(source: SourceCheckpoint, text: dict[str, Any], vision: dict[str, Any]) -> None:
