@@ -120,7 +120,7 @@ def num_embeddings(path: Path, vocab_size: int, tokenizer) -> int:
 
 
 def check_image_processor(path: Path, image_processor, image_size: int) -> None:
-    """Check that an image processor brings a picture to the size of the vision tower.
+    """Check that an image processor brings an image to the size of the vision tower.
 
     Args:
         path: its file, for messages.
