@@ -8,7 +8,8 @@ from statistics import fmean
 
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answer_parsing import parse_image_number
-from idavlm.evaluation.answers import CHOICE_TASKS, Answer, candidates, most_likely
+from idavlm.evaluation.answers import Answer
+from idavlm.evaluation.choices import CHOICE_TASKS, candidates, most_likely
 from idavlm.evaluation.results import EvaluationResult, Prediction
 
 ParseBox = Callable[..., "list[float] | None"]
@@ -221,11 +222,11 @@ def score_answer(
     elif sample.task in CHOICE_TASKS:
         scores = {}
         if answer.likelihoods and sample.false_answers:
-            scores["accuracy"] = float(most_likely(sample, answer) == sample.answer)
+            scores["accuracy"] = float(most_likely(sample, answer.likelihoods) == sample.answer)
         if answer.prediction is not None and sample.false_answers:
             scores["closest_accuracy"] = float(closest(text, candidates(sample)) == sample.answer)
         if answer.prediction is None:
-            text = most_likely(sample, answer)
+            text = most_likely(sample, answer.likelihoods)
     else:
         scores = score_description(text, sample.answer, names, clauses=clauses)
     parsed = scores is not None
