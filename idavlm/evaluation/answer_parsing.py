@@ -101,7 +101,7 @@ def parse_image_number(text: str, *, count: int | None = None, name: str = "") -
     for candidate in (last_answer(text), text):
         value = _choice(candidate, name)
         if value is not None:
-            return value if 0 < value <= (count or value) else None
+            return value if 0 < value <= (value if count is None else count) else None
     return None
 
 
@@ -178,6 +178,7 @@ def _sentence_of(text: str, mention: _Mention) -> str:
 
 
 def _value(text: str) -> int:
-    text = text.lower().strip("# ")
+    # Ignoring case, the pattern "five" also matches the dotless and the dotted i of Turkish, and the long s.
+    text = text.lower().replace("\u0131", "i").replace("i\u0307", "i").replace("\u017f", "s").strip("# ")
     digits = re.match(r"\d+", text)
     return int(digits[0]) if digits else _VALUE[text]
