@@ -148,5 +148,5 @@ def _what_is_kept(arguments: argparse.Namespace) -> str:
     files = {arguments.out / "predictions.jsonl": "answers", arguments.out / "judge.jsonl": "replies of the judge"}
     if getattr(arguments, "judge_cache", None) is not None:
         files[arguments.judge_cache] = "replies of the judge"
-    kept = [f"the {what} so far are kept in {file}" for file, what in files.items() if file.is_file()]
-    return f"{'; '.join(kept) or 'no answers were generated yet'}. Repeat the command to continue."
+    kept = [f"The {what} so far are kept in {file}" for file, what in files.items() if file.is_file()]
+    return f"{'. '.join(kept) or 'No answers were generated yet'}. Repeat the command to continue."

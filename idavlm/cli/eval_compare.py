@@ -1,7 +1,6 @@
 """``idavlm eval compare A B``: compare two runs by score and list the items where they differ."""
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 
 from idavlm.cli.arguments import name, path, positive_int
@@ -37,6 +36,8 @@ def add_arguments(tasks) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the comparison and write the page."""
     (a, facts), (b, other) = load_scores(arguments.a), load_scores(arguments.b)
+    if facts["task"] not in TASKS:
+        raise ValueError(f"{arguments.a} is of task {facts['task'][:80]!r}, which is not known; pass a run of idavlm eval.")
     if facts["task"] != other["task"]:
         raise ValueError(f"a is of task {facts['task']!r}, b of {other['task']!r}; pass runs of the same task.")
     for folder, result in ((arguments.a, a), (arguments.b, b)):
@@ -55,11 +56,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.judge is None and arguments.out is None:
         return
     samples = _samples(facts, pairs, arguments.a)
-    folder = arguments.b if arguments.b.is_dir() else arguments.b.parent
-    with nullcontext() if arguments.judge is None else lock_folder(folder):
-        if (client := judge_client(arguments, folder / "judge.jsonl")) is not None:
-            tasks = TASKS[facts["task"]].judged
-            print("\n" + _judge(client, [pair for pair in pairs if pair[0].task in tasks], samples, names, arguments))
+    if arguments.judge is not None:
+        folder = arguments.b if arguments.b.is_dir() else arguments.b.parent
+        with lock_folder(folder):
+            client = judge_client(arguments, folder / "judge.jsonl")
+            judged = [pair for pair in pairs if pair[0].task in TASKS[facts["task"]].judged]
+            print("\n" + _judge(client, judged, samples, names, arguments))
     if arguments.out is not None:
         options = {"names": names, "samples": samples, "max_items": arguments.max_items}
         differ = write_comparison_page(arguments.out, pairs, rows, **options)
@@ -96,7 +98,11 @@ def _judge(
             f"--judge needs the questions, but the data of run {names[0]} is not available; restore its path."
         )
     questions = [(question_text(samples[a.id]), a.answer, a.text, b.text) for a, b in pairs]
-    verdicts = judge_pairs(client, questions, workers=arguments.judge_workers, progress=True)
+    try:
+        verdicts = judge_pairs(client, questions, workers=arguments.judge_workers, progress=True)
+    except KeyboardInterrupt:
+        kept = f"The replies of the judge so far are kept in {client.cache}. Repeat the command to continue."
+        raise KeyboardInterrupt(kept) from None
     count = {verdict: verdicts.count(verdict) for verdict in ("A", "B", "tie", None)}
     return (
         f"Judge {client.model}, both orders, {len(pairs)} items: {names[0]} better {count['A']}, {names[1]} better "
@@ -110,8 +116,8 @@ def _samples(facts: dict, pairs: list[Pair], run: Path) -> dict[str, Sample]:
     Raises:
         ValueError: the data has changed since ``run`` was scored.
     """
-    task, data, images = TASKS.get(facts["task"]), Path(facts["data"]), facts["images"]
-    if task is None or not data.exists():
+    task, data, images = TASKS[facts["task"]], Path(facts["data"]), facts["images"]
+    if not data.exists():
         print("\nThe data is no longer available at its path: questions and images are left out.")
         return {}
     samples = {item.sample.id: item.sample for item in task.load(data, Path(images) if images else None)}

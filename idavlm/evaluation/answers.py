@@ -32,7 +32,7 @@ class Answer:
     question: str = ""
     image_size: tuple[int, int] | None = None
     likelihoods: tuple[float, ...] | None = None
-    item: Mapping[str, str | None] | None = field(default=None, compare=False)
+    item: Mapping[str, str] | None = field(default=None, compare=False)
 
 
 def question_text(sample: Sample) -> str:
@@ -102,7 +102,7 @@ class AnswerFile:
     """
 
     def __init__(
-        self, path: str | Path, settings: Mapping[str, Any], items: Mapping[str, Mapping[str, str | None]]
+        self, path: str | Path, settings: Mapping[str, Any], items: Mapping[str, Mapping[str, str]]
     ) -> None:
         self.path = Path(path)
         self.items = items
@@ -201,7 +201,7 @@ def _parse_answer(record: object, where: str) -> Answer:
     check("image_size", size, size is None or is_size, "height and width in pixels, [480, 640]")
     are_numbers = isinstance(likelihoods, list) and likelihoods and all(map(_is_finite, likelihoods))
     check("likelihoods", likelihoods, likelihoods is None or are_numbers, "a list of finite numbers")
-    are_parts = isinstance(item, dict) and all(part is None or isinstance(part, str) for part in item.values())
+    are_parts = isinstance(item, dict) and all(isinstance(part, str) for part in item.values())
     check("item", item, item is None or are_parts, "the fingerprints that idavlm wrote")
     for name, value in (("id", sample_id), ("prediction", text), ("question", question)):
         check(name, value, not isinstance(value, str) or _is_unicode(value), "valid Unicode (no half surrogate pairs)")

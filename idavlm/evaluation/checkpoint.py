@@ -11,6 +11,15 @@ from transformers.utils import logging
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
 from idavlm.utils import read_json_object
 
+_JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
 
 def load_checkpoint(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
@@ -30,6 +39,9 @@ def load_checkpoint(
         OSError: ``path`` has no model.
     """
     device = _usable(device)
+    for name in _JSON_FILES:
+        if (Path(path) / name).is_file():
+            read_json_object(Path(path) / name)  # the errors of transformers do not name the file
     try:
         if Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
             raise FileNotFoundError("it has no processor_config.json")
@@ -39,7 +51,7 @@ def load_checkpoint(
             f"{path}: no processor can be loaded ({_reason(error)}). A checkpoint holds model and processor; save the "
             f"processor that the model was trained with by processor.save_pretrained({str(path)!r})."
         ) from error
-    _check_files(Path(path))
+    _check_weight_files(Path(path))
     options = {} if dtype is None else {"dtype": dtype}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are an error below, not a table on the terminal
@@ -57,7 +69,13 @@ def load_checkpoint(
     finally:
         logging.set_verbosity(verbosity)
     _check_complete(path, info)
-    model = model.to(device)
+    try:
+        model = model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"device={str(device)!r} has too little memory for {path} ({_reason(error)}); pass another device or a "
+            "smaller dtype."
+        ) from error
     _check_finite(path, model)
     return model, processor
 
@@ -77,12 +95,8 @@ def _usable(device: str | torch.device) -> torch.device:
     return usable
 
 
-def _check_files(folder: Path) -> None:
-    """Check the files of a local checkpoint, because errors of safetensors and transformers do not name the file."""
-    if not folder.is_dir():
-        return
-    if (folder / "config.json").is_file():
-        read_json_object(folder / "config.json")
+def _check_weight_files(folder: Path) -> None:
+    """Check the weights of a local checkpoint, because the errors of safetensors do not name the file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
         files = read_json_object(index).get("weight_map")

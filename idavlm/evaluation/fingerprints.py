@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.metadata import version
@@ -38,20 +38,20 @@ def model_fingerprint(model: nn.Module, processor: Any) -> dict[str, str]:
     ``config`` or a processor without ``save_pretrained`` is identified by its class in that respect.
 
     Returns:
-        ``{"weights", "config", "processor", "idavlm", "transformers"}``.
+        ``{"model_weights", "model_config", "processor", "idavlm", "transformers"}``.
     """
     configs = [getattr(model, name, None) for name in ("config", "generation_config")]
     content = [config.to_dict() if hasattr(config, "to_dict") else None for config in configs]
     return {
-        "weights": _weights_digest(model),
-        "config": _digest([type(model).__name__, _content(content)]),
+        "model_weights": _weights_digest(model),
+        "model_config": _digest([type(model).__name__, _content(content)]),
         "processor": _processor_digest(processor),
         "idavlm": version("idavlm"),
         "transformers": version("transformers"),
     }
 
 
-def item_fingerprint(sample: Sample, shown: Sample | None = None) -> dict[str, str | None]:
+def item_fingerprint(sample: Sample, shown: Sample | None = None) -> dict[str, str]:
     """Fingerprint of a sample, part by part, so that a difference can be named.
 
     The right answer belongs to it only where it is one of the choices: its correction changes scores, not answers.
@@ -61,27 +61,30 @@ def item_fingerprint(sample: Sample, shown: Sample | None = None) -> dict[str, s
         shown: the sample that the model receives, if its references differ from those of ``sample``.
 
     Returns:
-        ``question`` (messages and task), ``choices``, ``images`` (content of the image files of the messages) and
-        ``references`` (names, and content of the reference photos). A part with a file that cannot be read is None.
+        ``question`` (task, messages, names of the identities), ``choices``, ``images`` (content of the image files of
+        the messages) and ``references`` (names, and content of the reference photos). If a file cannot be read, the
+        part stands for the paths, and begins with a question mark.
     """
     shown = shown or sample
     turns = [(message.role, [_part(sample, part) for part in message.content]) for message in sample.messages]
-    references = [(identity.name, _image_digests(shown, identity.images)) for identity in shown.identities]
-    images = _image_digests(sample, sample.message_images)
+    names = [[identity.name, len(identity.images)] for identity in sample.identities]
     return {
-        "question": _digest([sample.task, turns]),
+        "question": _digest([sample.task, turns, names]),
         "choices": _digest(candidates(sample) if sample.task in CHOICE_TASKS else []),
-        "images": None if images is None else _digest(images),
-        "references": None if any(found is None for _, found in references) else _digest(references),
+        "images": _images_digest(sample, sample.message_images),
+        "references": _images_digest(
+            shown, shown.reference_images, [[identity.name, len(identity.images)] for identity in shown.identities]
+        ),
     }
 
 
-def changed_parts(
-    before: Mapping[str, str | None], now: Mapping[str, str | None], parts: Iterable[str] | None = None
-) -> list[str]:
-    """The parts (by default all) that differ between two fingerprints of an item, as far as both are known."""
-    known = [part for part in parts or before if before.get(part) is not None and now.get(part) is not None]
-    return [part for part in known if before[part] != now[part]]
+def changed_parts(before: Mapping[str, str], now: Mapping[str, str], parts: Iterable[str] | None = None) -> list[str]:
+    """The parts (by default all) that differ between two fingerprints of an item.
+
+    A part whose files could not be read differs from nothing, because their content is not known.
+    """
+    parts = [part for part in parts or before if part in before and part in now]
+    return [part for part in parts if before[part] != now[part] and "?" not in before[part][:1] + now[part][:1]]
 
 
 def _part(sample: Sample, part: Part) -> list:
@@ -90,8 +93,8 @@ def _part(sample: Sample, part: Part) -> list:
     return [part.type, part.text]
 
 
-def _image_digests(sample: Sample, paths: Iterable[str]) -> list[str] | None:
-    """Digests of the content of image files; None if one of them cannot be read."""
+def _images_digest(sample: Sample, paths: Sequence[str], more: Sequence = ()) -> str:
+    """Digest of the content of image files, and of ``more``; "?" and a digest of the paths if one cannot be read."""
     digests = []
     for path in paths:
         file = os.path.join(sample.image_root or "", path)
@@ -99,8 +102,8 @@ def _image_digests(sample: Sample, paths: Iterable[str]) -> list[str] | None:
             status = os.stat(file)
             digests.append(_file_digest(file, status.st_ino, status.st_size, status.st_mtime_ns))
         except (OSError, ValueError):
-            return None
-    return digests
+            return f"?{_digest([list(paths), list(more)])}"
+    return _digest([digests, list(more)])
 
 
 @lru_cache(maxsize=100_000)

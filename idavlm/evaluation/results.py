@@ -54,7 +54,7 @@ class Prediction:
     box: list[float] | None = None
     gold_box: list[float] | None = None
     parsed: bool = True
-    item: dict[str, str | None] = field(default_factory=dict)
+    item: dict[str, str] = field(default_factory=dict)
 
     @property
     def main_score(self) -> float | None:
@@ -161,7 +161,7 @@ def _prediction(entry: object, where: str) -> Prediction:
     wrong += [name for name in ("box", "gold_box") if not _is_box(entry.get(name))]
     wrong += [] if isinstance(entry.get("parsed", True), bool) else ["parsed"]
     item = entry.get("item", {})
-    is_item = isinstance(item, dict) and all(part is None or isinstance(part, str) for part in item.values())
+    is_item = isinstance(item, dict) and all(isinstance(part, str) for part in item.values())
     wrong += [] if is_item else ["item"]
     wrong += [] if "scores" in entry else ["scores"]
     wrong += sorted(entry.keys() - names)
