@@ -104,7 +104,9 @@ def _load_answers(
         answered = {answer.id for answer in load_answers(arguments.predictions)}
         items = [item for item in items if item.sample.id in answered]
         if not items:
-            raise ValueError(f"{arguments.predictions} answers no item of {arguments.data}; pass the data it belongs to.")
+            raise ValueError(
+                f"{arguments.predictions} answers no item of {arguments.data}; pass the data it belongs to."
+            )
     answers = load_answers(arguments.predictions, [item.sample for item in items])
     if not any(item.sample.task == "location" for item in items):
         return items, answers, box_kind
@@ -140,7 +142,9 @@ def _generate_answers(
         }
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--batch-size={arguments.batch_size} is too large for {device} ({reason}); reduce it.") from error
+        raise ValueError(
+            f"--batch-size={arguments.batch_size} is too large for {device} ({reason}); reduce it."
+        ) from error
     return answers, processor.box_format if box_kind is None else box_kind
 
 

@@ -27,7 +27,9 @@ def add_arguments(tasks) -> None:
     parser.set_defaults(run_task=run)
     parser.add_argument("a", type=path, help="folder that idavlm eval wrote (or its scores.json)")
     parser.add_argument("b", type=path, help="another run of the same task and data")
-    parser.add_argument("--names", type=name, nargs=2, metavar=("A", "B"), help="names of the runs; by default their folders")
+    parser.add_argument(
+        "--names", type=name, nargs=2, metavar=("A", "B"), help="names of the runs; by default their folders"
+    )
     parser.add_argument("--out", type=path, help=".html page of the items where they differ")
     parser.add_argument("--max-items", type=positive_int, default=60, help="maximum number of items on the page")
     add_judge_arguments(parser)
@@ -37,7 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the comparison and write the page."""
     (a, facts), (b, other) = load_scores(arguments.a), load_scores(arguments.b)
     if facts["task"] not in TASKS:
-        raise ValueError(f"{arguments.a} is of task {facts['task'][:80]!r}, which is not known; pass a run of idavlm eval.")
+        raise ValueError(
+            f"{arguments.a} is of task {facts['task'][:80]!r}, which is not known; pass a run of idavlm eval."
+        )
     if facts["task"] != other["task"]:
         raise ValueError(f"a is of task {facts['task']!r}, b of {other['task']!r}; pass runs of the same task.")
     for folder, result in ((arguments.a, a), (arguments.b, b)):
@@ -74,7 +78,9 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge", type=name, metavar="MODEL", help="name of the judge model")
     group.add_argument("--judge-cache", type=path, help="file of replies; by default judge.jsonl next to the scores")
     group.add_argument("--judge-rate", type=float, metavar="N", help="maximum number of requests per minute")
-    group.add_argument("--judge-workers", type=positive_int, default=4, metavar="N", help="number of concurrent requests")
+    group.add_argument(
+        "--judge-workers", type=positive_int, default=4, metavar="N", help="number of concurrent requests"
+    )
     group.add_argument("--judge-timeout", type=float, default=60.0, metavar="SECONDS")
 
 

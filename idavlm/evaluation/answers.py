@@ -101,9 +101,7 @@ class AnswerFile:
         ValueError: ``path`` holds answers of other settings or to other items, or answers of unknown settings.
     """
 
-    def __init__(
-        self, path: str | Path, settings: Mapping[str, Any], items: Mapping[str, Mapping[str, str]]
-    ) -> None:
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], items: Mapping[str, Mapping[str, str]]) -> None:
         self.path = Path(path)
         self.items = items
         settings_path = self.path.with_suffix(".settings.json")

@@ -56,7 +56,9 @@ def optional_field(record: dict, names: Sequence[str], where: str, *, kinds: tup
     if not present:
         return None
     if len(present) > 1:
-        raise DataError(f"the record has {' and '.join(map(repr, present))}, which mean the same; keep one.", where=where)
+        raise DataError(
+            f"the record has {' and '.join(map(repr, present))}, which mean the same; keep one.", where=where
+        )
     name, value = present[0], record[present[0]]
     # In Python, True is an integer.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
