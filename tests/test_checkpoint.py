@@ -67,7 +67,8 @@ def test_tied_weights_are_not_missing(tmp_path):
          r"18 weights are missing: language_model\.model\.layers\.0\.input_layernorm\.weight, .* and 8 more"),
         (lambda weights: {name: w for name, w in weights.items() if name != LAYER},
          r"1 weights are missing: language_model\.model\.layers\.0\.mlp\.up_proj\.weight"),
-        (lambda weights: {"other": torch.zeros(1)}, "weights are missing: .* 1 weights do not belong to the model: other"),
+        (lambda weights: {"other": torch.zeros(1)},
+         "weights are missing: .* 1 weights do not belong to the model: other"),
         (lambda weights: weights | {"more.weight": torch.zeros(2)}, "do not belong to the model: more.weight"),
         (lambda weights: weights | {LAYER: weights[LAYER][:5].clone()},
          r"1 weights have other shapes than the model: .*up_proj\.weight \(file: \[5, 32\], model: \[\d+, 32\]\)"),
@@ -76,7 +77,7 @@ def test_tied_weights_are_not_missing(tmp_path):
         (lambda weights: weights | {LAYER: weights[LAYER].index_fill(0, torch.tensor([3]), float("inf"))},
          r"1 weights hold NaN or infinite values: .*up_proj\.weight\. The training diverged"),
     ],
-    ids=["no layers", "one missing", "nothing of the model", "one too many", "another shape", "all NaN", "one infinite"],
+    ids=["no layers", "one missing", "others", "one too many", "another shape", "all NaN", "one infinite"],
 )  # fmt: skip
 def test_weights_that_would_be_replaced_by_random_ones_are_an_error(checkpoint, change, message, capfd):
     change_weights(checkpoint, change)
@@ -108,10 +109,12 @@ def test_a_wrong_field_of_the_config_is_an_error_of_the_checkpoint(checkpoint, n
     """Or the model that it describes is loaded, for example with default values."""
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, name: value}))
+    message = ""
     try:
         load_checkpoint(checkpoint)
     except (ValueError, OSError) as error:
-        assert str(checkpoint) in str(error)
+        message = str(error)
+    assert not message or str(checkpoint) in message
 
 
 @pytest.mark.parametrize(

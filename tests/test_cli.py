@@ -259,7 +259,7 @@ def test_wrong_options_are_one_line(work, options, message, capsys, monkeypatch)
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("idavlm eval: ")
-    assert not (work / "out").exists(), "nothing is left behind"
+    assert not (work / "out").exists(), "nothing is left"
 
 
 @pytest.mark.parametrize("option", ["batch-size", "max-new-tokens", "judge-workers"])
@@ -287,7 +287,7 @@ def test_an_empty_text_is_not_the_default(work, option, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "has no answer to 4 of 4 samples"), (b"[]", "has no answer to 4 of 4"), (b"{", "answers.json:1: invalid JSON"),
+        (b"", "has no answer to 4 of 4 samples"), (b"[]", "has no answer to 4 of 4"), (b"{", "json:1: invalid JSON"),
         (b"[{]", "answers.json: invalid JSON list"), (b'[1, "x"]', "answers.json[0]: {'record': 1} is not an answer"),
         (b'{"id": "c0", "prediction": "\xff"}', "answers.json:1: invalid JSON"), (b"[" * 100000, "invalid JSON list"),
         (b'[{"id": "c0", "prediction": "x", "likelihoods": 5}]', "answers.json[0]: likelihoods=5 must be"),

@@ -171,7 +171,7 @@ def drawn(sample, path: str) -> None:
         (lambda s: [replace(s[0], identities=[Identity("Kate", s[0].identities[0].images[:1])]), *s[1:]],
          r"'matching-0': question, references"),
         (lambda s: drawn(s[1], s[1].message_images[0]) or s,
-         r"3 items that have changed since \('location-0': images; 'qa_single-0': images; 'caption_single-0': images\)"),
+         r"3 items that have changed since \('location-0': images; 'qa_single-0': images; .*: images\)"),
         (lambda s: drawn(s[1], s[1].reference_images[1]) or s, r"4 items .*'matching-0': references"),
         (lambda s: (s[0].image_root / s[1].message_images[0]).unlink() or s, r"3 items"),
     ],
@@ -307,9 +307,9 @@ def test_logits_that_are_not_finite_are_an_error_of_the_sample(tmp_path, root, v
         output.logits[-1, -1, 7] = value
         return output
 
-    with model.register_forward_hook(broken):
-        with pytest.raises(ValueError, match=r"^test\.jsonl:\d+: the model computes logits that are NaN or infinite"):
-            evaluate(model, processor, given[1::2], max_new_tokens=2)
+    message = r"^test\.jsonl:\d+: the model computes logits that are NaN or infinite"
+    with model.register_forward_hook(broken), pytest.raises(ValueError, match=message):
+        evaluate(model, processor, given[1::2], max_new_tokens=2)
     with torch.no_grad():
         model.language_model.model.embed_tokens.weight[:] = value
     with pytest.raises(ValueError, match=r"^test\.jsonl:3: the model computes likelihoods that are NaN or infinite"):
@@ -334,7 +334,7 @@ def test_texts_of_no_length_are_an_error():
         ({"likelihoods": [float("nan")] * 4}, "must be a list of finite"), ({"likelihoods": [True] * 4}, "finite"),
         ({"likelihoods": [float("-inf")] * 4}, "must be a list of finite"),
         ({"likelihoods": [1.0] * 3}, "3 likelihoods for the 4 candidates of id='qa_single-0'"),
-        ({"image_size": 5}, r"image_size=5 must be height and width"), ({"image_size": [1]}, "must be height and width"),
+        ({"image_size": 5}, r"image_size=5 must be height and width"), ({"image_size": [1]}, "height and width"),
         ({"image_size": [0, 4]}, "must be height and width"), ({"image_size": ["1", 2]}, "must be height and width"),
         ({"image_size": [True, True]}, "must be height"), ({"image_size": {}}, "must be height and width"),
         ({"prediction": 3}, "is not an answer"), ({"prediction": ["x"]}, "is not an answer"),

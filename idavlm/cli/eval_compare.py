@@ -1,6 +1,7 @@
 """``idavlm eval compare A B``: compare two runs by score and list the items where they differ."""
 
 import argparse
+import os
 from pathlib import Path
 
 from idavlm.cli.arguments import name, path, positive_int
@@ -123,7 +124,7 @@ def _samples(facts: dict, pairs: list[Pair], run: Path) -> dict[str, Sample]:
         ValueError: the data has changed since ``run`` was scored.
     """
     task, data, images = TASKS[facts["task"]], Path(facts["data"]), facts["images"]
-    if not data.exists():
+    if not os.path.exists(data):  # also for a path that is too long
         print("\nThe data is no longer available at its path: questions and images are left out.")
         return {}
     samples = {item.sample.id: item.sample for item in task.load(data, Path(images) if images else None)}
@@ -132,8 +133,8 @@ def _samples(facts: dict, pairs: list[Pair], run: Path) -> dict[str, Sample]:
         changed = ["item"] if sample is None else changed_parts(prediction.item, item_fingerprint(sample))
         if changed:
             raise ValueError(
-                f"{data} has changed since {run} was scored ({' and '.join(changed)} of item {prediction.id!r}); restore "
-                "it, or repeat idavlm eval."
+                f"{data} has changed since {run} was scored ({' and '.join(changed)} of item {prediction.id[:80]!r}); "
+                "restore it, or repeat idavlm eval."
             )
     return samples
 

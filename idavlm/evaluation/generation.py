@@ -106,7 +106,7 @@ def generate_answers(
 
 
 class RequireFinite(LogitsProcessor):
-    """Raises ``ValueError`` for logits that are NaN or infinite; greedy decoding would return some token without a word.
+    """Raises ``ValueError`` for logits that are NaN or infinite; greedy decoding would return some token silently.
 
     Args:
         samples: the sample of each row.

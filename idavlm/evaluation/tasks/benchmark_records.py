@@ -11,7 +11,6 @@ from idavlm.data.errors import DataError
 from idavlm.data.parsing import parse_sample
 from idavlm.data.schema import Sample
 
-
 _TYPE_NAMES = {str: "a text", int: "an integer", float: "a number", list: "a list"}
 
 

@@ -16,9 +16,9 @@ from idavlm.utils import plain_answer, write_text
 def load_vqa(data: Path, images: Path | None) -> list[Item]:
     """Load records ``{"question_id", "image", "text", "category"}``.
 
-    ``answer`` (or a list ``answers``, each of which is right) is a short right answer, as a text. ``facts`` lists facts that the
-    answer should state; each is a text, or a list of alternative wordings. Records with neither are answered but not
-    scored. ``identities``, as in the schema of idavlm, introduces identities by references.
+    ``answer`` (or a list ``answers``, each of which is right) is a short right answer, as a text. ``facts`` lists
+    facts that the answer should state; each is a text, or a list of alternative wordings. Records with neither are
+    answered but not scored. ``identities``, as in the schema of idavlm, introduces identities by references.
     """
     root = images if images is not None else data.parent / "images"
     items = []
