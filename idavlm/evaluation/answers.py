@@ -79,8 +79,9 @@ def load_answers(path: str | Path, samples: Sequence[Sample] | None = None) -> l
         return list(found.values())
     missing = [sample.id for sample in samples if sample.id not in found]
     if missing:
+        listed = ", ".join(sample_id[:80] for sample_id in missing[:5])
         raise DataError(
-            f"{path} has no answer to {len(missing)} of {len(samples)} samples ({', '.join(sample_id[:80] for sample_id in missing[:5])}, ...); "
+            f"{path} has no answer to {len(missing)} of {len(samples)} samples ({listed}, ...); "
             "generate these answers, or leave these samples out."
         )
     return [found[sample.id] for sample in samples]

@@ -23,12 +23,12 @@ def most_likely(sample: Sample, likelihoods: Sequence[float]) -> str:
     texts = candidates(sample)
     if len(texts) != len(likelihoods):
         raise ValueError(
-            f"the answer to {sample.id[:80]!r} has {len(likelihoods)} likelihoods for {len(texts)} candidates; pass the "
-            "samples that the answers were generated for."
+            f"the answer to {sample.id[:80]!r} has {len(likelihoods)} likelihoods for {len(texts)} candidates; pass "
+            "the samples that the answers were generated for."
         )
     if not all(map(math.isfinite, likelihoods)):
         raise ValueError(
-            f"the answer to {sample.id[:80]!r} has likelihoods {list(likelihoods)}, which cannot be compared; all must be "
-            "finite. Check the weights of the model that computed them."
+            f"the answer to {sample.id[:80]!r} has likelihoods {list(likelihoods)}, which cannot be compared; all must "
+            "be finite. Check the weights of the model that computed them."
         )
     return texts[likelihoods.index(max(likelihoods))]
