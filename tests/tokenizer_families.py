@@ -137,3 +137,22 @@ def joining(*joined: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+class Slow:
+    """A tokenizer without offsets, like the Python tokenizers of transformers."""
+
+    is_fast = False
+
+    def __init__(self, fast):
+        self.fast = fast
+
+    def __getattr__(self, name):
+        return getattr(self.fast, name)
+
+    def __len__(self):
+        return len(self.fast)
+
+    def __call__(self, texts, **options):
+        assert not options.pop("return_offsets_mapping")
+        return self.fast(texts, **options)
