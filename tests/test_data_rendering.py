@@ -73,7 +73,7 @@ CHAT = [
 
 def labelled(tokenizer, messages=CHAT, **options):
     """The labelled text, one string per run of labels."""
-    ids, labels = render_chat(tokenizer, messages, **options)
+    ids, labels, _ = render_chat(tokenizer, messages, **options)
     assert len(ids) == len(labels)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     runs, open_run = [], False
@@ -109,9 +109,9 @@ def test_generation_tags_and_comparison_give_the_same_labels(tokenizer):
 
 def test_training_starts_with_exactly_the_prompt_of_generation(tokenizer):
     tokenizer.chat_template = CHATML
-    ids, labels = render_chat(tokenizer, CHAT)
+    ids, labels, _ = render_chat(tokenizer, CHAT)
     for turns in (1, 3):
-        prompt, none = render_chat(tokenizer, CHAT[:turns], add_generation_prompt=True)
+        prompt, none, _ = render_chat(tokenizer, CHAT[:turns], add_generation_prompt=True)
         assert ids[: len(prompt)] == prompt
         assert labels[len(prompt)] != -100
         assert labels[len(prompt) - 1] == -100
@@ -200,7 +200,7 @@ def fails(tokenizer, message, messages=CHAT, **options):
 
 
 def test_a_conversation_that_is_too_long_is_an_error(tokenizer):
-    ids, _ = render_chat(tokenizer, CHAT, chat_template=CHATML)
+    ids = render_chat(tokenizer, CHAT, chat_template=CHATML).input_ids
     assert render_chat(tokenizer, CHAT, chat_template=CHATML, max_length=len(ids))[0] == ids
     message = rf"has {len(ids)} tokens, more than max_length={len(ids) - 1}"
     assert fails(tokenizer, message, chat_template=CHATML, max_length=len(ids) - 1) == "length"
