@@ -1,9 +1,10 @@
 """Records to batches: the sample schema, readers, chat labels, collation, mixing and sampling. Uses no model."""
 
 from idavlm.data.collator import Collator
-from idavlm.data.dataset import JsonRecords, RecordDataset
+from idavlm.data.dataset import RecordDataset
 from idavlm.data.errors import DataError, ErrorLog
 from idavlm.data.images import ImageStore, open_image
+from idavlm.data.json_records import JsonRecords
 from idavlm.data.mixing import DualDataLoader
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
