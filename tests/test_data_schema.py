@@ -224,7 +224,7 @@ NEAR_KATE = ["kate", "KATE", "Kate ", " Kate", "Kate\n", "Kate\u00a0"]
 
 @pytest.mark.parametrize("name", NEAR_KATE)
 def test_a_name_that_differs_in_case_or_white_space_is_an_error(name):
-    """It would be a stranger: its box would be ignored, or its question be about nobody."""
+    """Otherwise its box would be ignored, or its question be about an unknown identity."""
     message = rf"={name!r} is nearly the name 'Kate'; write both alike"
     for record, path, field in (
         (TRAINING, "boxes.0.name", r"boxes\[0\]\.name"),

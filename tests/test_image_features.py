@@ -145,7 +145,7 @@ def written(processor, model, root, tmp_path):
 
 
 def replaced(folder, name, *, keep_time: bool = False):
-    """Write another picture of the same size in place of an image."""
+    """Write another image of the same size in place of an image."""
     path = folder / name
     before = path.stat()
     content = bytearray(path.read_bytes())
@@ -158,7 +158,7 @@ def replaced(folder, name, *, keep_time: bool = False):
 
 
 @pytest.mark.parametrize("keep_time", [False, True])
-def test_a_replaced_picture_is_an_error(written, model, processor, keep_time):
+def test_a_replaced_image_is_an_error(written, model, processor, keep_time):
     folder, features = written
     features(folder, "scene.png")
     replaced(folder, "scene.png", keep_time=keep_time)
@@ -173,7 +173,7 @@ def test_a_replaced_picture_is_an_error(written, model, processor, keep_time):
     assert (error.value.kind, error.value.file) == ("image", "scene.png")
 
 
-def test_a_copied_or_touched_picture_keeps_its_features(written, monkeypatch):
+def test_a_copied_or_touched_image_keeps_its_features(written, monkeypatch):
     """The hash is compared once."""
     folder, features = written
     expected, size = features(folder, "scene.png")
@@ -193,7 +193,7 @@ def test_a_copied_or_touched_picture_keeps_its_features(written, monkeypatch):
     assert hashed == [folder / "scene.png", folder / "kate.png"]
 
 
-def test_the_pictures_themselves_are_not_needed(written):
+def test_the_images_themselves_are_not_needed(written):
     folder, features = written
     shutil.rmtree(folder)
     assert features(folder, "scene.png")[1] == (60, 80)
@@ -207,7 +207,7 @@ def test_original_sizes_are_in_the_index(written):
     }
 
 
-def test_a_picture_that_changes_while_features_are_computed(written, model, processor, monkeypatch):
+def test_an_image_that_changes_while_features_are_computed(written, model, processor, monkeypatch):
     folder, features = written
     load = processor.load_image
 
