@@ -149,7 +149,7 @@ KATE = {"name": "Kate", "images": ["x.jpg"]}
         ("messages.4.content", None, r"messages\[4\].content=None must be"),
         ("messages.1.content.0.type", "video", r"messages\[1\].content\[0\].type='video' is not known"),
         ("messages.1.content.0", "text", r"messages\[1\].content\[0\] is str 'text'"),
-        ("messages.1.content.1.text", 4, r"messages\[1\].content\[1\].text is int '4'"),
+        ("messages.1.content.1.text", 4, r"messages\[1\].content\[1\].text is int 4"),
         ("messages.1.content.0.text", "x", "unknown fields 'text'; allowed are image, type"),
         ("messages.1.name", "x", r"messages\[1\] has unknown fields 'name'"),
         ("messages.2.content.0.name", "Jane", r"messages\[2\] has a box part of 'Jane', but boxes has no such entry"),
@@ -184,7 +184,7 @@ def test_faults_of_training_records_are_named(path, value, message):
         (LOCATION, "target", "Jane", "target='Jane' of a location record has no box"),
         (LOCATION, "type", None, 'a record with "answer" is an evaluation record and needs "type"; choose one of'),
         (LOCATION, "answer", None, "ends with a turn of 'user', expected 'assistant'; .* needs \"answer\""),
-        (LOCATION, "answer", 3, "answer is int '3'; expected a string"),
+        (LOCATION, "answer", 3, "answer is int 3; expected a string"),
         (
             LOCATION,
             "messages.1",

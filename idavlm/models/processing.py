@@ -1,5 +1,6 @@
 """The processor: from a sample of the schema to tensors, and from pairs of text and images to tensors."""
 
+import functools
 import string
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -13,12 +14,14 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.data.errors import quote, shorten
 from idavlm.data.rendering import Segment
 from idavlm.data.schema import Part
 from idavlm.data.special_tokens import find_special_tokens
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_names import NO_IDENTITY, propagate_names, split_at_names
+from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
 
 ImageLoader = Callable[[Path | None, str], tuple[Tensor, tuple[int, int]]]
@@ -101,7 +104,7 @@ class IDAVLMProcessor(ProcessorMixin):
                     "image_loader holds images that the present image_processor prepared; set image_loader=None before "
                     "another image_processor."
                 )
-            _check_fixed_size(value)
+            self.__dict__["_pixels_shape"] = _check_fixed_size(value)
         super().__setattr__(name, value)
 
     @property
@@ -119,7 +122,8 @@ class IDAVLMProcessor(ProcessorMixin):
             output = super().to_dict(*args, **kwargs)
         finally:
             self.image_loader = loader
-        output.pop("image_loader", None)
+        for name in ("image_loader", "_pixels_shape"):
+            output.pop(name, None)
         return output
 
     def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = False, **kwargs):
@@ -197,15 +201,23 @@ class IDAVLMProcessor(ProcessorMixin):
         scene_sizes = dict(zip(sample.message_images, sizes[num_references:], strict=True))
         for box in sample.boxes:
             height, width = scene_sizes[box.image]
-            if box.box[0] >= width or box.box[1] >= height:
+            x1, y1, _, _ = _as_float32(box.box)
+            if x1 >= width or y1 >= height:
                 raise DataError(
-                    f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside {box.image!r} of {width} x "
-                    f"{height} pixels; boxes are in pixels of the original image."
+                    f"sample {quote(sample.id)}: the box {box.box} of {quote(box.name)} lies outside "
+                    f"{quote(box.image)} of {width} x {height} pixels; boxes are in pixels of the original image."
                 )
         messages = self._messages(sample, scene_sizes)
         input_ids, labels, identities_of_tokens = render_chat(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=self.chat_template
         )
+        if not input_ids or input_ids.count(self.image_token_id) != len(images):
+            raise DataError(
+                f"sample {quote(sample.id)} has {len(images)} images, but the chat template makes {len(input_ids)} "
+                f"tokens with {input_ids.count(self.image_token_id)} placeholders of it; change the text or use a "
+                "template that renders every message once.",
+                kind="template",
+            )
         answers = labels
         if add_generation_prompt and sample.identities:
             answers = self._labels_of_earlier_answers(sample, messages, input_ids)
@@ -217,7 +229,7 @@ class IDAVLMProcessor(ProcessorMixin):
         )
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
-                f"sample {sample.id!r} has {len(input_ids)} tokens, more than max_length={self.max_length}; use fewer "
+                f"sample {quote(sample.id)} has {len(input_ids)} tokens, more than max_length={self.max_length}; use fewer "
                 "images or raise max_length.",
                 kind="length",
             )
@@ -248,12 +260,29 @@ class IDAVLMProcessor(ProcessorMixin):
         """Load and prepare an image file: pixels ``[3, H, W]``, and the (height, width) of the original.
 
         Raises:
-            DataError: the image cannot be read, or there is no root.
+            DataError: the image cannot be read or processed, would be too large after resizing, or there is no root.
         """
         if root is None:
-            raise DataError(f"image {path!r} has no image_root; pass one to the data set.", kind="image", file=path)
-        image = ImageStore(root).open(path)
-        return self._pixels([image])[0], (image.height, image.width)
+            raise DataError(f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path)
+        image = ImageStore(root, resized_size=functools.partial(resized_size, self.image_processor)).open(path)
+        try:
+            pixels = self._pixels([image])[0]
+        except MemoryError:
+            raise
+        except Exception as error:  # other images pass, so this one's shape is the cause
+            raise self._refused(path, image, f"{type(error).__name__}: {shorten(str(error))}") from error
+        if pixels.shape != self._pixels_shape:
+            shapes = f"{list(pixels.shape)} in place of {list(self._pixels_shape)}"
+            raise self._refused(path, image, f"its output has shape {shapes}")
+        return pixels, (image.height, image.width)
+
+    def _refused(self, path: str, image: Image.Image, problem: str) -> DataError:
+        return DataError(
+            f"image {quote(path)} of {image.width} x {image.height} pixels cannot be prepared by "
+            f"{type(self.image_processor).__name__} ({problem}); crop, pad or scale it.",
+            kind="image",
+            file=path,
+        )
 
     def _num_image_tokens(self) -> int:
         if self.image_seq_length is None:
@@ -330,7 +359,7 @@ class IDAVLMProcessor(ProcessorMixin):
         end = max((position + 1 for position, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
         if ids[:end] != input_ids[:end]:
             raise DataError(
-                f"sample {sample.id!r}: with a generation prompt the chat template renders earlier turns differently "
+                f"sample {quote(sample.id)}: with a generation prompt the chat template renders earlier turns differently "
                 "than in training; use a template that adds the prompt and changes nothing else.",
                 kind="template",
             )
@@ -339,7 +368,7 @@ class IDAVLMProcessor(ProcessorMixin):
     def _check_text(self, sample: Sample, text: str) -> None:
         if self.image_token in text:
             raise DataError(
-                f"sample {sample.id!r}: the text {text[:60]!r} holds the placeholder {self.image_token!r}; make it an "
+                f"sample {quote(sample.id)}: the text {quote(text)} holds the placeholder {self.image_token!r}; make it an "
                 "image part.",
                 kind="placeholders",
             )
@@ -379,7 +408,13 @@ class IDAVLMProcessor(ProcessorMixin):
         height, width = size
         x1, x2 = (min(max((x / width - left) / (right - left), 0.0), 1.0) * width for x in (box[0], box[2]))
         y1, y2 = (min(max((y / height - top) / (bottom - top), 0.0), 1.0) * height for y in (box[1], box[3]))
-        return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
+        x1, y1, x2, y2 = _as_float32([x1, y1, x2, y2])
+        return [x1, y1, x2, y2] if x1 < min(x2, width) and y1 < min(y2, height) else None
+
+
+def _as_float32(box: list[float]) -> list[float]:
+    """Round a box to the precision of encoded boxes, so that it is checked as the model will see it."""
+    return torch.tensor(box, dtype=torch.float32).tolist()
 
 
 def _texts_of_messages(conversation: Any) -> Iterator[tuple[str, str]]:
@@ -418,8 +453,12 @@ def _check_format(name: str, text: str, *, fields: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={text!r} may contain only {', '.join(f'{{{field}}}' for field in fields)}.")
 
 
-def _check_fixed_size(image_processor) -> None:
-    """Check that images of different shapes come out with one size, by processing a wide and a high one."""
+def _check_fixed_size(image_processor) -> torch.Size:
+    """Return the shape ``[3, H, W]`` of every prepared image, by processing a wide and a high one.
+
+    Raises:
+        ValueError: the two differ.
+    """
     shapes = [(48, 96), (96, 48)]
     images = [Image.fromarray(np.zeros((height, width, 3), np.uint8)) for height, width in shapes]
     try:
@@ -433,3 +472,4 @@ def _check_fixed_size(image_processor) -> None:
             "CLIPImageProcessor, SiglipImageProcessor or ViTImageProcessor; its size needs a height and width, or a "
             "centre crop."
         )
+    return torch.Size(size[1:])

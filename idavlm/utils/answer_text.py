@@ -9,7 +9,7 @@ _PLAIN = str.maketrans(
     | {"\ufe0f": None, "\u20e3": None}  # the code points that turn a digit into an emoji
 )
 _MARKER = re.compile(
-    r"\b(?:(?:final|my|the|correct|right)\s+)*answer\s*(?:is\b\s*:?|:)|(?:最终)?答案\s*(?:是|为|[::])", re.IGNORECASE
+    r"\banswer\s*(?:is\b\s*:?|:)|答案\s*(?:是|为|:)", re.IGNORECASE
 )
 
 
