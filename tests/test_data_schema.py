@@ -149,7 +149,7 @@ KATE = {"name": "Kate", "images": ["x.jpg"]}
         ("messages.4.content", None, r"messages\[4\].content=None must be"),
         ("messages.1.content.0.type", "video", r"messages\[1\].content\[0\].type='video' is not known"),
         ("messages.1.content.0", "text", r"messages\[1\].content\[0\] is str 'text'"),
-        ("messages.1.content.1.text", 4, r"messages\[1\].content\[1\].text is int '4'"),
+        ("messages.1.content.1.text", 4, r"messages\[1\].content\[1\].text is int 4"),
         ("messages.1.content.0.text", "x", "unknown fields 'text'; allowed are image, type"),
         ("messages.1.name", "x", r"messages\[1\] has unknown fields 'name'"),
         ("messages.2.content.0.name", "Jane", r"messages\[2\] has a box part of 'Jane', but boxes has no such entry"),
@@ -184,7 +184,7 @@ def test_faults_of_training_records_are_named(path, value, message):
         (LOCATION, "target", "Jane", "target='Jane' of a location record has no box"),
         (LOCATION, "type", None, 'a record with "answer" is an evaluation record and needs "type"; choose one of'),
         (LOCATION, "answer", None, "ends with a turn of 'user', expected 'assistant'; .* needs \"answer\""),
-        (LOCATION, "answer", 3, "answer is int '3'; expected a string"),
+        (LOCATION, "answer", 3, "answer is int 3; expected a string"),
         (
             LOCATION,
             "messages.1",
@@ -217,3 +217,44 @@ def test_a_name_with_boxes_in_two_images_needs_the_image():
         parse_sample(record)
     sample = parse_sample(changed(record, "messages.2.content.0.image", "s/10.jpg"))
     assert sample.messages[2].content[0].image == "s/10.jpg"
+
+
+NEAR_KATE = ["kate", "KATE", "Kate ", " Kate", "Kate\n", "Kate\u00a0"]
+
+
+@pytest.mark.parametrize("name", NEAR_KATE)
+def test_a_name_that_differs_in_case_or_white_space_is_an_error(name):
+    """Otherwise its box would be ignored, or its question be about an unknown identity."""
+    message = rf"={name!r} is nearly the name 'Kate'; write both alike"
+    for record, path, field in (
+        (TRAINING, "boxes.0.name", r"boxes\[0\]\.name"),
+        (TRAINING, "messages.2.content.0.name", r"messages\[2\] has a box part whose name"),
+        (LOCATION, "target", "target"),
+    ):
+        with pytest.raises(DataError, match=field + message.replace("\\", "\\\\")):
+            parse_sample(changed(record, path, name))
+
+
+def test_the_normal_form_of_a_name_does_not_matter():
+    composed, decomposed = "Zo\u00eb Moss", "Zoe\u0308 Moss"
+    for introduced, other in ((composed, decomposed), (decomposed, composed)):
+        for record in (TRAINING, LOCATION):
+            record = changed(record, "identities.0.name", introduced)
+            record = changed(record, "boxes.0.name", other)
+            if record["messages"][-1]["role"] == "assistant":
+                record = changed(record, "messages.2.content.0.name", other)
+            else:
+                record = changed(record, "target", other)
+            sample = parse_sample(record)
+            assert sample.boxes[0].name == introduced
+            assert {part.name for message in sample.messages for part in message.content} <= {"", introduced}
+            assert sample.target in (None, introduced)
+    twice = changed(changed(TRAINING, "identities.0.name", composed), "identities.1.name", decomposed)
+    with pytest.raises(DataError, match="identities contains 'Zoë Moss' 2 times"):
+        parse_sample(twice)
+
+
+def test_names_of_identities_may_differ_in_case():
+    sample = parse_sample(changed(TRAINING, "identities.1.name", "kate"))
+    assert [identity.name for identity in sample.identities] == ["Kate", "kate"]
+    assert sample.boxes[0].name == "Kate"
