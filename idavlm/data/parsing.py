@@ -66,16 +66,14 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
     messages = _messages(record, is_evaluation=record.get("answer") is not None)
     images = dict.fromkeys(image for message in messages for image in message.images)
     boxes = [_box(entry, f"boxes[{i}]", images) for i, entry in enumerate(_list(record, "boxes"))]
-    images_of_name: dict[str, list[str]] = defaultdict(list)
-    seen = set()
+    images_of_name: dict[str, dict[str, None]] = defaultdict(dict)
     for number, box in enumerate(boxes):
-        if (box.name, box.image) in seen:
+        if box.image in images_of_name[box.name]:
             raise DataError(
                 f"boxes[{number}] is a second box of {quote(box.name)} in {quote(box.image)}; keep one box per name "
                 "and image."
             )
-        seen.add((box.name, box.image))
-        images_of_name[box.name].append(box.image)
+        images_of_name[box.name][box.image] = None
     messages = [
         Message(message.role, [_resolve_box_part(part, images_of_name, f"messages[{i}]") for part in message.content])
         for i, message in enumerate(messages)
@@ -204,15 +202,15 @@ def _is_coordinate(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_COORDINATE
 
 
-def _resolve_box_part(part: Part, images_of_name: dict[str, list[str]], field: str) -> Part:
+def _resolve_box_part(part: Part, images_of_name: dict[str, dict[str, None]], field: str) -> Part:
     """Complete a box part with the image of its box. Exactly one box must match; other parts are returned unchanged."""
     if part.type != "box":
         return part
-    images = images_of_name.get(part.name, [])
+    images = images_of_name.get(part.name, {})
     if part.image in images:
         return part
     if len(images) == 1 and not part.image:
-        return Part("box", name=part.name, image=images[0])
+        return Part("box", name=part.name, image=next(iter(images)))
     if images and not part.image:
         raise DataError(
             f"{field} has a box part of {quote(part.name)}, which has boxes in several images "
@@ -254,7 +252,9 @@ def _check_task(record: dict, sample: Sample) -> None:
     if sample.target is not None:
         _text(sample.target, "target")
     if sample.task == "location" and sample.target_box is None:
-        raise DataError(f"target={quote(sample.target)} of a location record has no box in the last image; add it to boxes.")
+        raise DataError(
+            f"target={quote(sample.target)} of a location record has no box in the last image; add it to boxes."
+        )
 
 
 def _path(path: Any, field: str) -> str:

@@ -263,7 +263,9 @@ class IDAVLMProcessor(ProcessorMixin):
             DataError: the image cannot be read or processed, would be too large after resizing, or there is no root.
         """
         if root is None:
-            raise DataError(f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path)
+            raise DataError(
+                f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path
+            )
         image = ImageStore(root, resized_size=functools.partial(resized_size, self.image_processor)).open(path)
         try:
             pixels = self._pixels([image])[0]
