@@ -176,7 +176,7 @@ def _to_eight_bits(path: str, image: Image.Image, raw_mode: str, sample_bits: in
             image.info["transparency"] = transparent * (85 if raw_mode == "L;2" else 17)
         return image
     values = np.asarray(image)
-    bits, is_container = 16, not image.format == "PPM"  # PIL scales PGM to 16 bits by the maximum that it declares
+    bits, is_container = 16, image.format != "PPM"  # PIL scales PGM to 16 bits by the maximum that it declares
     if _is_tiff(image):
         bits = image.tag_v2[_TIFF_BITS][0]
         is_container = bits in (16, 32)

@@ -229,8 +229,8 @@ class IDAVLMProcessor(ProcessorMixin):
         )
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
-                f"sample {quote(sample.id)} has {len(input_ids)} tokens, more than max_length={self.max_length}; use fewer "
-                "images or raise max_length.",
+                f"sample {quote(sample.id)} has {len(input_ids)} tokens, more than max_length={self.max_length}; use "
+                "fewer images or raise max_length.",
                 kind="length",
             )
         role = ImageRole.SCENE if sample.identities else ImageRole.GENERAL
@@ -361,8 +361,8 @@ class IDAVLMProcessor(ProcessorMixin):
         end = max((position + 1 for position, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
         if ids[:end] != input_ids[:end]:
             raise DataError(
-                f"sample {quote(sample.id)}: with a generation prompt the chat template renders earlier turns differently "
-                "than in training; use a template that adds the prompt and changes nothing else.",
+                f"sample {quote(sample.id)}: with a generation prompt the chat template renders earlier turns "
+                "differently than in training; use a template that adds the prompt and changes nothing else.",
                 kind="template",
             )
         return labels[:end] + [IGNORE_INDEX] * (len(input_ids) - end)
@@ -370,8 +370,8 @@ class IDAVLMProcessor(ProcessorMixin):
     def _check_text(self, sample: Sample, text: str) -> None:
         if self.image_token in text:
             raise DataError(
-                f"sample {quote(sample.id)}: the text {quote(text)} holds the placeholder {self.image_token!r}; make it an "
-                "image part.",
+                f"sample {quote(sample.id)}: the text {quote(text)} holds the placeholder {self.image_token!r}; make "
+                "it an image part.",
                 kind="placeholders",
             )
 
