@@ -7,6 +7,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from idavlm.data import DataError, render_chat
+from idavlm.data.rendering import Segment
+from tests.tokenizer_families import Slow
 
 HEADER = "{{ '<|im_start|>' + message['role'] + '\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -64,7 +66,7 @@ def build(*, byte_level=True, merges=()):
 
 
 CHAT = [
-    {"role": "user", "content": "Kate is <image>\nWhere is Kate?"},
+    {"role": "user", "content": [Segment("Kate is "), Segment("<image>", is_markup=True), Segment("\nWhere is Kate?")]},
     {"role": "assistant", "content": "[12, 3, 40, 5]"},
     {"role": "user", "content": "Sure?"},
     {"role": "assistant", "content": "Yes, très sûre 😀."},
@@ -146,25 +148,6 @@ def test_a_question_after_the_last_answer_is_not_labelled(tokenizer):
 def test_without_assistant_turns_nothing_is_labelled(tokenizer):
     assert labelled(tokenizer, CHAT[:1], chat_template=CHATML) == []
     assert labelled(tokenizer, CHAT[:1], chat_template=MARKED) == []
-
-
-class Slow:
-    """A tokenizer without offsets, like the Python tokenizers of transformers."""
-
-    is_fast = False
-
-    def __init__(self, fast):
-        self.fast = fast
-
-    def __getattr__(self, name):
-        return getattr(self.fast, name)
-
-    def __len__(self):
-        return len(self.fast)
-
-    def __call__(self, texts, **options):
-        assert not options.pop("return_offsets_mapping")
-        return self.fast(texts, **options)
 
 
 def test_a_tokenizer_without_offsets_gives_the_same_labels(tokenizer):

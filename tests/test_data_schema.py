@@ -217,3 +217,44 @@ def test_a_name_with_boxes_in_two_images_needs_the_image():
         parse_sample(record)
     sample = parse_sample(changed(record, "messages.2.content.0.image", "s/10.jpg"))
     assert sample.messages[2].content[0].image == "s/10.jpg"
+
+
+NEAR_KATE = ["kate", "KATE", "Kate ", " Kate", "Kate\n", "Kate\u00a0"]
+
+
+@pytest.mark.parametrize("name", NEAR_KATE)
+def test_a_name_that_differs_in_case_or_white_space_is_an_error(name):
+    """Otherwise its box would be ignored, or its question be about an unknown identity."""
+    message = rf"={name!r} is nearly the name 'Kate'; write both alike"
+    for record, path, field in (
+        (TRAINING, "boxes.0.name", r"boxes\[0\]\.name"),
+        (TRAINING, "messages.2.content.0.name", r"messages\[2\] has a box part whose name"),
+        (LOCATION, "target", "target"),
+    ):
+        with pytest.raises(DataError, match=field + message.replace("\\", "\\\\")):
+            parse_sample(changed(record, path, name))
+
+
+def test_the_normal_form_of_a_name_does_not_matter():
+    composed, decomposed = "Zo\u00eb Moss", "Zoe\u0308 Moss"
+    for introduced, other in ((composed, decomposed), (decomposed, composed)):
+        for record in (TRAINING, LOCATION):
+            record = changed(record, "identities.0.name", introduced)
+            record = changed(record, "boxes.0.name", other)
+            if record["messages"][-1]["role"] == "assistant":
+                record = changed(record, "messages.2.content.0.name", other)
+            else:
+                record = changed(record, "target", other)
+            sample = parse_sample(record)
+            assert sample.boxes[0].name == introduced
+            assert {part.name for message in sample.messages for part in message.content} <= {"", introduced}
+            assert sample.target in (None, introduced)
+    twice = changed(changed(TRAINING, "identities.0.name", composed), "identities.1.name", decomposed)
+    with pytest.raises(DataError, match="identities contains 'Zoë Moss' 2 times"):
+        parse_sample(twice)
+
+
+def test_names_of_identities_may_differ_in_case():
+    sample = parse_sample(changed(TRAINING, "identities.1.name", "kate"))
+    assert [identity.name for identity in sample.identities] == ["Kate", "kate"]
+    assert sample.boxes[0].name == "Kate"

@@ -1,6 +1,7 @@
 """Validation of records: a JSON object becomes a :class:`Sample`, or an error with file, line, field and remedy."""
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
     _check(record, dict, "the record", "a JSON object")
     _check_fields(record, (*FIELDS, *EVALUATION_FIELDS), "the record")
     identities = [_identity(entry, f"identities[{i}]") for i, entry in enumerate(_list(record, "identities"))]
-    for name, count in Counter(identity.name for identity in identities).items():
+    names = [identity.name for identity in identities]
+    for name, count in Counter(unicodedata.normalize("NFC", name.strip()) for name in names).items():
         if count > 1:
             raise DataError(f"identities contains {quote(name)} {count} times; merge its photos into one entry.")
     source = record.get("source", "identity" if identities else "general")
@@ -65,7 +67,8 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
 
     messages = _messages(record, is_evaluation=record.get("answer") is not None)
     images = dict.fromkeys(image for message in messages for image in message.images)
-    boxes = [_box(entry, f"boxes[{i}]", images) for i, entry in enumerate(_list(record, "boxes"))]
+    spellings = _spellings(names)
+    boxes = [_box(entry, f"boxes[{i}]", images, spellings) for i, entry in enumerate(_list(record, "boxes"))]
     images_of_name: dict[str, dict[str, None]] = defaultdict(dict)
     for number, box in enumerate(boxes):
         if box.image in images_of_name[box.name]:
@@ -74,10 +77,15 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
                 "and image."
             )
         images_of_name[box.name][box.image] = None
+    spellings = _spellings([*images_of_name, *names])
     messages = [
-        Message(message.role, [_resolve_box_part(part, images_of_name, f"messages[{i}]") for part in message.content])
+        Message(
+            message.role,
+            [_resolve_box_part(part, images_of_name, spellings, f"messages[{i}]") for part in message.content],
+        )
         for i, message in enumerate(messages)
     ]
+    target = record.get("target")
     sample = Sample(
         id=identifier,
         source=source,
@@ -87,7 +95,7 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
         task=record.get("type"),
         answer=record.get("answer"),
         false_answers=_list(record, "false_answers"),
-        target=record.get("target"),
+        target=_known_name(target, spellings, "target") if isinstance(target, str) else target,
         where=where,
         image_root=image_root,
     )
@@ -173,10 +181,10 @@ def _part(entry: Any, field: str) -> Part:
     return Part("box", name=_text(entry.get("name"), f"{field}.name"), image=image)
 
 
-def _box(entry: Any, field: str, images: dict[str, None]) -> Box:
+def _box(entry: Any, field: str, images: dict[str, None], spellings: dict[str, str]) -> Box:
     _check(entry, dict, field, 'an object {"name", "image", "box"}')
     _check_fields(entry, ("name", "image", "box"), field)
-    name = _text(entry.get("name"), f"{field}.name")
+    name = _known_name(_text(entry.get("name"), f"{field}.name"), spellings, f"{field}.name")
     image = _path(entry.get("image"), f"{field}.image")
     if image not in images:
         raise DataError(
@@ -198,19 +206,43 @@ def _box(entry: Any, field: str, images: dict[str, None]) -> Box:
     return Box(name, image, box)
 
 
+def _spellings(names: list[str]) -> dict[str, str]:
+    """The names of a record by what they have in common with other spellings of them."""
+    return {_folded(name): name for name in names} | {unicodedata.normalize("NFC", name): name for name in names}
+
+
+def _known_name(name: str, spellings: dict[str, str], field: str) -> str:
+    """Return the record's spelling of ``name``; ``name`` itself if it is unlike all names of the record.
+
+    NFC and NFD spell the same name. A difference only in case or white space is a mistake.
+    """
+    composed = unicodedata.normalize("NFC", name)
+    known = spellings.get(composed, spellings.get(_folded(name), name))
+    if unicodedata.normalize("NFC", known) != composed:
+        raise DataError(f"{field}={quote(name)} is nearly the name {quote(known)}; write both alike.")
+    return known
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+
+
 def _is_coordinate(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_COORDINATE
 
 
-def _resolve_box_part(part: Part, images_of_name: dict[str, dict[str, None]], field: str) -> Part:
+def _resolve_box_part(
+    part: Part, images_of_name: dict[str, dict[str, None]], spellings: dict[str, str], field: str
+) -> Part:
     """Complete a box part with the image of its box. Exactly one box must match; other parts are returned unchanged."""
     if part.type != "box":
         return part
-    images = images_of_name.get(part.name, {})
+    name = _known_name(part.name, spellings, f"{field} has a box part whose name")
+    images = images_of_name.get(name, {})
     if part.image in images:
-        return part
+        return Part("box", name=name, image=part.image)
     if len(images) == 1 and not part.image:
-        return Part("box", name=part.name, image=next(iter(images)))
+        return Part("box", name=name, image=next(iter(images)))
     if images and not part.image:
         raise DataError(
             f"{field} has a box part of {quote(part.name)}, which has boxes in several images "

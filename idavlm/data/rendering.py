@@ -125,8 +125,8 @@ class _Chat:
         # One mark for the beginning of each identity's names, and one for the end of any name.
         self.mask = MessageMask(tokenizer, texts, num_marks=max(names) + 2 if names else 0)
         self.messages, self.marked_messages = [], []
-        for message, content in zip(messages, contents, strict=True):
-            pieces = self._hidden(content)
+        for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            pieces = self._hidden(content, f"messages[{number}] of {message['role']!r}")
             marked = [self._mark(piece, segment) for piece, segment in zip(pieces, content, strict=True)]
             self.messages.append({"role": message["role"], "content": "".join(pieces)})
             self.marked_messages.append({"role": message["role"], "content": "".join(marked)})
@@ -252,7 +252,7 @@ class _Chat:
             identities[token] = next((owner for owner in owners[start:stop] if owner is not None), None)
         return identities
 
-    def _hidden(self, content: list[Segment]) -> list[str]:
+    def _hidden(self, content: list[Segment], field: str) -> list[str]:
         """The text of each segment, with special tokens hidden unless they are markup.
 
         Neighbouring segments of text are searched together, because they could hold a special token together.
@@ -260,7 +260,7 @@ class _Chat:
         hidden = []
         for is_markup, run in groupby(content, key=lambda segment: segment.is_markup):
             texts = [segment.text for segment in run]
-            whole = "".join(texts) if is_markup else self.mask.hide("".join(texts))
+            whole = "".join(texts) if is_markup else self.mask.hide("".join(texts), field)
             ends = [0, *accumulate(map(len, texts))]
             hidden += [whole[start:end] for start, end in pairwise(ends)]
         return hidden

@@ -13,8 +13,8 @@ from idavlm.data.errors import DataError
 _FIRST_OF_TEMPLATE = 0xF0000
 _PLANE_16 = range(0x100000, 0x10FFFE)
 
-# Length of the tokenizer when its cache was created, and the cache.
-_TOKENIZER_CACHES: "WeakKeyDictionary[Any, tuple[int, dict[str, Any]]]" = WeakKeyDictionary()
+# Length and special tokens of the tokenizer when its cache was created, and the cache.
+_TOKENIZER_CACHES: "WeakKeyDictionary[Any, tuple[tuple, dict[str, Any]]]" = WeakKeyDictionary()
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -42,12 +42,15 @@ class MessageMask:
         first = _unused_characters(texts, len(alphabet) + num_marks)
         self._hidden = {ord(character): first + place for place, character in enumerate(alphabet)}
         self._shown = {hidden: character for character, hidden in self._hidden.items()}
+        self.fields: dict[str, str] = {}  # of each hidden token
         self.marks = [chr(first + len(alphabet) + number) for number in range(num_marks)]
 
-    def hide(self, text: str) -> str:
-        """Hide the special tokens in ``text``, which comes from a record or from a user."""
+    def hide(self, text: str, field: str) -> str:
+        """Hide the special tokens in ``text``, which comes from a record or from a user; ``field`` names its place."""
         if self._pattern is None:
             return text
+        for token in self._pattern.findall(text):
+            self.fields.setdefault(token, field)
         text = self._pattern.sub(lambda match: match[0].translate(self._hidden), text)
         sizes = range(min(self._longest, len(text)), 0, -1)
         size = next((size for size in sizes if text[-size:] in self._starts), 0)
@@ -91,10 +94,15 @@ def tokenize(tokenizer: Any, texts: Sequence[str], mask: MessageMask) -> Any:
             verbose=False,
         )
     elif not tokenizer.is_fast:
-        raise _refused(tokenizer, in_messages[0], "only fast tokenizers can take it as text: load one (use_fast=True)")
+        raise _refused(
+            tokenizer,
+            in_messages[0],
+            mask,
+            "Only fast tokenizers take it as text; load one (use_fast=True) or change the text.",
+        )
     else:
-        encoding = _tokenize_as_text(tokenizer, shown, of_template, in_messages[0])
-    _check_origin(tokenizer, encoding, of_template, shown)
+        encoding = _tokenize_as_text(tokenizer, shown, of_template, mask, in_messages[0])
+    _check_origin(tokenizer, encoding, of_template, shown, mask)
     return encoding
 
 
@@ -103,17 +111,17 @@ def find_special_tokens(tokenizer: Any, text: str) -> list[str]:
     return [text[start:end] for start, end in sorted(_spans(_facts(tokenizer)["pattern"], text))]
 
 
-def _tokenize_as_text(tokenizer: Any, texts: list[str], of_template: list[set], in_messages: str) -> dict[str, list]:
+def _tokenize_as_text(
+    tokenizer: Any, texts: list[str], of_template: list[set], mask: MessageMask, in_messages: str
+) -> dict[str, list]:
     """Tokenize with a copy of the tokenizer that knows the special tokens of the template under other names."""
     backend, names, ids = _renamed(tokenizer)
     renamed = []
     for text, spans in zip(texts, of_template, strict=True):
         if any(names[token][0] in text for token in names):
-            raise _refused(
-                tokenizer,
-                in_messages,
-                "private-use characters from U+F0000 in the same conversation prevent that it is taken as text",
-            )
+            remedy = "remove them or change the text."
+            reason = f"The private-use characters from U+F0000 in the conversation prevent that; {remedy}"
+            raise _refused(tokenizer, in_messages, mask, reason)
         for start, end in spans:
             text = text[:start] + names[text[start:end]] + text[end:]
         renamed.append(text)
@@ -152,7 +160,7 @@ def _renamed(tokenizer: Any) -> tuple[Any, dict[str, str], dict[int, int]]:
     return cache["renamed"]
 
 
-def _check_origin(tokenizer: Any, encoding: Any, of_template: list[set], texts: list[str]) -> None:
+def _check_origin(tokenizer: Any, encoding: Any, of_template: list[set], texts: list[str], mask: MessageMask) -> None:
     """Check that every special token of the result comes from the template.
 
     The vocabulary of a Unigram or WordPiece model may hold special tokens as pieces of ordinary text, and a tokenizer
@@ -171,22 +179,28 @@ def _check_origin(tokenizer: Any, encoding: Any, of_template: list[set], texts: 
             wrong = bool(spans)
             text = texts[row][slice(*spans[0])] if wrong else ""
         if wrong:
-            raise _refused(tokenizer, text, "the tokenizer makes a special token of it even as text")
+            raise _refused(
+                tokenizer,
+                text,
+                mask,
+                "Its vocabulary makes a special token of it in any text; change the text or use another tokenizer.",
+            )
 
 
-def _refused(tokenizer: Any, token: str, reason: str) -> DataError:
+def _refused(tokenizer: Any, token: str, mask: MessageMask, reason: str) -> DataError:
+    field = mask.fields.get(token, "the text of the messages")
     return DataError(
-        f"the text of the messages holds {token!r}, a special token of {type(tokenizer).__name__}; {reason}, or change "
-        "the text."
+        f"{field} holds {token!r}, a special token of {type(tokenizer).__name__}, which must be taken as text. {reason}"
     )
 
 
 def tokenizer_cache(tokenizer: Any) -> dict[str, Any]:
-    """Return a dict to cache facts about a tokenizer in. It is emptied when tokens are added to the tokenizer."""
-    size, cache = _TOKENIZER_CACHES.get(tokenizer, (-1, {}))
-    if size != len(tokenizer):
+    """Return a dict to cache facts about a tokenizer in. It is emptied when tokens are added or become special."""
+    state = (len(tokenizer), *tokenizer.all_special_tokens)
+    cached, cache = _TOKENIZER_CACHES.get(tokenizer, (None, {}))
+    if cached != state:
         cache = {}
-        _TOKENIZER_CACHES[tokenizer] = len(tokenizer), cache
+        _TOKENIZER_CACHES[tokenizer] = state, cache
     return cache
 
 

@@ -14,15 +14,19 @@ FULL_IMAGE = (0.0, 0.0, 1.0, 1.0)
 _MEASURED_SIDE = 64
 """Smallest side of an image whose crop box is measured. The edges of smaller images are blurred too widely."""
 
+_PRECISION = 4e-3
+"""Precision of measured edges. What differs less from the full image is the full image."""
+
 
 def crop_box(image_processor, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of the part that is kept, relative to the (height, width) of the image.
 
     For transformers image processors that follow their settings (``size``, ``crop_size``, ``pad_size``; CLIP, SigLIP,
-    ViT, LLaVA ...), the box is computed and exact. Others process an image whose colours encode positions; the edges
+    ViT, LLaVA ...), the box is computed and exact. Others process images whose brightness encodes positions; the edges
     are then exact to a few thousandths. With padding they lie outside 0..1.
 
     Raises:
+        ValueError: the output of the processor is not one part of the image.
         DataError: the image is small, and the processor neither follows its settings nor treats a larger image of the
             same shape alike.
     """
@@ -107,25 +111,40 @@ def _measured(image_processor, settings: str, size: tuple[int, int]) -> tuple[fl
 
 
 def _fit(image_processor, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Process an image whose red and green encode columns and rows, and fit the positions in the output."""
+    """Process two images whose brightness encodes columns and rows, and fit the positions in the output."""
     height, width = size
-    ramp = np.full((height, width, 3), 255, np.uint8)
-    ramp[..., 0] = np.round((np.arange(width) + 0.5) / width * 255)
-    ramp[..., 1] = np.round((np.arange(height) + 0.5) / height * 255)[:, None]
-    images = [Image.fromarray(pixels) for pixels in (ramp, np.zeros_like(ramp), np.full_like(ramp, 255))]
-    output, dark, light = (image_processor([image], return_tensors="pt")["pixel_values"][0].float() for image in images)
-    inside = (light - dark).abs().amin(0) > 1e-3
-    place = (output - dark) / torch.where(inside, light - dark, 1.0)
-    left, right = _ends(place[0], inside)
-    top, bottom = _ends(place[1].T, inside.T)
-    return left, top, right, bottom
+    columns = np.broadcast_to((np.arange(width) + 0.5) / width * 255, size)
+    rows = np.broadcast_to(((np.arange(height) + 0.5) / height * 255)[:, None], size)
+    black, white = np.zeros(size), np.full(size, 255)
+    images = [
+        Image.fromarray(np.repeat(values.round().astype(np.uint8)[..., None], 3, axis=2))
+        for values in (columns, rows, black, white)
+    ]
+    columns, rows, dark, light = (
+        image_processor([image], return_tensors="pt")["pixel_values"][0].float().mean(0) for image in images
+    )
+    inside = (light - dark).abs() > 1e-3
+    scale = torch.where(inside, light - dark, 1.0)
+    (left, right), (top, bottom) = (
+        _ends(image_processor, (columns - dark) / scale, inside),
+        _ends(image_processor, ((rows - dark) / scale).T, inside.T),
+    )
+    found = (left, top, right, bottom)
+    is_full = all(abs(edge - full) < _PRECISION for edge, full in zip(found, FULL_IMAGE, strict=True))
+    return FULL_IMAGE if is_full else found
 
 
-def _ends(place: torch.Tensor, inside: torch.Tensor) -> tuple[float, float]:
+def _ends(image_processor, place: torch.Tensor, inside: torch.Tensor) -> tuple[float, float]:
     """Return start and end of a line fitted through the columns of ``place``; padding does not count."""
     columns = inside.any(0).nonzero().flatten()[1:-1]  # edges are blurred
     values = (place * inside).sum(0)[columns] / inside.sum(0)[columns]
     centres = (columns + 0.5) / place.shape[1]
     slope = ((centres - centres.mean()) * (values - values.mean())).sum() / (centres - centres.mean()).square().sum()
     begin = values.mean() - slope * centres.mean()
+    error = (values - begin - slope * centres).square().mean().sqrt()
+    if not (error < 0.02 and slope > 0):
+        raise ValueError(
+            f"image_processor={type(image_processor).__name__} does not bring one part of an image to its output as it "
+            "is (it may cut images into tiles or mirror them), so boxes cannot be moved; use another image processor."
+        )
     return float(begin), float(begin + slope)
