@@ -68,7 +68,7 @@ class RecordDataset(Dataset):
         return len(self._valid)
 
     def __getitem__(self, index: int) -> Any:
-        """Return sample ``index``: a :class:`Sample`, or the output of ``encode`` plus ``source``."""
+        """Return sample ``index``: a :class:`Sample`, or the output of ``encode`` plus ``id`` and ``source``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a data set of {len(self)} samples ({self.path}).")
         index %= len(self)
@@ -117,7 +117,7 @@ class RecordDataset(Dataset):
                 where=sample.where,
                 kind="labels",
             )
-        return {"source": sample.source, **encoded}
+        return {"id": sample.id, "source": sample.source, **encoded}
 
     def _parse(self, record: Any, number: int) -> Sample:
         where = self._records.where(number)

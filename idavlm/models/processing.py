@@ -385,16 +385,19 @@ class IDAVLMProcessor(ProcessorMixin):
     def _box_tensors(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
         """Return the boxes of identities with references, as far as the image processor keeps them.
 
-        If an image occurs several times in the messages, its boxes belong to the first occurrence.
+        If an image occurs several times in the messages, each occurrence has its boxes.
         """
         number = {identity.name: index for index, identity in enumerate(sample.identities)}
         boxes, box_image, box_identity = [], [], []
         for box in sample.boxes:
             kept = self._crop(box.box, image_sizes[box.image])
-            if box.name in number and kept is not None:
-                boxes.append(kept)
-                box_image.append(len(sample.reference_images) + sample.message_images.index(box.image))
-                box_identity.append(number[box.name])
+            if box.name not in number or kept is None:
+                continue
+            for image, path in enumerate(sample.message_images, len(sample.reference_images)):
+                if path == box.image:
+                    boxes.append(kept)
+                    box_image.append(image)
+                    box_identity.append(number[box.name])
         return {
             "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
             "box_image": torch.tensor(box_image, dtype=torch.long),
