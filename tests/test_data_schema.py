@@ -1,10 +1,12 @@
 """Schema of records: valid records, and errors that name every fault."""
 
 import copy
+import time
 
 import pytest
 
 from idavlm.data import DataError, parse_sample
+from idavlm.data.errors import quote
 
 IMAGE = {"type": "image", "image": "s/9.jpg"}
 TRAINING = {
@@ -90,13 +92,26 @@ def test_the_record_is_not_modified():
     assert record == TRAINING
 
 
-def changed(record, path, value):
-    """``record`` with the entry at ``path`` ("messages.1.role") set to ``value``, or removed if ``value`` is None."""
-    record = copy.deepcopy(record)
+def entry_at(record, path):
+    """The container of the entry at ``path`` ("messages.1.role"), and its key."""
     *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-    container = record
     for key in parents:
-        container = container[key]
+        record = record[key]
+    return record, last
+
+
+def replaced(record, path, value):
+    """``record`` with the entry at ``path`` set to ``value``."""
+    record = copy.deepcopy(record)
+    container, last = entry_at(record, path)
+    container[last] = value
+    return record
+
+
+def changed(record, path, value):
+    """``record`` with the entry at ``path`` set to or appended as ``value``, or removed if ``value`` is None."""
+    record = copy.deepcopy(record)
+    container, last = entry_at(record, path)
     if value is None:
         del container[last]
     elif isinstance(container, list) and last == len(container):
@@ -115,6 +130,7 @@ KATE = {"name": "Kate", "images": ["x.jpg"]}
     [
         ("sorce", "identity", "unknown fields 'sorce'; allowed are"),
         ("id", [1], r"id=\[1\] must be a string"),
+        ("id", True, "id=True must be a string or an integer of at most 64 bits"),
         ("source", "both", "source='both' is not known; choose one of 'identity', 'general'"),
         ("source", "general", "source='general', but the record has 2 identities"),
         ("identities", [], "source='identity', but the record has 0 identities"),
@@ -161,6 +177,12 @@ KATE = {"name": "Kate", "images": ["x.jpg"]}
         ("boxes.0.box", [1, 2, 3], "must be four numbers"),
         ("boxes.0.box", [1, 2, 3, float("nan")], "must be four numbers"),
         ("boxes.0.box", [1, 2, True, 4], "must be four numbers"),
+        ("boxes.0.box", [0, 0, 10**400, 50], "must be four numbers .* each at most 2147483648"),
+        ("boxes.0.box", [0, 0, 1e300, 50], "must be four numbers"),
+        ("boxes.0.box", [0, 0, float("inf"), 50], "must be four numbers"),
+        ("boxes.0.box", [10, 11, 10.0000001, 60], "is empty in 32-bit precision"),
+        ("boxes.0.box", [-1, 11, 1e-60, 60], "is empty in 32-bit precision"),
+        ("boxes.0.box", [[1], 2, 3, 4], "must be four numbers"),
         ("boxes.0.box", "1 2 3 4", "must be four numbers"),
         ("boxes.0.name", None, r"boxes\[0\].name=None must be a non-empty string"),
         ("boxes.2", {"name": "Kate", "image": "s/9.jpg", "box": [1, 2, 3, 4]}, r"boxes\[2\] is a second box of 'Kate'"),
@@ -258,3 +280,97 @@ def test_names_of_identities_may_differ_in_case():
     sample = parse_sample(changed(TRAINING, "identities.1.name", "kate"))
     assert [identity.name for identity in sample.identities] == ["Kate", "kate"]
     assert sample.boxes[0].name == "Kate"
+
+
+WHOLE = {
+    **LOCATION,
+    "messages": [
+        *TRAINING["messages"][:3],
+        {"role": "user", "content": [{"type": "box", "name": "Kate", "image": "s/9.jpg"}, IMAGE, {**TEXT}]},
+    ],
+    "source": "identity",
+    "answer": "x",
+    "false_answers": ["y"],
+}
+"""An evaluation record with every field."""
+
+
+def paths_of(value, prefix=""):
+    """The paths of all entries of a record."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        path = f"{prefix}.{key}" if prefix else str(key)
+        yield path
+        yield from paths_of(entry, path)
+
+
+@pytest.mark.parametrize("path", list(paths_of(WHOLE)))
+def test_every_field_rejects_values_of_other_types(path):
+    parse_sample(WHOLE)
+    for value in (None, True, 3, 2.5, 10**5000, float("nan"), "", "x\ud83dy", [], {}, [[]], ["x"], {"x": 1}, [None] * 4):
+        try:
+            sample = parse_sample(replaced(WHOLE, path, value), where="f:1")
+        except DataError as error:
+            assert str(error).startswith("f:1: ")
+            continue
+        text = repr(sample)
+        assert "\\ud83d" not in text
+        assert isinstance(sample.id, str)
+
+
+@pytest.mark.parametrize("path", list(paths_of(WHOLE)))
+def test_messages_quote_at_most_200_characters_of_a_value(path):
+    for value in ("y" * 5000, ["y" * 5000], "y\0" * 5000, 10**4000, {"y" * 5000: "y" * 5000}, ["y"] * 5000):
+        try:
+            parse_sample(replaced(WHOLE, path, value), where="f:1")
+        except DataError as error:
+            assert "y" * 201 not in str(error)
+            assert "0" * 201 not in str(error)
+            assert len(str(error)) < 1200
+
+
+def test_half_a_surrogate_pair_is_named():
+    for path, field in {
+        "messages.4.content": "messages[4].content",
+        "messages.1.content.1.text": "messages[1].content[1].text",
+        "identities.0.name": "identities[0].name",
+        "identities.0.images.0": "identities[0].images[0]",
+        "id": "id",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            parse_sample(changed(TRAINING, path, "Kate \ud83d"), where="f:1")
+        assert f"f:1: {field}='Kate \\ud83d' is not valid Unicode: character 5 is half of a surrogate pair" in str(
+            caught.value
+        )
+    parse_sample(changed(TRAINING, "meta", {"any": "\ud83d"}))
+
+
+def test_quoting():
+    assert quote("short") == "'short'"
+    assert quote("x" * 201) == "'" + "x" * 200 + "'..."
+    assert quote(b"x" * 201) == "b'" + "x" * 200 + "'..."
+    assert quote([1] * 500) == repr([1] * 500)[:200] + "..."
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert quote(nested) == "a list that is too long to be shown"
+    assert quote(10**5000) == "a int that is too long to be shown"
+
+
+def test_records_with_thousands_of_entries():
+    """Time and messages grow with the length of the record, not with its square."""
+    number = 20_000
+    images = [{"type": "image", "image": f"{place}.jpg"} for place in range(number)]
+    boxes = [{"name": "Kate", "image": f"{place}.jpg", "box": [0, 0, 1, 1]} for place in range(number)]
+    parts = [{"type": "box", "name": "Kate", "image": f"{place}.jpg"} for place in range(number)]
+    record = {
+        "identities": [{"name": f"Kate {place}", "images": ["k.jpg"]} for place in range(number)],
+        "messages": [{"role": "user", "content": images}, {"role": "assistant", "content": parts}],
+        "boxes": boxes,
+    }
+    start = time.perf_counter()
+    parse_sample(record)
+    with pytest.raises(DataError) as caught:
+        parse_sample({**record, "boxes": [{**boxes[0], "image": "other.jpg"}]})
+    assert time.perf_counter() - start < 10
+    assert len(str(caught.value)) < 1000

@@ -81,7 +81,9 @@ class ImageStore:
 
     def _locate(self, path: str) -> Path:
         if "://" in path or path.startswith("data:"):
-            raise _image_error(path, "is a URL; URLs are not supported: download the image and use the path of the file")
+            raise _image_error(
+                path, "is a URL; URLs are not supported: download the image and use the path of the file"
+            )
         file = self.root / path
         try:
             resolved = file.resolve()
@@ -154,7 +156,9 @@ def _check_samples(path: str, image: Image.Image) -> None:
             path, "has floating-point or signed samples, which declare no range of brightness; save it with 8 bits"
         )
     if _raw_mode(image).startswith("RGB;16") and "transparency" in image.info:
-        raise _image_error(path, "has 16 bits per channel and a transparent colour, which PIL mixes up; save it as RGBA")
+        raise _image_error(
+            path, "has 16 bits per channel and a transparent colour, which PIL mixes up; save it as RGBA"
+        )
 
 
 def _to_eight_bits(path: str, image: Image.Image, raw_mode: str, sample_bits: int | None) -> Image.Image:
@@ -172,7 +176,7 @@ def _to_eight_bits(path: str, image: Image.Image, raw_mode: str, sample_bits: in
             image.info["transparency"] = transparent * (85 if raw_mode == "L;2" else 17)
         return image
     values = np.asarray(image)
-    bits, is_container = 16, not image.format == "PPM"  # PIL scales PGM to 16 bits by the maximum that it declares
+    bits, is_container = 16, image.format != "PPM"  # PIL scales PGM to 16 bits by the maximum that it declares
     if _is_tiff(image):
         bits = image.tag_v2[_TIFF_BITS][0]
         is_container = bits in (16, 32)

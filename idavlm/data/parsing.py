@@ -69,16 +69,14 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
     images = dict.fromkeys(image for message in messages for image in message.images)
     spellings = _spellings(names)
     boxes = [_box(entry, f"boxes[{i}]", images, spellings) for i, entry in enumerate(_list(record, "boxes"))]
-    images_of_name: dict[str, list[str]] = defaultdict(list)
-    seen = set()
+    images_of_name: dict[str, dict[str, None]] = defaultdict(dict)
     for number, box in enumerate(boxes):
-        if (box.name, box.image) in seen:
+        if box.image in images_of_name[box.name]:
             raise DataError(
                 f"boxes[{number}] is a second box of {quote(box.name)} in {quote(box.image)}; keep one box per name "
                 "and image."
             )
-        seen.add((box.name, box.image))
-        images_of_name[box.name].append(box.image)
+        images_of_name[box.name][box.image] = None
     spellings = _spellings([*images_of_name, *names])
     messages = [
         Message(
@@ -233,16 +231,18 @@ def _is_coordinate(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_COORDINATE
 
 
-def _resolve_box_part(part: Part, images_of_name: dict[str, list[str]], spellings: dict[str, str], field: str) -> Part:
+def _resolve_box_part(
+    part: Part, images_of_name: dict[str, dict[str, None]], spellings: dict[str, str], field: str
+) -> Part:
     """Complete a box part with the image of its box. Exactly one box must match; other parts are returned unchanged."""
     if part.type != "box":
         return part
     name = _known_name(part.name, spellings, f"{field} has a box part whose name")
-    images = images_of_name.get(name, [])
+    images = images_of_name.get(name, {})
     if part.image in images:
         return Part("box", name=name, image=part.image)
     if len(images) == 1 and not part.image:
-        return Part("box", name=name, image=images[0])
+        return Part("box", name=name, image=next(iter(images)))
     if images and not part.image:
         raise DataError(
             f"{field} has a box part of {quote(part.name)}, which has boxes in several images "

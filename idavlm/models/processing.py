@@ -229,8 +229,8 @@ class IDAVLMProcessor(ProcessorMixin):
         )
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
-                f"sample {quote(sample.id)} has {len(input_ids)} tokens, more than max_length={self.max_length}; use fewer "
-                "images or raise max_length.",
+                f"sample {quote(sample.id)} has {len(input_ids)} tokens, more than max_length={self.max_length}; use "
+                "fewer images or raise max_length.",
                 kind="length",
             )
         role = ImageRole.SCENE if sample.identities else ImageRole.GENERAL
@@ -263,7 +263,9 @@ class IDAVLMProcessor(ProcessorMixin):
             DataError: the image cannot be read or processed, would be too large after resizing, or there is no root.
         """
         if root is None:
-            raise DataError(f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path)
+            raise DataError(
+                f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path
+            )
         image = ImageStore(root, resized_size=functools.partial(resized_size, self.image_processor)).open(path)
         try:
             pixels = self._pixels([image])[0]
@@ -359,8 +361,8 @@ class IDAVLMProcessor(ProcessorMixin):
         end = max((position + 1 for position, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
         if ids[:end] != input_ids[:end]:
             raise DataError(
-                f"sample {quote(sample.id)}: with a generation prompt the chat template renders earlier turns differently "
-                "than in training; use a template that adds the prompt and changes nothing else.",
+                f"sample {quote(sample.id)}: with a generation prompt the chat template renders earlier turns "
+                "differently than in training; use a template that adds the prompt and changes nothing else.",
                 kind="template",
             )
         return labels[:end] + [IGNORE_INDEX] * (len(input_ids) - end)
@@ -368,8 +370,8 @@ class IDAVLMProcessor(ProcessorMixin):
     def _check_text(self, sample: Sample, text: str) -> None:
         if self.image_token in text:
             raise DataError(
-                f"sample {quote(sample.id)}: the text {quote(text)} holds the placeholder {self.image_token!r}; make it an "
-                "image part.",
+                f"sample {quote(sample.id)}: the text {quote(text)} holds the placeholder {self.image_token!r}; make "
+                "it an image part.",
                 kind="placeholders",
             )
 

@@ -2,6 +2,8 @@
 
 import math
 
+_ENLARGEMENT = 256 / 224  # LeViT resizes to a multiple of its size, and the setting does not say so
+
 
 def resized_size(image_processor, size: tuple[int, int]) -> tuple[int, int]:
     """Return an upper bound of the (height, width) that an image of ``size`` has within the image processor.
@@ -19,5 +21,5 @@ def resized_size(image_processor, size: tuple[int, int]) -> tuple[int, int]:
     if not getattr(image_processor, "do_resize", True):
         return height, width
     edge = max(target.get("shortest_edge") or max(target.values(), default=0), *crop.values(), 0)
-    scale = max(1.0, edge / (settings["crop_pct"] or 1.0) / max(min(height, width), 1))
+    scale = max(1.0, _ENLARGEMENT * edge / (settings["crop_pct"] or 1.0) / max(min(height, width), 1))
     return math.ceil(height * scale), math.ceil(width * scale)

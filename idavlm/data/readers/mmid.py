@@ -43,7 +43,9 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
 
     def fill(match: re.Match) -> str:
         if match[1] not in record:
-            raise DataError(f"question names {shorten(match[1])}, but the item has no such field; add its path.", where=where)
+            raise DataError(
+                f"question names {shorten(match[1])}, but the item has no such field; add its path.", where=where
+            )
         return f"<img>{text_of(record[match[1]], shorten(match[1]), where)}</img>"
 
     turn = {"from": "user", "value": _IMAGE.sub(fill, question)}
@@ -58,7 +60,9 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
         try:
             box = json.loads(answer)
         except (ValueError, RecursionError):
-            raise DataError(f"answer={quote(answer)} of a location item is not [x1, y1, x2, y2].", where=where) from None
+            raise DataError(
+                f"answer={quote(answer)} of a location item is not [x1, y1, x2, y2].", where=where
+            ) from None
         converted["boxes"] = [{"name": target, "image": images[-1], "box": box}]
     elif kind == "matching":
         numbers = range(1, sum(part["type"] == "image" for part in converted["messages"][-1]["content"]) + 1)

@@ -27,7 +27,9 @@ def turns_of(record: Any, field: str, role: str, content: str, where: str) -> li
     for turn in turns:
         name = turn[role]
         if not isinstance(name, str) or name not in _ROLES:
-            raise DataError(f"role {quote(name)} is not known; choose one of {', '.join(map(repr, _ROLES))}.", where=where)
+            raise DataError(
+                f"role {quote(name)} is not known; choose one of {', '.join(map(repr, _ROLES))}.", where=where
+            )
     return [(_ROLES[turn[role]], turn[content]) for turn in turns]
 
 
