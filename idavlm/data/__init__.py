@@ -4,6 +4,7 @@ from idavlm.data.collator import Collator
 from idavlm.data.dataset import JsonRecords, RecordDataset
 from idavlm.data.errors import DataError, ErrorLog
 from idavlm.data.images import ImageStore, open_image
+from idavlm.data.messages import sample_to_messages
 from idavlm.data.mixing import DualDataLoader
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
@@ -33,4 +34,5 @@ __all__ = [
     "open_image",
     "parse_sample",
     "render_chat",
+    "sample_to_messages",
 ]

@@ -297,6 +297,29 @@ def tokens_in_spans(offsets: Iterable[Span], spans: list[Span]) -> list[int]:
     return [int(any(start < end and a < end and b > start for start, end in spans)) for a, b in offsets]
 
 
+def tokens_of_span(offsets: Sequence[Span], span: Span, text: str) -> list[int]:
+    """Numbers of the tokens of a span. Of a token that crosses an edge, all characters on one side are white space.
+
+    Raises:
+        DataError: a token crosses an edge of the span.
+    """
+    tokens = []
+    for number, (first, last) in enumerate(offsets):
+        start, end = max(first, span[0]), min(last, span[1])
+        if start >= end:
+            continue
+        outside = text[first:start] + text[end:last]
+        if not outside.strip() and (text[start:end].strip() or not outside):
+            tokens.append(number)
+        elif text[start:end].strip():
+            raise DataError(
+                f"the token {text[first:last]!r} crosses the boundary of an assistant turn; use a chat template whose "
+                "assistant turns begin and end with special tokens or line breaks.",
+                kind="template",
+            )
+    return tokens
+
+
 def _between(text: str, start: str, end: str) -> str:
     return text.partition(start)[2].partition(end)[0]
 

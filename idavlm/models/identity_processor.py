@@ -39,6 +39,7 @@ from idavlm.models.chat_rendering import (
     references_in_text,
     special_tokens,
     tokens_in_spans,
+    tokens_of_span,
 )
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_batch import (
@@ -61,12 +62,9 @@ PLAIN_IMAGE = "<image>"
 # Token that stands for one image token, where it is not the image token of the processor.
 _PLACEHOLDERS = {"Ovis2Processor": "<IMG_ATOM>"}
 
-_TRUNCATION = ("truncation", "max_length", "padding", "padding_side", "pad_to_multiple_of", "return_tensors")
-
 _CALL_OPTIONS = {"text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs"} | {
     *TextKwargs.__annotations__,
     *ImagesKwargs.__annotations__,
-    "images",
     "return_mm_token_type_ids",
     "return_text_replacement_offsets",
 }
@@ -333,11 +331,10 @@ class IdentityProcessor(ProcessorMixin):
             if identities is not None:
                 raise ValueError(f"identities need text, but text is {type(text).__name__}; pass strings.")
             return self.processor(images=images, text=text, **_given(videos=videos, audio=audio), **kwargs)
-        facts = self._template(None, {}).facts if self.chat_template else None
-        image_text = facts.image if facts else self.image_token
+        image_text, header = self._image_and_header()
         if images is not None or any(named):
             texts = [self._with_image_token(entry, image_text) for entry in texts]
-        header, special = facts.header if facts else "", special_tokens(self.tokenizer)
+        special = special_tokens(self.tokenizer)
         references = [
             references_in_text(entry, image_text, self.image_token, header=header, special=special, is_name=is_name)
             if self.read_references
@@ -401,7 +398,7 @@ class IdentityProcessor(ProcessorMixin):
         else:
             text, spans, prompts = template.answer_spans(messages)
         options = {"return_offsets_mapping": True} if spans else {}
-        output, details = self._run([text], [images], {"return_tensors": "pt", **options})
+        output, expansion = self._run([text], [images], {"return_tensors": "pt", **options})
         length = output["input_ids"].shape[1]
         if self.max_length is not None and length > self.max_length:
             raise DataError(
@@ -411,7 +408,8 @@ class IdentityProcessor(ProcessorMixin):
             )
         ids = output["input_ids"][0]
         offsets = output.pop("offset_mapping")[0].tolist() if spans else []
-        labels = self._labels(ids, offsets, spans, prompts, details)
+        labels = self._labels(text, ids, offsets, spans, prompts, expansion)
+        of_images = identity_fields([conversation], [sizes], expansion.counts, self._name_ids([conversation]))
         fields = {
             name: value[0] if _is_per_token(value, length) else value
             for name, value in output.items()
@@ -420,7 +418,8 @@ class IdentityProcessor(ProcessorMixin):
         return {
             **fields,
             "labels": labels,
-            **identity_fields([conversation], [sizes], details.counts, self._name_ids([conversation])),
+            **{name: value for name, value in of_images.items() if name != "sample_index"},
+            "identity_name_ids": of_images["identity_name_ids"][0],
             **self._box_tensors(sample, box_sizes),
         }
 
@@ -509,41 +508,46 @@ class IdentityProcessor(ProcessorMixin):
         arguments = {"text": list(texts), **options}
         if not any(images):
             output, replacements = self.processor(**arguments), [[] for _ in texts]
-        else:
-            limit = _truncation_limit(options, self.tokenizer)
-            if limit is not None:
-                self._check_truncation(texts, images, options, limit)
-            arguments["images"] = images
+            return output, Expansion(texts, replacements, self.image_token, self.placeholder)
+        arguments["images"] = images
+        limit = _truncation_limit(options, self.tokenizer)
+        output, replacements = call_with_replacements(self.processor, **_untruncated(arguments))
+        if limit is not None and self._is_longer(output, limit):
             output, replacements = call_with_replacements(self.processor, **arguments)
         return output, Expansion(texts, replacements, self.image_token, self.placeholder)
 
-    def _check_truncation(self, texts: list[str], images: list[list], options: dict[str, Any], limit: int) -> None:
-        """Check that truncation to ``limit`` tokens cuts no image placeholder."""
-        whole = {name: value for name, value in options.items() if name not in _TRUNCATION}
-        whole["text_kwargs"] = {
-            name: value for name, value in options.get("text_kwargs", {}).items() if name not in _TRUNCATION
-        }
-        whole |= {"truncation": False, "padding": True, "padding_side": "right", "return_tensors": "pt"}
-        output = self.processor(text=list(texts), images=images, **whole)
+    def _is_longer(self, output: BatchFeature, limit: int) -> bool:
+        """Whether a row has more than ``limit`` tokens. Checks that truncation cuts no image placeholder."""
+        is_longer = False
         for row, (ids, mask) in enumerate(zip(output["input_ids"], output["attention_mask"], strict=True)):
-            ids = ids[mask.bool()]
-            cut = ids[limit:] if self.tokenizer.truncation_side == "right" else ids[: max(len(ids) - limit, 0)]
-            if (cut == self.placeholder_id).any():
+            tokens = [token for token, kept in zip(_rows(ids), _rows(mask), strict=True) if kept]
+            if len(tokens) <= limit:
+                continue
+            is_longer = True
+            cut = tokens[limit:] if self.tokenizer.truncation_side == "right" else tokens[: len(tokens) - limit]
+            if self.placeholder_id in cut:
                 raise ValueError(
-                    f"row {row} has {len(ids)} tokens, {int((ids == self.placeholder_id).sum())} of them for images; "
+                    f"row {row} has {len(tokens)} tokens, {tokens.count(self.placeholder_id)} of them for images; "
                     f"truncation to max_length={limit} would cut image placeholders. Raise max_length or switch "
                     "truncation off, use fewer or smaller images, or shorten the text."
                 )
+        return is_longer
 
     def _labels(
-        self, ids: Tensor, offsets: list[Span], spans: list[Span], prompts: list[str], expansion: Expansion
+        self,
+        text: str,
+        ids: Tensor,
+        offsets: list[Span],
+        spans: list[Span],
+        prompts: list[str],
+        expansion: Expansion,
     ) -> Tensor:
         """Labels on the tokens of ``spans``. Each prompt must be the beginning of the tokens."""
+        expanded = expansion.expanded(0, text)
         labels = torch.full_like(ids, IGNORE_INDEX)
         added = next((number for number, (start, end) in enumerate(offsets) if start < end), 0)  # <s>
         for prompt in prompts:
-            expanded = expansion.expanded(0, prompt)
-            prompt_ids = self.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+            prompt_ids = self.tokenizer(expansion.expanded(0, prompt), add_special_tokens=False)["input_ids"]
             if ids[added : added + len(prompt_ids)].tolist() != prompt_ids:
                 raise DataError(
                     f"the tokens of the generation prompt {prompt[-40:]!r} change if the answer follows; use a chat "
@@ -551,15 +555,7 @@ class IdentityProcessor(ProcessorMixin):
                     kind="template",
                 )
         for span in spans:
-            start, end = expansion.shifted(0, span)
-            inside = [number for number, (a, b) in enumerate(offsets) if a < end and b > start and a < b]
-            crossing = [number for number in inside if offsets[number][0] < start or offsets[number][1] > end]
-            if crossing:
-                raise DataError(
-                    f"the token {self.tokenizer.decode(ids[crossing[0]])!r} crosses the boundary of an assistant turn; "
-                    "use a chat template whose assistant turns begin and end with special tokens or line breaks.",
-                    kind="template",
-                )
+            inside = tokens_of_span(offsets, expansion.shifted(0, span), expanded)
             labels[inside] = ids[inside]
         return labels
 
@@ -584,25 +580,30 @@ class IdentityProcessor(ProcessorMixin):
     def _loader(self, image_root) -> PhotoLoader:
         return PhotoLoader(image_root, allow_urls=self.allow_urls, max_pixels=self.max_pixels)
 
+    def _image_and_header(self) -> tuple[str, str]:
+        """Text of an image and header of a user turn in the chat template, if it has one for images."""
+        try:
+            facts = self._template(None, {}).facts
+        except ValueError:
+            return self.image_token, ""
+        return facts.image, facts.header
+
     def _check_texts(self, conversation: Conversation) -> None:
-        """Check that names and text hold no placeholder and no other special token."""
-        special = special_tokens(self.tokenizer)
+        """Check that names and text hold no placeholder and no token that the chat template writes."""
         template = str(self.chat_template)
-        for name in conversation.identities:
-            for token in special:
-                if token in name and (token != name or token in template):
-                    raise DataError(f"the name {name!r} holds the special token {token!r}; use another name.")
-        for role, text in conversation.texts:
+        ends = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
+        control = [token for token in special_tokens(self.tokenizer) if token in template or token in ends]
+        for field, text in (*(("a name", name) for name in conversation.identities), *conversation.texts):
             for token in (self.image_token, self.placeholder):
                 if token in text:
                     raise DataError(
-                        f"the text {text[:60]!r} of {role!r} holds the placeholder {token!r}; make it an image part.",
+                        f"the text {text[:60]!r} of {field!r} holds the placeholder {token!r}; make it an image part.",
                         kind="placeholders",
                     )
-            for token in special:
-                if token in text and token not in conversation.identities:
+            for token in control:
+                if token in text:
                     raise DataError(
-                        f"the text {text[:60]!r} of {role!r} holds the special token {token!r}, which could end or "
+                        f"the text {text[:60]!r} of {field!r} holds the special token {token!r}, which could end or "
                         "forge a turn; remove it."
                     )
 
@@ -726,13 +727,22 @@ def _crops(image_processor) -> bool:
     return False
 
 
-def _truncation_limit(options: dict[str, Any], tokenizer) -> int | None:
+def _truncation_limit(arguments: dict[str, Any], tokenizer) -> int | None:
     """Number of tokens that a call truncates to, or None."""
-    given = {**options, **options.get("text_kwargs", {})}
+    given = {**arguments, **arguments.get("text_kwargs", {})}
     if given.get("truncation") in (None, False, "do_not_truncate"):
         return None
-    limit = given.get("max_length") or tokenizer.model_max_length
-    return limit if limit < 10**9 else None  # unlimited tokenizers have 10**30
+    return given.get("max_length") or tokenizer.model_max_length
+
+
+def _untruncated(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call without truncation."""
+    changed = dict(arguments)
+    if changed.get("text_kwargs"):
+        changed["text_kwargs"] = _untruncated(changed["text_kwargs"])
+    if changed.pop("truncation", None) is not None and changed.get("padding") != "max_length":
+        changed.pop("max_length", None)
+    return changed
 
 
 def _rows(values: Any) -> list:
