@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "idavlm.data": ("DualDataLoader", "RecordDataset", "Sample", "parse_sample"),
-    "idavlm.models": ("IDAVLMConfig", "IDAVLMForConditionalGeneration", "IDAVLMProcessor"),
+    "idavlm.models": ("IDAVLMConfig", "IDAVLMForConditionalGeneration", "IDAVLMProcessor", "IdentityProcessor"),
     "idavlm.modules": (
         "CrossAttention",
         "IDFormer",
@@ -44,6 +44,7 @@ __all__ = [
     "IDTrainer",
     "IDTrainingArguments",
     "IdentityEmbedding",
+    "IdentityProcessor",
     "IdentityTokens",
     "ImageIndexEmbedding",
     "ImageRole",
@@ -63,7 +64,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from idavlm.data import DualDataLoader, RecordDataset, Sample, parse_sample
-    from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor
+    from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor, IdentityProcessor
     from idavlm.modules import (
         CrossAttention,
         IdentityEmbedding,

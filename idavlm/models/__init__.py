@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.identity_processor import IdentityProcessor
 from idavlm.models.image_features import ImageFeatures
 from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
 from idavlm.models.placeholders import scatter_image_tokens
@@ -22,6 +23,7 @@ __all__ = [
     "IDAVLMForConditionalGeneration",
     "IDAVLMOutput",
     "IDAVLMProcessor",
+    "IdentityProcessor",
     "ImageFeatures",
     "QwenVisionConfig",
     "QwenVisionModel",
