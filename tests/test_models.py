@@ -355,3 +355,11 @@ def test_supervised_scenes_hold_a_box_or_are_known_to_show_nobody():
     assert found.nonzero().flatten().tolist() == [2, 3, 6]
     assert count_supervised_scenes(batch) == 3
     assert count_supervised_scenes({**batch, "boxes": None}) == 0
+
+
+def test_a_compiled_model_has_the_losses_of_the_eager_one(model, processor, root):
+    batch = processor.collate([processor.encode(sample(root))])
+    batch.pop("source", None)
+    compiled = torch.compile(model.train(), backend="eager")
+    for name in ("language_loss", "identity_map_loss"):
+        torch.testing.assert_close(compiled(**batch)[name], model(**batch)[name], atol=1e-5, rtol=1e-5)

@@ -7,7 +7,7 @@ keeps its class, its weights and its processor.
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from idavlm._compat import cache_name
+from idavlm.models.fingerprint import check_fingerprint, model_fingerprint
+from idavlm.models.image_arguments import keep_images
 from idavlm.models.supervision import supervised_scenes, token_targets
 from idavlm.models.token_grids import token_grids
 from idavlm.modules import ImageTokens, ResidualIDFormer
@@ -47,6 +49,8 @@ class IdentityInputs:
         boxes: ``[N, 4]`` boxes of identities with references, in pixels of the original image.
         box_image: ``[N]`` image of each box.
         box_identity: ``[N]`` identity of each box within its sample.
+        identities: a :class:`idavlm.models.SelectedIdentities` of a bank. The photos of references are then not
+            encoded again.
     """
 
     image_roles: Tensor | None = None
@@ -58,6 +62,12 @@ class IdentityInputs:
     boxes: Tensor | None = None
     box_image: Tensor | None = None
     box_identity: Tensor | None = None
+    identities: Any = None
+
+    @property
+    def roles(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``image_roles``, ``sample_index`` and ``identity_index``."""
+        return self.image_roles, self.sample_index, self.identity_index
 
     @classmethod
     def pop_from(cls, arguments: dict[str, Any]) -> "IdentityInputs | None":
@@ -204,7 +214,7 @@ def save_id_former(model: nn.Module, folder: str | Path) -> None:
     content = {
         "id_former": id_former.to_config(),
         "loss_weights": forward.seam.loss_weights,
-        "base": _fingerprint(model),
+        "model": model_fingerprint(model),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2))
 
@@ -227,7 +237,7 @@ def load_id_former(
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; save_id_former(model, folder) writes it.")
     content = json.loads((folder / CONFIG).read_text())
-    _check_fingerprint(content["base"], _fingerprint(model), folder)
+    check_fingerprint(content["model"], model_fingerprint(model), folder)
     options = dict(content["id_former"])
     if options.pop("num_deepstack_levels", 0):
         options["residual_on"] = "all_features"
@@ -282,39 +292,68 @@ class ImageFeaturesWithIdentities:
         if call is None or call.inputs is None:
             return self._original(*args, **kwargs)
         as_dict = kwargs.get("return_dict")
-        output = self._original(*args, **{**kwargs, "return_dict": True})
         arguments = inspect.signature(self._original).bind(*args, **kwargs).arguments
-        self._add_residual(output, call, arguments)
+        arguments |= arguments.pop("kwargs", {})
+        stored = {}
+        if call.inputs.identities is not None:
+            stored = call.inputs.identities.stored(*call.inputs.roles)
+        lengths = call.inputs.num_image_tokens.tolist()
+        new = [image for image in range(len(lengths)) if image not in stored] or [0]
+        encoded = keep_images(self.model.config, arguments, lengths, new) if stored else arguments
+        output = self._original(**{**encoded, "return_dict": True})
+        self._add_residual(output, call, arguments, stored, new)
         return output if as_dict or as_dict is None else output.to_tuple()
 
-    def _add_residual(self, output: ModelOutput, call: "_Call", arguments: Mapping[str, Any]) -> None:
+    def encode(self, arguments: Mapping[str, Any], lengths: Sequence[int]) -> list[tuple[Tensor, list[Tensor]]]:
+        """The image tokens of each image before the ID-Former, and its DeepStack features, one tensor per level."""
+        names = inspect.signature(self._original).parameters
+        passed = {name: arguments[name] for name in names if arguments.get(name) is not None}
+        output = self._original(**passed, return_dict=True)
+        tokens = _flat(output.pooler_output).split(list(lengths))
+        levels = [_flat(level).split(list(lengths)) for level in output.get("deepstack_features") or ()]
+        return [(part, [level[image] for level in levels]) for image, part in enumerate(tokens)]
+
+    def _add_residual(
+        self,
+        output: ModelOutput,
+        call: "_Call",
+        arguments: Mapping[str, Any],
+        stored: Mapping[int, Any],
+        new: Sequence[int],
+    ) -> None:
+        """Add the residual to ``output``, which holds the tokens of the images ``new``; the others are ``stored``."""
         inputs = call.inputs
         entries = output.pooler_output
-        flat = torch.cat([entry.flatten(0, -2) for entry in entries])
         lengths = tuple(inputs.num_image_tokens.tolist())
-        if sum(lengths) != len(flat):
+        flat = _flat(entries)
+        if sum(lengths[image] for image in new) != len(flat):
             raise ValueError(
-                f"num_image_tokens={list(lengths)} are {sum(lengths)} image tokens, but {type(self.model).__name__} "
-                f"made {len(flat)}; pass the outputs of IdentityProcessor for the same images."
+                f"num_image_tokens={[lengths[image] for image in new]} are {sum(lengths[image] for image in new)} "
+                f"image tokens, but {type(self.model).__name__} made {len(flat)}; pass the outputs of "
+                "IdentityProcessor for the same images."
             )
+        levels = [_flat(level) for level in output.get("deepstack_features") or ()]
+        if stored:
+            flat = _with_stored(flat, lengths, new, {image: photo.features for image, photo in stored.items()})
+            levels = [
+                _with_stored(level, lengths, new, {image: photo.deepstack[n] for image, photo in stored.items()})
+                for n, level in enumerate(levels)
+            ]
         grids = token_grids(self.model.config, lengths, entries, arguments)
         images = ImageTokens(flat, lengths, grids)
-        levels = [torch.cat(list(level)) for level in output.get("deepstack_features") or ()]
         result = self.model.id_former(
             images,
-            inputs.image_roles,
-            inputs.sample_index,
-            inputs.identity_index,
+            *inputs.roles,
             name_embeddings=self._name_embeddings(inputs),
             targets=None if inputs.boxes is None else _targets(images, inputs),
             teacher_forcing=call.teacher_forcing,
             with_contrastive_loss=bool(self.loss_weights["contrastive_loss"]),
             deepstack_tokens=levels,
         )
-        output.pooler_output = _like(entries, result.tokens)
-        if result.deepstack_tokens:
+        output.pooler_output = _like(entries, result.tokens, lengths)
+        if levels:
             output.deepstack_features = [
-                _like(level, tokens)
+                _like(level, tokens, lengths)
                 for level, tokens in zip(output.deepstack_features, result.deepstack_tokens, strict=True)
             ]
         call.result = result
@@ -398,6 +437,12 @@ class _Call:
     result: Any = None
 
 
+def image_features_with_identities(model: nn.Module) -> ImageFeaturesWithIdentities | None:
+    """The ``get_image_features`` of a model with an attached ID-Former; None without one."""
+    method = getattr(getattr(model, "base_model", None), "get_image_features", None)
+    return method if isinstance(method, ImageFeaturesWithIdentities) else None
+
+
 def _base_with_image_features(model: PreTrainedModel) -> nn.Module:
     base = getattr(model, "base_model", None)
     if not isinstance(model, PreTrainedModel) or not hasattr(base, "get_image_features"):
@@ -478,35 +523,29 @@ def _targets(images: ImageTokens, inputs: IdentityInputs) -> Tensor:
     )
 
 
-def _like(entries, tokens: Tensor):
+def _flat(entries) -> Tensor:
+    """All image tokens ``[N, C]`` of ``pooler_output``: a tensor, or one tensor per image or sample."""
+    return torch.cat([entry.flatten(0, -2) for entry in entries])
+
+
+def _like(entries, tokens: Tensor, lengths: Sequence[int]):
     """Arrange packed tokens ``[N, C]`` as the entries of ``pooler_output``: a tensor, a list or a tuple."""
     if isinstance(entries, Tensor):
-        return tokens.view(entries.shape)
-    parts = tokens.split([entry[..., 0].numel() for entry in entries])
-    return type(entries)(part.view(entry.shape) for part, entry in zip(parts, entries, strict=True))
+        return tokens.view(-1, *entries.shape[1:])
+    sizes = [entry[..., 0].numel() for entry in entries]
+    if sum(sizes) != len(tokens):  # stored photos were inserted
+        return type(entries)(tokens.split(list(lengths)))
+    return type(entries)(part.view(entry.shape) for part, entry in zip(tokens.split(sizes), entries, strict=True))
 
 
-def _fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Facts that identify the model whatever its precision: its kind and some of its embeddings."""
-    embeddings = model.get_input_embeddings().weight
-    rows = torch.linspace(0, len(embeddings) - 1, 8).long()
-    return {
-        "model_type": model.config.model_type,
-        "token_size": model.config.get_text_config().hidden_size,
-        "embeddings": embeddings.detach()[rows.to(embeddings.device), :4].float().cpu().flatten().tolist(),
-    }
-
-
-def _check_fingerprint(expected: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
-    for name in ("model_type", "token_size"):
-        if expected[name] != found[name]:
+def _with_stored(flat: Tensor, lengths: Sequence[int], new: Sequence[int], stored: Mapping[int, Tensor]) -> Tensor:
+    """Tokens of all images from those of the images ``new`` and the ``stored`` ones."""
+    encoded = dict(zip(new, flat.split([lengths[image] for image in new]), strict=True))
+    parts = [stored[image].to(flat) if image in stored else encoded[image] for image in range(len(lengths))]
+    for image, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        if len(part) != length:
             raise ValueError(
-                f"{folder}: the ID-Former was trained on a model with {name}={expected[name]!r}, but this model has "
-                f"{found[name]!r}; load it into the model that it was trained on."
+                f"image {image} has {length} placeholders, but the stored photo has {len(part)} image tokens; pass the "
+                "photos to the processor as they were added to the bank."
             )
-    before, now = torch.tensor(expected["embeddings"]), torch.tensor(found["embeddings"])
-    if not torch.allclose(before, now, rtol=0.02, atol=1e-4):
-        raise ValueError(
-            f"{folder}: the ID-Former was trained on another {found['model_type']} model: the embeddings differ. Load "
-            "it into the model that it was trained on."
-        )
+    return torch.cat(parts)

@@ -38,7 +38,7 @@ class ImageGenerationMixin(GenerationMixin):
             if has_new_images:
                 self._check_continued(input_ids, step_ids, kwargs)
             else:
-                for name in (*IMAGE_INPUTS, "sample_index"):
+                for name in (*IMAGE_INPUTS, "sample_index", "identities"):
                     inputs.pop(name, None)
             inputs.pop("name_mask", None)
         for name in BOX_INPUTS:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from idavlm._compat import cache_name, takes_cache
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
+from idavlm.models.identity_bank import SelectedIdentities, StoredPhoto
 from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
 from idavlm.models.image_batch import ImageBatch
 from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
@@ -276,6 +277,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         box_identity: Tensor | None = None,
         teacher_forcing: bool = False,
         output_identity_maps: bool = False,
+        identities: SelectedIdentities | None = None,
         **kwargs,
     ) -> IDAVLMOutput:
         """Process text and images. With ``labels`` also compute the losses. Images alone skip the language model.
@@ -298,6 +300,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             box_identity: ``[N]`` identity of each box within its sample.
             teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
             output_identity_maps: also return the identity maps.
+            identities: identities of an :class:`IdentityBank`. The vision tower does not encode their photos again.
             kwargs: arguments of the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
 
         Raises:
@@ -314,7 +317,13 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
 
         if has_images:
             images = self._image_batch(
-                pixel_values, image_features, image_roles, sample_index, identity_index, input_ids=input_ids
+                pixel_values,
+                image_features,
+                image_roles,
+                sample_index,
+                identity_index,
+                input_ids=input_ids,
+                identities=identities,
             )
             is_supervised = self.id_former is not None and boxes is not None
             if is_supervised:
@@ -377,17 +386,36 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         )
 
     def _image_batch(
-        self, pixel_values, image_features, image_roles, sample_index, identity_index, *, input_ids=None
+        self,
+        pixel_values,
+        image_features,
+        image_roles,
+        sample_index,
+        identity_index,
+        *,
+        input_ids=None,
+        identities=None,
     ) -> ImageBatch:
         if (pixel_values is None) == (image_features is None):
             raise ValueError("pass either pixel_values or image_features.")
-        features, grid_size = (image_features, None) if pixel_values is None else self.image_features(pixel_values)
+        if identities is not None:
+            if pixel_values is None or image_roles is None or sample_index is None or identity_index is None:
+                raise ValueError(
+                    "identities need pixel_values, image_roles, sample_index and identity_index of all images; pass "
+                    "the outputs of the processor."
+                )
+            stored = identities.stored(image_roles, sample_index, identity_index)
+            features, grid_size = self._features_with_stored(pixel_values, stored)
+        elif pixel_values is not None:
+            features, grid_size = self.image_features(pixel_values)
+        else:
+            features, grid_size = image_features, None
         dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
         needs_samples = self.id_former is not None and image_roles is not None
         if sample_index is None and (needs_samples or self.image_index_embedding is not None):
             raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
         if image_roles is None:
-            image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
+            image_roles = torch.full((len(features),), ImageRole.GENERAL)
         if sample_index is None:
             if input_ids is None:
                 sample_index = torch.zeros(len(features), dtype=torch.long)
@@ -395,6 +423,19 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 is_image = input_ids == self.config.image_token_id
                 sample_index = rows_of_images(is_image, len(features), self.config.image_seq_length)
         return ImageBatch(features.to(dtype), grid_size, image_roles, sample_index, identity_index)
+
+    def _features_with_stored(
+        self, pixel_values: Tensor, stored: dict[int, StoredPhoto]
+    ) -> tuple[Tensor, tuple[int, int] | None]:
+        """Features of all images, of which the vision tower encodes those that are not ``stored``."""
+        new = [image for image in range(len(pixel_values)) if image not in stored] or [0]
+        features, grid_size = self.image_features(pixel_values[new])
+        encoded = dict(zip(new, features, strict=True))
+        parts = [
+            stored[image].features.to(features) if image in stored else encoded[image]
+            for image in range(len(pixel_values))
+        ]
+        return torch.stack(parts), grid_size
 
     def _encode(
         self,

@@ -11,6 +11,7 @@ from idavlm.modules.attention import CrossAttention, FeedForward
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
+    attention_energy,
     identities_of_scenes,
     identity_contrastive_loss,
     identity_map_from_attention,
@@ -421,6 +422,20 @@ class IDFormer(nn.Module):
             target=offset[image] + targets[image, patch],
             num_null=len(null),
         )
+
+    @torch.no_grad()
+    def similarity(self, scene_features: Tensor, reference_features: Tensor) -> Tensor:
+        """How much the patches ``[P, Cv]`` of a scene would attend to those of a reference, before the softmax.
+
+        Returns:
+            Scalar: the largest over the patches of the scene, see :func:`attention_energy`.
+        """
+        scene, reference = (self.resampler.project_patches(x[None]) for x in (scene_features, reference_features))
+        grid_size = self.resampler.check_features(reference_features[None], None)
+        tokens = self.resampler.resample(reference, self.resampler.key_bias(grid_size))
+        attention = self.identity_layers[0].attention
+        keys = attention.keys(self._identity_keys(reference, tokens)[0])
+        return attention_energy(attention.queries(scene[0]), keys).max()
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
         keys = image_tokens if self.identity_keys == "tokens" else patches

@@ -220,6 +220,20 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
         return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
 
 
+def attention_energy(q: Tensor, k: Tensor) -> Tensor:
+    """Logarithm of the attention that each query would pay to all keys together, before it is normalised.
+
+    Args:
+        q: ``[N, H, D]`` projected patches of a scene.
+        k: ``[K, H, D]`` projected keys of a reference.
+
+    Returns:
+        ``[N]``, mean over heads, in float32. Values of several references are comparable.
+    """
+    scores = torch.einsum("nhd,khd->nhk", q.float() * q.shape[-1] ** -0.5, k.float())
+    return scores.logsumexp(-1).mean(-1)
+
+
 def _check_boxes(
     boxes: Tensor, box_image: Tensor, box_identity: Tensor, image_sizes: Tensor, image_roles: Tensor | None
 ) -> None:

@@ -14,6 +14,7 @@ from idavlm.modules.id_former import IdentityLayer
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
+    attention_energy,
     identities_of_scenes,
     identity_contrastive_loss,
     identity_map_loss,
@@ -281,6 +282,22 @@ class ResidualIDFormer(nn.Module):
             levels[level] = id_former(replace(images, tokens=levels[level]), *roles).tokens
         tokens = images.tokens + residual.to(images.tokens.dtype)
         return ResidualOutput(tokens, tuple(maps), **losses, deepstack_tokens=tuple(levels))
+
+    @torch.no_grad()
+    def similarity(self, scene_tokens: Tensor, reference_tokens: Tensor) -> Tensor:
+        """How much the image tokens ``[L, C]`` of a scene would attend to those of a reference, before the softmax.
+
+        Returns:
+            Scalar: the largest over the tokens of the scene, see :func:`attention_energy`.
+        """
+        scene, reference = (
+            self.input_norm(self.down_proj(tokens.to(self.input_norm.weight.dtype)))
+            for tokens in (scene_tokens, reference_tokens)
+        )
+        if self.reference_attention is not None:
+            reference = self.reference_attention(self.reference_queries, reference[None])[0]
+        attention = self.identity_layers[0].attention
+        return attention_energy(attention.queries(scene), attention.keys(reference)).max()
 
     def _map_losses(
         self,
