@@ -307,7 +307,22 @@ def paths_of(value, prefix=""):
 @pytest.mark.parametrize("path", list(paths_of(WHOLE)))
 def test_every_field_rejects_values_of_other_types(path):
     parse_sample(WHOLE)
-    for value in (None, True, 3, 2.5, 10**5000, float("nan"), "", "x\ud83dy", [], {}, [[]], ["x"], {"x": 1}, [None] * 4):
+    for value in (
+        None,
+        True,
+        3,
+        2.5,
+        10**5000,
+        float("nan"),
+        "",
+        "x\ud83dy",
+        [],
+        {},
+        [[]],
+        ["x"],
+        {"x": 1},
+        [None] * 4,
+    ):
         try:
             sample = parse_sample(replaced(WHOLE, path, value), where="f:1")
         except DataError as error:
