@@ -1,4 +1,4 @@
-"""attach_id_former on tiny random models of every family: nothing changes at first, then only what identities concern."""
+"""attach_id_former on tiny random models of every family: nothing changes at first, then only what it should."""
 
 import copy
 import io
