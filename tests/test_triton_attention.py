@@ -42,7 +42,7 @@ def tiles(variant: str):
     measured, widths = {}, (32, 64, 128, 256)
     if variant == "separate_dv":
         for itemsize, width in product((2, 4), widths):
-            default = tiling.INTERPRETER_TILING
+            default = tiling.INTERPRETER_TILING_TILING
             if DEVICE == "cuda":
                 default = tiling.default_tiling(torch.cuda.get_device_capability(), itemsize, width)
             measured[itemsize, width] = default._replace(bwd_dv=default.bwd_dkdv)

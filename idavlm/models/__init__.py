@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.image_features import ImageFeatures
-from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput, scatter_image_tokens
+from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
+from idavlm.models.placeholders import scatter_image_tokens
 from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig, QwenVisionModel
 

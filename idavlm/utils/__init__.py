@@ -1,7 +1,7 @@
 """Layer 0: small helpers that every layer may use."""
 
 from idavlm.utils.answer_text import last_answer, plain_answer
-from idavlm.utils.checks import check_choice, check_positive
+from idavlm.utils.checks import check_arguments, check_choice, check_positive, check_type
 from idavlm.utils.compiling import outside_compile
 from idavlm.utils.files import append_lines, drop_torn_line, read_json_object, write_text
 from idavlm.utils.ignore_index import IGNORE_INDEX
@@ -14,8 +14,10 @@ __all__ = [
     "IGNORE_INDEX",
     "ImageRole",
     "append_lines",
+    "check_arguments",
     "check_choice",
     "check_positive",
+    "check_type",
     "describe_machine",
     "drop_torn_line",
     "last_answer",
