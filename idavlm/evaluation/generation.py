@@ -22,7 +22,7 @@ from idavlm.utils import IGNORE_INDEX, check_choice, check_positive, lock_file
 REFERENCES = ("right", "none", "wrong")
 
 # Batch fields that only training uses; generation and likelihoods compute no loss.
-_TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source")
+_TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source", "sample_ids")
 
 
 def generate_answers(
@@ -172,7 +172,8 @@ def generate_texts(
         ids = ids[:, prompt.shape[1] :]
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     texts = [truncate_at(text, stop_strings).strip() for text in texts]
-    sizes = [sample["image_sizes"].tolist() for sample in encoded]
+    # Some models of transformers have an input image_sizes of their own.
+    sizes = [sample.get("original_image_sizes", sample.get("image_sizes")).tolist() for sample in encoded]
     return [(text, tuple(size[-1]) if size else None) for text, size in zip(texts, sizes, strict=True)]
 
 
