@@ -173,7 +173,5 @@ def load_scores(path: str | Path) -> tuple[EvaluationResult, dict]:
     content = read_json_object(path)
     for name in ("task", "data", "images"):
         if not isinstance(content.get(name), str):
-            raise ValueError(
-                f"{path}: {name}={quote(content.get(name))} is not a text; pass a file of idavlm eval."
-            )
+            raise ValueError(f"{path}: {name}={quote(content.get(name))} is not a text; pass a file of idavlm eval.")
     return result, {key: value for key, value in content.items() if key not in ("predictions", "summary", "seconds")}
