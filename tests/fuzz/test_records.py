@@ -1,4 +1,4 @@
-"""Mutated records of every format, from the file to the supervision targets: used, or a DataError with file and line."""
+"""Mutated records of every format, from the file to supervision targets: used, or a DataError with file and line."""
 
 import copy
 import functools
@@ -112,7 +112,9 @@ def changed_text(rng: random.Random, text: str) -> str:
 
 
 def changed_number(rng: random.Random, number):
-    return rng.choice([number + rng.choice(NUMBERS), -number, number * 1e-8, number + 1e-7, rng.choice(NUMBERS)])
+    if number != number or abs(number) > 2**64:
+        return rng.choice(NUMBERS)
+    return rng.choice([-number, number * 1e-8, number + 1e-7, number + rng.choice([1, 10, 1e-9]), rng.choice(NUMBERS)])
 
 
 def mutate(rng: random.Random, value) -> None:
