@@ -29,6 +29,7 @@ CHOICES = [
     ("Image 4, not Image 1", 4),
     ("image4", 4),
     ("The photo #2 shows Kate", 2),
+    ("It is #\n 2", 2),
     (" 2. ", 2),
     ("Picture 12", 12),
     ("She wears 2 hats", None),
