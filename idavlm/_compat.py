@@ -9,6 +9,7 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 """
 
 import copy
@@ -173,3 +174,24 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
 
 def _shapes(name: str, saved: torch.Size, expected: torch.Size) -> str:
     return f"{name} has shape {list(saved)} instead of {list(expected)}"
+
+
+def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[list[dict[str, Any]]]]:
+    """Call a processor of transformers; return its output, and by which text it replaced each image placeholder.
+
+    transformers 5: the processors of Idefics 3, InternVL and PaliGemma try to convert the replacements to tensors,
+    which fails if the first row has no image.
+    """
+    from transformers import BatchFeature
+
+    name = "text_replacement_offsets"
+    try:
+        output = processor(return_text_replacement_offsets=True, **arguments)
+    except ValueError as error:
+        if name not in str(error):
+            raise
+        tensor_type = arguments.pop("return_tensors")
+        output = processor(return_text_replacement_offsets=True, **arguments)
+        replacements = output.pop(name)
+        return BatchFeature(dict(output), tensor_type=tensor_type), replacements
+    return output, output.pop(name, [])

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from idavlm.data import DataError, Identity, Message, Part, Sample, render_chat
 from idavlm.data.rendering import Segment
+from idavlm.experimental.small_models import small_image_processor
+from idavlm.models import IDAVLMProcessor
 from idavlm.models.identity_names import find_names, propagate_names, split_at_names
 from tests.small_models import TEXTS, sample, small_processor
 from tests.tokenizer_families import FAMILIES, joining, metaspace
@@ -121,6 +123,18 @@ def test_a_name_is_found_next_to_any_sign(tokenizer, before):
         runs = spelled(tokenizer, text, ["Kate"])
         assert [identity for _, identity in runs] == [0] * count
         assert all("Kate" in run for run, _ in runs)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "unigram"])
+def test_encoded_samples_mark_names_next_to_any_sign(family):
+    processor = IDAVLMProcessor(small_image_processor(8), TOKENIZERS[family], image_seq_length=4)
+    for before in BEFORE:
+        texts = [Part("text", f"Is {before}Kate?"), Part("text", f"\nAnd {before}Zoe\u0308.")]
+        messages = [Message("user", texts), Message("assistant", [Part("text", "Yes.")])]
+        sample = Sample("t", "identity", [Identity("Kate", []), Identity("Zo\u00eb", [])], messages)
+        encoded = processor.encode(sample)
+        found = encoded["token_identity_index"][encoded["name_mask"]].unique()
+        assert found.tolist() == [0, 1], before
 
 
 def test_a_token_with_a_name_and_what_is_next_to_it_belongs_to_the_name():

@@ -5,6 +5,7 @@ from idavlm.data.dataset import RecordDataset
 from idavlm.data.errors import DataError, ErrorLog
 from idavlm.data.images import ImageStore, open_image
 from idavlm.data.json_records import JsonRecords
+from idavlm.data.messages import sample_to_messages
 from idavlm.data.mixing import DualDataLoader
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
@@ -36,4 +37,5 @@ __all__ = [
     "open_image",
     "parse_sample",
     "render_chat",
+    "sample_to_messages",
 ]

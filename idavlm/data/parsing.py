@@ -25,11 +25,14 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
-def parse_sample(record: Any, *, where: str = "record", image_root: str | Path | None = None) -> Sample:
+def parse_sample(
+    record: Any, *, where: str = "record", image_root: str | Path | None = None, prompt: bool = False
+) -> Sample:
     """Check a record against the schema and return it as a :class:`Sample`.
 
     A record with ``"answer"`` is an evaluation record: its messages end with a user turn, and ``"type"`` names the
     task. Any other record is a training record: its messages end with an assistant turn, and ``"type"`` is optional.
+    With ``prompt=True``, the record is a question to ask: its messages end with a user turn, and no answer is known.
 
     Image files are not opened. Missing files are reported when the sample is encoded.
 
@@ -38,17 +41,18 @@ def parse_sample(record: Any, *, where: str = "record", image_root: str | Path |
             produce a sample without references. ``meta`` may hold anything and is ignored.
         where: file and line for messages, as ``"train.jsonl:17"``.
         image_root: folder that the image paths are relative to; stored in ``Sample.image_root``.
+        prompt: whether the record is a question without an answer.
 
     Raises:
         DataError: of kind ``"record"``, for the first field that violates the schema.
     """
     try:
-        return _parse(record, where, Path(image_root) if image_root is not None else None)
+        return _parse(record, where, Path(image_root) if image_root is not None else None, prompt)
     except DataError as error:
         raise error.at(where) from None
 
 
-def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
+def _parse(record: Any, where: str, image_root: Path | None, prompt: bool) -> Sample:
     _check(record, dict, "the record", "a JSON object")
     _check_fields(record, (*FIELDS, *EVALUATION_FIELDS), "the record")
     identities = [_identity(entry, f"identities[{i}]") for i, entry in enumerate(_list(record, "identities"))]
@@ -65,7 +69,7 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
         )
     identifier = _id(record.get("id", where))
 
-    messages = _messages(record, is_evaluation=record.get("answer") is not None)
+    messages = _messages(record, is_evaluation=record.get("answer") is not None, prompt=prompt)
     images = dict.fromkeys(image for message in messages for image in message.images)
     spellings = _spellings(names)
     boxes = [_box(entry, f"boxes[{i}]", images, spellings) for i, entry in enumerate(_list(record, "boxes"))]
@@ -121,7 +125,7 @@ def _identity(entry: Any, field: str) -> Identity:
     return Identity(name, [_path(image, f"{field}.images[{i}]") for i, image in enumerate(images)])
 
 
-def _messages(record: dict, *, is_evaluation: bool) -> list[Message]:
+def _messages(record: dict, *, is_evaluation: bool, prompt: bool) -> list[Message]:
     entries = _list(record, "messages")
     messages = [_message(entry, f"messages[{i}]") for i, entry in enumerate(entries)]
     roles = [message.role for message in messages]
@@ -135,11 +139,13 @@ def _messages(record: dict, *, is_evaluation: bool) -> list[Message]:
                 f"messages[{number + len(roles) - len(turns)}].role={role!r}, expected {expected!r}; after at most one "
                 "system turn, user and assistant turns alternate."
             )
-    last = "user" if is_evaluation else "assistant"
+    last = "user" if is_evaluation or prompt else "assistant"
     if turns[-1] != last:
         remedy = (
             'a record with "answer" is an evaluation record: remove the last assistant turn'
             if is_evaluation
+            else "a prompt ends with the question: remove the last assistant turn"
+            if prompt
             else 'a training record ends with the answer of the assistant; an evaluation record needs "answer"'
         )
         raise DataError(f"messages ends with a turn of {turns[-1]!r}, expected {last!r}; {remedy}.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, shorten
 from idavlm.data.special_tokens import MessageMask, special_tokens, tokenize
 from idavlm.utils import IGNORE_INDEX
 
@@ -311,7 +311,8 @@ def _end_of_turn(tokenizer: Any, tail: str) -> str:
 
 def _rejected(error: Exception) -> DataError:
     return DataError(
-        f"the chat template rejects the messages: {error}; change the messages or the template.", kind="template"
+        f"the chat template rejects the messages: {shorten(str(error))}; change the messages or the template.",
+        kind="template",
     )
 
 

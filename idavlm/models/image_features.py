@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from idavlm.data import DataError, Sample
+from idavlm.data.errors import quote
 from idavlm.utils import check_positive
 
 INDEX_VERSION = 2
@@ -151,7 +152,8 @@ class ImageFeatures:
         key = _key(root, path)
         if key not in self._entries:
             raise DataError(
-                f"image {path!r} below {root} has no features in {self.folder}; write the features of all samples.",
+                f"image {quote(path)} below {root} has no features in {self.folder}; write the features of "
+                "all samples.",
                 kind="image",
                 file=path,
             )
@@ -159,8 +161,8 @@ class ImageFeatures:
         if state not in (None, self._states[key]):
             if state[0] != entry.num_bytes or _sha256(Path(key)) != entry.sha256:
                 raise DataError(
-                    f"image {path!r} below {root}: {self.folder} holds features of another version of the file; write "
-                    "the features again.",
+                    f"image {quote(path)} below {root}: {self.folder} holds features of another version of the file; "
+                    "write the features again.",
                     kind="image",
                     file=path,
                 )
@@ -176,8 +178,8 @@ def _load(processor, root: Path | None, path: str) -> tuple[Tensor, tuple[int, i
     sha256 = _sha256(file)
     if before is None or _state(file) != before:
         raise DataError(
-            f"image {path!r} below {root} changed while its features were computed; write the features again when the "
-            "images do not change any more.",
+            f"image {quote(path)} below {root} changed while its features were computed; write the features again "
+            "when the images do not change any more.",
             kind="image",
             file=path,
         )

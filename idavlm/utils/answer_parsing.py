@@ -7,7 +7,7 @@ import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from idavlm.utils import last_answer, plain_answer
+from idavlm.utils.answer_text import last_answer, plain_answer
 
 _ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -105,7 +105,7 @@ def parse_image_number(text: str, *, count: int | None = None, name: str = "") -
     for candidate in (last_answer(text), text):
         value = _choice(candidate, name)
         if value is not None:
-            return value if 0 < value <= (count or value) else None
+            return value if 0 < value <= (value if count is None else count) else None
     return None
 
 
