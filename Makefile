@@ -6,6 +6,7 @@
 #   make format       fix what ruff can fix
 #   make demo         train the small example and write its report
 #   make bench        CPU benchmarks
+#   make resume       kill training runs at random moments, resume them, and compare bit for bit; a few minutes
 #   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU, in the environment of PYTHON
 #   make clean        remove environments, builds and caches
 #
@@ -24,7 +25,7 @@ PIP_INSTALL := -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
-.PHONY: test test-oldest lint docs format demo bench gpu clean
+.PHONY: test test-oldest lint docs format demo bench resume gpu clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -49,6 +50,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cross_attention
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
+
+KILLS ?= 20
+resume: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killed_runs --kills $(KILLS)
 
 # Correctness of the attention kernels, their fastest tile sizes, their speed, the loss curves of models that use them,
 # and memory accesses (compute-sanitizer is part of the CUDA toolkit).

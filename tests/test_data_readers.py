@@ -154,11 +154,11 @@ def test_qwen_text_is_converted_or_refused_but_never_lost(text):
         ("openai", {"conversations": []}, "no list 'messages'"),
         ("llava", {"conversations": ["hello"]}, r"conversations\[0\] is 'hello'"),
         ("llava", {"conversations": [{"from": "tool", "value": ""}]}, "role 'tool' is not known"),
-        ("llava", {"conversations": [{"from": "human", "value": 3}]}, "value of turn 0='3' is int"),
+        ("llava", {"conversations": [{"from": "human", "value": 3}]}, "value of turn 0=3 is int"),
         (
             "llava",
             {"conversations": turns("a", "b"), "image": 3},
-            "image is int '3'; expected a path",
+            "image is int 3; expected a path",
         ),
         (
             "openai",
@@ -168,7 +168,7 @@ def test_qwen_text_is_converted_or_refused_but_never_lost(text):
         (
             "openai",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            r"content\[0\].image_url.url='None' is NoneType",
+            r"content\[0\].image_url.url=None is NoneType",
         ),
         ("openai", {"messages": [{"role": "user", "content": None}]}, "must be a string or a list"),
     ],

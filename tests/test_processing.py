@@ -1,6 +1,7 @@
 """Samples to tensors: text and labels, order and roles of images, boxes, limits; faulty data from file to trainer."""
 
 import functools
+import inspect
 import json
 import re
 
@@ -234,20 +235,102 @@ def test_no_chat_template(root):
     assert labelled(given, encoded) == ["Nowhere.<|end|>"]
 
 
-@pytest.mark.parametrize(
+FAULTY_OPTIONS = pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_format": "<img>"}, "image_format='<img>' must contain"),
-        ({"identity_format": "{name}"}, "identity_format='{name}' must contain"),
+        ({"image_format": "<img>"}, "image_format='<img>' must contain {image} once"),
+        ({"image_format": "{image}{image}"}, "image_format='{image}{image}' must contain {image} once"),
+        ({"image_format": "{image} {name}"}, "image_format='{image} {name}' may contain only {image}."),
+        ({"image_format": "{image}{"}, "image_format='{image}{' is not a format string"),
+        ({"image_format": None}, "image_format=None is not a format string"),
+        ({"identity_format": "{name}"}, "identity_format='{name}' must contain {image} once"),
+        ({"identity_format": "{nam} {image}"}, "identity_format='{nam} {image}' may contain only {name}, {image}."),
+        ({"identity_format": "{name:>9} {image}"}, "may contain only {name}, {image}."),
+        ({"identity_format": "{name!r} {image}"}, "may contain only {name}, {image}."),
         ({"box_format": "yxyx"}, "box_format='yxyx'"),
         ({"image_seq_length": 0}, "image_seq_length=0"),
         ({"max_length": 0}, "max_length=0"),
         ({"image_token": "<photo>"}, "image_token='<photo>' is not a token"),
     ],
 )
+
+
+@FAULTY_OPTIONS
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         small_processor(**options)
+
+
+@FAULTY_OPTIONS
+def test_options_are_checked_when_they_are_set_later(options, message):
+    processor, ((name, value),) = small_processor(), options.items()
+    before = getattr(processor, name)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        setattr(processor, name, value)
+    assert getattr(processor, name) == before
+
+
+LATER = {
+    "image_seq_length": 9,
+    "image_token": "<|pad|>",
+    "image_format": "({image})",
+    "identity_format": "{{{name}}}: {image}\n",
+    "box_format": "unit",
+    "max_length": 200,
+    "chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}",
+    "tokenizer": small_tokenizer([*TEXTS, "is * Where"], vocab_size=340),
+    "image_processor": small_image_processor(32),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_options_that_are_set_later_take_effect(root, tmp_path, name):
+    """As if they had been passed to the constructor: when encoding, parsing, calling, saving."""
+    parts = {"image_processor": small_image_processor(64), "tokenizer": small_tokenizer(TEXTS, vocab_size=320)}
+    options = {"image_seq_length": QUERIES, "box_format": "bins32", **parts}
+    assert LATER.keys() == set(inspect.signature(IDAVLMProcessor).parameters) - {"kwargs"}
+    expected = IDAVLMProcessor(**options | {name: LATER[name]})
+    if name == "tokenizer":
+        expected.chat_template = parts["tokenizer"].chat_template
+    later = IDAVLMProcessor(**options)
+    default = later.encode(sample(root))  # whatever is derived from options is derived now
+    call = {"images": Image.open(root / "kate.png"), "text": f"a {later.image_token}"}
+    later(**call)
+    later.parse_box("1 2 3 4", (60, 80))
+    setattr(later, name, LATER[name])
+    call["text"] = f"a {later.image_token}"
+    for found, wanted in (
+        (later.encode(sample(root)), expected.encode(sample(root))),
+        (later(**call), expected(**call)),
+    ):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[field]) for field, value in found.items())
+    for text in ("1 2 3 4", "[0.1, 0.2, 0.3, 0.4]"):
+        assert later.parse_box(text, (60, 80)) == expected.parse_box(text, (60, 80))
+    assert later.image_token_id == expected.image_token_id
+    later.save_pretrained(tmp_path / "later")
+    expected.save_pretrained(tmp_path / "expected")
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "later" / file.name).read_text() == file.read_text(), file.name
+    if name != "max_length":
+        changed = later.encode(sample(root))
+        assert any(not torch.equal(value, changed[field]) for field, value in default.items())
+    else:
+        later.max_length = 3
+        with pytest.raises(DataError, match="more than max_length=3"):
+            later.encode(sample(root))
+
+
+def test_parts_that_are_set_later_are_checked(root):
+    processor = small_processor()
+    without_placeholder = small_tokenizer(TEXTS, vocab_size=320, image_token="<photo>")
+    with pytest.raises(ValueError, match="image_token='<image>' is not a token of the tokenizer"):
+        processor.tokenizer = without_placeholder
+    with pytest.raises(ValueError, match="does not bring all images to one size"):
+        processor.image_processor = type(small_image_processor(32))(size={"shortest_edge": 32}, do_center_crop=False)
+    processor.image_loader = functools.lru_cache(maxsize=None)(processor.load_image)
+    with pytest.raises(ValueError, match="image_loader holds images that the present image_processor prepared"):
+        processor.image_processor = small_image_processor(32)
 
 
 # --- transformers' usual ways ----------------------------------------------------------------------------------------

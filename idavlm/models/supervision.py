@@ -35,7 +35,7 @@ def supervised_scenes(
 
 def count_supervised_scenes(batch: Mapping[str, Any]) -> int:
     """Number of :func:`supervised_scenes` of a collated batch; 0 if it has no field ``boxes``."""
-    if batch.get("boxes") is None:
+    if batch.get("boxes") is None or len(batch["boxes"]) == 0:
         return 0
     fields = ("image_roles", "sample_index", "identity_index", "box_image", "box_identity")
     return int(supervised_scenes(*(batch[name] for name in fields)).sum())

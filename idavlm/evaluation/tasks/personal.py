@@ -34,11 +34,11 @@ def load_personal(data: Path, images: Path | None) -> list[Item]:
         kind, concept = field(record, ("kind",), where), field(record, ("concept",), where)
         if kind not in (*PARSERS, "caption"):
             choices = ", ".join(map(repr, (*PARSERS, "caption")))
-            raise DataError(f"kind={kind!r} is not known; choose one of {choices}.", where=where)
+            raise DataError(f"kind={kind[:80]!r} is not known; choose one of {choices}.", where=where)
         answer = concept if kind == "caption" else field(record, ("answer",), where)
         if kind != "caption" and PARSERS[kind](answer) is None:
             raise DataError(
-                f"answer={answer!r} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
+                f"answer={answer[:80]!r} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
             )
         sample = question_sample(record, where, root=root, task=kind, answer=answer)
         items.append(Item(sample, {"kind": kind, "concept": concept}))
