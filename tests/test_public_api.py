@@ -18,6 +18,7 @@ TOP_LEVEL = [
     "IDTrainer",
     "IDTrainingArguments",
     "IdentityEmbedding",
+    "IdentityProcessor",
     "IdentityTokens",
     "ImageIndexEmbedding",
     "ImageRole",
