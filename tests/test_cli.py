@@ -312,8 +312,8 @@ PREDICTION = {"id": "c0", "task": "caption_single", "text": "x", "answer": "y", 
     [
         ("{}", "'predictions' is not a list"), ("[]", "holds a JSON list"), ("", "is not valid JSON"), ("\ud8000", ""),
         (json.dumps(SCORES | {"seconds": None}), "seconds=None is not a number"),
-        (json.dumps(SCORES | {"task": 3}), "task='3' is not a text"),
-        (json.dumps(SCORES | {"data": None}), "data='None' is not a text"),
+        (json.dumps(SCORES | {"task": 3}), "task=3 is not a text"),
+        (json.dumps(SCORES | {"data": None}), "data=None is not a text"),
         (json.dumps(SCORES | {"predictions": {}}), "'predictions' is not a list"),
         (json.dumps(SCORES | {"predictions": [3]}), "predictions[0] is int"),
         *(
@@ -324,7 +324,7 @@ PREDICTION = {"id": "c0", "task": "caption_single", "text": "x", "answer": "y", 
                 {"parsed": 1}, {"item": []}, {"item": {"question": 3}}, {"unknown": 1}, {"box": [1, 2, 3, 1e400]},
             )
         ),
-        (json.dumps(SCORES | {"predictions": [{"id": "c0"}]}), "predictions[0].task='None'"),
+        (json.dumps(SCORES | {"predictions": [{"id": "c0"}]}), "predictions[0].task=None"),
         (json.dumps(SCORES | {"task": "nothing"}), "is of task 'nothing', which is not known"),
     ],
 )  # fmt: skip

@@ -342,7 +342,7 @@ def test_texts_of_no_length_are_an_error():
         ({"id": ["x"]}, "id=.* must be a string or an integer"), ({"id": 1.5}, "must be a string or an integer"),
         ({"id": True}, "must be a string or an integer"), ({"id": None}, "is not an answer"),
         ({"question": 3}, "question=3 must be a string"), ({"item": 3}, "item=3 must be the fingerprints"),
-        ({"id": "x" * 9999}, r"id='x{79}\.\.\. is not among the samples"),
+        ({"id": "x" * 9999}, r"id='x{200}'\.\.\. is not among the samples"),
     ],
 )  # fmt: skip
 def test_answers_of_wrong_types_are_named(tmp_path, change, message):

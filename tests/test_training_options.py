@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -199,6 +200,29 @@ def test_batches_of_an_iterable_data_set_are_not_split(data, tmp_path):
     with pytest.raises(ValueError, match=r'IterableDataset.*set accelerator_config=\{"dispatch_batches": False\}'):
         train()
     train(accelerator_config={"dispatch_batches": False})
+
+
+def test_a_smaller_batch_size_is_found(tmp_path):
+    """The losses of the attempt that failed are not logged."""
+    attempts = []
+
+    class OutOfMemory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            attempts.append(len(x))
+            if len(x) > 2 and len(attempts) > 1:
+                raise RuntimeError("CUDA out of memory.")
+            return {"loss": self.weight.sum() * len(x)}
+
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "logging_steps": 2, "learning_rate": 0.0}
+    trainer = IDTrainer(OutOfMemory(), arguments(tmp_path, **options), train_dataset=[{"x": 1.0}] * 8)
+    trainer.train()
+    assert attempts[:3] == [4, 4, 2] or attempts[:3] == [4, 4, 3]
+    assert attempts[-2:] == [2, 2]
+    assert trainer.state.log_history[0]["loss_identity"] == 2
 
 
 def test_general_records_are_refused_in_identity_pretraining(data, tmp_path):

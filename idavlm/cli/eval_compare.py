@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from idavlm.cli.arguments import name, path, positive_int
+from idavlm.data.errors import quote
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.comparison import (
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     (a, facts), (b, other) = load_scores(arguments.a), load_scores(arguments.b)
     if facts["task"] not in TASKS:
         raise ValueError(
-            f"{arguments.a} is of task {facts['task'][:80]!r}, which is not known; pass a run of idavlm eval."
+            f"{arguments.a} is of task {quote(facts['task'])}, which is not known; pass a run of idavlm eval."
         )
     if facts["task"] != other["task"]:
         raise ValueError(f"a is of task {facts['task']!r}, b of {other['task']!r}; pass runs of the same task.")
@@ -133,7 +134,7 @@ def _samples(facts: dict, pairs: list[Pair], run: Path) -> dict[str, Sample]:
         changed = ["item"] if sample is None else changed_parts(prediction.item, item_fingerprint(sample))
         if changed:
             raise ValueError(
-                f"{data} has changed since {run} was scored ({' and '.join(changed)} of item {prediction.id[:80]!r}); "
+                f"{data} has changed since {run} was scored ({' and '.join(changed)} of item {quote(prediction.id)}); "
                 "restore it, or repeat idavlm eval."
             )
     return samples

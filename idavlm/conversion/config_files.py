@@ -255,7 +255,10 @@ QWEN_VISUAL = {
     "n_queries": integer(1),
     "image_start_id": TOKEN,
 }
-IMAGE_PROCESSOR = {name: SIDE | _object_of(SIDE | NULL) | NULL for name in ("size", "crop_size", "pad_size")}
+IMAGE_PROCESSOR = {
+    **{name: SIDE | _object_of(SIDE | NULL) | NULL for name in ("size", "crop_size", "pad_size")},
+    **{name: number(-1e6, 1e6) | list_of(number(-1e6, 1e6)) | NULL for name in ("image_mean", "image_std")},
+}
 GENERATION = {"eos_token_id": TOKEN | list_of(TOKEN) | NULL}
 ADAPTER = {
     "peft_type": TEXT,

@@ -75,7 +75,7 @@ def plan_llava(
         )
     image_processor = read_image_processor(source.folder, folder, image_size=vision.image_size)
     if config.get("image_aspect_ratio") == "pad":
-        image_processor = pad_to_square(image_processor)
+        image_processor = pad_to_square(source.folder, image_processor, vision.image_size)
     space = space_after(tokenizer, image_token)
     image_format = "<im_start>{image}<im_end>" if config.get("mm_use_im_start_end") else "{image}"
     return build_plan(
@@ -289,7 +289,7 @@ def plan_iaa(source: SourceCheckpoint) -> ConversionPlan:
         first_rules=adaptor_rules(num_embeddings(source.config_path, source.config["vocab_size"], tokenizer)),
     )
     plan.more_processors["grounding"] = IDAVLMProcessor(
-        pad_to_square(plan.processor.image_processor),
+        pad_to_square(source.folder, plan.processor.image_processor, plan.config.vision_config.image_size),
         tokenizer,
         chat_template=LLAMA_3,
         image_seq_length=plan.processor.image_seq_length,
@@ -488,13 +488,25 @@ def read_image_processor(*folders: Path, image_size: int):
     raise ConversionError(f"{folders[-1]}: no preprocessor_config.json; download that of the vision tower.")
 
 
-def pad_to_square(image_processor):
-    """The same image processor with padding to squares in the mean colour first, as in LLaVA-1.5."""
+def pad_to_square(folder: Path, image_processor, image_size: int):
+    """The same image processor with padding to squares in the mean colour first, as in LLaVA-1.5.
+
+    Args:
+        folder: folder of the checkpoint, for messages.
+        image_processor: image processor of transformers.
+        image_size: side of an image in pixels.
+
+    Raises:
+        ConversionError: the settings do not allow it.
+    """
     names = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor", "do_resize")
     names += ("do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     options = image_processor.to_dict()
     options = {name: options[name] for name in names if options.get(name) is not None}
-    return pil_image_processor("llava", "LlavaImageProcessor")(**options, do_pad=True)
+    with errors_of(folder, "has an image processor that cannot pad", "Use the file of the vision tower."):
+        padding = pil_image_processor("llava", "LlavaImageProcessor")(**options, do_pad=True)
+    check_image_processor(folder, padding, image_size)
+    return padding
 
 
 def has_projector(source: SourceCheckpoint) -> bool:

@@ -203,6 +203,6 @@ def _in_sentences_with(name: str, text: str, mentions: list[_Mention]) -> list[_
 
 def _value(text: str) -> int:
     # Patterns that ignore case take the Turkish letters (dotless i, dotted I) for an i.
-    text = text.replace("\u0131", "i").replace("\u0130", "i").lower().strip("# ")
-    digits = re.match(r"\d+", text)
+    text = text.replace("\u0131", "i").replace("\u0130", "i").lower()
+    digits = re.search(r"\d+", text)
     return int(digits[0]) if digits else _VALUE[text]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from idavlm.data.dataset import JsonRecords
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote, shorten
 from idavlm.data.schema import Sample
 from idavlm.evaluation.choices import CHOICE_TASKS, candidates
 from idavlm.evaluation.fingerprints import QUESTION_PARTS, changed_parts, item_fingerprint
@@ -66,11 +66,11 @@ def load_answers(path: str | Path, samples: Sequence[Sample] | None = None) -> l
         where = records.where(number)
         answer = _parse_answer(record, where)
         if answer.id in found:
-            raise DataError(f"second answer to id={_short(answer.id)}; remove one.", where=where)
+            raise DataError(f"second answer to id={quote(answer.id)}; remove one.", where=where)
         if by_id is not None:
             if answer.id not in by_id:
                 raise DataError(
-                    f"id={_short(answer.id)} is not among the samples; pass the data that the answers belong to.",
+                    f"id={quote(answer.id)} is not among the samples; pass the data that the answers belong to.",
                     where=where,
                 )
             _check_fits(answer, by_id[answer.id], where)
@@ -79,7 +79,7 @@ def load_answers(path: str | Path, samples: Sequence[Sample] | None = None) -> l
         return list(found.values())
     missing = [sample.id for sample in samples if sample.id not in found]
     if missing:
-        listed = ", ".join(sample_id[:80] for sample_id in missing[:5])
+        listed = ", ".join(shorten(sample_id) for sample_id in missing[:5])
         raise DataError(
             f"{path} has no answer to {len(missing)} of {len(samples)} samples ({listed}, ...); "
             "generate these answers, or leave these samples out."
@@ -145,7 +145,7 @@ class AnswerFile:
             stored = answer.item or {}
             parts = [part for part in now if stored.get(part, "") != now[part]]
             if parts:
-                changed.append(f"{_short(answer.id)}: {', '.join(parts)}")
+                changed.append(f"{quote(answer.id)}: {', '.join(parts)}")
         if changed:
             listed = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
             raise ValueError(
@@ -163,19 +163,19 @@ def _check_fits(answer: Answer, sample: Sample, where: str) -> None:
         count = len(candidates(sample))
         if answer.likelihoods is not None and len(answer.likelihoods) != count:
             raise DataError(
-                f"{len(answer.likelihoods)} likelihoods for the {count} candidates of id={_short(answer.id)}; pass the "
+                f"{len(answer.likelihoods)} likelihoods for the {count} candidates of id={quote(answer.id)}; pass the "
                 "data that the answers belong to.",
                 where=where,
             )
     elif answer.prediction is None:
         raise DataError(
-            f"the answer to id={_short(answer.id)} has likelihoods, but its task ({sample.task}) has no candidates; "
+            f"the answer to id={quote(answer.id)} has likelihoods, but its task ({sample.task}) has no candidates; "
             "add a prediction.",
             where=where,
         )
     if answer.item is not None and (parts := changed_parts(answer.item, item_fingerprint(sample), QUESTION_PARTS)):
         raise DataError(
-            f"the answer to id={_short(answer.id)} was generated before the {' and '.join(parts)} of the item changed; "
+            f"the answer to id={quote(answer.id)} was generated before the {' and '.join(parts)} of the item changed; "
             "pass the data that the answers belong to, or generate the answers again.",
             where=where,
         )
@@ -186,11 +186,11 @@ def _parse_answer(record: object, where: str) -> Answer:
     sample_id = record.get("id", record.get("question_id"))
     text = record.get("prediction", record.get("text"))
     if sample_id is None or not (isinstance(text, str) or (text is None and record.get("likelihoods") is not None)):
-        raise DataError(f"{_short(record)} is not an answer; expected {{'id', 'prediction'}}.", where=where)
+        raise DataError(f"{quote(record)} is not an answer; expected {{'id', 'prediction'}}.", where=where)
 
     def check(name: str, value: object, valid: bool, expected: str) -> None:
         if not valid:
-            raise DataError(f"{name}={_short(value)} must be {expected}.", where=where)
+            raise DataError(f"{name}={quote(value)} must be {expected}.", where=where)
 
     question, size = record.get("question", record.get("prompt")), record.get("image_size")
     likelihoods, item = record.get("likelihoods"), record.get("item")
@@ -228,12 +228,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _short(value: object) -> str:
-    """``value`` for a message, in at most 80 characters."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:80]}..."

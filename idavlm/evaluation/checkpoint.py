@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor, IdentityProcessor, load_id_former
 from idavlm.utils import read_json_object
 
 _JSON_FILES = (
@@ -22,14 +23,20 @@ _JSON_FILES = (
 
 
 def load_checkpoint(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
-) -> tuple[IDAVLMForConditionalGeneration, IDAVLMProcessor]:
+    path: str | Path,
+    *,
+    id_former: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+) -> tuple[PreTrainedModel, IDAVLMProcessor | IdentityProcessor]:
     """Load a model and its processor; the processor first, as its files are small.
 
     Unlike ``from_pretrained``, which gives missing weights random values, this is for models that are used as they are.
 
     Args:
         path: folder or hub name of the checkpoint.
+        id_former: folder of :func:`idavlm.save_id_former`. ``path`` is then an image-text model of transformers, to
+            which the ID-Former is attached.
         device: device of the model.
         dtype: type of the weights; by default that of the checkpoint.
 
@@ -43,9 +50,12 @@ def load_checkpoint(
         if (Path(path) / name).is_file():
             read_json_object(Path(path) / name)  # the errors of transformers do not name the file
     try:
-        if Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
+        if id_former is not None:
+            processor = IdentityProcessor(AutoProcessor.from_pretrained(path))
+        elif Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
             raise FileNotFoundError("it has no processor_config.json")
-        processor = IDAVLMProcessor.from_pretrained(path)
+        else:
+            processor = IDAVLMProcessor.from_pretrained(path)
     except Exception as error:  # transformers raises many types, depending on which file is missing
         raise ValueError(
             f"{path}: no processor can be loaded ({_reason(error)}). A checkpoint holds model and processor; save the "
@@ -53,10 +63,11 @@ def load_checkpoint(
         ) from error
     _check_weight_files(Path(path))
     options = {} if dtype is None else {"dtype": dtype}
+    model_class = IDAVLMForConditionalGeneration if id_former is None else AutoModelForImageTextToText
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are an error below, not a table on the terminal
     try:
-        model, info = IDAVLMForConditionalGeneration.from_pretrained(
+        model, info = model_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except OSError:
@@ -76,6 +87,8 @@ def load_checkpoint(
             f"device={str(device)!r} has too little memory for {path} ({_reason(error)}); pass another device or a "
             "smaller dtype."
         ) from error
+    if id_former is not None:
+        load_id_former(model, id_former)
     _check_finite(path, model)
     return model, processor
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from idavlm.data.errors import quote
 from idavlm.data.schema import Sample
 
 CHOICE_TASKS = ("qa_single", "qa_multi")
@@ -23,12 +24,12 @@ def most_likely(sample: Sample, likelihoods: Sequence[float]) -> str:
     texts = candidates(sample)
     if len(texts) != len(likelihoods):
         raise ValueError(
-            f"the answer to {sample.id[:80]!r} has {len(likelihoods)} likelihoods for {len(texts)} candidates; pass "
+            f"the answer to {quote(sample.id)} has {len(likelihoods)} likelihoods for {len(texts)} candidates; pass "
             "the samples that the answers were generated for."
         )
     if not all(map(math.isfinite, likelihoods)):
         raise ValueError(
-            f"the answer to {sample.id[:80]!r} has likelihoods {list(likelihoods)}, which cannot be compared; all must "
+            f"the answer to {quote(sample.id)} has likelihoods {list(likelihoods)}, which cannot be compared; all must "
             "be finite. Check the weights of the model that computed them."
         )
     return texts[likelihoods.index(max(likelihoods))]

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
@@ -91,7 +91,7 @@ def pair_predictions(a: EvaluationResult, b: EvaluationResult) -> list[Pair]:
         ids = Counter(prediction.id for prediction in result.predictions)
         repeated = next((found for found, count in ids.items() if count > 1), None)
         if repeated is not None:
-            raise ValueError(f"{name} has {ids[repeated]} predictions of item {repeated[:80]!r}; keep one.")
+            raise ValueError(f"{name} has {ids[repeated]} predictions of item {quote(repeated)}; keep one.")
     by_id = {prediction.id: prediction for prediction in b.predictions}
     pairs = [(first, by_id[first.id]) for first in a.predictions if first.id in by_id]
     if not pairs:
@@ -102,7 +102,7 @@ def pair_predictions(a: EvaluationResult, b: EvaluationResult) -> list[Pair]:
         ] + changed_parts(first.item, second.item)
         if changed:
             raise ValueError(
-                f"item {first.id[:80]!r} differs between a and b ({', '.join(changed)}); compare runs on the same data."
+                f"item {quote(first.id)} differs between a and b ({', '.join(changed)}); compare runs on the same data."
             )
     return pairs
 

@@ -22,7 +22,7 @@ from idavlm.utils import IGNORE_INDEX, check_choice, check_positive, lock_file
 REFERENCES = ("right", "none", "wrong")
 
 # Batch fields that only training uses; generation and likelihoods compute no loss.
-_TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source")
+_TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source", "sample_ids")
 
 
 def generate_answers(

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from idavlm.data.errors import quote, shorten
 from idavlm.data.schema import TASK_TYPES
 from idavlm.utils import read_json_object, write_text
 
@@ -110,7 +111,7 @@ class EvaluationResult:
         if not isinstance(predictions, list):
             raise ValueError("'predictions' is not a list; expected the scores that idavlm wrote.")
         if not _is_number(seconds):
-            raise ValueError(f"seconds={str(seconds)[:80]} is not a number; expected the scores that idavlm wrote.")
+            raise ValueError(f"seconds={quote(seconds)} is not a number; expected the scores that idavlm wrote.")
         return cls([_prediction(entry, f"predictions[{i}]") for i, entry in enumerate(predictions)], seconds)
 
     def save(self, path: str | Path, **facts: object) -> Path:
@@ -167,7 +168,7 @@ def _prediction(entry: object, where: str) -> Prediction:
     wrong += sorted(entry.keys() - names)
     if wrong:
         raise ValueError(
-            f"{where}.{wrong[0][:80]}={str(entry.get(wrong[0]))[:80]!r} is not a field of a prediction, or has another "
+            f"{where}.{shorten(wrong[0])}={quote(entry.get(wrong[0]))} is not a field of a prediction, or has another "
             "type; expected the scores that idavlm wrote."
         )
     return Prediction(**entry)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.bootstrap import RESAMPLES
 from idavlm.evaluation.fingerprints import item_fingerprint
@@ -57,7 +57,7 @@ class TaskRun:
         ids: set[str] = set()
         for item in items:
             if item.sample.id in ids:
-                message = f"id={item.sample.id[:80]!r} is not unique; use a different id for every record."
+                message = f"id={quote(item.sample.id)} is not unique; use a different id for every record."
                 raise DataError(message, where=item.sample.where)
             ids.add(item.sample.id)
         if need_images:
@@ -173,7 +173,5 @@ def load_scores(path: str | Path) -> tuple[EvaluationResult, dict]:
     content = read_json_object(path)
     for name in ("task", "data", "images"):
         if not isinstance(content.get(name), str):
-            raise ValueError(
-                f"{path}: {name}={str(content.get(name))[:80]!r} is not a text; pass a file of idavlm eval."
-            )
+            raise ValueError(f"{path}: {name}={quote(content.get(name))} is not a text; pass a file of idavlm eval.")
     return result, {key: value for key, value in content.items() if key not in ("predictions", "summary", "seconds")}

@@ -2,8 +2,18 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from idavlm.models.asking import ask
+from idavlm.models.attach import (
+    AttachedOutput,
+    IdentityInputs,
+    attach_id_former,
+    detach_id_former,
+    load_id_former,
+    save_id_former,
+)
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.identity_bank import IdentityBank, SelectedIdentities
 from idavlm.models.identity_processor import IdentityProcessor
 from idavlm.models.image_features import ImageFeatures
 from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
@@ -18,14 +28,23 @@ AutoModelForImageTextToText.register(IDAVLMConfig, IDAVLMForConditionalGeneratio
 AutoProcessor.register(IDAVLMConfig, IDAVLMProcessor, exist_ok=True)
 
 __all__ = [
+    "AttachedOutput",
     "BoxFormat",
     "IDAVLMConfig",
     "IDAVLMForConditionalGeneration",
     "IDAVLMOutput",
     "IDAVLMProcessor",
+    "IdentityBank",
+    "IdentityInputs",
     "IdentityProcessor",
     "ImageFeatures",
     "QwenVisionConfig",
     "QwenVisionModel",
+    "SelectedIdentities",
+    "ask",
+    "attach_id_former",
+    "detach_id_former",
+    "load_id_former",
+    "save_id_former",
     "scatter_image_tokens",
 ]

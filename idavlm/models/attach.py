@@ -7,6 +7,7 @@ keeps its class, its weights and its processor.
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -279,6 +280,7 @@ class ImageFeaturesWithIdentities:
         self.loss_weights = loss_weights
         self.replaced = base.__dict__.get("get_image_features")
         self.call: _Call | None = None
+        self.is_checked = False
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -333,6 +335,7 @@ class ImageFeaturesWithIdentities:
         new: Sequence[int],
     ) -> None:
         """Add the residual to ``output``, which holds the tokens of the images ``new``; the others are ``stored``."""
+        self._warn_if_frozen()
         inputs = call.inputs
         entries = output.pooler_output
         lengths = tuple(inputs.num_image_tokens.tolist())
@@ -368,6 +371,23 @@ class ImageFeaturesWithIdentities:
                 for level, tokens in zip(output.deepstack_features, result.deepstack_tokens, strict=True)
             ]
         call.result = result
+
+    def _warn_if_frozen(self) -> None:
+        """Warn once if the model is trained but its ID-Former, which is new, is not: peft freezes all other modules."""
+        if self.is_checked or not (self.model.training and torch.is_grad_enabled()):
+            return
+        self.is_checked = True
+        # A new ID-Former has output projections of zero: while they are frozen, identities have no effect.
+        projections = [
+            module.out_proj for name, module in self.model.id_former.named_modules() if name.endswith("attention")
+        ]
+        is_trained = any(parameter.requires_grad for layer in projections for parameter in layer.parameters())
+        if not is_trained and not any(layer.weight.any() for layer in projections):
+            warnings.warn(
+                "id_former is frozen and was never trained, so identities have no effect. With peft, pass "
+                "modules_to_save=['id_former'] to LoraConfig; otherwise call model.id_former.requires_grad_(True).",
+                stacklevel=2,
+            )
 
     def _name_embeddings(self, inputs: IdentityInputs) -> Tensor | None:
         """The mean embedding of the tokens of each name, ``[num_samples, G, C]``."""

@@ -152,7 +152,8 @@ class ImageFeatures:
         key = _key(root, path)
         if key not in self._entries:
             raise DataError(
-                f"image {quote(path)} below {root} has no features in {self.folder}; write the features of all samples.",
+                f"image {quote(path)} below {root} has no features in {self.folder}; write the features of "
+                "all samples.",
                 kind="image",
                 file=path,
             )
@@ -160,8 +161,8 @@ class ImageFeatures:
         if state not in (None, self._states[key]):
             if state[0] != entry.num_bytes or _sha256(Path(key)) != entry.sha256:
                 raise DataError(
-                    f"image {quote(path)} below {root}: {self.folder} holds features of another version of the file; write "
-                    "the features again.",
+                    f"image {quote(path)} below {root}: {self.folder} holds features of another version of the file; "
+                    "write the features again.",
                     kind="image",
                     file=path,
                 )
@@ -177,8 +178,8 @@ def _load(processor, root: Path | None, path: str) -> tuple[Tensor, tuple[int, i
     sha256 = _sha256(file)
     if before is None or _state(file) != before:
         raise DataError(
-            f"image {quote(path)} below {root} changed while its features were computed; write the features again when the "
-            "images do not change any more.",
+            f"image {quote(path)} below {root} changed while its features were computed; write the features again "
+            "when the images do not change any more.",
             kind="image",
             file=path,
         )

@@ -334,8 +334,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = _read_json(folder / _WEIGHTS_INDEX)
     if index is None and (folder / _ADAPTER_WEIGHTS).is_file():
         raise ValueError(
-            f"{str(folder)!r} holds the weights of an adapter only; wrap the model with peft.get_peft_model before it is "
-            "passed to IDTrainer."
+            f"{str(folder)!r} holds the weights of an adapter only; wrap the model with peft.get_peft_model before "
+            "it is passed to IDTrainer."
         )
     if index is None:
         raise ValueError(f"{str(folder)!r} has neither {_WEIGHTS} nor {_WEIGHTS_INDEX}; choose another checkpoint.")

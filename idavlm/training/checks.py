@@ -27,7 +27,8 @@ def check_pretraining_batch(batch: Mapping[str, Any], sample_ids: list[str]) -> 
     if sources != {"identity"}:
         raise ValueError(
             "stage='identity_pretraining' trains on boxes of identities, but the batch has general records"
-            f"{' among ' + ', '.join(map(str, sample_ids)) if sample_ids else ''}; remove the records with source 'general'."
+            f"{' among ' + ', '.join(map(str, sample_ids)) if sample_ids else ''}; remove the records whose source is "
+            "'general'."
         )
 
 

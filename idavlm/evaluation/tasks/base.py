@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import IdentityKey
@@ -52,7 +52,7 @@ class Item:
                 return (image.width, image.height) if is_turned else (image.height, image.width)
         except Exception as error:  # decoders raise many types
             raise DataError(
-                f"image {path[:80]!r} is not an image or is damaged ({error}); replace it.",
+                f"image {quote(path)} is not an image or is damaged ({error}); replace it.",
                 where=self.sample.where,
                 kind="image",
                 file=path,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from idavlm.data.dataset import JsonRecords
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.data.parsing import parse_sample
 from idavlm.data.schema import Sample
 
@@ -26,7 +26,7 @@ def iterate_records(path: Path) -> Iterator[tuple[dict, str]]:
         if isinstance(record, DataError):
             raise record
         if not isinstance(record, dict):
-            raise DataError(f"{shorten(record)} is not a record; expected a JSON object.", where=where)
+            raise DataError(f"{quote(record)} is not a record; expected a JSON object.", where=where)
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except RecursionError:
@@ -62,19 +62,10 @@ def optional_field(record: dict, names: Sequence[str], where: str, *, kinds: tup
     # In Python, True is an integer.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(_TYPE_NAMES[kind] for kind in kinds)
-        raise DataError(f"{name}={shorten(value)} must be {expected}.", where=where)
+        raise DataError(f"{name}={quote(value)} must be {expected}.", where=where)
     if isinstance(value, str) and not value.strip():
-        raise DataError(f"{name}={value[:80]!r} is blank; write a text, or remove the field.", where=where)
+        raise DataError(f"{name}={quote(value)} is blank; write a text, or remove the field.", where=where)
     return value
-
-
-def shorten(value: object) -> str:
-    """A value as JSON for a message, in at most 80 characters."""
-    try:
-        text = json.dumps(value, default=str)
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def question_sample(record: dict, where: str, *, root: Path, task: str, answer: str = "") -> Sample:
@@ -97,7 +88,7 @@ def question_sample(record: dict, where: str, *, root: Path, task: str, answer: 
     images = optional_field(record, ("image", "images"), where, kinds=(str, list))
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not all(isinstance(image, str) for image in images):
-        raise DataError(f"image={shorten(images)} must be a path or a list of paths.", where=where)
+        raise DataError(f"image={quote(images)} must be a path or a list of paths.", where=where)
     parts = text.split("<image>")
     if len(parts) == 1:
         parts = [""] * len(images) + [f"\n{text}" if images else text]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.scoring import MAX_EDGE
 from idavlm.evaluation.tasks.base import EvaluationTask, Item, score_items
 from idavlm.evaluation.tasks.benchmark_records import (
@@ -11,7 +11,6 @@ from idavlm.evaluation.tasks.benchmark_records import (
     iterate_records,
     optional_field,
     question_sample,
-    shorten,
 )
 
 
@@ -52,10 +51,10 @@ def _box(record: dict, where: str) -> list[float]:
     box = field(record, ("bbox", "box"), where, kinds=(list,))
     numbers = [edge for edge in box if isinstance(edge, (int, float)) and not isinstance(edge, bool)]
     if len(box) != 4 or len(numbers) != 4 or not all(abs(edge) <= MAX_EDGE for edge in numbers):
-        raise DataError(f"bbox={shorten(box)} must be four numbers [x1, y1, x2, y2] in pixels.", where=where)
+        raise DataError(f"bbox={quote(box)} must be four numbers [x1, y1, x2, y2] in pixels.", where=where)
     box_format = optional_field(record, ("bbox_format",), where) or "xyxy"
     if box_format not in ("xyxy", "xywh"):
-        raise DataError(f"bbox_format={box_format[:80]!r} is not known; choose 'xyxy' or 'xywh'.", where=where)
+        raise DataError(f"bbox_format={quote(box_format)} is not known; choose 'xyxy' or 'xywh'.", where=where)
     if box_format == "xywh":
         box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     if not (box[0] < box[2] and box[1] < box[3]):

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from idavlm.data import DataError, RecordDataset, Sample
+from idavlm.data.errors import quote
 from idavlm.data.readers import MMID_TYPES
 from idavlm.evaluation.answer_parsing import parse_image_number
 from idavlm.evaluation.tasks.base import EvaluationTask, Item, score_items
@@ -50,7 +51,7 @@ def _check_matching(sample: Sample) -> None:
     if unclear is not None:
         most = "" if count is None else f" of the {count}"
         raise DataError(
-            f"{unclear[:80]!r} is an answer of a matching record, but names no image{most}; expected a text like "
+            f"{quote(unclear)} is an answer of a matching record, but names no image{most}; expected a text like "
             "'Picture 3'.",
             where=sample.where,
         )

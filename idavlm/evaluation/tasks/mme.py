@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answer_parsing import parse_yes_no
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
@@ -44,7 +44,7 @@ def load_mme(data: Path, images: Path | None) -> list[Item]:
             where = f"{text}:{number}"
             question, tab, answer = line.rpartition("\t")
             if not tab or parse_yes_no(answer) is None:
-                raise DataError(f"{line[:80]!r} is not a question, a tab, and Yes or No.", where=where)
+                raise DataError(f"{quote(line)} is not a question, a tab, and Yes or No.", where=where)
             record = {"id": f"{category}/{text.stem}#{number}", "text": question.strip(), "image": image + suffix}
             sample = question_sample(record, where, root=root, task="mme", answer=answer.strip())
             items.append(Item(sample, groups, {"first": number == 1}))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answer_parsing import parse_letter, parse_yes_no
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
@@ -34,11 +34,11 @@ def load_personal(data: Path, images: Path | None) -> list[Item]:
         kind, concept = field(record, ("kind",), where), field(record, ("concept",), where)
         if kind not in (*PARSERS, "caption"):
             choices = ", ".join(map(repr, (*PARSERS, "caption")))
-            raise DataError(f"kind={kind[:80]!r} is not known; choose one of {choices}.", where=where)
+            raise DataError(f"kind={quote(kind)} is not known; choose one of {choices}.", where=where)
         answer = concept if kind == "caption" else field(record, ("answer",), where)
         if kind != "caption" and PARSERS[kind](answer) is None:
             raise DataError(
-                f"answer={answer[:80]!r} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
+                f"answer={quote(answer)} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
             )
         sample = question_sample(record, where, root=root, task=kind, answer=answer)
         items.append(Item(sample, {"kind": kind, "concept": concept}))

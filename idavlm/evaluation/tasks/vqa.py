@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox, word_f1, words
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import iterate_records, optional_field, question_sample, shorten
+from idavlm.evaluation.tasks.benchmark_records import iterate_records, optional_field, question_sample
 from idavlm.utils import plain_answer, write_text
 
 
@@ -28,10 +28,10 @@ def load_vqa(data: Path, images: Path | None) -> list[Item]:
         facts = optional_field(record, ("facts",), where, kinds=(list,)) or []
         facts = [fact if isinstance(fact, list) else [fact] for fact in facts]
         if not all(map(_is_wording, right)):
-            raise DataError(f"answers={shorten(right)} must be texts with a word or number.", where=where)
+            raise DataError(f"answers={quote(right)} must be texts with a word or number.", where=where)
         if not all(fact and all(map(_is_wording, fact)) for fact in facts):
             raise DataError(
-                f"facts={shorten(record['facts'])} must be texts, or lists of wordings of one fact.", where=where
+                f"facts={quote(record['facts'])} must be texts, or lists of wordings of one fact.", where=where
             )
         answer = right[0] if right else "; ".join(fact[0] for fact in facts)
         sample = question_sample(record, where, root=root, task="vqa", answer=answer)
