@@ -716,3 +716,80 @@ def test_pipeline_answers_with_an_identity_part(family):
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     new = own.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found == new
+
+
+# TRL
+
+REFERENCES = [{"type": "image", "identity": "Kate"}] * 2 + [{"type": "image", "identity": "<my_cat>"}]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "gemma3"])
+def test_collator_of_sft(family, tmp_path):
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    own = processor(family, image_root=tmp_path)
+    for number, photo in enumerate([*KATE, *TOM, SCENE]):
+        photo.save(tmp_path / f"{number}.png")
+    collator = sft.DataCollatorForVisionLanguageModeling(own)
+    asked = [user(*REFERENCES, {"type": "image"}, "Where is Kate?")]
+    expected = own.apply_chat_template(
+        [[*QUESTION, answer("Here.")]], **TOKENIZED, processor_kwargs={"add_special_tokens": False}
+    )
+    rows = [
+        {"messages": [*asked, answer("Here.")], "images": [*KATE, *TOM, SCENE]},
+        {"messages": [*asked, answer("Here.")], "images": ["0.png", "1.png", "2.png", "3.png"]},
+        # Arrow fills the fields that a part lacks with None.
+        {
+            "messages": [
+                user(
+                    {**identity("Kate", ["0.png", "1.png"]), "text": None, "identity": None},
+                    {**identity("<my_cat>", ["2.png"]), "text": None, "identity": None},
+                    {"type": "image", "text": None, "name": None, "images": None, "identity": None},
+                    "Where is Kate?",
+                ),
+                answer("Here."),
+            ],
+            "images": [SCENE],
+        },
+    ]
+    for row in rows:
+        batch = collator([row])
+        assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    batch = collator([{"prompt": asked, "completion": [answer("Here.")], "images": [*KATE, *TOM, SCENE]}])
+    for name in (*IDENTITY_FIELDS, "pixel_values"):
+        assert torch.equal(batch[name], expected[name]), name
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_grpo_passes_the_identities_to_the_model(family, tmp_path, monkeypatch):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    own = processor(family, pack_identities=True)
+    own.tokenizer.padding_side = "left"
+    model = attach_id_former(tiny_model(family), num_heads=4, gate="none", identity_embedding="name")
+    seen = []
+
+    def forward(images, image_roles, sample_index, identity_index, **options):
+        seen.append((image_roles.tolist(), sample_index.tolist(), options["name_embeddings"] is not None))
+        return type(model.id_former).forward(
+            model.id_former, images, image_roles, sample_index, identity_index, **options
+        )
+
+    monkeypatch.setattr(model.id_former, "forward", forward)
+    rows = [
+        {"prompt": [user(*REFERENCES, {"type": "image"}, "Where is Kate?")], "images": [*KATE, *TOM, SCENE]},
+        {"prompt": [user({"type": "image", "identity": "Tom"}, {"type": "image"}, "Tom?")], "images": [*TOM, OTHER]},
+    ]
+    dataset = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    args = trl.GRPOConfig(
+        output_dir=tmp_path, max_steps=1, per_device_train_batch_size=4, num_generations=2, max_completion_length=3,
+        report_to=[], use_cpu=True, bf16=False, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model, lambda completions, **_: [float(len(one[0]["content"])) for one in completions], args, dataset,
+        processing_class=own,
+    )  # fmt: skip
+    trainer.train()
+    generation, loss = seen  # rows are shuffled in between
+    assert sorted(generation[0]) == sorted(loss[0]) == [0] * 8 + [1] * 4
+    assert sorted(generation[1].count(row) for row in range(4)) == [2, 2, 4, 4]
+    assert sorted(loss[1].count(row) for row in range(4)) == [2, 2, 4, 4]
+    assert generation[2] is loss[2] is True
