@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils import PushToHubMixin
 
 from idavlm._compat import pil_image_processor
 from idavlm.experimental.small_models import byte_level_bpe
@@ -103,11 +104,11 @@ GLM_TEMPLATE = (
 )
 
 
-class NoVideos:
+class NoVideos(PushToHubMixin):
     """Takes the place of a video processor."""
 
     model_input_names = ()
-    num_frames = fps = None
+    num_frames = fps = _auto_class = None
 
     def to_dict(self) -> dict:
         return {}

@@ -5,14 +5,14 @@ reference photos of Kate, rendered as one line per photo. An image part with a n
 "identity": "Kate"}``, is one reference photo; data sets with a column of images (TRL) use it.
 """
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from idavlm.data.errors import DataError
-from idavlm.data.schema import Part, Sample
+from idavlm.data.errors import DataError, quote
+from idavlm.data.readers.qwen_vl import reads_as_name
+from idavlm.data.schema import ROLES, Identity, Message, Part, Sample
 
 IMAGE_KEYS = ("image", "url", "path", "base64")
 """Keys of an image part that hold the image."""
@@ -22,12 +22,6 @@ OTHER_PARTS = ("video", "audio")
 
 PART_TYPES = ("text", "image", "image_url", "identity", *OTHER_PARTS)
 """Types of the content parts of messages."""
-
-_NO_NAME = re.compile(
-    r"it|this|that|here|there|he|she|who|what|which|where|"
-    r"((the|this|that) )?(image|picture|photo|figure|scene)( ?\d+)?",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +81,7 @@ class Conversation:
 def is_batch(conversation: Sequence) -> bool:
     """Whether ``conversation`` is a list of conversations, as in ``apply_chat_template`` of transformers."""
     if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise DataError(f"messages={conversation!r:.80} must be a non-empty list of messages, or of conversations.")
+        raise DataError(f"messages={quote(conversation)} must be a non-empty list of messages, or of conversations.")
     return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
 
 
@@ -115,13 +109,13 @@ def read_conversation(messages: Any, *, where: str = "messages") -> Conversation
     """
     messages = getattr(messages, "messages", messages)  # transformers.pipelines wraps them
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise DataError(f"{where}={messages!r:.80} must be a non-empty list of messages.")
+        raise DataError(f"{where}={quote(messages)} must be a non-empty list of messages.")
     names: list[str] = []
     turns = []
     for number, message in enumerate(messages):
         place = f"{where}[{number}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"{place} is {message!r:.80}; expected a dict with 'role' and 'content'.")
+            raise DataError(f"{place} is {quote(message)}; expected a dict with 'role' and 'content'.")
         turns.append(Turn(message, _content(message, place, names)))
     return Conversation(turns, names)
 
@@ -133,7 +127,7 @@ def _content(message: Mapping[str, Any], place: str, names: list[str]) -> list[s
     if isinstance(content, str):
         return [content]
     if not isinstance(content, (list, tuple)):
-        raise DataError(f"{place}.content={content!r:.80} must be a string or a list of parts.")
+        raise DataError(f"{place}.content={quote(content)} must be a string or a list of parts.")
     parts: list[str | Photo] = []
     has_scene = False
     for number, part in enumerate(content):
@@ -142,7 +136,7 @@ def _content(message: Mapping[str, Any], place: str, names: list[str]) -> list[s
             parts.append(part)
             continue
         if not isinstance(part, Mapping) or "type" not in part:
-            raise DataError(f'{field} is {part!r:.80}; expected a dict with a "type".')
+            raise DataError(f'{field} is {quote(part)}; expected a dict with a "type".')
         part = {name: value for name, value in part.items() if value is not None}
         kind = part.get("type")
         if kind not in PART_TYPES:
@@ -150,7 +144,7 @@ def _content(message: Mapping[str, Any], place: str, names: list[str]) -> list[s
             raise DataError(f"{field}.type={kind!r} is not known; choose one of {known}.")
         if kind == "text":
             if not isinstance(part.get("text"), str):
-                raise DataError(f"{field}.text={part.get('text')!r:.80} must be a string.")
+                raise DataError(f"{field}.text={quote(part.get('text'))} must be a string.")
             parts.append(part["text"])
         elif kind in OTHER_PARTS:
             parts.append(Photo(None, key=kind, field=field))
@@ -175,7 +169,9 @@ def _photos(part: dict[str, Any], kind: str, field: str, role: str, names: list[
     name = part.get("name") if kind == "identity" else part.get("identity")
     if kind == "identity" or name is not None:
         if role != "user":
-            raise DataError(f"{field} introduces {name!r} in a turn of {role!r}; introduce identities in user turns.")
+            raise DataError(
+                f"{field} introduces {quote(name)} in a turn of {role!r}; introduce identities in user turns."
+            )
         check_name(name, f"{field}.{'name' if kind == 'identity' else 'identity'}")
     if kind == "image":
         key = next((key for key in IMAGE_KEYS if key in part), None)
@@ -188,9 +184,45 @@ def _photos(part: dict[str, Any], kind: str, field: str, role: str, names: list[
         )
     images = part.get("images")
     if not isinstance(images, (list, tuple)) or not images:
-        raise DataError(f"{field}.images={images!r:.80} of {name!r} must be a list of at least one photo.")
+        raise DataError(f"{field}.images={quote(images)} of {quote(name)} must be a list of at least one photo.")
     identity = _number_of(name, names, field, may_repeat=False)
     return [Photo(image, identity, field=f"{field}.images[{number}]") for number, image in enumerate(images)]
+
+
+def conversation_to_sample(conversation: Conversation, images: Sequence[Any], *, name: str = "messages") -> Sample:
+    """Return checked messages as a sample, whose references come first, in the order in which they are introduced.
+
+    Args:
+        conversation: the messages.
+        images: the loaded images of ``conversation.photos``.
+        name: ``id`` of the sample.
+
+    Raises:
+        DataError: what a sample cannot hold: another role, an image outside of a user turn, videos.
+    """
+    loaded = iter(images)
+    photos: list[list[Any]] = [[] for _ in conversation.identities]
+    messages = []
+    for number, turn in enumerate(conversation.turns):
+        role, parts = turn.message["role"], []
+        if role not in ROLES:
+            known = ", ".join(map(repr, ROLES))
+            raise DataError(f"{name}[{number}].role={quote(role)} is not known; choose one of {known}.")
+        for part in turn.content:
+            if isinstance(part, str):
+                parts.append(Part("text", text=part))
+                continue
+            if part.key in OTHER_PARTS or role != "user":
+                kind = part.key if part.key in OTHER_PARTS else "image"
+                raise DataError(f"{part.field} is a {kind} in a turn of {role!r}; only user turns have images.")
+            image = next(loaded)
+            if part.identity is None:
+                parts.append(Part("image", image=image))
+            else:
+                photos[part.identity].append(image)
+        messages.append(Message(role, parts))
+    identities = [Identity(*pair) for pair in zip(conversation.identities, photos, strict=True)]
+    return Sample(name, "identity" if identities else "general", identities, messages)
 
 
 def check_name(name: Any, field: str) -> None:
@@ -200,16 +232,11 @@ def check_name(name: Any, field: str) -> None:
         DataError: with ``field``, the name and the remedy.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise DataError(f"{field}={name!r} must be a non-empty string without NUL characters.")
+        raise DataError(f"{field}={quote(name)} must be a non-empty string without NUL characters.")
     if name != name.strip() or len(name.splitlines()) > 1:
-        raise DataError(f"{field}={name!r} must be one line without white space at its ends.")
-    if not is_name(name):
-        raise DataError(f"{field}={name!r} does not name anybody; use another name.")
-
-
-def is_name(text: str) -> bool:
-    """Whether "text is <image>" introduces an identity. "This", "Here" and "Picture 1" do not."""
-    return bool(text.strip()) and not _NO_NAME.fullmatch(text.strip())
+        raise DataError(f"{field}={quote(name)} must be one line without white space at its ends.")
+    if not reads_as_name(name):
+        raise DataError(f"{field}={quote(name)} does not name anybody; use another name.")
 
 
 def _number_of(name: str, names: list[str], field: str, *, may_repeat: bool) -> int:
@@ -218,9 +245,11 @@ def _number_of(name: str, names: list[str], field: str, *, may_repeat: bool) -> 
         return names.index(name)
     same = next((other for other in names if _folded(other) == _folded(name)), None)
     if same == name:
-        raise DataError(f"{field} is a second part of {name!r}; put all its photos into one part.")
+        raise DataError(f"{field} is a second part of {quote(name)}; put all its photos into one part.")
     if same is not None:
-        raise DataError(f"{field} introduces {name!r}, but there is {same!r} already; use names that differ clearly.")
+        raise DataError(
+            f"{field} introduces {quote(name)}, but there is {quote(same)} already; use names that differ clearly."
+        )
     names.append(name)
     return len(names) - 1
 
@@ -269,7 +298,7 @@ def conversation_of_text(named: list[tuple[str, list]], images: list, names: lis
     """The references that were passed, and the images of a text, ``names`` of which are references."""
     identities = list(dict.fromkeys([*(name for name, _ in named), *(name for name in names if name is not None)]))
     photos = [
-        Photo(photo, identities.index(name), field=f"identities[{name!r}][{number}]")
+        Photo(photo, identities.index(name), field=f"identities[{quote(name)}][{number}]")
         for name, of_name in named
         for number, photo in enumerate(of_name)
     ]
@@ -290,7 +319,7 @@ def read_identities(identities: Any, num_rows: int) -> list[list[tuple[str, list
     rows = [identities] if is_one else identities
     if not isinstance(rows, (list, tuple)) or len(rows) != num_rows:
         raise DataError(
-            f"identities={identities!r:.80} do not fit to {num_rows} texts; pass a list of identities, or a dict of "
+            f"identities={quote(identities)} do not fit to {num_rows} texts; pass a list of identities, or a dict of "
             "names and photos, for each text."
         )
     return [_identities_of(row, "identities" if is_one else f"identities[{n}]") for n, row in enumerate(rows)]
@@ -312,7 +341,7 @@ def _identities_of(row: Any, field: str) -> list[tuple[str, list]]:
     read = read_conversation([{"role": "user", "content": parts}], where=field)
     for entry in read.photos:
         if entry.identity is None:
-            raise DataError(f"{field}={row!r:.80} must hold identities only: {{'name', 'images'}}.")
+            raise DataError(f"{field}={quote(row)} must hold identities only: {{'name', 'images'}}.")
     of_identity = [[photo.image for photo in read.photos if photo.identity == n] for n in range(len(read.identities))]
     return list(zip(read.identities, of_identity, strict=True))
 

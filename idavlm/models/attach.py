@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from idavlm._compat import cache_name
 from idavlm.models.fingerprint import check_fingerprint, model_fingerprint
 from idavlm.models.image_arguments import keep_images
+from idavlm.models.packed_identities import unpack_identities
 from idavlm.models.supervision import supervised_scenes, token_targets
 from idavlm.models.token_grids import token_grids
 from idavlm.modules import ImageTokens, ResidualIDFormer
@@ -169,7 +170,9 @@ def attach_id_former(
     weights = {"identity_map_loss": identity_map_loss_weight, "contrastive_loss": contrastive_loss_weight}
     seam = ImageFeaturesWithIdentities(model, base, weights)
     base.get_image_features = seam
+    base.forward = BaseForwardWithIdentities(model, base, seam)
     model.forward = ForwardWithIdentities(model, seam, frozen)
+    model.prepare_inputs_for_generation = GenerationWithIdentities(model)
     return model
 
 
@@ -181,12 +184,20 @@ def detach_id_former(model: PreTrainedModel) -> PreTrainedModel:
     """
     forward = _attached_forward(model)
     base = forward.seam.base
-    for owner, name, method in ((model, "forward", forward), (base, "get_image_features", forward.seam)):
-        if owner.__dict__.get(name) is not method:
+    methods = (
+        (model, "forward", ForwardWithIdentities),
+        (model, "prepare_inputs_for_generation", GenerationWithIdentities),
+        (base, "forward", BaseForwardWithIdentities),
+        (base, "get_image_features", ImageFeaturesWithIdentities),
+    )
+    for owner, name, kind in methods:
+        if not isinstance(owner.__dict__.get(name), kind):
             raise ValueError(
                 f"{type(owner).__name__}.{name} was replaced after the ID-Former was attached; undo that first "
                 "(accelerate.hooks.remove_hook_from_module, peft's unload, ...)."
             )
+    for owner, name, _ in methods:
+        method = owner.__dict__[name]
         delattr(owner, name)
         if method.replaced is not None:
             setattr(owner, name, method.replaced)
@@ -410,6 +421,7 @@ class ForwardWithIdentities:
         return self.replaced or type(self.model).forward.__get__(self.model)
 
     def __call__(self, *args, teacher_forcing: bool = False, output_identity_maps: bool = False, **kwargs):
+        unpack_identities(kwargs)
         inputs = IdentityInputs.pop_from(kwargs)
         if inputs is None:
             return self._original(*args, **kwargs)
@@ -446,6 +458,59 @@ class ForwardWithIdentities:
             attentions=output.get("attentions"),
             identity_maps=result.identity_maps,
         )
+
+
+class BaseForwardWithIdentities:
+    """``forward`` of the base model. Trainers that compute the logits themselves (TRL) call it instead of the model's.
+
+    It takes the identity inputs as keyword arguments, also packed into ``mm_token_type_ids``.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: nn.Module, seam: ImageFeaturesWithIdentities):
+        self.model = model
+        self.base = base
+        self.seam = seam
+        self.replaced = base.__dict__.get("forward")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _with_identity_inputs(inspect.signature(self._original))
+
+    @property
+    def _original(self):
+        return self.replaced or type(self.base).forward.__get__(self.base)
+
+    def __call__(self, *args, **kwargs):
+        unpack_identities(kwargs)
+        inputs = IdentityInputs.pop_from(kwargs)
+        if inputs is None:  # the model's forward has taken them, or there are none
+            return self._original(*args, **kwargs)
+        if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
+            _check_rows(self.model.config, kwargs["input_ids"], inputs)
+        with self.seam.calling(_Call(inputs)):
+            return self._original(*args, **kwargs)
+
+
+class GenerationWithIdentities:
+    """``prepare_inputs_for_generation`` of a model whose signature names the identity inputs.
+
+    ``generate`` rejects arguments that neither this method nor ``forward`` takes, and trainers replace ``forward``.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.replaced = model.__dict__.get("prepare_inputs_for_generation")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _with_identity_inputs(inspect.signature(self._original))
+
+    @property
+    def _original(self):
+        return self.replaced or type(self.model).prepare_inputs_for_generation.__get__(self.model)
+
+    def __call__(self, *args, **kwargs):
+        return self._original(*args, **kwargs)
 
 
 @dataclass(eq=False)

@@ -207,6 +207,10 @@ class ChatTemplate:
         if found:
             start, _, token = min(found)
             return tail[: start + len(token)]
+        if not tail.strip():
+            raise _inexact(
+                "assistant turns have no end-of-turn text, so a model could not learn to stop; add an end-of-turn token"
+            )
         return tail
 
 
@@ -217,7 +221,13 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def references_in_text(
-    text: str, image: str, image_token: str, *, header: str, special: Sequence[str], is_name: Callable[[str], bool]
+    text: str,
+    image: str,
+    image_token: str,
+    *,
+    header: str,
+    special: Sequence[str],
+    reads_as_name: Callable[[str], bool],
 ) -> list[str | None]:
     """Return for each image of a text the name that it is a reference of, or None.
 
@@ -229,7 +239,7 @@ def references_in_text(
         image_token: the placeholder.
         header: what a chat template puts before the content of a user turn, in the same line.
         special: special tokens of the tokenizer; a name begins after the last one of its line.
-        is_name: whether "NAME is <image>" introduces an identity.
+        reads_as_name: whether "NAME is <image>" introduces an identity.
     """
     names: list[str | None] = []
     core = image.strip()
@@ -243,7 +253,7 @@ def references_in_text(
                 name = before.rpartition(header)[2] if header else before
                 ends = [match.end() for token in special for match in re.finditer(re.escape(token), name)]
                 name = name[max((end for end in ends if end < len(name)), default=0) :].lstrip(" \t")
-                name = name if name and name == name.rstrip() and is_name(name) else None
+                name = name if name and name == name.rstrip() and reads_as_name(name) else None
         names += [name] * count
     return names
 

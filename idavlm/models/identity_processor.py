@@ -25,9 +25,9 @@ from idavlm.data.messages import (
     has_identities,
     images_of_texts,
     is_batch,
-    is_name,
     read_conversation,
     read_identities,
+    reads_as_name,
     sample_to_messages,
 )
 from idavlm.data.photos import PhotoLoader
@@ -56,7 +56,7 @@ from idavlm.utils import IGNORE_INDEX, check_choice, check_positive
 FILE = "identity_processor.json"
 """File of the options, next to the files of the wrapped processor."""
 
-PLAIN_IMAGE = "<image>"
+WRITTEN_IMAGE = "<image>"
 """Placeholder that people write, whatever the image token of the model is."""
 
 # Token that stands for one image token, where it is not the image token of the processor.
@@ -336,7 +336,9 @@ class IdentityProcessor(ProcessorMixin):
             texts = [self._with_image_token(entry, image_text) for entry in texts]
         special = special_tokens(self.tokenizer)
         references = [
-            references_in_text(entry, image_text, self.image_token, header=header, special=special, is_name=is_name)
+            references_in_text(
+                entry, image_text, self.image_token, header=header, special=special, reads_as_name=reads_as_name
+            )
             if self.read_references
             else [None] * entry.count(self.image_token)
             for entry in texts
@@ -428,6 +430,7 @@ class IdentityProcessor(ProcessorMixin):
 
         The fields of the images are concatenated as the processors of transformers do: smaller images and missing tiles
         are padded with zeros. A batch without identities has the fields of the wrapped processor and ``labels`` only.
+        ``source`` and ``sample_ids`` are there if the samples have ``source`` and ``id``.
 
         Raises:
             ValueError: fields that cannot be concatenated.
@@ -439,7 +442,7 @@ class IdentityProcessor(ProcessorMixin):
         masks = [torch.ones(length, dtype=torch.long) for length in lengths]
         batch: dict[str, Any] = {"attention_mask": pad(masks, 0, padding_side)}
         for name in dict.fromkeys(name for sample in encoded for name in sample):
-            if name == "source" or name in (*IDENTITY_FIELDS, *BOX_FIELDS):
+            if name in ("source", "id", *IDENTITY_FIELDS, *BOX_FIELDS):
                 continue
             values = [sample[name] for sample in encoded if name in sample]
             if [tuple(value.shape) for value in values] == [(length,) for length in lengths]:
@@ -447,11 +450,12 @@ class IdentityProcessor(ProcessorMixin):
                 batch[name] = pad(values, padding, padding_side)
             else:
                 batch[name] = concatenate(name, values)
-        sources = [sample["source"] for sample in encoded if "source" in sample]
-        if sources:
-            if len(sources) != len(encoded):
-                raise ValueError(f"{len(sources)} of {len(encoded)} samples have a source; set it in all or in none.")
-            batch["source"] = sources
+        for name, batch_name in (("source", "source"), ("id", "sample_ids")):
+            values = [sample[name] for sample in encoded if name in sample]
+            if values and len(values) != len(encoded):
+                raise ValueError(f"{len(values)} of {len(encoded)} samples have {name!r}; set it in all or in none.")
+            if values:
+                batch[batch_name] = values
         if any(len(sample["identity_name_ids"]) for sample in encoded):
             batch.update(collate_identities(encoded))
         return batch
@@ -644,8 +648,9 @@ class IdentityProcessor(ProcessorMixin):
 
     def _with_image_token(self, text: str, image_text: str) -> str:
         """Replace ``<image>``, if it is not the image token."""
-        is_plain = self.image_token != PLAIN_IMAGE and self.image_token not in text
-        return text.replace(PLAIN_IMAGE, image_text) if is_plain else text
+        if self.image_token == WRITTEN_IMAGE or self.image_token in text:
+            return text
+        return text.replace(WRITTEN_IMAGE, image_text)
 
     def _with_lines(self, text: str, conversation: Conversation, image_text: str, field: str) -> str:
         """Put the lines of references that the text does not hold before it."""
@@ -720,7 +725,7 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def _crops(image_processor) -> bool:
-    """Whether the image processor crops images, or pads them to a square, and makes one picture of each."""
+    """Whether the image processor crops images or pads them to a square, without splitting them into tiles."""
     if not getattr(image_processor, "image_grid_pinpoints", None):
         pads = hasattr(image_processor, "pad_to_square") and getattr(image_processor, "do_pad", False)
         return bool(getattr(image_processor, "do_center_crop", False) or pads)

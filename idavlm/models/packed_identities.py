@@ -45,8 +45,8 @@ def pack_identities(
     return packed
 
 
-def unpack_identities(arguments: dict[str, Any], placeholder_id: int) -> None:
-    """Replace packed identities among the arguments of a model by the fields that they stand for.
+def unpack_identities(arguments: dict[str, Any]) -> None:
+    """Replace packed identities among the arguments of a model by the fields that they stand for, in place.
 
     Arguments without packed identities are left as they are.
     """
@@ -54,7 +54,10 @@ def unpack_identities(arguments: dict[str, Any], placeholder_id: int) -> None:
     if packed is None or not (packed >> _TYPE_BITS).any():
         return
     types = packed & ((1 << _TYPE_BITS) - 1)
-    arguments[FIELD] = types if types.any() else None
+    if types.any():
+        arguments[FIELD] = types
+    else:  # the model takes no token types
+        del arguments[FIELD]
     rows, columns = (packed & _IMAGE_BITS >= 1 << _ROLE).nonzero(as_tuple=True)
     codes = (packed[rows, columns] & _IMAGE_BITS) >> _ROLE
     images, counts = torch.stack([rows, codes], 1).unique_consecutive(dim=0, return_counts=True)

@@ -15,6 +15,14 @@ _NO_NAME = re.compile(
     re.IGNORECASE,
 )
 
+# Names such as <sks>, but no tag of Qwen-VL.
+_NAME = re.compile(r"(?:[^<>]|<(?!(?:ref|box|quad|img)>)[\w-]+>)*")
+
+
+def reads_as_name(text: str) -> bool:
+    """Whether the line "text is <image>" introduces an identity. "This", "Here" and "The image" do not."""
+    return bool(text.strip()) and not _NO_NAME.fullmatch(text.strip())
+
 
 def read_qwen_vl(record: Any, where: str) -> dict[str, Any]:
     """Read ``conversations`` of ``{"from": "user" | "assistant", "value"}``.
@@ -22,7 +30,7 @@ def read_qwen_vl(record: Any, where: str) -> dict[str, Any]:
     A line of a user turn that consists of ``NAME is <img>path</img>`` is removed from the text, and its image becomes
     a reference photo of the identity NAME. All other images keep their position: they are scenes if the record
     introduces identities, and general images otherwise. Lines like "This is", "Here is" and "The image is" do not
-    introduce an identity. ``<ref>`` and ``<box>`` remain text.
+    introduce an identity. ``<ref>`` and ``<box>`` remain text; other words in angle brackets (``<sks>``) may be names.
     """
     identities: dict[str, list[str]] = {}
     messages = []
@@ -55,9 +63,9 @@ def _introduces(line: str, identities: dict[str, list[str]]) -> bool:
     name, is_found, rest = line.partition(" is <img>")
     image, is_closed, end = rest.partition("</img>")
     name, end = name.lstrip(" \t"), end.strip(" \t\r\n")
-    if not (is_found and is_closed and name) or name[-1].isspace() or "<" in name + image or ">" in name + image:
+    if not (is_found and is_closed and name) or name[-1].isspace() or "<" in image or ">" in image:
         return False
-    if end not in ("", ".", ",", ";") or _NO_NAME.fullmatch(name):
+    if end not in ("", ".", ",", ";") or not reads_as_name(name) or not _NAME.fullmatch(name):
         return False
     identities.setdefault(name, []).append(image.strip())
     return True
