@@ -6,7 +6,9 @@
 #   make format       fix what ruff can fix
 #   make demo         train the small example and write its report
 #   make bench        CPU benchmarks
-#   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU in MINUTES, in the environment of PYTHON
+#   make fuzz         random inputs for an hour: records, images, texts, answers, configurations, predictions
+#   make resume       kill training runs at random moments, resume them, and compare bit for bit; a few minutes
+#   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU, in the environment of PYTHON
 #   make clean        remove environments, builds and caches
 #
 # PYTHON is the interpreter for new environments. CONSTRAINTS is a file of pinned versions; the default pins a CPU build
@@ -24,7 +26,7 @@ PIP_INSTALL := -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
-.PHONY: test test-oldest lint docs format demo bench gpu clean
+.PHONY: test test-oldest lint docs format demo bench fuzz resume gpu clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -50,6 +52,14 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
 	$(BIN)/python -m benchmarks.throughput
+
+KILLS ?= 20
+# IDAVLM_FUZZ multiplies the number of examples of continuous integration.
+fuzz: $(VENV)/installed
+	IDAVLM_FUZZ=60 $(BIN)/python -m pytest tests/fuzz
+
+resume: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killed_runs --kills $(KILLS)
 
 # One program in stages: correctness, speed, tile sizes, training, memory accesses. See benchmarks/gpu.py.
 MINUTES ?= 8

@@ -69,7 +69,7 @@ def train(id_former: IDFormer, identities: np.ndarray, steps: int, rng: np.rando
     for step in range(steps):
         batch = make_batch(identities, 16, rng)
         _, maps = id_former(batch["patches"], batch["image_roles"], batch["sample_index"], output_attentions=True)
-        loss = id_former.identity_map_loss(maps, batch["targets"])
+        loss = id_former.identity_map_loss(maps, batch["targets"], batch["image_roles"], batch["sample_index"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,7 +13,18 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "idavlm.data": ("DualDataLoader", "RecordDataset", "Sample", "parse_sample"),
-    "idavlm.models": ("IDAVLMConfig", "IDAVLMForConditionalGeneration", "IDAVLMProcessor"),
+    "idavlm.models": (
+        "IDAVLMConfig",
+        "IDAVLMForConditionalGeneration",
+        "IDAVLMProcessor",
+        "IdentityBank",
+        "IdentityProcessor",
+        "ask",
+        "attach_id_former",
+        "detach_id_former",
+        "load_id_former",
+        "save_id_former",
+    ),
     "idavlm.modules": (
         "CrossAttention",
         "IDFormer",
@@ -43,7 +54,9 @@ __all__ = [
     "IDFormer",
     "IDTrainer",
     "IDTrainingArguments",
+    "IdentityBank",
     "IdentityEmbedding",
+    "IdentityProcessor",
     "IdentityTokens",
     "ImageIndexEmbedding",
     "ImageRole",
@@ -52,18 +65,34 @@ __all__ = [
     "Sample",
     "__version__",
     "add_inner_adaptors",
+    "ask",
+    "attach_id_former",
     "build_connector",
     "cross_attention",
+    "detach_id_former",
     "identity_map_loss",
     "identity_patch_targets",
     "load_adaptors",
+    "load_id_former",
     "parse_sample",
     "save_adaptors",
+    "save_id_former",
 ]
 
 if TYPE_CHECKING:
     from idavlm.data import DualDataLoader, RecordDataset, Sample, parse_sample
-    from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMProcessor
+    from idavlm.models import (
+        IDAVLMConfig,
+        IDAVLMForConditionalGeneration,
+        IDAVLMProcessor,
+        IdentityBank,
+        IdentityProcessor,
+        ask,
+        attach_id_former,
+        detach_id_former,
+        load_id_former,
+        save_id_former,
+    )
     from idavlm.modules import (
         CrossAttention,
         IdentityEmbedding,

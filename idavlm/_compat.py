@@ -8,14 +8,20 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`auto_image_processor` | transformers < 5.18: ``AutoImageProcessor`` needs torchvision |
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
+| :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 """
 
+import copy
 import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 NEW, OLD = "cache", "past_key_values"
 
@@ -106,3 +112,86 @@ def empty_cache_layer_like(layer: Any) -> Any:
                 "adaptors support the dynamic, static, sliding-window and quantized layers of transformers."
             )
     return type(layer)(**options)
+
+
+def saved_weights_by_module_name(
+    model: nn.Module, saved: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors of a checkpoint of ``model`` under the names of its ``state_dict``.
+
+    ``save_pretrained`` of transformers 5 writes many models under the names of the original checkpoints (ViT, Swin) and
+    splits merged weights (Mixtral). ``from_pretrained`` reverts this, ``Trainer._load_from_checkpoint`` does not. This
+    function runs the conversion of ``from_pretrained`` on a copy of ``model`` without memory for weights, so ``model``
+    and its parameters stay as they are.
+
+    Args:
+        model: the model that wrote the checkpoint, or one of the same configuration.
+        saved: all tensors of the checkpoint under their names in its files.
+
+    Returns:
+        The tensors by name; names of tensors that no part of the model takes; tensors that do not fit, with the reason.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        present = model.state_dict()
+        known = {name: tensor for name, tensor in saved.items() if name in present}
+        misfits = [
+            _shapes(name, tensor.shape, present[name].shape)
+            for name, tensor in known.items()
+            if tensor.shape != present[name].shape
+        ]
+        return known, sorted(saved.keys() - known.keys()), misfits
+
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    # The same conversions as in save_pretrained (transformers.core_model_loading.revert_weight_conversion).
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    empty = _copy_without_weights(model)
+    info, _ = PreTrainedModel._load_pretrained_model(
+        empty, saved, None, LoadStateDictConfig(weight_mapping=conversions)
+    )
+    loaded = {name: tensor for name, tensor in empty.state_dict().items() if not tensor.is_meta}
+    misfits = [_shapes(*mismatch) for mismatch in sorted(info.mismatched_keys)]
+    misfits += [*map(str, info.error_msgs), *map(str, info.conversion_errors.values())]
+    return loaded, sorted(info.unexpected_keys), misfits
+
+
+def _copy_without_weights(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model`` on the meta device."""
+    copies: dict[int, Any] = {}
+    for parameter in model.parameters():
+        copies[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        copies[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, copies)
+
+
+def _shapes(name: str, saved: torch.Size, expected: torch.Size) -> str:
+    return f"{name} has shape {list(saved)} instead of {list(expected)}"
+
+
+def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[list[dict[str, Any]]]]:
+    """Call a processor of transformers; return its output, and by which text it replaced each image placeholder.
+
+    transformers 5: the processors of Idefics 3, InternVL and PaliGemma try to convert the replacements to tensors,
+    which fails if the first row has no image.
+    """
+    from transformers import BatchFeature
+
+    name = "text_replacement_offsets"
+    try:
+        output = processor(return_text_replacement_offsets=True, **arguments)
+    except ValueError as error:
+        if name not in str(error):
+            raise
+        tensor_type = arguments.pop("return_tensors")
+        output = processor(return_text_replacement_offsets=True, **arguments)
+        replacements = output.pop(name)
+        return BatchFeature(dict(output), tensor_type=tensor_type), replacements
+    return output, output.pop(name, [])

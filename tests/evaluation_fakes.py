@@ -135,7 +135,7 @@ class FakeModel(torch.nn.Module):
             return f"Picture {place + 1}"
         return " ".join(f"{edge:.0f}" for edge in box_at(place)) if "Where" in prompt else doing(place)
 
-    def generate(self, input_ids, image_sizes=None, *, max_new_tokens, do_sample, num_beams):
+    def generate(self, input_ids, image_sizes=None, *, max_new_tokens, do_sample, num_beams, logits_processor):
         assert not self.training
         assert not do_sample
         prompts = FakeProcessor.tokenizer.batch_decode(input_ids, skip_special_tokens=True)

@@ -65,10 +65,12 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, general: bool = True, **options) -> IDTrainer:
+def build_trainer(
+    data: Path, folder: Path, *, tower: str = "resnet", num_workers: int = 0, general: bool = True, **options
+) -> IDTrainer:
     processor = small_processor()
     set_seed(3)
-    model = small_model(processor, detach_references=False)
+    model = small_model(processor, tower=tower, detach_references=False)
     model.language_model.config.attention_dropout = 0.1  # the state of the random generators must be restored, too
     arguments = IDTrainingArguments(
         output_dir=str(folder),
@@ -77,7 +79,7 @@ def build_trainer(data: Path, folder: Path, *, num_workers: int = 0, general: bo
         warmup_steps=2,
         logging_steps=1,
         save_steps=SAVE_EVERY,
-        mixing_ratio=0.4,
+        mixing_ratio=0.4 if general else 0.1,
         dataloader_num_workers=num_workers,
         disable_tqdm=True,
         report_to=[],

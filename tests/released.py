@@ -7,8 +7,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from idavlm.data import chat_templates
 from idavlm.experimental.small_models import byte_level_bpe
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -16,6 +26,10 @@ TEXT = FIXTURES / "tokenizer_text.md"
 
 _LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SPECIALS = {"llava-1.5": ["<unk>", "<s>", "</s>"], "yi-vl": ["<unk>", "<|startoftext|>", "</s>"], "iaa": _LLAMA_3}
+
+IMAGE = 3
+"""Id of the image token of :func:`transformers_llava`."""
+OWN_TEMPLATE = chat_templates.QWEN_CHATML + "{# of the tokenizer #}"
 
 
 def released(system: str, folder: Path) -> Path:
@@ -28,6 +42,38 @@ def released(system: str, folder: Path) -> Path:
     else:
         tiny_tokenizer(SPECIALS[system], 320).save_pretrained(copy)
     return copy
+
+
+def tower() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = AutoConfig.for_model("chinese_clip_vision_model", image_size=28, patch_size=14, **sizes)
+    return AutoModel.from_config(config)
+
+
+def language_model() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_key_value_heads=2, **sizes))
+
+
+def llava_tokenizer() -> PreTrainedTokenizerFast:
+    made = tiny_tokenizer(["<unk>", "<s>", "<|im_end|>", "<image>"], 300)
+    made.chat_template = OWN_TEMPLATE
+    return made
+
+
+def transformers_llava(folder: Path) -> LlavaForConditionalGeneration:
+    """Save a LLaVA of transformers with a Chinese-CLIP tower, tokenizer and image processor included."""
+    vision, language = tower(), language_model()
+    config = LlavaConfig(vision_config=vision.config, text_config=language.config, image_token_index=IMAGE)
+    llava = LlavaForConditionalGeneration(config)
+    llava.model.vision_tower.load_state_dict(vision.state_dict())
+    llava.model.language_model.load_state_dict(language.model.state_dict())
+    llava.lm_head.load_state_dict(language.lm_head.state_dict())
+    llava.save_pretrained(folder)
+    llava_tokenizer().save_pretrained(folder)
+    preprocessor = FIXTURES / "llava-1.5-tiny" / "clip-vision-tiny" / "preprocessor_config.json"
+    (folder / preprocessor.name).write_text(preprocessor.read_text().replace("56", "28"))
+    return llava
 
 
 def expected(system: str) -> dict[str, torch.Tensor]:

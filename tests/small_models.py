@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
 from idavlm.data import Sample, parse_sample
 from idavlm.experimental.small_models import (
@@ -15,6 +16,13 @@ from idavlm.experimental.small_models import (
 )
 from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor
 
+_PATCHES = {"image_size": 64, "patch_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_WIDTHS = {"hidden_size": 32, "intermediate_size": 64}
+TOWERS = {
+    "resnet": lambda: small_vision_tower(hidden_size=32),
+    "vit": lambda: ViTModel(ViTConfig(**_PATCHES, **_WIDTHS)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**_PATCHES, **_WIDTHS)),
+}
 TEXTS = [
     "Kate is reading. Tom is waving.",
     "Where is Kate? What is Tom doing?",
@@ -28,7 +36,7 @@ def small_processor(**options) -> IDAVLMProcessor:
 
 
 def small_model(
-    processor: IDAVLMProcessor, *, connector: str = "id_former", **options
+    processor: IDAVLMProcessor, *, connector: str = "id_former", tower: str = "resnet", **options
 ) -> IDAVLMForConditionalGeneration:
     torch.manual_seed(0)
     if connector in ("id_former", "resampler"):
@@ -36,7 +44,7 @@ def small_model(
     if connector == "id_former":
         options = {"gate": "none", "null_token": True, **options}
     return IDAVLMForConditionalGeneration.from_parts(
-        small_vision_tower(hidden_size=32),
+        TOWERS[tower](),
         small_language_model(processor.tokenizer, hidden_size=32),
         image_token_id=processor.image_token_id,
         connector=connector,

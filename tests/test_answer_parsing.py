@@ -1,5 +1,7 @@
 """Parsing of unusual answers."""
 
+import time
+
 import pytest
 
 from idavlm.evaluation import parse_image_number, parse_letter, parse_yes_no
@@ -27,6 +29,7 @@ CHOICES = [
     ("Image 4, not Image 1", 4),
     ("image4", 4),
     ("The photo #2 shows Kate", 2),
+    ("It is #\n 2", 2),
     (" 2. ", 2),
     ("Picture 12", 12),
     ("She wears 2 hats", None),
@@ -214,3 +217,23 @@ def test_yes_and_no(text, said):
 
 def test_enough_of_them():
     assert min(len(CHOICES), len(BOXES), len(YES_NO)) >= 40
+
+
+@pytest.mark.parametrize("text", ["the f\u0131rst one", "\u0130mage s\u0131x", "FIRST f\u0130ve", "the n\u0131nth"])
+def test_letters_that_count_as_an_i_without_case(text):
+    assert parse_image_number(text) in (1, 5, 6, 9)
+
+
+UNITS = ["[", "(1,2", "1,1,1,1%", "1", " ", "image ", "image 1 ", "#1", "not ", "the ", "is 1 ", "x1=1 ", "<box>", "1 "]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("image", "x"), ("1", "%"), ("the answer is 1", "not")])
+def test_the_time_grows_with_the_length_of_the_answer(before, after, unit):
+    """Each answer has 40,000 characters. Patterns that go back over it take minutes."""
+    text = before + unit * (40_000 // len(unit)) + after
+    start = time.perf_counter()
+    parse_image_number(text, name="Kate")
+    parse_yes_no(text)
+    BoxFormat("bins32").parse(text, (30, 50), name="Kate")
+    assert time.perf_counter() - start < 10

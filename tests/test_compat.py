@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
 
 from idavlm import _compat
@@ -47,6 +48,9 @@ def test_a_conversation_continues_from_its_cache(processor, root, name):
         answer = model.generate(**batch, **{name: cache}, **GREEDY)
         assert torch.equal(answer, model.generate(**batch, use_cache=False, **GREEDY))
         batch["input_ids"] = torch.cat([answer, prompt(1, 3)], 1)
+        added = batch["input_ids"].shape[1] - batch["token_identity_index"].shape[1]
+        batch["token_identity_index"] = pad(batch["token_identity_index"], (0, added), value=-1)
+        batch["name_mask"] = pad(batch["name_mask"], (0, added))
     assert len(calls) == 1 + 2 * GREEDY["max_new_tokens"]
 
 

@@ -7,23 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
 from idavlm._compat import auto_image_processor
-from idavlm.conversion import ConversionError, convert
+from idavlm.conversion import ConversionError, config_files, convert
 from idavlm.data import chat_templates
-from tests.released import released, tiny_tokenizer
+from tests.released import IMAGE, OWN_TEMPLATE, language_model, llava_tokenizer, released, tower, transformers_llava
 
-IMAGE, TOKENS = 3, 4
+TOKENS = 4
 BATCH = {
     "input_ids": torch.tensor([[5, *[IMAGE] * TOKENS, 7, 8, 9, 2], [6, *[IMAGE] * TOKENS, 11, 12, 13, 2]]),
     "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1)),
@@ -32,43 +24,19 @@ LORA = {"r": 4, "lora_alpha": 8, "modules_to_save": ["multi_modal_projector"]}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2"]
 
 
-def tower():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = AutoConfig.for_model("chinese_clip_vision_model", image_size=28, patch_size=14, **sizes)
-    return AutoModel.from_config(config)
-
-
-def language_model():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_key_value_heads=2, **sizes))
-
-
-def tokenizer():
-    made = tiny_tokenizer(["<unk>", "<s>", "<|im_end|>", "<image>"], 300)
-    made.chat_template = OWN_TEMPLATE
-    return made
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A LLaVA put together from three parts, a LoRA adapter trained on both halves, and the two merged by peft."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("chinese-clip")
-    parts = tower(), language_model()
-    config = LlavaConfig(vision_config=parts[0].config, text_config=parts[1].config, image_token_index=IMAGE)
-    llava = LlavaForConditionalGeneration(config)
-    llava.model.vision_tower.load_state_dict(parts[0].state_dict())
-    llava.model.language_model.load_state_dict(parts[1].model.state_dict())
-    llava.lm_head.load_state_dict(parts[1].lm_head.state_dict())
-    llava.save_pretrained(folder / "base")
+    llava = transformers_llava(folder / "base")
     trained = get_peft_model(llava, LoraConfig(target_modules=TARGETS, **LORA))
     train(trained, BATCH)
     trained.save_pretrained(folder / "adapter")
     trained.merge_and_unload().save_pretrained(folder / "merged")
-    preprocessor = released("llava-1.5", folder) / "clip-vision-tiny" / "preprocessor_config.json"
-    for name in ("base", "merged"):
-        tokenizer().save_pretrained(folder / name)
-        shutil.copy(preprocessor, folder / name)
+    for path in (folder / "base").glob("*"):
+        if not (folder / "merged" / path.name).exists():
+            shutil.copy(path, folder / "merged")
     return folder
 
 
@@ -101,7 +69,6 @@ def test_transformers_llava_converts_with_and_without_an_adapter(folders, tmp_pa
     assert {"vision_tower", "connector", "language_model"} == {name.partition(".")[0] for name in state}
 
 
-OWN_TEMPLATE = chat_templates.QWEN_CHATML + "{# of the tokenizer #}"
 FOR_PARTS = "{% for m in messages %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
 FOR_PARTS += "{% endfor %}{% endfor %}"
 
@@ -111,7 +78,7 @@ def test_what_transformers_processor_saves_is_read(folders, tmp_path):
     base = shutil.copytree(folders / "base", tmp_path / "base")
     image_processor = auto_image_processor().from_pretrained(base)
     (base / "preprocessor_config.json").unlink()
-    made = tokenizer()
+    made = llava_tokenizer()
     made.chat_template = None
     saved = LlavaProcessor(image_processor, made, patch_size=14, chat_template=FOR_PARTS)
     saved.save_pretrained(base)
@@ -187,6 +154,66 @@ def test_loras_of_llavas_format_are_merged(llava_lora, tmp_path):
         assert torch.equal(state[f"language_model.{name}"][: len(tensor)], tensor), name
     for name, tensor in projector.items():
         assert torch.equal(state[name.replace("model.mm_projector", "connector")], tensor)
+
+
+def test_patterns_of_ranks_and_alphas_apply_as_in_peft(folders, tmp_path):
+    """Of several patterns that match, the first one in the file counts; peft sorts them."""
+    llava = LlavaForConditionalGeneration.from_pretrained(folders / "base")
+    patterns = {
+        "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 64, "up_proj": 2},
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 8, "q_proj": 2},
+    }
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **patterns}
+    tuned = get_peft_model(llava, LoraConfig(target_modules=["q_proj", "up_proj"], **options))
+    tuned.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        merged = tuned.merge_and_unload().eval()(**BATCH).logits
+    convert(folders / "base", tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
+    torch.testing.assert_close(logits_of(tmp_path / "out"), merged, atol=1e-5, rtol=1e-5)
+
+
+def test_the_configuration_of_an_adapter_is_checked(folders, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folders / "adapter", adapter)
+    path = adapter / "adapter_config.json"
+    original = json.loads(path.read_text())
+    for field, value, message in (
+        *((field, "no such value", f"{field}='no such value'; expected ") for field in config_files.ADAPTER),
+        ("lora_alpha", 0, "lora_alpha=0; expected a number greater than 0"),
+        ("r", 3, r"has rank 3, but in .*adapter_model\.safetensors lora_A has shape \(4, \d+\)"),
+        ("rank_pattern", {"up_proj": 3}, r"up_proj has rank 3, but in"),
+        ("alpha_pattern", {"(": 3}, r"alpha_pattern has '\(', which is no regular expression"),
+        ("alpha_pattern", {"up_proj": None}, r"alpha_pattern=\{'up_proj': None\}; expected"),
+        ("peft_type", "IA3", r"\{'peft_type': 'IA3'\} is not supported; merge the adapter with peft"),
+        ("use_dora", True, r"\{'use_dora': True\} is not supported"),
+        ("layer_replication", [[0, 2]], "'layer_replication': .* is not supported"),
+    ):
+        path.write_text(json.dumps({**original, field: value}))
+        pattern = "'peft_type': 'no such value'" if (field, value) == ("peft_type", "no such value") else message
+        with pytest.raises(ConversionError, match=rf"adapter_config\.json: .*{pattern}"):
+            convert(folders / "base", tmp_path / "out", adapter=adapter, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pairs_of_an_adapter_are_checked(folders, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folders / "adapter", adapter)
+    path = adapter / "adapter_model.safetensors"
+    original = load_file(path)
+    name = next(name for name in original if name.endswith("lora_A.weight"))
+    for tensor, message in (
+        (torch.zeros(3, original[name].shape[1]), "has rank 4, but in .* lora_A has shape"),
+        (torch.zeros(0, original[name].shape[1]), "has rank 4, but in .* lora_A has shape"),
+        (original[name].long(), "expected lora_A and lora_B of linear layers, found 1"),
+        (torch.zeros(4, 7), "has a low-rank update of shape"),
+    ):
+        save_file({**original, name: tensor}, path)
+        with pytest.raises(ConversionError, match=message):
+            convert(folders / "base", tmp_path / "out", adapter=adapter, progress=False)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ConversionError, match=r"adapter_model\.safetensors is not a complete safetensors file"):
+        convert(folders / "base", tmp_path / "out", adapter=adapter, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_model_is_refused(llava_lora, folders, tmp_path):

@@ -69,7 +69,7 @@ def test_left_padding_and_sources():
             [encoded(1, 1, box_image=torch.tensor([1]), boxes=torch.ones(1, 4), box_identity=torch.tensor([0]))],
             "out of range; the sample has 1 images",
         ),
-        ([encoded(1, 0, source="general"), encoded(1, 0)], "1 of 2 samples have a source"),
+        ([encoded(1, 0, source="general"), encoded(1, 0)], "1 of 2 samples have 'source'"),
     ],
 )
 def test_wrong_samples_are_named(samples, message):

@@ -147,8 +147,9 @@ def test_other_errors_are_not_skipped(faulty):
 
     with pytest.warns(UserWarning, match="skipped"):
         data = RecordDataset(faulty, encode=broken, on_error="skip")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as caught:
         data[0]
+    assert caught.value.__notes__ == [f"(while {faulty}:1 was encoded)"]
 
 
 def test_options_are_checked(faulty):

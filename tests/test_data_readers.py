@@ -1,6 +1,8 @@
 """Readers: other formats are converted to the schema, with placeholders, roles and references."""
 
+import contextlib
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -154,11 +156,11 @@ def test_qwen_text_is_converted_or_refused_but_never_lost(text):
         ("openai", {"conversations": []}, "no list 'messages'"),
         ("llava", {"conversations": ["hello"]}, r"conversations\[0\] is 'hello'"),
         ("llava", {"conversations": [{"from": "tool", "value": ""}]}, "role 'tool' is not known"),
-        ("llava", {"conversations": [{"from": "human", "value": 3}]}, "value of turn 0='3' is int"),
+        ("llava", {"conversations": [{"from": "human", "value": 3}]}, "value of turn 0=3 is int"),
         (
             "llava",
             {"conversations": turns("a", "b"), "image": 3},
-            "image is int '3'; expected a path",
+            "image is int 3; expected a path",
         ),
         (
             "openai",
@@ -168,7 +170,7 @@ def test_qwen_text_is_converted_or_refused_but_never_lost(text):
         (
             "openai",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            r"content\[0\].image_url.url='None' is NoneType",
+            r"content\[0\].image_url.url=None is NoneType",
         ),
         ("openai", {"messages": [{"role": "user", "content": None}]}, "must be a string or a list"),
     ],
@@ -184,3 +186,71 @@ def test_urls_are_refused_in_every_format():
         read("openai", {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]})
     with pytest.raises(DataError, match=r"is a URL; URLs are not supported"):
         read("openai", {"messages": [{"role": "user", "content": [{**part, "image_url": "data:image/png;base64,x"}]}]})
+
+
+MMID = {
+    "id": 1,
+    "type": "location",
+    "question": "Kate is <img>image_1</img>\n<img>image_2</img>\nWhere is Kate?",
+    "image_1": "k.jpg",
+    "image_2": "s.jpg",
+    "ground_target": "Kate",
+    "answer": "[1, 2, 3, 4]",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": ["location"]}, r"type=\['location'\] is not known"),
+        ({"type": {"a": 1}}, "is not known"),
+        ({"answer": "[" * 100_000}, r"answer='\[+'... of a location item is not"),
+        ({"answer": "9" * 5000}, "of a location item is not"),
+        ({"answer": '{"a": 1}'}, r"boxes\[0\].box={'a': 1} of 'Kate' must be four numbers"),
+        ({"answer": "[NaN, 2, 3, 4]"}, "must be four numbers"),
+        ({"ground_target": None}, "ground_target=None is NoneType"),
+        ({"image_2": 3}, "image_2=3 is int"),
+    ],
+)
+def test_wrong_items_of_mmid_are_named(changes, message):
+    assert read("mmid", MMID).target_box.box == [1, 2, 3, 4]
+    with pytest.raises(DataError, match=f"^f.json:3: .*{message}") as caught:
+        read("mmid", MMID | changes)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        ("tea/coffee / milk /water", ["tea", "coffee", "milk", "water"]),
+        ("in 1/2 hour / at 3 / 4 / 5/x", ["in 1/2 hour", "at 3", "4", "5/x"]),
+    ],
+)
+def test_slashes_separate_the_false_answers_of_mmid(text, choices):
+    item = {**MMID, "type": "QA_singleimage", "answer": "x", "false answers": text}
+    assert read("mmid", item).false_answers == choices
+
+
+def test_windows_line_ends_in_a_question():
+    text = "Kate is <img>k.jpg</img>\r\nTom is <img>t.jpg</img>.\r\n<img>s.jpg</img>\r\nWhere?"
+    sample = read("qwen_vl", {"conversations": turns(text, "A.", names=("user", "assistant"))})
+    assert [identity.name for identity in sample.identities] == ["Kate", "Tom"]
+    assert sample.message_images == ["s.jpg"]
+
+
+@pytest.mark.parametrize(
+    "unit", ["<img>", "</img>", "</img><img>", " is <img>", " ", "\t", "x is <img>a</img> ", " / ", "1/", "<image>"]
+)
+def test_the_time_of_readers_grows_with_the_length_of_the_text(unit):
+    """Each text has 100,000 characters. Patterns that go back over it take minutes."""
+    text = unit * (100_000 // len(unit)) + "x"
+    start = time.perf_counter()
+    for reader, record in {
+        "qwen_vl": {"conversations": turns(text, text, names=("user", "assistant"))},
+        "mmid": {**MMID, "type": "QA_singleimage", "question": text, "answer": text, "false answers": text},
+        "llava": {"conversations": turns(text, text)},
+        "openai": {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]},
+    }.items():
+        with contextlib.suppress(DataError):
+            read(reader, record)
+    assert time.perf_counter() - start < 10

@@ -7,6 +7,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from idavlm.data import DataError, render_chat
+from idavlm.data.rendering import Segment
+from tests.tokenizer_families import Slow
 
 HEADER = "{{ '<|im_start|>' + message['role'] + '\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -64,7 +66,7 @@ def build(*, byte_level=True, merges=()):
 
 
 CHAT = [
-    {"role": "user", "content": "Kate is <image>\nWhere is Kate?"},
+    {"role": "user", "content": [Segment("Kate is "), Segment("<image>", is_markup=True), Segment("\nWhere is Kate?")]},
     {"role": "assistant", "content": "[12, 3, 40, 5]"},
     {"role": "user", "content": "Sure?"},
     {"role": "assistant", "content": "Yes, très sûre 😀."},
@@ -73,7 +75,7 @@ CHAT = [
 
 def labelled(tokenizer, messages=CHAT, **options):
     """The labelled text, one string per run of labels."""
-    ids, labels = render_chat(tokenizer, messages, **options)
+    ids, labels, _ = render_chat(tokenizer, messages, **options)
     assert len(ids) == len(labels)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     runs, open_run = [], False
@@ -109,9 +111,9 @@ def test_generation_tags_and_comparison_give_the_same_labels(tokenizer):
 
 def test_training_starts_with_exactly_the_prompt_of_generation(tokenizer):
     tokenizer.chat_template = CHATML
-    ids, labels = render_chat(tokenizer, CHAT)
+    ids, labels, _ = render_chat(tokenizer, CHAT)
     for turns in (1, 3):
-        prompt, none = render_chat(tokenizer, CHAT[:turns], add_generation_prompt=True)
+        prompt, none, _ = render_chat(tokenizer, CHAT[:turns], add_generation_prompt=True)
         assert ids[: len(prompt)] == prompt
         assert labels[len(prompt)] != -100
         assert labels[len(prompt) - 1] == -100
@@ -148,25 +150,6 @@ def test_without_assistant_turns_nothing_is_labelled(tokenizer):
     assert labelled(tokenizer, CHAT[:1], chat_template=MARKED) == []
 
 
-class Slow:
-    """A tokenizer without offsets, like the Python tokenizers of transformers."""
-
-    is_fast = False
-
-    def __init__(self, fast):
-        self.fast = fast
-
-    def __getattr__(self, name):
-        return getattr(self.fast, name)
-
-    def __len__(self):
-        return len(self.fast)
-
-    def __call__(self, texts, **options):
-        assert not options.pop("return_offsets_mapping")
-        return self.fast(texts, **options)
-
-
 def test_a_tokenizer_without_offsets_gives_the_same_labels(tokenizer):
     for template in (CHATML, MISTRAL, NO_SPECIAL_TOKENS):
         tokenizer.chat_template = template
@@ -200,7 +183,7 @@ def fails(tokenizer, message, messages=CHAT, **options):
 
 
 def test_a_conversation_that_is_too_long_is_an_error(tokenizer):
-    ids, _ = render_chat(tokenizer, CHAT, chat_template=CHATML)
+    ids = render_chat(tokenizer, CHAT, chat_template=CHATML).input_ids
     assert render_chat(tokenizer, CHAT, chat_template=CHATML, max_length=len(ids))[0] == ids
     message = rf"has {len(ids)} tokens, more than max_length={len(ids) - 1}"
     assert fails(tokenizer, message, chat_template=CHATML, max_length=len(ids) - 1) == "length"

@@ -7,14 +7,18 @@ from PIL import Image
 
 from idavlm.cli.main import main
 from idavlm.data import DataError
-from idavlm.evaluation import Answer, load_answers
+from idavlm.data.schema import TASK_TYPES
+from idavlm.evaluation import Answer, load_answers, parse_image_number, parse_letter, parse_yes_no
+from idavlm.evaluation.fingerprints import item_fingerprint
+from idavlm.evaluation.judge import parse_score, parse_winner
 from idavlm.evaluation.task_run import load_scores
 from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.mme import mme_scores
 from idavlm.evaluation.tasks.personal import recognition_scores
 from idavlm.evaluation.tasks.vqa import says
 from idavlm.models import BoxFormat
-from tests.small_models import draw_images, small_model, small_processor
+from tests.fake_mmid import build_mmid
+from tests.small_models import IMAGES, draw_images, small_model, small_processor
 
 
 def lines(path, records):
@@ -229,3 +233,190 @@ def test_a_model_answers_all_of_them(tmp_path, mme, capsys):
     assert set(llava[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
     assert "## MME score" in (tmp_path / "out" / "mme" / "report.md").read_text()
     assert "| weighted |" in (tmp_path / "out" / "personal" / "report.md").read_text()
+
+
+NASTY = [
+    "", " ", "30", "0", "-1", "photo 27 of the album", "Option 2024", "1" * 5000, "\u0663", "photo \u0663\u0660",
+    "\u00b2", "\u216b", "\u3257", "\U0001d7da\U0001d7df", "image f\u0131ve", "the F\u0130RST one", "\u017fecond",
+    "option \u212a", "\u7b2c\u4e8c\u5341", "[1, 2", "[[[[", "[1e400, 0, 1e400, 5]", "[" + "9" * 400 + ", 0, 1, 1]",
+    "<box>(1,2),(3,4)</box>" * 9, "nan, nan, nan, nan", "<think>", "</think>A", "\0", "\x1b[31mA", "\u202eA",
+    "yes no " * 99, "(" * 999, "A" * 999, "the answer is", "the " * 999 + "answer is B", "*" * 999, "a\u0301" * 99,
+    "\U0001f600", "i don't know", "**(C)**", "x1=1e309, y1=2, x2=3, y2=4", "-0.0, -0.0, 0.0, 0.0", "100% A",
+    "A, B, C and D", "#1", "#\u0661", "Kate " * 999,
+]  # fmt: skip
+"""Answers of models and of people, at their worst."""
+
+
+def every_task(tmp_path, mme) -> dict[str, tuple]:
+    """Items of every task of ``idavlm eval``; the records of the schema have all six tasks."""
+    draw_images(tmp_path / "images", IMAGES)
+    grounding = [{"image": "kate.png", "sent": "a man", "bbox": [1, 2, 30, 40], "height": 60, "width": 80}]
+    base = {"identities": [{"name": "Kate", "images": ["kate.png"]}], "answer": "Kate is reading."}
+    base |= {"messages": [{"role": "user", "content": [{"type": "image", "image": "scene.png"}]}]}
+    records = [base | {"type": task, "id": task, "false_answers": ["Tom is.", "30"]} for task in TASK_TYPES]
+    records[0] |= {"answer": "Image 1", "false_answers": ["Image 2"]}
+    records[1] |= {"target": "Kate", "boxes": [{"name": "Kate", "image": "scene.png", "box": [1, 2, 30, 40]}]}
+    data = {
+        "vqa": lines(tmp_path / "q.jsonl", vqa_records()),
+        "personal": lines(tmp_path / "p.jsonl", personal_records()),
+        "grounding": lines(tmp_path / "g.jsonl", grounding),
+        "records": lines(tmp_path / "r.jsonl", records),
+        "mmid": build_mmid(tmp_path / "mmid", rounds=1),
+        "mme": mme,
+    }
+    assert set(data) == set(TASKS)
+    return {name: TASKS[name].load(path, None) for name, path in data.items()}
+
+
+def test_every_scorer_takes_any_text(tmp_path, mme):
+    """Scores are finite and between 0 and 1, and every box format parses or refuses every text."""
+    for name, items in every_task(tmp_path, mme).items():
+        for text in NASTY:
+            for kind in BoxFormat.KINDS if TASKS[name].boxes else (None,):
+                parse_box = BoxFormat(kind).parse if kind else None
+                result = TASKS[name].score(items, answered(items, [text] * len(items)), parse_box)
+                for prediction in result.predictions:
+                    assert all(0 <= score <= 1 for score in prediction.scores.values()), (name, text, prediction)
+                json.dumps(result.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_number_is_no_letter_and_no_reply_of_a_judge_ends_the_run(text):
+    letter = parse_letter(text)
+    assert letter is None or letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    assert parse_letter(text, count=2) in (None, "A", "B")
+    assert parse_image_number(text, count=0) is None
+    assert parse_yes_no(text) in (None, True, False)
+    assert parse_winner(text) in (None, "A", "B", "tie")
+    assert parse_winner("[[t\u0130e]]") == "tie"
+    score = parse_score(text)
+    assert score is None or 1 <= score <= 10
+
+
+@pytest.mark.parametrize(
+    "text", ["30", "0", "photo 27 of the album", "Option 2024", "She was born in 1990.", "1" * 5000]
+)
+def test_a_number_as_answer_to_lettered_choices_is_wrong(tmp_path, text):
+    items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
+    result = TASKS["personal"].score(items, answered(items, [text] * len(items)), None)
+    assert result.summary["choice_t"] == {"n": 1, "unparsed": 1, "metrics": {"accuracy": 0.0}, "chance": {}}
+    assert parse_letter("image f\u0131ve") == "E", "with the dotless i of Turkish"
+
+
+VALUES = [None, 3, 0, -1, 1.5, True, "", " ", "x", [], [3], [None], {}, {"a": 1}, "\ud800", [[]], float("nan"), 10**400]
+
+
+def mutations() -> list[tuple[str, dict, str]]:
+    """One field of a record of each task, which is replaced by every value."""
+    grounding = {"id": 1, "image": "a.png", "sent": "a man", "bbox": [1, 2, 30, 40], "height": 60, "width": 80,
+                 "split": "testA", "text": "Where?", "bbox_format": "xyxy"}  # fmt: skip
+    vqa = vqa_records()[0] | {"answer": "red", "identities": [{"name": "Kate", "images": ["tom.png"]}]}
+    personal = personal_records()[0] | {"identities": [{"name": "Kate", "images": ["tom.png"]}]}
+    records = {"grounding": grounding, "vqa": vqa | {"answer": "red"}, "personal": personal}
+    return [
+        (task, record, name) for task, record in records.items() for name in (*record, "answers", "images", "question")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "name"), mutations(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_field_of_another_type_is_an_error_of_its_line(tmp_path, task, record, name):
+    """Or it is a valid value. Null is the same as no field."""
+    for value in VALUES:
+        path = lines(tmp_path / "data.jsonl", [record | {name: value}])
+        message = ""
+        try:
+            items = TASKS[task].load(path, None)
+        except DataError as error:
+            message = str(error)
+        if message:
+            assert message.startswith(f"{path}:1: ")
+            assert len(message) < 500 + len(str(path))
+            continue
+        text = items[0].sample.answer or "x"
+        result = TASKS[task].score(items, answered(items, [text]), BoxFormat("pixels").parse)
+        json.dumps(result.to_dict(), allow_nan=False)
+        item_fingerprint(items[0].sample)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": 3}, "answer=3 must be a text or a list"), ({"answer": ["x", 3]}, r"\['x', 3\] must be texts"),
+        ({"answer": "..."}, r"answers=\['\.\.\.'\] must be texts with a word"), ({"answer": ""}, "'' is blank"),
+        ({"facts": "born in Busan"}, "facts=.* must be a list"), ({"facts": [3]}, "must be texts, or lists"),
+        ({"facts": [[]]}, "must be texts, or lists of wordings"), ({"facts": {"a": 1}}, "must be a list"),
+        ({"answer": "x", "answers": ["y"]}, "'answers' and 'answer', which mean the same"),
+        ({"category": ["a"]}, "category=.* must be a text or an integer"), ({"images": ["a.png"]}, "mean the same"),
+        ({"question_id": True}, "question_id=True must be a text or an integer"), ({"text": None}, "has no 'text'"),
+    ],
+)  # fmt: skip
+def test_broken_vqa_records_are_named(tmp_path, change, message):
+    with pytest.raises(DataError, match=rf"q\.jsonl:1: .*{message}"):
+        TASKS["vqa"].load(lines(tmp_path / "q.jsonl", [vqa_records()[0] | change]), None)
+
+
+def test_null_is_no_answer(tmp_path):
+    record = vqa_records()[0] | {"answer": None, "answers": None, "facts": None, "category": None, "images": None}
+    item = TASKS["vqa"].load(lines(tmp_path / "q.jsonl", [record]), None)[0]
+    assert (item.extra["answers"], item.extra["facts"], item.groups) == ([], [], {"category": "all"})
+
+
+@pytest.mark.parametrize(
+    ("text", "wording", "found"),
+    [("A", "A", True), ("Option A.", "A", True), ("B", "A", False), ("", "A", False), ("the", "...", False)],
+)
+def test_a_wording_of_articles_only_is_searched_literally(text, wording, found):
+    """The option "A" would be found in every answer without its article."""
+    assert says(text, wording) is found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "Kate"}, "'Kate' is an answer of a matching record, but names no image of the 2"),
+        ({"answer": "Image 3"}, "'Image 3' is an answer of a matching record, but names no image of the 2"),
+        ({"false_answers": ["Tom"]}, "'Tom' is an answer of a matching record"),
+        ({"answer": None, "type": None, "false_answers": []}, "training record|ends with a turn of 'user'"),
+    ],
+)
+def test_records_that_cannot_be_scored_are_found_before_an_answer_is_generated(tmp_path, change, message):
+    record = {"type": "matching", "answer": "Image 1", "false_answers": ["Image 2"]}
+    record |= {"messages": [{"role": "user", "content": "Which image shows Kate?"}]} | change
+    with pytest.raises(DataError, match=rf"t\.jsonl:1: .*{message}"):
+        TASKS["records"].load(lines(tmp_path / "t.jsonl", [record]), None)
+
+
+def test_broken_files_of_mme_are_named(mme):
+    text = mme / "color" / "1.txt"
+    for content, message in (
+        (b"", "holds no question"),
+        (b"Is \xff red?\tYes", "is not UTF-8"),
+        (b"\n \n", "holds no question"),
+    ):
+        text.write_bytes(content)
+        with pytest.raises(DataError, match=rf"color/1\.txt {message}"):
+            TASKS["mme"].load(mme, None)
+    text.unlink()
+    text.mkdir()
+    assert len(TASKS["mme"].load(mme, None)) == 6
+    with pytest.raises(DataError, match="is not a folder"):
+        TASKS["mme"].load(mme / "readme.txt", None)
+
+
+def test_the_size_of_an_image_is_read_without_decoding_it(tmp_path):
+    """As upright; a file that is not an image is named."""
+    data = lines(tmp_path / "g.jsonl", [{"image": "a.jpg", "sent": "a man", "bbox": [1, 2, 30, 40]}])
+    item = TASKS["grounding"].load(data, None)[0]
+    assert item.image_size() is None
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for exif, size in ((None, (40, 60)), (turned, (60, 40))):
+        Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", **({"exif": exif} if exif else {}))
+        data = (tmp_path / "a.jpg").read_bytes()
+        (tmp_path / "a.jpg").write_bytes(data[:-20])
+        assert item.image_size() == size
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(DataError, match=r"g\.jsonl:1: image 'a\.jpg' is not an image"):
+        item.image_size()

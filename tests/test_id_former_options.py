@@ -37,11 +37,13 @@ def test_tokens_maps_and_gradients_equal_the_restatement(small_id_former, option
 def test_identity_map_loss_is_the_mean_over_layers(small_id_former):
     id_former = small_id_former(num_identity_layers=2, null_token=True)
     features, roles = torch.randn(3, 9, 12, dtype=torch.float64), torch.tensor([0, 0, 1])
-    _, maps = id_former(features, roles, torch.zeros(3, dtype=torch.long), output_attentions=True)
+    samples = torch.zeros(3, dtype=torch.long)
+    _, maps = id_former(features, roles, samples, output_attentions=True)
     targets = torch.full((3, 9), -100)
     targets[2] = torch.tensor([0, 1, -1] * 3)
     each = [-layer[2].gather(-1, (targets[2] % 3)[:, None]).log().mean() for layer in maps]
-    torch.testing.assert_close(id_former.identity_map_loss(maps, targets), torch.stack(each).mean().float())
+    loss = id_former.identity_map_loss(maps, targets, roles, samples)
+    torch.testing.assert_close(loss, torch.stack(each).mean().float())
     assert abs(each[0] - each[1]) > 1e-3
 
 
@@ -49,21 +51,23 @@ def test_loss_does_not_count_images_that_attend_to_no_reference(small_id_former)
     id_former = small_id_former(null_token=True)
     features, targets = torch.randn(4, 9, 12, dtype=torch.float64), torch.full((4, 9), -1)
     targets[0] = -100
-    _, alone = id_former(features[:2], torch.tensor([0, 1]), torch.tensor([0, 0]), output_attentions=True)
-    _, among = id_former(features, torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 2]), output_attentions=True)
-    torch.testing.assert_close(
-        id_former.identity_map_loss(among, targets), id_former.identity_map_loss(alone, targets[:2])
-    )
+    losses = []
+    for roles, samples in (([0, 1], [0, 0]), ([0, 1, 1, 2], [0, 0, 1, 2])):
+        roles, samples = torch.tensor(roles), torch.tensor(samples)
+        _, maps = id_former(features[: len(roles)], roles, samples, output_attentions=True)
+        losses.append(id_former.identity_map_loss(maps, targets[: len(roles)], roles, samples))
+    torch.testing.assert_close(*losses)
 
 
 def test_loss_rejects_an_identity_the_sample_does_not_have(small_id_former):
     id_former = small_id_former()
     features, targets = torch.randn(5, 9, 12, dtype=torch.float64), torch.full((5, 9), -100)
     index = torch.tensor([0, 0, 0, 1, 1])
-    _, maps = id_former(features, torch.tensor([0, 0, 1, 0, 1]), index, output_attentions=True)
+    roles = torch.tensor([0, 0, 1, 0, 1])
+    _, maps = id_former(features, roles, index, output_attentions=True)
     targets[4, 3] = 1
     with pytest.raises(ValueError, match=r"targets\[4, 3\]=1, but image 4 has no reference .* \(it has \[0\]\)"):
-        id_former.identity_map_loss(maps, targets)
+        id_former.identity_map_loss(maps, targets, roles, index)
 
 
 def test_hooks_on_projections_see_what_they_compute(small_id_former):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from idavlm import identity_map_loss, identity_patch_targets
-from idavlm.modules import NULL
+from idavlm.modules import NULL, identities_of_scenes
 from idavlm.utils import IGNORE_INDEX
 
 X, N = IGNORE_INDEX, NULL
@@ -122,7 +122,7 @@ def test_wrong_boxes_are_named(change, message):
 
 def test_loss_is_the_mean_log_share_of_the_labelled():
     attention = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5]]], requires_grad=True)
-    loss = identity_map_loss(attention, torch.tensor([[0, X, N]]))
+    loss = identity_map_loss(attention, torch.tensor([[0, X, N]]), torch.tensor([[True, True]]))
     assert math.isclose(loss.item(), (math.log(2) + math.log(2)) / 2, rel_tol=1e-6)
     loss.backward()
     assert not attention.grad[0, 1].any()
@@ -130,7 +130,7 @@ def test_loss_is_the_mean_log_share_of_the_labelled():
 
 def test_loss_without_labels_is_zero_and_in_the_graph():
     attention = torch.full((1, 2, 2), 0.5, requires_grad=True)
-    loss = identity_map_loss(attention, torch.full((1, 2), X))
+    loss = identity_map_loss(attention, torch.full((1, 2), X), torch.tensor([[True]]))
     loss.backward()
     assert loss == 0
     assert not attention.grad.any()
@@ -140,9 +140,15 @@ def test_wrong_targets_are_named():
     attention = torch.full((1, 2, 3), 1 / 3)
     for wrong in (2, 3, -7):
         with pytest.raises(ValueError, match=rf"targets\[0, 1\]={wrong}, but image 0 has no reference"):
-            identity_map_loss(attention, torch.tensor([[0, wrong]]))
+            identity_map_loss(attention, torch.tensor([[0, wrong]]), torch.tensor([[True, True]]))
+    with pytest.raises(
+        ValueError, match=r"targets\[0, 0\]=0, but image 0 has no reference of that identity \(it has \[1\]"
+    ):
+        identity_map_loss(attention, torch.tensor([[0, 1]]), torch.tensor([[False, True]]))
     with pytest.raises(ValueError, match=r"identity_map has shape \(1, 2, 3\) and targets \(2,\)"):
-        identity_map_loss(attention, torch.tensor([0, 1]))
+        identity_map_loss(attention, torch.tensor([0, 1]), torch.tensor([[True, True]]))
+    with pytest.raises(ValueError, match=r"has_reference has shape \(1, 3\)"):
+        identity_map_loss(attention, torch.tensor([[0, 1]]), torch.ones(1, 3, dtype=torch.bool))
 
 
 def test_without_null_token_the_loss_leaves_null_out(small_id_former):
@@ -153,9 +159,61 @@ def test_without_null_token_the_loss_leaves_null_out(small_id_former):
     for null_token in (False, True):
         id_former = small_id_former(null_token=null_token)
         _, maps = id_former(features, roles, index, output_attentions=True)
-        loss = id_former.identity_map_loss(maps, labels)
+        loss = id_former.identity_map_loss(maps, labels, roles, index)
         share = maps[0][1, :, 0].log()[:3].sum()
         if null_token:
             torch.testing.assert_close(loss, -(share + maps[0][1, :, 1].log()[3:].sum()).float() / 9)
         else:
             assert abs(loss) < 1e-6  # one reference: the softmax over it alone is 1
+
+
+def test_attention_that_underflows_to_zero_is_not_a_missing_reference():
+    """A confident wrong map has a large loss; right data are never blamed for it."""
+    sure_of_null = torch.tensor([[[0.0, 0.0, 1.0]] * 2])
+    loss = identity_map_loss(sure_of_null, torch.tensor([[0, N]]), torch.tensor([[True, False]]))
+    assert loss > 40
+    assert torch.isfinite(loss)
+    without_references = identity_map_loss(sure_of_null, torch.tensor([[N, N]]), torch.tensor([[False, False]]))
+    assert without_references == 0
+
+
+@pytest.mark.parametrize("difference", [10, 100, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_saturated_attention_keeps_its_supervision(small_id_former, difference, dtype):
+    """The identity attention is certain of null, up to differences of scores that no softmax can represent."""
+    id_former = small_id_former(null_token=True, num_identity_heads=1, dtype=torch.float32)
+    attention = id_former.identity_layers[0].attention
+    with torch.no_grad():  # scores: a constant for null, about 0 for the reference
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight.zero_()
+            projection.bias.zero_()
+        attention.q_proj.bias[0] = 1
+        attention.k_proj.weight.fill_diagonal_(1)
+        id_former.null_token.zero_()
+        id_former.null_token[0, 0] = min(difference * 16**0.5, torch.finfo(dtype).max)
+    roles, index = torch.tensor([0, 1]), torch.tensor([0, 0])
+    _, maps = id_former.to(dtype)(torch.randn(2, 9, 12, dtype=dtype), roles, index, output_attentions=True)
+    labels = torch.tensor([[X] * 9, [0] * 4 + [N] * 5])
+    assert torch.isfinite(id_former.identity_map_loss(maps, labels, roles, index))
+
+
+def test_identities_of_scenes_follow_the_roles():
+    roles = torch.tensor([0, 0, 0, 1, 1, 2, 0, 1])
+    samples = torch.tensor([0, 0, 0, 0, 1, 1, 3, 3])
+    numbered = identities_of_scenes(roles, samples, torch.tensor([0, 1, 1, 0, 0, 0, 0, 9]), 2)
+    each_its_own = identities_of_scenes(roles, samples, None, 3)
+    assert numbered.nonzero().tolist() == [[3, 0], [3, 1], [7, 0]]
+    assert each_its_own.nonzero().tolist() == [[3, 0], [3, 1], [3, 2], [7, 0]]
+    assert identities_of_scenes(roles[:0], samples[:0], None, 2).shape == (0, 2)
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_images():
+    """However the images are split into batches."""
+    maps = torch.rand(4, 5, 3).softmax(-1)
+    labels = torch.tensor([[0, X, N, X, X], [1] * 5, [X] * 5, [N] * 5])
+    known = torch.tensor([[True, True]] * 4)
+    per_image = identity_map_loss(maps, labels, known, reduction="none")
+    assert per_image[2] == 0
+    torch.testing.assert_close(identity_map_loss(maps, labels, known), per_image.sum() / 3)
+    parts = [identity_map_loss(maps[i : i + 1], labels[i : i + 1], known[:1]) for i in range(4)]
+    torch.testing.assert_close(per_image, torch.stack(parts))

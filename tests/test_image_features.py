@@ -1,14 +1,19 @@
 """Features stored on disk equal those of the tower, and are refused if they come from another one."""
 
+import errno
 import json
+import os
+import re
+import shutil
 
 import pytest
 import torch
 
 from idavlm.data import DataError, parse_sample
 from idavlm.evaluation import evaluate, identity_maps
-from idavlm.models import ImageFeatures
-from tests.small_models import sample, small_model, small_processor
+from idavlm.experimental.small_models import small_image_processor
+from idavlm.models import ImageFeatures, image_features
+from tests.small_models import IMAGES, draw_images, sample, small_model, small_processor
 
 
 @pytest.fixture
@@ -127,3 +132,163 @@ def test_the_type_of_the_tower_is_kept(processor, root, tmp_path):
     features = ImageFeatures.write(tmp_path / "features", model, processor, [sample(root)])
     assert json.loads((tmp_path / "features" / "index.json").read_text())["dtype"] == "bfloat16"
     assert features(root, "kate.png")[0].dtype == torch.bfloat16
+
+
+# The files of the images and of the features -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(processor, model, root, tmp_path):
+    """A folder of images of its own, with features."""
+    folder = shutil.copytree(root, tmp_path / "images")
+    return folder, ImageFeatures.write(tmp_path / "features", model, processor, [sample(folder)])
+
+
+def replaced(folder, name, *, keep_time: bool = False):
+    """Write another image of the same size in place of an image."""
+    path = folder / name
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_replaced_image_is_an_error(written, model, processor, keep_time):
+    folder, features = written
+    features(folder, "scene.png")
+    replaced(folder, "scene.png", keep_time=keep_time)
+    for loader in (features, ImageFeatures(features.folder, model, processor)):
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"image 'scene\.png' below .* features of another version of the file"):
+                loader(folder, "scene.png")
+        loader(folder, "kate.png")
+    draw_images(folder, ["scene.png"], size=(30, 20))
+    with pytest.raises(DataError, match="another version of the file") as error:
+        features(folder, "scene.png")
+    assert (error.value.kind, error.value.file) == ("image", "scene.png")
+
+
+def test_a_copied_or_touched_image_keeps_its_features(written, monkeypatch):
+    """The hash is compared once."""
+    folder, features = written
+    expected, size = features(folder, "scene.png")
+    os.utime(folder / "scene.png")
+    shutil.copy(folder / "kate.png", folder / "copy.png")
+    (folder / "copy.png").replace(folder / "kate.png")
+    hashed = []
+    monkeypatch.setattr(
+        image_features, "_sha256", lambda file, sha256=image_features._sha256: hashed.append(file) or sha256(file)
+    )
+    for _ in range(2):
+        found, found_size = features(folder, "scene.png")
+        assert torch.equal(found, expected)
+        assert found_size == size == (60, 80)
+        features(folder, "kate.png")
+        features(folder, "tom.png")
+    assert hashed == [folder / "scene.png", folder / "kate.png"]
+
+
+def test_the_images_themselves_are_not_needed(written):
+    folder, features = written
+    shutil.rmtree(folder)
+    assert features(folder, "scene.png")[1] == (60, 80)
+
+
+def test_original_sizes_are_in_the_index(written):
+    folder, features = written
+    index = json.loads((features.folder / "index.json").read_text())
+    assert {key: entry[1:3] for key, entry in index["images"].items()} == {
+        str(folder / name): [60, 80] for name in IMAGES[:3]
+    }
+
+
+def test_an_image_that_changes_while_features_are_computed(written, model, processor, monkeypatch):
+    folder, features = written
+    load = processor.load_image
+
+    def load_and_replace(root, path):
+        loaded = load(root, path)
+        if path == "scene.png":
+            replaced(folder, path)
+        return loaded
+
+    monkeypatch.setattr(processor, "load_image", load_and_replace)
+    with pytest.raises(DataError, match=r"image 'scene\.png' below .* changed while its features were computed"):
+        ImageFeatures.write(features.folder, model, processor, [sample(folder)])
+    with pytest.raises(FileNotFoundError, match=r"index\.json does not exist"):
+        ImageFeatures(features.folder, model, processor)
+
+
+def no_space(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["features", "index"])
+def test_a_full_disk(processor, model, root, tmp_path, monkeypatch, what):
+    """The error names the folder and the bytes, and nothing incomplete is left."""
+    folder = tmp_path / "features"
+    ImageFeatures.write(folder, model, processor, [sample(root)])
+    num_bytes = (folder / "features.bin").stat().st_size
+    if what == "features":
+        monkeypatch.setattr(os, "posix_fallocate", no_space)
+    else:
+        num_bytes = len((folder / "index.json").read_text())
+        monkeypatch.setattr("pathlib.Path.write_text", no_space)
+    message = f"No space left on device: the features need {num_bytes:,} more bytes in {folder}, where "
+    with pytest.raises(OSError, match=re.escape(message)) as error:
+        ImageFeatures.write(folder, model, processor, [sample(root)])
+    assert error.value.errno == errno.ENOSPC
+    assert [path.name for path in folder.iterdir()] == (["features.bin"] if what == "index" else [])
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match=r"index\.json does not exist"):
+        ImageFeatures(folder, model, processor)
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, None])
+def test_file_systems_without_reservation_get_a_file_of_zeros_first(
+    processor, model, root, tmp_path, monkeypatch, code
+):
+    expected = ImageFeatures.write(tmp_path / "reserved", model, processor, [sample(root)])
+    if code is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", lambda *args: (_ for _ in ()).throw(OSError(code, "no")))
+    features = ImageFeatures.write(tmp_path / "zeros", model, processor, [sample(root)])
+    assert torch.equal(features(root, "scene.png")[0], expected(root, "scene.png")[0])
+
+
+def test_space_is_reserved_before_features_are_written(processor, model, root, tmp_path):
+    features = ImageFeatures.write(tmp_path / "features", model, processor, [sample(root)])
+    found = (features.folder / "features.bin").stat()
+    assert found.st_blocks * 512 >= found.st_size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "features.bin").write_bytes(b"1234"), "has 4 bytes, .* are expected"),
+        (lambda folder: (folder / "features.bin").unlink(), "has 0 bytes, .* are expected"),
+        (lambda folder: (folder / "index.json").write_text("{"), r"index\.json is damaged"),
+        (lambda folder: (folder / "index.json").write_text("[]"), r"index\.json is damaged"),
+        (lambda folder: (folder / "index.json").write_text("{}"), r"index\.json is damaged"),
+        (lambda folder: (folder / "index.json").write_text('{"tower": "x"}'), "has version 1, this version .* reads"),
+    ],
+)
+def test_a_damaged_folder_is_refused(stored, model, processor, change, message):
+    """A mapped file that is too short would kill the process."""
+    folder = stored.image_loader.folder
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        ImageFeatures(folder, model, processor)
+
+
+def test_features_and_another_image_processor(stored):
+    with pytest.raises(ValueError, match="image_loader holds images that the present image_processor prepared"):
+        stored.image_processor = small_image_processor(32)
+    stored.image_loader = None
+    stored.image_processor = small_image_processor(32)

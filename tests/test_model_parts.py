@@ -1,6 +1,8 @@
 """What a newcomer passes to ``from_parts`` and to the processor: checked at construction, said once, never changed."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
@@ -133,3 +135,109 @@ def test_an_id_former_from_the_config_of_a_model(processor):
     copied = IDFormer.from_config(model.id_former.to_config())
     copied.load_state_dict(model.id_former.state_dict())
     assert isinstance(model.config, PretrainedConfig)
+
+
+WRONG_TYPES = {
+    "vision_config": ["resnet", 3, ["clip"]],
+    "text_config": ["llama", 3, []],
+    "connector": [None, 3, ["id_former"]],
+    "connector_config": ["num_queries", 3, [4]],
+    "image_token_id": ["<image>", 3.0, True, [3]],
+    "image_seq_length": ["4", 4.0, True, [4]],
+    "vision_feature_layer": [None, "-2", -2.0, [-2]],
+    "vision_feature_select": [None, 1, ["patch"]],
+    "identity_map_loss_weight": [None, "1", [1.0], True],
+    "contrastive_loss_weight": [None, "1", [1.0], True],
+    "null_name_token_id": ["the", 3.0],
+    "inner_adaptors": ["every", 4, [4]],
+    "max_images": ["4", 4.0, True],
+}
+OUT_OF_RANGE = {
+    "connector": ["", "mlp0x_gelu", "perceiver"],
+    "image_token_id": [-1],
+    "image_seq_length": [0, -4],
+    "vision_feature_layer": [0, 1],
+    "vision_feature_select": ["", "CLS"],
+    "identity_map_loss_weight": [-1, float("nan"), float("inf")],
+    "contrastive_loss_weight": [-0.5, float("nan")],
+    "null_name_token_id": [-1],
+    "max_images": [0, -1],
+}
+
+
+def test_every_field_of_the_configuration_is_checked():
+    """A value of the wrong type or out of range is an error that names the field and the value."""
+    assert WRONG_TYPES.keys() == set(IDAVLMConfig.__annotations__)
+    for field, values in WRONG_TYPES.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{field}=.*{re.escape(repr(value))} has the wrong type; expected "):
+                IDAVLMConfig(**{field: value})
+    for field, values in OUT_OF_RANGE.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{field}={re.escape(repr(value))} "):
+                IDAVLMConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"connector_config": {"num_querys": 4}},
+            "connector_config: 'num_querys' is not an argument of IDFormer; known: h",
+        ),
+        (
+            {"connector_config": {"num_queries": "4"}},
+            "connector_config: num_queries='4' has the wrong type; expected int",
+        ),
+        (
+            {"connector_config": {"num_heads": None}},
+            "connector_config: num_heads=None has the wrong type; expected int",
+        ),
+        (
+            {"connector_config": {"null_token": "no"}},
+            "connector_config: null_token='no' has the wrong type; expected bool",
+        ),
+        ({"connector_config": {"output_size": 4}}, "connector_config: 'output_size' is not an argument"),
+        (
+            {"connector": "resampler", "connector_config": {"gate": "tanh"}},
+            "connector_config: 'gate' is not an argument of Resampler",
+        ),
+        (
+            {"connector": "linear", "connector_config": {"num_queries": 4}},
+            "connector_config: 'num_queries' is not an argument of build_connector; known: vision_hidden",
+        ),
+        ({"inner_adaptors": {"each": 4}}, "inner_adaptors: 'each' is not an argument of add_inner_adaptors"),
+        ({"inner_adaptors": {"layers": ["1"]}}, "inner_adaptors: layers=.'1'. has the wrong type"),
+        ({"inner_adaptors": {"every": True}}, "inner_adaptors: every=True has the wrong type"),
+        (
+            {"text_config": {"model_type": "llama", "vocab_size": 64}, "image_token_id": 64},
+            "image_token_id=64 lies outside the vocab_size=64 of text_config",
+        ),
+        ({"text_config": {}}, "text_config has no 'model_type'"),
+        ({"text_config": {"model_type": 3}}, "text_config has no 'model_type'"),
+        ({"text_config": {"model_type": "none"}}, "text_config describes no model of type 'none'"),
+        (
+            {"text_config": {"model_type": "llama", "hidden_size": "64"}},
+            "text_config describes no model of type 'llama' .*'hidden_size' expected int, got str",
+        ),
+        (
+            {"vision_config": {"model_type": "clip_vision_model", "num_attention_heads": 0}},
+            "vision_config describes no model of type 'clip_vision_model'",
+        ),
+    ],
+)
+def test_the_parts_of_the_configuration_are_checked(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        IDAVLMConfig(**options)
+
+
+def test_a_configuration_file_with_a_wrong_value_is_refused(processor, tmp_path):
+    """Loading reports the field as building does."""
+    small_model(processor).config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    original = json.loads(path.read_text())
+    assert IDAVLMConfig.from_pretrained(tmp_path).to_dict() == IDAVLMConfig(**original).to_dict()
+    for field, values in WRONG_TYPES.items():
+        path.write_text(json.dumps({**original, field: values[-1]}))
+        with pytest.raises(ValueError, match=f"^{field}="):
+            IDAVLMConfig.from_pretrained(tmp_path)

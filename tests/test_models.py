@@ -19,7 +19,7 @@ from transformers import (
 from idavlm.data import parse_sample
 from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, scatter_image_tokens
 from idavlm.models.image_batch import ImageBatch
-from idavlm.models.supervision import target_identity_map
+from idavlm.models.supervision import count_supervised_scenes, supervised_scenes, target_identity_map
 from tests.small_models import record, sample, small_model
 
 TRAINING_ONLY = ("labels", "boxes", "box_image", "box_identity", "source")
@@ -322,3 +322,44 @@ def test_an_identity_without_a_box_may_be_anywhere(model, processor, root):
         assert (targets >= 0).any() == (number > 0)
     assert losses[0] == 0
     assert losses[1] > 0
+
+
+def test_an_image_that_is_shown_twice_is_supervised_twice(model, processor, root):
+    """The box of an identity labels every copy of its scene, and no copy is labelled with NULL there."""
+    twice = record()
+    twice["messages"][2]["content"] = [{"type": "image", "image": "scene.png"}, {"type": "text", "text": "And now?"}]
+    batch = processor.collate([processor.encode(parse_sample(twice, where="t:1", image_root=root))])
+    assert batch["image_roles"].tolist() == [0, 0, 1, 1]
+    assert sorted(zip(batch["box_identity"].tolist(), batch["box_image"].tolist(), strict=True)) == [
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+    ]
+    roles = (batch[name] for name in ("image_roles", "sample_index", "identity_index"))
+    boxes = (batch[name] for name in ("boxes", "box_image", "box_identity", "image_sizes"))
+    targets = target_identity_map(ImageBatch(torch.zeros(4, 64, 1), (8, 8), *roles), *boxes)
+    assert torch.equal(targets[2], targets[3])
+    assert {0, 1, -1} <= set(targets[2].tolist())
+
+
+def test_supervised_scenes_hold_a_box_or_are_known_to_show_nobody():
+    """Sample 0: two scenes, both identities located. Sample 1: one identity without a box. Sample 2: no references."""
+    roles = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 1, 2])
+    samples = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
+    identities = torch.tensor([0, 1, 0, 0, 0, 1, 0, 0, 0, 0])
+    box_image, box_identity = torch.tensor([2, 2, 6]), torch.tensor([0, 1, 1])
+    batch = {"image_roles": roles, "sample_index": samples, "identity_index": identities, "boxes": torch.zeros(3, 4)}
+    batch |= {"box_image": box_image, "box_identity": box_identity}
+    found = supervised_scenes(roles, samples, identities, box_image, box_identity)
+    assert found.nonzero().flatten().tolist() == [2, 3, 6]
+    assert count_supervised_scenes(batch) == 3
+    assert count_supervised_scenes({**batch, "boxes": None}) == 0
+
+
+def test_a_compiled_model_has_the_losses_of_the_eager_one(model, processor, root):
+    batch = processor.collate([processor.encode(sample(root))])
+    batch.pop("source", None)
+    compiled = torch.compile(model.train(), backend="eager")
+    for name in ("language_loss", "identity_map_loss"):
+        torch.testing.assert_close(compiled(**batch)[name], model(**batch)[name], atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from idavlm.modules.identity_map import pool_identity_map
 from idavlm.utils import ImageRole
 from tests.small_models import record, sample, small_model
 
-REFERENCE, SCENE, GENERAL = (int(role) for role in ImageRole)
+REFERENCE, SCENE, GENERAL = ImageRole.REFERENCE, ImageRole.SCENE, ImageRole.GENERAL
 
 
 @pytest.fixture(

@@ -1,17 +1,22 @@
 """Samples to tensors: text and labels, order and roles of images, boxes, limits; faulty data from file to trainer."""
 
 import functools
+import inspect
 import json
 import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
-from idavlm.data import DataError, RecordDataset, parse_sample
+from idavlm.data import DataError, ErrorLog, RecordDataset, parse_sample
 from idavlm.experimental.small_models import small_image_processor, small_tokenizer
 from idavlm.models import BoxFormat, IDAVLMProcessor
+from idavlm.models.crop_box import crop_box
+from idavlm.modules import identity_patch_targets
 from idavlm.training import IDTrainer, IDTrainingArguments
 from idavlm.utils import IGNORE_INDEX
 from tests.small_models import IMAGES, TEXTS, draw_images, record, sample, small_model, small_processor
@@ -185,6 +190,51 @@ def test_a_box_outside_its_image_is_an_error_of_the_record(processor, root):
     assert processor.encode(parsed(root, entry))["boxes"].shape == (2, 4)
 
 
+def clip_processor(**options):
+    """A processor with CLIP's image processor, which crops the centre of images."""
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    images = type(small_image_processor(32))(**crop | options)
+    return IDAVLMProcessor(images, small_tokenizer(TEXTS, vocab_size=320), image_seq_length=QUERIES)
+
+
+SIDES = st.integers(1, 40)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_center_crop": False, "size": {"height": 32, "width": 32}}])
+@given(data=st.data(), size=st.tuples(SIDES, SIDES), closeness=st.sampled_from([0.0, 1e-9, 1e-7, 1e-5, 1e-3, 1.0]))
+def test_a_box_that_is_encoded_can_be_supervised(options, data, size, closeness):
+    """Boxes close to or beyond the edges of the image and of its crop are refused by ``encode`` or have targets."""
+    processor = clip_processor(**options)
+    processor.image_loader = lambda root, path: (torch.zeros(3, 32, 32), size)
+    left, top, right, bottom = crop_box(processor.image_processor, size)
+    xs = [0, size[1], left * size[1], right * size[1], size[1] / 2]
+    ys = [0, size[0], top * size[0], bottom * size[0], size[0] / 2]
+    shift = st.sampled_from([-closeness, 0, closeness])
+    x1, x2, y1, y2 = (data.draw(st.sampled_from(edges)) + data.draw(shift) for edges in (xs, xs, ys, ys))
+    entry = record(people=("Kate",))
+    entry["boxes"][0]["box"] = [x1, y1, x2, y2]
+    try:
+        encoded = processor.encode(parse_sample(entry, where="r.jsonl:1"))
+    except DataError:
+        return
+    batch = processor.collate([encoded])
+    described = (batch["boxes"], batch["box_image"], batch["box_identity"], batch["image_sizes"])
+    targets = identity_patch_targets(*described, (4, 4), image_roles=batch["image_roles"])
+    assert targets.shape == (2, 16)
+
+
+def test_an_image_of_one_pixel_across_with_a_centre_crop(tmp_path):
+    processor = clip_processor()
+    draw_images(tmp_path, ["kate.png"])
+    Image.new("RGB", (1, 200)).save(tmp_path / "scene.png")
+    entry = record(people=("Kate",))
+    entry["boxes"][0]["box"] = [0, 0, 1, 200]
+    encoded = processor.encode(parsed(tmp_path, entry))
+    assert encoded["boxes"].tolist() == [[0, 0, 1, 200]]
+    entry["boxes"][0]["box"] = [0, 0, 1, 50]  # above the part that is kept
+    assert processor.encode(parsed(tmp_path, entry))["boxes"].shape == (0, 4)
+
+
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +262,21 @@ def test_the_placeholder_in_a_record(processor, root, place):
     assert error.value.kind == "placeholders"
 
 
+def test_a_template_that_loses_an_image_is_an_error(root):
+    template = (
+        "{% for m in messages %}{% if loop.index > 1 or messages|length == 1 %}<|user|>{{ m['content'] }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    processor = small_processor(chat_template=template)
+    general = general_record(type="caption_single", answer="x")
+    general["messages"].append({"role": "user", "content": "And now?"})
+    with pytest.raises(
+        DataError, match=r"has 1 images, but the chat template makes .* tokens with 0 placeholders"
+    ) as error:
+        processor.encode(parsed(root, general), add_generation_prompt=True)
+    assert error.value.kind == "template"
+
+
 def test_images_without_a_root(processor):
     with pytest.raises(DataError, match="has no image_root") as error:
         processor.encode(parse_sample(record(), where="r.jsonl:1"))
@@ -234,20 +299,102 @@ def test_no_chat_template(root):
     assert labelled(given, encoded) == ["Nowhere.<|end|>"]
 
 
-@pytest.mark.parametrize(
+FAULTY_OPTIONS = pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_format": "<img>"}, "image_format='<img>' must contain"),
-        ({"identity_format": "{name}"}, "identity_format='{name}' must contain"),
+        ({"image_format": "<img>"}, "image_format='<img>' must contain {image} once"),
+        ({"image_format": "{image}{image}"}, "image_format='{image}{image}' must contain {image} once"),
+        ({"image_format": "{image} {name}"}, "image_format='{image} {name}' may contain only {image}."),
+        ({"image_format": "{image}{"}, "image_format='{image}{' is not a format string"),
+        ({"image_format": None}, "image_format=None is not a format string"),
+        ({"identity_format": "{name}"}, "identity_format='{name}' must contain {image} once"),
+        ({"identity_format": "{nam} {image}"}, "identity_format='{nam} {image}' may contain only {name}, {image}."),
+        ({"identity_format": "{name:>9} {image}"}, "may contain only {name}, {image}."),
+        ({"identity_format": "{name!r} {image}"}, "may contain only {name}, {image}."),
         ({"box_format": "yxyx"}, "box_format='yxyx'"),
         ({"image_seq_length": 0}, "image_seq_length=0"),
         ({"max_length": 0}, "max_length=0"),
         ({"image_token": "<photo>"}, "image_token='<photo>' is not a token"),
     ],
 )
+
+
+@FAULTY_OPTIONS
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         small_processor(**options)
+
+
+@FAULTY_OPTIONS
+def test_options_are_checked_when_they_are_set_later(options, message):
+    processor, ((name, value),) = small_processor(), options.items()
+    before = getattr(processor, name)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        setattr(processor, name, value)
+    assert getattr(processor, name) == before
+
+
+LATER = {
+    "image_seq_length": 9,
+    "image_token": "<|pad|>",
+    "image_format": "({image})",
+    "identity_format": "{{{name}}}: {image}\n",
+    "box_format": "unit",
+    "max_length": 200,
+    "chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}",
+    "tokenizer": small_tokenizer([*TEXTS, "is * Where"], vocab_size=340),
+    "image_processor": small_image_processor(32),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_options_that_are_set_later_take_effect(root, tmp_path, name):
+    """As if they had been passed to the constructor: when encoding, parsing, calling, saving."""
+    parts = {"image_processor": small_image_processor(64), "tokenizer": small_tokenizer(TEXTS, vocab_size=320)}
+    options = {"image_seq_length": QUERIES, "box_format": "bins32", **parts}
+    assert LATER.keys() == set(inspect.signature(IDAVLMProcessor).parameters) - {"kwargs"}
+    expected = IDAVLMProcessor(**options | {name: LATER[name]})
+    if name == "tokenizer":
+        expected.chat_template = parts["tokenizer"].chat_template
+    later = IDAVLMProcessor(**options)
+    default = later.encode(sample(root))  # whatever is derived from options is derived now
+    call = {"images": Image.open(root / "kate.png"), "text": f"a {later.image_token}"}
+    later(**call)
+    later.parse_box("1 2 3 4", (60, 80))
+    setattr(later, name, LATER[name])
+    call["text"] = f"a {later.image_token}"
+    for found, wanted in (
+        (later.encode(sample(root)), expected.encode(sample(root))),
+        (later(**call), expected(**call)),
+    ):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[field]) for field, value in found.items())
+    for text in ("1 2 3 4", "[0.1, 0.2, 0.3, 0.4]"):
+        assert later.parse_box(text, (60, 80)) == expected.parse_box(text, (60, 80))
+    assert later.image_token_id == expected.image_token_id
+    later.save_pretrained(tmp_path / "later")
+    expected.save_pretrained(tmp_path / "expected")
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "later" / file.name).read_text() == file.read_text(), file.name
+    if name != "max_length":
+        changed = later.encode(sample(root))
+        assert any(not torch.equal(value, changed[field]) for field, value in default.items())
+    else:
+        later.max_length = 3
+        with pytest.raises(DataError, match="more than max_length=3"):
+            later.encode(sample(root))
+
+
+def test_parts_that_are_set_later_are_checked(root):
+    processor = small_processor()
+    without_placeholder = small_tokenizer(TEXTS, vocab_size=320, image_token="<photo>")
+    with pytest.raises(ValueError, match="image_token='<image>' is not a token of the tokenizer"):
+        processor.tokenizer = without_placeholder
+    with pytest.raises(ValueError, match="does not bring all images to one size"):
+        processor.image_processor = type(small_image_processor(32))(size={"shortest_edge": 32}, do_center_crop=False)
+    processor.image_loader = functools.lru_cache(maxsize=None)(processor.load_image)
+    with pytest.raises(ValueError, match="image_loader holds images that the present image_processor prepared"):
+        processor.image_processor = small_image_processor(32)
 
 
 # --- transformers' usual ways ----------------------------------------------------------------------------------------
@@ -331,20 +478,39 @@ FAULTS = {
     "escape": ("record", "leaves the image root"),
     "link": ("image", "leads out of the image root"),
     "no_answer": ("record", "has no text"),
+    "long_number": ("record", "must be four numbers"),
+    "thin_box": ("record", "is empty in 32-bit precision"),
+    "edge_box": ("record", "lies outside"),
+    "surrogate": ("record", "half of a surrogate pair"),
+    "type_is_list": ("record", "type=['location'] is not known"),
+    "repeated_key": ("json", "the key 'id' occurs 2 times"),
+    "nested": ("json", "nested too deeply"),
+    "two_parts": ("placeholders", "holds the placeholder"),
+    "strip": ("image", "an aspect ratio of 5000"),
+    "float_image": ("image", "floating-point"),
 }
-AT_ONCE = ("bad_json", "bad_role", "escape", "no_answer")
+AT_ONCE = ("bad_json", "bad_role", "escape", "no_answer", "long_number", "thin_box", "surrogate", "type_is_list")
+AT_ONCE += ("repeated_key", "nested")
 
 
 def faulty_line(fault: str) -> str:
     entry = record(people=("Kate",))
     files = {"missing": "missing.png", "truncated": "cut.png", "oversized": "huge.png", "no_image": "text.png"}
-    files |= {"escape": "../outside.png", "link": "link.png"}
+    files |= {"escape": "../outside.png", "link": "link.png", "strip": "strip.png", "float_image": "float.tif"}
+    boxes = {"outside_box": [500, 500, 600, 600], "long_number": [0, 0, 10**400, 50]}
+    boxes |= {"thin_box": [10, 11, 10.0000001, 60], "edge_box": [79.99999999, 0, 90, 50]}
     if fault in files:
         entry["identities"][0]["images"] = [files[fault]]
     elif fault == "placeholder":
         entry["messages"][2]["content"] = "See <image>."
-    elif fault == "outside_box":
-        entry["boxes"][0]["box"] = [500, 500, 600, 600]
+    elif fault in boxes:
+        entry["boxes"][0]["box"] = boxes[fault]
+    elif fault == "surrogate":
+        entry["messages"][2]["content"] = "\ud83d"
+    elif fault == "type_is_list":
+        entry["type"] = ["location"]
+    elif fault == "two_parts":
+        entry["messages"][2]["content"] = [{"type": "text", "text": text} for text in ("See <ima", "ge>.")]
     elif fault == "too_long":
         entry["messages"][2]["content"] = "What? " * 200
     elif fault == "bad_role":
@@ -352,6 +518,8 @@ def faulty_line(fault: str) -> str:
     elif fault == "no_answer":
         entry["messages"][3]["content"] = "  "
     line = json.dumps(entry)
+    if fault in ("repeated_key", "nested"):
+        return '{"id": ' + ("1, " if fault == "repeated_key" else "[" * 100_000 + "]" * 100_000 + ", ") + line[1:]
     return line[:-20] if fault == "bad_json" else line
 
 
@@ -364,6 +532,8 @@ def faulty(tmp_path_factory):
     (images / "cut.png").write_bytes(whole[: len(whole) // 2])
     (images / "text.png").write_text("no image at all")
     Image.new("1", (9000, 9000)).save(images / "huge.png")
+    Image.new("RGB", (1, 5000)).save(images / "strip.png")
+    Image.new("F", (8, 8)).save(images / "float.tif")
     Image.new("RGB", (8, 8)).save(folder / "outside.png")
     (images / "link.png").symlink_to(folder / "outside.png")
     lines, places = [json.dumps(record(0))], {}
@@ -398,8 +568,9 @@ def test_each_fault_is_raised_with_file_and_line(faulty, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_faults_are_skipped_and_counted_and_the_rest_trains(faulty, tmp_path):
+def test_faults_are_skipped_and_counted_and_the_rest_trains(faulty, tmp_path, monkeypatch):
     folder, places = faulty
+    monkeypatch.setattr(ErrorLog, "MAX_MESSAGES", len(FAULTS))
     processor = small_processor(max_length=200)
     records = RecordDataset(folder / "train.jsonl", folder / "images", encode=processor.encode, on_error="skip")
     assert len(records) == len(FAULTS) + 1 + len(FAULTS) - len(AT_ONCE)

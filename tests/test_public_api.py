@@ -17,7 +17,9 @@ TOP_LEVEL = [
     "IDFormer",
     "IDTrainer",
     "IDTrainingArguments",
+    "IdentityBank",
     "IdentityEmbedding",
+    "IdentityProcessor",
     "IdentityTokens",
     "ImageIndexEmbedding",
     "ImageRole",
@@ -26,13 +28,18 @@ TOP_LEVEL = [
     "Sample",
     "__version__",
     "add_inner_adaptors",
+    "ask",
+    "attach_id_former",
     "build_connector",
     "cross_attention",
+    "detach_id_former",
     "identity_map_loss",
     "identity_patch_targets",
     "load_adaptors",
+    "load_id_former",
     "parse_sample",
     "save_adaptors",
+    "save_id_former",
 ]
 # idavlm.cli has commands, not names.
 PACKAGES = [

@@ -1,6 +1,7 @@
 """IDTrainer: stages, loss weights, modules, checkpoints, and bit-equal resumption of killed runs."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from idavlm import add_inner_adaptors
 from idavlm.data import RecordDataset
 from idavlm.models import IDAVLMProcessor
 from idavlm.training import IDTrainer, IDTrainingArguments, last_complete_checkpoint
-from idavlm.training.trainer import MAX_BATCHES_WITHOUT_BOXES, language_loss_by_source
+from idavlm.training.trainer import MAX_STEPS_WITHOUT_BOXES, language_loss_by_source
 from idavlm.utils.parameter_groups import module_of
 from tests.interrupted_run import STEPS, build_trainer, write_data
 from tests.small_models import record, small_model, small_processor
@@ -67,6 +68,20 @@ def test_killed_and_resumed_runs_are_bit_equal_to_an_uninterrupted_one(data, tmp
         resumed.train(resume_from_checkpoint=True)
         assert losses(folder) == whole
         assert resumed.state.global_step == STEPS
+
+
+def test_runs_killed_at_random_moments_are_bit_equal_to_uninterrupted_ones():
+    """A ViT tower is killed in a step, a SigLIP tower in a checkpoint. ``make resume`` kills more often."""
+    command = [sys.executable, "-m", "tests.killed_runs", "--kills", "2", "--towers", "vit", "siglip"]
+    finished = subprocess.run(
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr.decode()
+    assert b"2 kills: losses, weights and optimizer states are bit-equal" in finished.stdout
 
 
 @pytest.mark.usefixtures("_one_thread")
@@ -288,7 +303,7 @@ def test_identity_pretraining_needs_an_id_former_and_boxes(data, tmp_path):
 
 @pytest.mark.parametrize("records_with_boxes", [0, 1])
 def test_identity_pretraining_stops_if_the_data_has_no_boxes(data, tmp_path, records_with_boxes):
-    records = [record(number) | {"boxes": []} for number in range(MAX_BATCHES_WITHOUT_BOXES + 2)]
+    records = [record(number) | {"boxes": []} for number in range(MAX_STEPS_WITHOUT_BOXES + 2)]
     for entry in records[records_with_boxes:]:
         entry["messages"] = entry["messages"][2:]  # these turns have no box
         entry["messages"][0] = {"role": "user", "content": [{"type": "image", "image": "scene.png"}]}
@@ -308,10 +323,50 @@ def test_identity_pretraining_stops_if_the_data_has_no_boxes(data, tmp_path, rec
     if records_with_boxes:
         trainer.train()
     else:
-        with pytest.raises(
-            ValueError, match=f"needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have none"
-        ):
+        with pytest.raises(ValueError, match=f"needs boxes, but the first {MAX_STEPS_WITHOUT_BOXES} steps have none"):
             trainer.train()
+
+
+@pytest.mark.parametrize("options", [{"max_steps": -1, "num_train_epochs": 1}, {"max_steps": 3, "save_steps": 2}])
+def test_a_short_data_set_without_boxes_is_an_error(data, tmp_path, options):
+    """Fewer steps than those after which it is noticed in a longer run."""
+    processor = small_processor()
+    samples = []
+    for number in range(2):
+        sample = RecordDataset(data / "train.jsonl", encode=processor.encode)[number]
+        samples.append(sample | {name: sample[name][:0] for name in ("boxes", "box_image", "box_identity")})
+
+    trainer = IDTrainer(
+        small_model(processor),
+        pretraining(tmp_path, per_device_train_batch_size=1, **options),
+        train_dataset=samples,
+        processing_class=processor,
+    )
+    with pytest.raises(ValueError, match="needs boxes, but the 2 steps until now have none"):
+        trainer.train()
+
+
+def test_steps_without_boxes_are_counted_in_the_log(data, tmp_path):
+    processor = small_processor()
+    records = RecordDataset(data / "train.jsonl", encode=processor.encode)
+    empty = records[1] | {name: records[1][name][:0] for name in ("boxes", "box_image", "box_identity")}
+    trainer = IDTrainer(
+        small_model(processor),
+        pretraining(
+            tmp_path,
+            max_steps=4,
+            logging_steps=2,
+            per_device_train_batch_size=1,
+            train_sampling_strategy="sequential",
+            save_steps=2,
+        ),
+        train_dataset=[records[0], empty, records[2], records[3]],
+        processing_class=processor,
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry.get("steps_without_boxes") for entry in logged] == [1, None]
+    assert json.loads((tmp_path / "checkpoint-2" / "run_state.json").read_text())["supervised_scenes"] == 1
 
 
 def test_identity_pretraining_tells_ddp_of_unused_parameters(tmp_path):

@@ -3,16 +3,20 @@
 import argparse
 import time
 from functools import partial
-from pathlib import Path
+
+import torch
 
 from idavlm.cli import eval_compare
+from idavlm.cli.arguments import name, path, positive_int
 from idavlm.evaluation.answers import load_answers
 from idavlm.evaluation.baselines import check_wrong_references
+from idavlm.evaluation.checkpoint import load_checkpoint
 from idavlm.evaluation.judge import judge_answers
 from idavlm.evaluation.task_run import TaskRun
 from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.image_files import MISSING, with_sizes
 from idavlm.models import BoxFormat
+from idavlm.utils import lock_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,19 +34,21 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 def _add_task(parser: argparse.ArgumentParser, task) -> None:
     parser.set_defaults(run_task=_run_task)
-    parser.add_argument("data", type=Path, help="file or folder of the data")
-    parser.add_argument("--images", type=Path, help="folder that image paths are relative to")
+    parser.add_argument("data", type=path, help="file or folder of the data")
+    parser.add_argument("--images", type=path, help="folder that image paths are relative to")
     answers = parser.add_mutually_exclusive_group(required=True)
-    answers.add_argument("--model", help="checkpoint to evaluate; an interrupted run is resumed")
-    answers.add_argument("--predictions", type=Path, help='answers of any model: [{"id", "prediction"}], JSON or JSONL')
-    parser.add_argument("--out", type=Path, required=True, help="folder for predictions, scores and report")
+    answers.add_argument("--model", type=name, help="checkpoint to evaluate; an interrupted run is resumed")
+    answers.add_argument("--predictions", type=path, help='answers of any model: [{"id", "prediction"}], JSON or JSONL')
+    parser.add_argument("--out", type=path, required=True, help="folder for predictions, scores and report")
     parser.add_argument(
         "--missing", choices=MISSING, default="fail", help="fail or skip items if image files or answers are missing"
     )
     parser.add_argument("--baselines", action="store_true", help="also evaluate without references and with wrong ones")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples per batch")
-    parser.add_argument("--device", help="device of the model; by default cuda if available, else cpu")
-    parser.add_argument("--max-new-tokens", type=int, default=task.max_new_tokens, help="maximum length of an answer")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="samples per batch")
+    parser.add_argument("--device", type=name, help="device of the model; by default cuda if available, else cpu")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=task.max_new_tokens, help="maximum length of an answer"
+    )
     if task.boxes:
         kinds = ", ".join(BoxFormat.KINDS)
         parser.add_argument("--boxes", metavar="KIND", help=f"box format ({kinds}); by default that of the processor")
@@ -51,21 +57,30 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
 
 
 def _run_task(arguments: argparse.Namespace) -> None:
-    task = TASKS[arguments.task]
-    task_run = TaskRun(task, arguments.data, arguments.out, arguments.images, arguments.missing)
     box_kind = getattr(arguments, "boxes", None)
     if box_kind is not None:
         BoxFormat(box_kind)  # an unknown kind is an error before answers are generated
+    with lock_folder(arguments.out):
+        try:
+            _evaluate(arguments, box_kind)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_what_is_kept(arguments)) from None
+
+
+def _evaluate(arguments: argparse.Namespace, box_kind: str | None) -> None:
+    task = TASKS[arguments.task]
+    task_run = TaskRun(task, arguments.data, arguments.out, arguments.images, arguments.missing)
+    client = eval_compare.judge_client(arguments, arguments.out / "judge.jsonl") if task.judged else None
     if arguments.predictions is not None:
         items, answers, box_kind = _load_answers(arguments, task_run, box_kind)
         answers_by_references = {"right": answers}
     else:
         items = task_run.load_items()
         answers_by_references, box_kind = _generate_answers(arguments, task_run, items, box_kind)
-    parse_box = BoxFormat(box_kind).parse if box_kind else None
+    parse_box = None if box_kind is None else BoxFormat(box_kind).parse
     facts = {"answered by": f"`{arguments.predictions or arguments.model}`", "boxes": box_kind}
     judge = None
-    if task.judged and (client := eval_compare.judge_client(arguments, arguments.out / "judge.jsonl")) is not None:
+    if client is not None:
         judge = partial(judge_answers, client, tasks=task.judged, workers=arguments.judge_workers, progress=True)
         facts["judged by"] = client.model
     start = time.perf_counter()
@@ -88,6 +103,10 @@ def _load_answers(
     if arguments.missing == "skip":
         answered = {answer.id for answer in load_answers(arguments.predictions)}
         items = [item for item in items if item.sample.id in answered]
+        if not items:
+            raise ValueError(
+                f"{arguments.predictions} answers no item of {arguments.data}; pass the data it belongs to."
+            )
     answers = load_answers(arguments.predictions, [item.sample for item in items])
     if not any(item.sample.task == "location" for item in items):
         return items, answers, box_kind
@@ -106,20 +125,32 @@ def _generate_answers(
     arguments: argparse.Namespace, task_run: TaskRun, items: list, box_kind: str | None
 ) -> tuple[dict, str]:
     """Answers of the checkpoint for each choice of references, and its box format."""
-    import torch
-
-    from idavlm.evaluation import load_checkpoint
-
     if arguments.baselines:
         if not any(item.sample.identities for item in items):
             raise ValueError(f"{arguments.data}: no item introduces an identity by references; omit --baselines.")
         check_wrong_references([item.sample for item in items], identity_key=task_run.task.identity_key)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_checkpoint(arguments.model, device=device)
     options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "name": arguments.model}
     choices = ("right", "none", "wrong") if arguments.baselines else ("right",)
-    answers = {
-        references: task_run.generate(items, model, processor, references=references, **options)
-        for references in choices
-    }
-    return answers, box_kind or processor.box_format
+    try:
+        answers = {
+            references: task_run.generate(items, model, processor, references=references, **options)
+            for references in choices
+        }
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--batch-size={arguments.batch_size} is too large for {device} ({reason}); reduce it."
+        ) from error
+    return answers, processor.box_format if box_kind is None else box_kind
+
+
+def _what_is_kept(arguments: argparse.Namespace) -> str:
+    files = {arguments.out / "predictions.jsonl": "answers", arguments.out / "judge.jsonl": "replies of the judge"}
+    if getattr(arguments, "judge_cache", None) is not None:
+        files[arguments.judge_cache] = "replies of the judge"
+    kept = [f"The {what} so far are kept in {file}" for file, what in files.items() if file.is_file()]
+    return f"{'. '.join(kept) or 'No answers were generated yet'}. Repeat the command to continue."

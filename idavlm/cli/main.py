@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "convert": "convert a released checkpoint to idavlm",
+    "ask": "ask a model about images, with reference photos of named identities",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
 """Name -> line of ``--help``. ``idavlm/cli/NAME.py`` defines ``add_arguments(parser)`` and ``run(arguments)``, which
@@ -27,14 +28,21 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0 by default, 2 for invalid arguments or data."""
+    """Run one command. Returns its exit status: 0 by default, 2 for invalid arguments or data, 130 after Ctrl-C.
+
+    An expected error is one line on stderr. Any other exception is a bug of idavlm and passes with its traceback.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser(argv[0] if argv else None).parse_args(argv)
+    command = argv[0] if argv else ""
     try:
+        arguments = build_parser(command).parse_args(argv)
         return arguments.run(arguments) or 0
     except (ValueError, OSError) as error:
-        print(f"idavlm {arguments.command}: {error}", file=sys.stderr)
+        print(f"idavlm {command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interruption:  # its message, if any, says what is kept
+        print(f"idavlm {command}: interrupted. {interruption}".rstrip(), file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Convert released checkpoints to models of idavlm."""
 
-from idavlm.conversion.checkpoint_files import ConversionError
 from idavlm.conversion.converter import convert
+from idavlm.conversion.errors import ConversionError
 
 __all__ = ["ConversionError", "convert"]

@@ -1,18 +1,21 @@
-"""Files of a checkpoint: read configuration and weights, write safetensors; one tensor at a time in memory."""
+"""Weight files of a checkpoint: read safetensors and pickles, write safetensors; one tensor at a time in memory."""
 
 import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from idavlm.conversion.config_files import is_there, read_json
+from idavlm.conversion.errors import ConversionError, errors_of, first_line, listed, shown
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 SHARDED = tuple(f"{name}.index.json" for name in WHOLE)
@@ -30,22 +33,6 @@ SAFETENSORS_TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class ConversionError(ValueError):
-    """A checkpoint cannot be converted. The message names the file, what was expected and what was found."""
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """Count and first names in sorted order: ``3 (a, b, c)``."""
-    names = sorted(names)
-    shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-    return f"{len(names)} ({shown})" if names else "none"
 
 
 @dataclass(frozen=True)
@@ -69,22 +56,42 @@ class WeightFile:
     @contextmanager
     def open(self) -> Iterator[dict[str, Callable[[], Tensor]]]:
         """Mapping of names to functions that read the tensor from disk."""
-        try:
-            if self.path.suffix == ".safetensors":
-                with safe_open(self.path, framework="pt") as opened:
-                    yield self._renamed(opened.keys(), opened.get_tensor)
-            else:
-                tensors = load_pickle(self.path)
-                yield self._renamed(tensors, tensors.__getitem__)
-        except SafetensorError as error:
-            raise ConversionError(
-                f"{self.path} is not a complete safetensors file ({error}); it may be truncated. Download it again."
-            ) from error
+        if self.path.suffix == ".safetensors":
+            with self._safetensors_errors():
+                opened = safe_open(self.path, framework="pt")
+
+            def read(name: str) -> Tensor:
+                with self._safetensors_errors():
+                    return opened.get_tensor(name)
+
+            with opened:
+                yield self._renamed(opened.keys(), read)
+        else:
+            tensors = load_pickle(self.path)
+            yield self._renamed(tensors, tensors.__getitem__)
 
     def header(self) -> dict[str, Tensor]:
-        """Names with tensors on device ``meta``, which have shape and type only."""
+        """Names with tensors on device ``meta``, which have shape and type only.
+
+        Raises:
+            ConversionError: the file is damaged, or has a tensor of a type that is not supported.
+        """
+        header = {}
         with self.open() as tensors:
-            return {name: torch.empty_like(read(), device="meta") for name, read in tensors.items()}
+            for name, read in tensors.items():
+                tensor = read()
+                if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in SAFETENSORS_TYPES:
+                    kind = str(tensor.layout if tensor.layout != torch.strided else tensor.dtype)
+                    raise ConversionError(
+                        f"{self.path}: {name} is a tensor of type {kind}; expected one of "
+                        f"{', '.join(str(dtype).removeprefix('torch.') for dtype in SAFETENSORS_TYPES)}."
+                    )
+                header[name] = torch.empty_like(tensor, device="meta")
+        return header
+
+    def _safetensors_errors(self) -> AbstractContextManager[None]:
+        problem = "is not a complete safetensors file; it may be truncated"
+        return errors_of(self.path, problem, "Download it again.")
 
     def _renamed(self, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Callable[[], Tensor]]:
         kept = (name for name in names if self.exclude is None or self.exclude not in name)
@@ -107,7 +114,9 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is refused because it contains more than tensors (weights_only=True: {first_line(error)}). "
             "A pickle can run code; obtain the weights as safetensors from a trusted source."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read ({error.strerror or first_line(error)}).") from error
+    except Exception as error:  # damaged files raise errors of many kinds
         raise ConversionError(
             f"{path} is not a complete file of torch.save ({first_line(error)}); it may be truncated. Download it "
             "again."
@@ -128,10 +137,11 @@ class SourceCheckpoint:
 
     Attributes:
         folder: folder of the checkpoint.
-        config: contents of its ``config.json``.
+        config: contents of ``config_path``.
         vision_tower, tokenizer: folders of parts that the checkpoint may lack; None: search next to the checkpoint.
         files: weight files.
         headers: :meth:`WeightFile.header` of each file.
+        config_path: its ``config.json``, or that of the adapter.
     """
 
     folder: Path
@@ -140,6 +150,10 @@ class SourceCheckpoint:
     tokenizer: Path | None = None
     files: list[WeightFile] = field(default_factory=list)
     headers: list[dict[str, Tensor]] = field(default_factory=list)
+    config_path: Path = Path()
+
+    def __post_init__(self):
+        self.config_path = self.folder / "config.json"
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -160,37 +174,49 @@ class SourceCheckpoint:
             self.headers.append(header)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Contents of ``config.json``."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{folder}: no config.json; pass the folder of a checkpoint.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConversionError(f"{path}: invalid JSON ({error}).") from error
-
-
 def weight_files(folder: Path) -> list[Path]:
     """Weight files of a folder; safetensors take precedence over pickles. With an index, the files that it names."""
     for whole, sharded in zip(WHOLE, SHARDED, strict=True):
-        if (folder / sharded).is_file():
-            named = sorted(set(json.loads((folder / sharded).read_text())["weight_map"].values()))
-            missing = [name for name in named if not (folder / name).is_file()]
-            if missing:
-                raise ConversionError(
-                    f"{folder / sharded}: names {len(named)} files, of which {listed(missing)} are missing; download "
-                    "them."
-                )
-            return [folder / name for name in named]
-        if (folder / whole).is_file():
+        if is_there(folder / sharded):
+            return _files_of_index(folder / sharded)
+        if is_there(folder / whole):
             return [folder / whole]
-    if (folder / "adapter_config.json").is_file():
+    if is_there(folder / "adapter_config.json"):
         raise ConversionError(
             f"{folder}: an adapter without its model; pass the folder of the model, and this folder with adapter= "
             "(--adapter)."
         )
     raise ConversionError(f"{folder}: no weight files; expected one of {', '.join(WHOLE + SHARDED)}.")
+
+
+def _files_of_index(path: Path) -> list[Path]:
+    """Files that an index names. They lie below the folder of the index."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(
+            f"{path}: weight_map={shown(weight_map)}; expected an object with a file per tensor. Download it again."
+        )
+    for tensor, name in weight_map.items():
+        # Links are fine: in the cache of the hub, files are links to another folder.
+        parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts) if isinstance(name, str) else ()
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
+            raise ConversionError(
+                f"{path}: weight_map has {shown(name)} for {shown(tensor)}; expected a file in {path.parent}."
+            )
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not _is_file(path.parent / name)]
+    if missing:
+        raise ConversionError(
+            f"{path}: names {len(names)} files, of which {listed(missing)} are missing; download them."
+        )
+    return [path.parent / name for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that has a null byte
+        return False
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

@@ -15,16 +15,15 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from idavlm.conversion.checkpoint_files import (
-    ConversionError,
     SourceCheckpoint,
     WeightFile,
-    listed,
-    read_config,
     size_of,
     weight_files,
     write_safetensors,
 )
 from idavlm.conversion.checkpoint_format import CheckpointFormat, ConversionPlan
+from idavlm.conversion.config_files import read_config
+from idavlm.conversion.errors import ConversionError, errors_of, listed, shown
 from idavlm.conversion.key_mapping import KeyMap, Transform
 from idavlm.conversion.llava import IAA, LLAVA, TRANSFORMERS_LLAVA, YI_VL
 from idavlm.conversion.lora import Deltas, add_adapter_files, merge_delta, read_adapter
@@ -33,6 +32,8 @@ from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.modeling import IDAVLMForConditionalGeneration
 
 FORMATS: tuple[CheckpointFormat, ...] = (QWEN_VL, IAA, YI_VL, LLAVA, TRANSFORMERS_LLAVA)
+FLOATING_POINT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LANGUAGE_HEAD, INPUT_EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 STATE = "conversion.json"
 """File in the folder of an unfinished conversion that identifies the conversion."""
 
@@ -66,8 +67,9 @@ def convert(
         ``out``.
 
     Raises:
-        ConversionError: an unknown format; missing, unexpected or misshaped tensors; files that are truncated or
-            contain code; too little disk space. Nothing is written then.
+        ConversionError: an unknown format; missing, unexpected or misshaped tensors; a configuration with values that
+            are not supported or contradict the tensors; files that are truncated or contain code; too little disk
+            space. Nothing is written then.
         FileExistsError: ``out`` is not empty, or ``<out>.partial`` belongs to another conversion.
     """
     src, out = Path(src), Path(out)
@@ -83,10 +85,7 @@ def convert(
     source.add([WeightFile(path) for path in weight_files(src)])
     if adapter is not None:
         add_adapter_files(source, Path(adapter))
-    try:
-        plan = detect_format(source).plan(source)
-    except KeyError as error:
-        raise ConversionError(f"{src}: its config.json has no {error}.") from error
+    plan = detect_format(source).plan(source)
     deltas = {} if adapter is None else read_adapter(Path(adapter), source, plan.key_map)
     outputs = plan_files(source, plan.key_map, dtype)
     check_complete(source, plan.config, outputs)
@@ -119,8 +118,9 @@ def detect_format(source: SourceCheckpoint) -> CheckpointFormat:
             return checkpoint_format
     supported = "; ".join(f"{supported.name}: {supported.signature}" for supported in FORMATS)
     raise ConversionError(
-        f"{source.folder}: unknown format. Found model_type={source.config.get('model_type')!r}, architectures="
-        f"{source.config.get('architectures')!r} and {listed(source.tensors)} tensors. Supported formats: {supported}."
+        f"{source.folder}: unknown format. Found model_type={shown(source.config.get('model_type'))}, architectures="
+        f"{shown(source.config.get('architectures'))} and {listed(source.tensors)} tensors. Supported formats: "
+        f"{supported}."
     )
 
 
@@ -194,21 +194,33 @@ def transform_tensor(tensor: Tensor, transform: Transform | None, dtype: torch.d
 def check_complete(source: SourceCheckpoint, config: IDAVLMConfig, outputs: list[OutputFile]) -> None:
     """Compare the tensors to write with the tensors of the model.
 
+    The model is built without values from the configuration as it will be saved, and its vision tower encodes an image.
+
     Raises:
-        ConversionError: lists all tensors that are missing, unexpected, duplicate or of another shape.
+        ConversionError: the configuration describes no model; or lists all tensors that are missing, unexpected,
+            duplicate, or of another shape or type.
     """
-    with torch.device("meta"):
-        model = IDAVLMForConditionalGeneration(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    path = source.config_path
+    with errors_of(path, "describes no model that can be built", "Check the file."), torch.device("meta"):
+        saved = IDAVLMConfig.from_dict(json.loads(config.to_json_string()))
+        model = IDAVLMForConditionalGeneration(saved)
+    expected = model.state_dict()
     count = Counter(name for output in outputs for name in output.header)
-    found = {name: tuple(tensor.shape) for output in outputs for name, tensor in output.header.items()}
-    tied = {"language_model.lm_head.weight"} if config.text_config.tie_word_embeddings else set()
+    found = {name: tensor for output in outputs for name, tensor in output.header.items()}
+    tied = {LANGUAGE_HEAD} if config.text_config.tie_word_embeddings else set()
     common = expected.keys() & found.keys()
     problems = {
         "missing": expected.keys() - found.keys() - tied,
         "unexpected": found.keys() - expected.keys(),
         "of another shape": [
-            f"{name} {found[name]} instead of {expected[name]}" for name in common if found[name] != expected[name]
+            f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in common
+            if found[name].shape != expected[name].shape
+        ],
+        "of another type": [
+            f"{name} {_type_name(found[name])} instead of {_type_name(expected[name])}"
+            for name in common
+            if expected[name].is_floating_point() != (found[name].dtype in FLOATING_POINT)
         ],
         "duplicate": [name for name in count if count[name] > 1],
     }
@@ -216,8 +228,41 @@ def check_complete(source: SourceCheckpoint, config: IDAVLMConfig, outputs: list
         listing = "; ".join(f"{problem}: {listed(names)}" for problem, names in problems.items() if names)
         raise ConversionError(
             f"{source.folder}: {len(expected)} tensors expected, {len(found)} found, named as in the converted model. "
-            f"{listing}. Check that the checkpoint is complete and that config.json belongs to it."
+            f"{listing}. Check that the checkpoint is complete and that {path} belongs to it."
         )
+    both = {LANGUAGE_HEAD, INPUT_EMBEDDINGS} <= found.keys()
+    if tied and both and not torch.equal(_read(outputs, LANGUAGE_HEAD), _read(outputs, INPUT_EMBEDDINGS)):
+        raise ConversionError(
+            f"{path}: tie_word_embeddings=true, but the weights have a head that differs from the embeddings. Check "
+            "that the file belongs to the weights."
+        )
+    _check_vision(path, saved, model)
+
+
+def _check_vision(path: Path, config: IDAVLMConfig, model: IDAVLMForConditionalGeneration) -> None:
+    """Encode an image without values, and compare the number of tokens with the configuration."""
+    size = config.vision_config.image_size
+    with (
+        errors_of(path, f"describes a vision tower that fails on images of {size} x {size}", "Check the file."),
+        torch.no_grad(),
+    ):
+        features, _ = model.eval().image_features(torch.zeros(1, 3, size, size, device="meta"))
+    if model.connector is not None and config.connector != "resampler" and features.shape[1] != config.image_seq_length:
+        raise ConversionError(
+            f"{path}: an image has {features.shape[1]} tokens, but image_size={size} and patch_size="
+            f"{config.vision_config.patch_size} mean {config.image_seq_length}. This vision tower is not supported."
+        )
+
+
+def _read(outputs: list[OutputFile], name: str) -> Tensor:
+    """A tensor of the source, as it is on disk."""
+    output = next(output for output in outputs if name in output.header)
+    with output.source.open() as tensors:
+        return tensors[output.origins[name][0]]()
+
+
+def _type_name(tensor: Tensor) -> str:
+    return "floating point" if tensor.dtype in FLOATING_POINT else str(tensor.dtype).removeprefix("torch.")
 
 
 def _stream(output: OutputFile, dtype: torch.dtype | None, deltas: Deltas, bar) -> Iterator[tuple[str, Tensor]]:
@@ -262,7 +307,7 @@ def _open_partial(partial: Path, source: SourceCheckpoint, outputs: list[OutputF
     }
     if partial.exists():
         path = partial / STATE
-        if not path.is_file() or json.loads(path.read_text()) != state:
+        if not path.is_file() or path.read_text(encoding="utf-8") != json.dumps(state):
             raise FileExistsError(
                 f"{partial}: belongs to another conversion, or its source has changed; remove it and start again."
             )

@@ -4,7 +4,7 @@ import base64
 import binascii
 from pathlib import Path
 
-from idavlm.conversion.checkpoint_files import ConversionError
+from idavlm.conversion.errors import ConversionError
 
 FILE_NAME = "qwen.tiktoken"
 SPLIT = (

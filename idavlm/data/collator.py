@@ -27,8 +27,9 @@ FIELDS: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
 }
 """Fields of an encoded sample, with dtype and shape; docs/reference/models.md says what they mean.
 
-An encoded sample has all of them, but only one of ``pixel_values`` and ``image_features``; ``source`` is optional. The
-collator adds ``attention_mask`` ``[B, T]`` and ``sample_index`` ``[I]``, and makes ``box_image`` count over the batch.
+An encoded sample has all of them, but only one of ``pixel_values`` and ``image_features``; ``source`` and ``id`` are
+optional. The collator adds ``attention_mask`` ``[B, T]`` and ``sample_index`` ``[I]``, makes ``box_image`` count over
+the batch, and calls the ids ``sample_ids``.
 B is the number of samples, T of tokens, I of images, P of patches, N of boxes; Cv is the width of the vision tower.
 """
 
@@ -54,7 +55,8 @@ class Collator:
         """Collate encoded samples.
 
         Returns:
-            A batch with the fields in the table of :data:`FIELDS`. ``source`` is present if the samples have it.
+            A batch with the fields in the table of :data:`FIELDS`. ``source`` and ``sample_ids``
+            are present if the samples have ``source`` and ``id``.
 
         Raises:
             ValueError: fields are missing or unknown, shapes or indices are inconsistent, or images differ in size.
@@ -72,11 +74,12 @@ class Collator:
             [sample["box_image"] + first for sample, first in zip(samples, first_image, strict=True)]
         )
         batch["box_identity"] = torch.cat([sample["box_identity"] for sample in samples])
-        sources = [sample["source"] for sample in samples if "source" in sample]
-        if sources:
-            if len(sources) != len(samples):
-                raise ValueError(f"{len(sources)} of {len(samples)} samples have a source; set it in all or in none.")
-            batch["source"] = sources
+        for name, batch_name in (("source", "source"), ("id", "sample_ids")):
+            values = [sample[name] for sample in samples if name in sample]
+            if values and len(values) != len(samples):
+                raise ValueError(f"{len(values)} of {len(samples)} samples have {name!r}; set it in all or in none.")
+            if values:
+                batch[batch_name] = values
         return batch
 
     def _pad_text(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -123,11 +126,12 @@ def _size(image: Tensor) -> str:
 
 def _check_sample(number: int, sample: dict[str, Any], image_input: str) -> None:
     fields = {name: field for name, field in FIELDS.items() if name not in _IMAGE_INPUTS or name == image_input}
-    missing, unknown = fields.keys() - sample.keys(), sample.keys() - fields.keys() - {"source"}
+    missing, unknown = fields.keys() - sample.keys(), sample.keys() - fields.keys() - {"source", "id"}
     if missing or unknown:
         fault = f"lacks {', '.join(sorted(missing))}" if missing else f"has unknown fields {', '.join(sorted(unknown))}"
         raise ValueError(
-            f"samples[{number}] {fault}; an encoded sample of this batch has {', '.join(fields)} and optionally source."
+            f"samples[{number}] {fault}; an encoded sample of this batch has {', '.join(fields)} and optionally source "
+            "and id."
         )
     sizes: dict[str, tuple[int, str]] = {}
     for name, (dtype, shape) in fields.items():

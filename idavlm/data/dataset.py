@@ -1,9 +1,8 @@
 """Files of records as torch Datasets of samples, or of encoded samples for the collator."""
 
 import copy
-import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 from torch.utils.data import Dataset
 
 from idavlm.data.errors import KINDS, DataError, ErrorLog
+from idavlm.data.json_records import JsonRecords
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
 from idavlm.data.schema import Sample
 from idavlm.utils import IGNORE_INDEX, check_choice
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RecordDataset(Dataset):
@@ -70,7 +68,7 @@ class RecordDataset(Dataset):
         return len(self._valid)
 
     def __getitem__(self, index: int) -> Any:
-        """Return sample ``index``: a :class:`Sample`, or the output of ``encode`` plus ``source``."""
+        """Return sample ``index``: a :class:`Sample`, or the output of ``encode`` plus ``id`` and ``source``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a data set of {len(self)} samples ({self.path}).")
         index %= len(self)
@@ -107,6 +105,10 @@ class RecordDataset(Dataset):
             encoded = self.encode(sample)
         except DataError as error:
             raise error.at(sample.where) from error
+        except Exception as error:
+            # Not the fault of the record, so it is not skipped. The note says which record led to it.
+            error.add_note(f"(while {sample.where} was encoded)")
+            raise
         labels = encoded.get("labels")
         if not sample.is_evaluation and labels is not None and not (torch.as_tensor(labels) != IGNORE_INDEX).any():
             raise DataError(
@@ -115,7 +117,7 @@ class RecordDataset(Dataset):
                 where=sample.where,
                 kind="labels",
             )
-        return {"source": sample.source, **encoded}
+        return {"id": sample.id, "source": sample.source, **encoded}
 
     def _parse(self, record: Any, number: int) -> Sample:
         where = self._records.where(number)
@@ -154,86 +156,3 @@ class RecordDataset(Dataset):
         except DataError as error:
             return str(error)
         return f"{self._records.where(int(self._valid[index]))}: could not be used before, but can be used now."
-
-
-class JsonRecords:
-    """The records of a JSON Lines file or JSON list, decoded on access.
-
-    For JSON Lines, only the offsets of the lines are kept in memory; blank lines are ignored. A file that begins with
-    ``[`` is a JSON list (LLaVA's format); its records are kept in memory as text.
-
-    Args:
-        path: the file.
-
-    Raises:
-        DataError: of kind ``"json"``, if the file does not exist or is not a JSON list although it begins as one.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(
-                f"{self.path} does not exist or is not a file; pass a .jsonl or .json file of records.", kind="json"
-            )
-        with self.path.open("rb") as file:
-            first = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
-        self._texts = self._read_list() if first == b"[" else None
-        self._offsets, self._lines = self._find_lines() if self._texts is None else (np.zeros(0, np.int64),) * 2
-
-    def __len__(self) -> int:
-        return len(self._offsets) if self._texts is None else len(self._texts)
-
-    def where(self, index: int) -> str:
-        """File and line of a record; file and index if the file is a JSON list."""
-        return f"{self.path}:{self._lines[index]}" if self._texts is None else f"{self.path}[{index}]"
-
-    def __getitem__(self, index: int) -> Any:
-        """Decode a record. Raises DataError of kind ``"json"`` if the line is not valid JSON."""
-        if self._texts is not None:
-            return json.loads(self._texts[index])
-        with self.path.open("rb") as file:
-            file.seek(self._offsets[index])
-            line = file.readline()
-        return self._decode(line, index)
-
-    def decode_all(self) -> Iterator[Any]:
-        """Yield every record in one pass through the file; a DataError in place of a line that is not valid JSON."""
-        if self._texts is not None:
-            yield from map(json.loads, self._texts)
-            return
-        with self.path.open("rb") as file:
-            for index, offset in enumerate(self._offsets.tolist()):
-                file.seek(offset)
-                try:
-                    yield self._decode(file.readline(), index)
-                except DataError as error:
-                    yield error
-
-    def _decode(self, line: bytes, index: int) -> Any:
-        try:
-            return json.loads(line.removeprefix(_BYTE_ORDER_MARK).decode())
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"invalid JSON ({error}): {line[:60]!r}; repair or remove the line.",
-                where=self.where(index),
-                kind="json",
-            ) from None
-
-    def _find_lines(self) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets and line numbers (from 1) of the lines that are not blank."""
-        offsets, lines, offset = [], [], 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    offsets.append(offset)
-                    lines.append(number)
-                offset += len(line)
-        return np.array(offsets, np.int64), np.array(lines, np.int64)
-
-    def _read_list(self) -> list[bytes]:
-        try:
-            with self.path.open("rb") as file:
-                records = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"invalid JSON list ({error}); repair it.", where=str(self.path), kind="json") from None
-        return [json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") for record in records]

@@ -1,4 +1,4 @@
-"""The exception for data that cannot be used, and the log of samples that were skipped because of it."""
+"""The exception for data that cannot be used, how it quotes values, and the log of the samples that were skipped."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,12 +6,30 @@ from dataclasses import dataclass, field
 KINDS = ("json", "record", "image", "placeholders", "template", "length", "labels")
 """Kinds of :class:`DataError`; they are the keys of ``RecordDataset.errors.counts``."""
 
+MAX_QUOTED = 200
+"""Number of characters of a value that a message quotes."""
+
+
+def quote(value: object) -> str:
+    """Return ``repr(value)`` for a message, cut after :data:`MAX_QUOTED` characters of the value."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:MAX_QUOTED]) + "..." * (len(value) > MAX_QUOTED)
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
+        return f"a {type(value).__name__} that is too long to be shown"
+
+
+def shorten(text: str) -> str:
+    """Return ``text`` for a message, cut after :data:`MAX_QUOTED` characters."""
+    return text[:MAX_QUOTED] + "..." * (len(text) > MAX_QUOTED)
+
 
 class DataError(ValueError):
     """A record, image or conversation that cannot be used.
 
     Args:
-        message: what is wrong (field and value) and the remedy.
+        message: what is wrong (field and value, by :func:`quote`) and the remedy.
         where: file and line, ``"train.jsonl:17"``; it is prepended to the message.
         kind: one of :data:`KINDS`. Skipped samples are counted by kind.
         file: path of the image that caused the error, if any. ``RecordDataset`` warns once per file.

@@ -1,11 +1,14 @@
 """Validation of records: a JSON object becomes a :class:`Sample`, or an error with file, line, field and remedy."""
 
-import math
 import re
+import unicodedata
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from idavlm.data.errors import DataError
+import numpy as np
+
+from idavlm.data.errors import DataError, quote, shorten
 from idavlm.data.schema import PART_TYPES, ROLES, SOURCES, TASK_TYPES, Box, Identity, Message, Part, Sample
 
 FIELDS = ("id", "source", "type", "identities", "messages", "boxes", "meta")
@@ -14,16 +17,22 @@ FIELDS = ("id", "source", "type", "identities", "messages", "boxes", "meta")
 EVALUATION_FIELDS = ("answer", "false_answers", "target")
 """Fields of evaluation records only."""
 
+MAX_COORDINATE = 2**31
+"""Limit on the coordinates of a box. No image format has more pixels in a row or column."""
+
 _PART_FIELDS = {"text": {"type", "text"}, "image": {"type", "image"}, "box": {"type", "name", "image"}}
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
-def parse_sample(record: Any, *, where: str = "record", image_root: str | Path | None = None) -> Sample:
+def parse_sample(
+    record: Any, *, where: str = "record", image_root: str | Path | None = None, prompt: bool = False
+) -> Sample:
     """Check a record against the schema and return it as a :class:`Sample`.
 
     A record with ``"answer"`` is an evaluation record: its messages end with a user turn, and ``"type"`` names the
     task. Any other record is a training record: its messages end with an assistant turn, and ``"type"`` is optional.
+    With ``prompt=True``, the record is a question to ask: its messages end with a user turn, and no answer is known.
 
     Image files are not opened. Missing files are reported when the sample is encoded.
 
@@ -32,24 +41,25 @@ def parse_sample(record: Any, *, where: str = "record", image_root: str | Path |
             produce a sample without references. ``meta`` may hold anything and is ignored.
         where: file and line for messages, as ``"train.jsonl:17"``.
         image_root: folder that the image paths are relative to; stored in ``Sample.image_root``.
+        prompt: whether the record is a question without an answer.
 
     Raises:
         DataError: of kind ``"record"``, for the first field that violates the schema.
     """
     try:
-        return _parse(record, where, Path(image_root) if image_root is not None else None)
+        return _parse(record, where, Path(image_root) if image_root is not None else None, prompt)
     except DataError as error:
         raise error.at(where) from None
 
 
-def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
+def _parse(record: Any, where: str, image_root: Path | None, prompt: bool) -> Sample:
     _check(record, dict, "the record", "a JSON object")
     _check_fields(record, (*FIELDS, *EVALUATION_FIELDS), "the record")
     identities = [_identity(entry, f"identities[{i}]") for i, entry in enumerate(_list(record, "identities"))]
     names = [identity.name for identity in identities]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"identities contains {name!r} {names.count(name)} times; merge its photos into one entry.")
+    for name, count in Counter(unicodedata.normalize("NFC", name.strip()) for name in names).items():
+        if count > 1:
+            raise DataError(f"identities contains {quote(name)} {count} times; merge its photos into one entry.")
     source = record.get("source", "identity" if identities else "general")
     _check_choice(source, SOURCES, "source")
     if (source == "identity") != bool(identities):
@@ -57,24 +67,31 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
             f"source={source!r}, but the record has {len(identities)} identities; use 'identity' for records with "
             "identities and 'general' for records without, or omit source."
         )
-    if not isinstance(record.get("id", ""), (str, int)):
-        raise DataError(f"id={record['id']!r} must be a string or an integer.")
+    identifier = _id(record.get("id", where))
 
-    messages = _messages(record, is_evaluation=record.get("answer") is not None)
-    images = [image for message in messages for image in message.images]
-    boxes = [_box(entry, f"boxes[{i}]", images) for i, entry in enumerate(_list(record, "boxes"))]
-    labels = [(box.name, box.image) for box in boxes]
-    for number, (name, image) in enumerate(labels):
-        if (name, image) in labels[:number]:
+    messages = _messages(record, is_evaluation=record.get("answer") is not None, prompt=prompt)
+    images = dict.fromkeys(image for message in messages for image in message.images)
+    spellings = _spellings(names)
+    boxes = [_box(entry, f"boxes[{i}]", images, spellings) for i, entry in enumerate(_list(record, "boxes"))]
+    images_of_name: dict[str, dict[str, None]] = defaultdict(dict)
+    for number, box in enumerate(boxes):
+        if box.image in images_of_name[box.name]:
             raise DataError(
-                f"boxes[{number}] is a second box of {name!r} in {image!r}; keep one box per name and image."
+                f"boxes[{number}] is a second box of {quote(box.name)} in {quote(box.image)}; keep one box per name "
+                "and image."
             )
+        images_of_name[box.name][box.image] = None
+    spellings = _spellings([*images_of_name, *names])
     messages = [
-        Message(message.role, [_resolve_box_part(part, boxes, f"messages[{i}]") for part in message.content])
+        Message(
+            message.role,
+            [_resolve_box_part(part, images_of_name, spellings, f"messages[{i}]") for part in message.content],
+        )
         for i, message in enumerate(messages)
     ]
+    target = record.get("target")
     sample = Sample(
-        id=str(record.get("id", where)),
+        id=identifier,
         source=source,
         identities=identities,
         messages=messages,
@@ -82,12 +99,20 @@ def _parse(record: Any, where: str, image_root: Path | None) -> Sample:
         task=record.get("type"),
         answer=record.get("answer"),
         false_answers=_list(record, "false_answers"),
-        target=record.get("target"),
+        target=_known_name(target, spellings, "target") if isinstance(target, str) else target,
         where=where,
         image_root=image_root,
     )
     _check_task(record, sample)
     return sample
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, str):
+        return _unicode(value, "id")
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
+        raise DataError(f"id={quote(value)} must be a string or an integer of at most 64 bits.")
+    return str(value)
 
 
 def _identity(entry: Any, field: str) -> Identity:
@@ -96,17 +121,17 @@ def _identity(entry: Any, field: str) -> Identity:
     name = _text(entry.get("name"), f"{field}.name")
     images = entry.get("images")
     if not isinstance(images, list) or not images:
-        raise DataError(f"{field}.images={images!r} of {name!r} must be a list of at least one photo.")
+        raise DataError(f"{field}.images={quote(images)} of {quote(name)} must be a list of at least one photo.")
     return Identity(name, [_path(image, f"{field}.images[{i}]") for i, image in enumerate(images)])
 
 
-def _messages(record: dict, *, is_evaluation: bool) -> list[Message]:
+def _messages(record: dict, *, is_evaluation: bool, prompt: bool) -> list[Message]:
     entries = _list(record, "messages")
     messages = [_message(entry, f"messages[{i}]") for i, entry in enumerate(entries)]
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if "user" not in turns:
-        raise DataError(f"messages has no user turn (roles: {', '.join(roles) or 'none'}); add the question.")
+        raise DataError(f"messages has no user turn (roles: {shorten(', '.join(roles)) or 'none'}); add the question.")
     for number, role in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
@@ -114,11 +139,13 @@ def _messages(record: dict, *, is_evaluation: bool) -> list[Message]:
                 f"messages[{number + len(roles) - len(turns)}].role={role!r}, expected {expected!r}; after at most one "
                 "system turn, user and assistant turns alternate."
             )
-    last = "user" if is_evaluation else "assistant"
+    last = "user" if is_evaluation or prompt else "assistant"
     if turns[-1] != last:
         remedy = (
             'a record with "answer" is an evaluation record: remove the last assistant turn'
             if is_evaluation
+            else "a prompt ends with the question: remove the last assistant turn"
+            if prompt
             else 'a training record ends with the answer of the assistant; an evaluation record needs "answer"'
         )
         raise DataError(f"messages ends with a turn of {turns[-1]!r}, expected {last!r}; {remedy}.")
@@ -131,11 +158,11 @@ def _message(entry: Any, field: str) -> Message:
     role, content = entry.get("role"), entry.get("content")
     _check_choice(role, ROLES, f"{field}.role")
     if isinstance(content, str):
-        parts = [Part("text", text=content)]
+        parts = [Part("text", text=_unicode(content, f"{field}.content"))]
     elif isinstance(content, list):
         parts = [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
     else:
-        raise DataError(f"{field}.content={content!r} must be a string or a list of parts.")
+        raise DataError(f"{field}.content={quote(content)} must be a string or a list of parts.")
     if role != "user":
         if any(part.type == "image" for part in parts):
             raise DataError(f"{field} of {role!r} has an image; only user turns have images.")
@@ -153,51 +180,85 @@ def _part(entry: Any, field: str) -> Part:
     _check_fields(entry, _PART_FIELDS[kind], field)
     if kind == "text":
         _check(entry.get("text"), str, f"{field}.text", "a string")
-        return Part("text", text=entry["text"])
+        return Part("text", text=_unicode(entry["text"], f"{field}.text"))
     if kind == "image":
         return Part("image", image=_path(entry.get("image"), f"{field}.image"))
     image = _path(entry["image"], f"{field}.image") if "image" in entry else ""
     return Part("box", name=_text(entry.get("name"), f"{field}.name"), image=image)
 
 
-def _box(entry: Any, field: str, images: list[str]) -> Box:
+def _box(entry: Any, field: str, images: dict[str, None], spellings: dict[str, str]) -> Box:
     _check(entry, dict, field, 'an object {"name", "image", "box"}')
     _check_fields(entry, ("name", "image", "box"), field)
-    name = _text(entry.get("name"), f"{field}.name")
+    name = _known_name(_text(entry.get("name"), f"{field}.name"), spellings, f"{field}.name")
     image = _path(entry.get("image"), f"{field}.image")
     if image not in images:
         raise DataError(
-            f"{field}.image={image!r} is not an image of the messages ({', '.join(images) or 'they have none'}); boxes "
-            "are for scenes, not for reference photos."
+            f"{field}.image={quote(image)} is not an image of the messages "
+            f"({shorten(', '.join(images)) or 'they have none'}); boxes are for scenes, not for reference photos."
         )
     box = entry.get("box")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise DataError(f"{field}.box={box!r} of {name!r} must be four numbers [x1, y1, x2, y2] in pixels.")
-    if not (box[0] < box[2] and box[1] < box[3] and box[2] > 0 and box[3] > 0):
-        raise DataError(f"{field}.box={box} of {name!r} is empty; expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2.")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_coordinate, box)):
+        raise DataError(
+            f"{field}.box={quote(box)} of {quote(name)} must be four numbers [x1, y1, x2, y2] in pixels, each at most "
+            f"{MAX_COORDINATE}."
+        )
+    x1, y1, x2, y2 = np.array(box, np.float32).tolist()  # the precision of encoded boxes
+    if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0):
+        raise DataError(
+            f"{field}.box={box} of {quote(name)} is empty in 32-bit precision; expected [x1, y1, x2, y2] with x1 < x2 "
+            "and y1 < y2."
+        )
     return Box(name, image, box)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _spellings(names: list[str]) -> dict[str, str]:
+    """The names of a record by what they have in common with other spellings of them."""
+    return {_folded(name): name for name in names} | {unicodedata.normalize("NFC", name): name for name in names}
 
 
-def _resolve_box_part(part: Part, boxes: list[Box], field: str) -> Part:
+def _known_name(name: str, spellings: dict[str, str], field: str) -> str:
+    """Return the record's spelling of ``name``; ``name`` itself if it is unlike all names of the record.
+
+    NFC and NFD spell the same name. A difference only in case or white space is a mistake.
+    """
+    composed = unicodedata.normalize("NFC", name)
+    known = spellings.get(composed, spellings.get(_folded(name), name))
+    if unicodedata.normalize("NFC", known) != composed:
+        raise DataError(f"{field}={quote(name)} is nearly the name {quote(known)}; write both alike.")
+    return known
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+
+
+def _is_coordinate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_COORDINATE
+
+
+def _resolve_box_part(
+    part: Part, images_of_name: dict[str, dict[str, None]], spellings: dict[str, str], field: str
+) -> Part:
     """Complete a box part with the image of its box. Exactly one box must match; other parts are returned unchanged."""
     if part.type != "box":
         return part
-    found = [box.image for box in boxes if box.name == part.name and part.image in ("", box.image)]
-    if len(found) == 1:
-        return Part("box", name=part.name, image=found[0])
-    if found:
+    name = _known_name(part.name, spellings, f"{field} has a box part whose name")
+    images = images_of_name.get(name, {})
+    if part.image in images:
+        return Part("box", name=name, image=part.image)
+    if len(images) == 1 and not part.image:
+        return Part("box", name=name, image=next(iter(images)))
+    if images and not part.image:
         raise DataError(
-            f"{field} has a box part of {part.name!r}, which has boxes in several images ({', '.join(found)}); add "
-            '"image" to the part.'
+            f"{field} has a box part of {quote(part.name)}, which has boxes in several images "
+            f'({shorten(", ".join(images))}); add "image" to the part.'
         )
-    existing = ", ".join(f"{box.name!r} in {box.image}" for box in boxes) or "none"
-    image = f" in {part.image!r}" if part.image else ""
+    existing = ", ".join(f"{name!r} in {image}" for name, images in images_of_name.items() for image in images)
+    image = f" in {quote(part.image)}" if part.image else ""
     raise DataError(
-        f"{field} has a box part of {part.name!r}{image}, but boxes has no such entry (it has {existing}); add one."
+        f"{field} has a box part of {quote(part.name)}{image}, but boxes has no such entry (it has "
+        f"{shorten(existing) or 'none'}); add one."
     )
 
 
@@ -217,36 +278,51 @@ def _check_task(record: dict, sample: Sample) -> None:
             f"{', '.join(map(repr, TASK_TYPES))}."
         )
     _check(sample.answer, str, "answer", "a string")
+    _unicode(sample.answer, "answer")
     if not sample.answer.strip() and sample.task != "location":
         raise DataError(
-            f"answer={sample.answer!r} of a {sample.task} record is empty; only location records may have no text."
+            f"answer={quote(sample.answer)} of a {sample.task} record is empty; only location records may have no text."
         )
     for number, text in enumerate(sample.false_answers):
         _text(text, f"false_answers[{number}]")
         if text == sample.answer:
-            raise DataError(f"false_answers[{number}]={text!r} equals the correct answer; remove it.")
+            raise DataError(f"false_answers[{number}]={quote(text)} equals the correct answer; remove it.")
     if sample.target is not None:
         _text(sample.target, "target")
     if sample.task == "location" and sample.target_box is None:
-        raise DataError(f"target={sample.target!r} of a location record has no box in the last image; add it to boxes.")
+        raise DataError(
+            f"target={quote(sample.target)} of a location record has no box in the last image; add it to boxes."
+        )
 
 
 def _path(path: Any, field: str) -> str:
     """Check that an image path does not leave the image root. Symbolic links are checked when the file is opened."""
     _text(path, field)
     if _SCHEME.match(path):
-        raise DataError(f"{field}={path[:80]!r} is a URL; URLs are not supported: download the image and use its path.")
+        raise DataError(f"{field}={quote(path)} is a URL; URLs are not supported: download the image and use its path.")
     if path.startswith(("/", "\\")) or _DRIVE.match(path):
-        raise DataError(f"{field}={path!r} is absolute; use a path relative to the image root.")
+        raise DataError(f"{field}={quote(path)} is absolute; use a path relative to the image root.")
     if ".." in path and ".." in re.split(r"[/\\]", path):
-        raise DataError(f"{field}={path!r} leaves the image root ('..'); move the image below the root.")
+        raise DataError(f"{field}={quote(path)} leaves the image root ('..'); move the image below the root.")
     return path
 
 
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise DataError(f"{field}={value!r} must be a non-empty string without NUL characters.")
-    return value
+        raise DataError(f"{field}={quote(value)} must be a non-empty string without NUL characters.")
+    return _unicode(value, field)
+
+
+def _unicode(text: str, field: str) -> str:
+    """Check that a text can be encoded. JSON may hold one half of a surrogate pair, which tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{field}={quote(text)} is not valid Unicode: character {error.start} is half of a surrogate pair; remove "
+            "it."
+        ) from None
+    return text
 
 
 def _list(record: dict, field: str) -> list:
@@ -257,18 +333,16 @@ def _list(record: dict, field: str) -> list:
 
 def _check_choice(value: Any, choices: tuple[str, ...], field: str) -> None:
     if value not in choices:
-        raise DataError(f"{field}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+        raise DataError(f"{field}={quote(value)} is not known; choose one of {', '.join(map(repr, choices))}.")
 
 
 def _check(value: Any, kind: type, field: str, expected: str) -> None:
     if not isinstance(value, kind):
-        raise DataError(f"{field} is {type(value).__name__} {str(value)[:80]!r}; expected {expected}.")
+        raise DataError(f"{field} is {type(value).__name__} {quote(value)}; expected {expected}.")
 
 
 def _check_fields(entry: dict, allowed: tuple | set, field: str) -> None:
     unknown = entry.keys() - set(allowed)
     if unknown:
-        raise DataError(
-            f"{field} has unknown fields {', '.join(sorted(map(repr, map(str, unknown))))}; allowed are "
-            f"{', '.join(sorted(allowed))}."
-        )
+        names = shorten(", ".join(sorted(map(repr, map(str, unknown)))))
+        raise DataError(f"{field} has unknown fields {names}; allowed are {', '.join(sorted(allowed))}.")

@@ -2,10 +2,13 @@
 
 import re
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, shorten
+from idavlm.data.special_tokens import MessageMask, special_tokens, tokenize
 from idavlm.utils import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -13,19 +16,47 @@ if TYPE_CHECKING:
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# Length of the tokenizer when its cache was created, and the cache.
-_TOKENIZER_CACHES: "WeakKeyDictionary[Any, tuple[int, dict[str, Any]]]" = WeakKeyDictionary()
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of the content of a message.
+
+    Attributes:
+        text: the text.
+        is_markup: whether special tokens in ``text`` are special tokens, as in the chat template. True for image
+            placeholders and what the processor writes around them; False for text of records and users, where they are
+            ordinary text.
+        identity: number of the identity whose name the segment is, or None.
+    """
+
+    text: str
+    is_markup: bool = False
+    identity: int | None = None
+
+
+class RenderedChat(NamedTuple):
+    """A tokenized conversation.
+
+    Attributes:
+        input_ids: token ids.
+        labels: the token ids of the assistant turns, -100 elsewhere.
+        identities: for each token the identity whose name it spells, or None.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    identities: list[int | None]
 
 
 def render_chat(
     tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     *,
     add_generation_prompt: bool = False,
     chat_template: str | None = None,
     max_length: int | None = None,
-) -> tuple[list[int], list[int]]:
-    """Apply a chat template and return token ids and labels.
+) -> RenderedChat:
+    """Apply a chat template and return token ids, labels and the tokens of names.
 
     Labels equal the token ids of the assistant turns, including the end-of-turn token, and are -100 elsewhere. A
     template with ``{% generation %}`` marks the assistant turns itself. For other templates, the turns are found by
@@ -33,21 +64,29 @@ def render_chat(
     the whole conversation, both as text and as tokens. Training then sees exactly the tokens that generation starts
     from. Everything after the prefix, up to the special token that ends the turn, is labelled.
 
+    Only the template and segments with ``is_markup`` write special tokens. In all other text, a string such as
+    ``<|end|>`` is ordinary text: it neither ends a turn nor begins one. A tokenizer that cannot take it as text (a slow
+    tokenizer, or a vocabulary that holds it as a piece of text) makes it an error.
+
+    A token spells a name if at least one character of the name is in it, also if it holds characters next to the name
+    (``(Kate``); a token with characters of two names belongs to the first.
+
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        messages: ``[{"role", "content": str}, ...]``.
+        messages: ``[{"role", "content"}, ...]``, where the content is a string or a list of :class:`Segment`.
         add_generation_prompt: append the header of an assistant turn, for generation; then all labels are -100.
         chat_template: Jinja template to use instead of the tokenizer's.
         max_length: maximum number of tokens. A longer conversation is an error, because truncation could remove the
             answer.
 
     Returns:
-        ``input_ids`` and ``labels``, lists of equal length.
+        ``input_ids``, ``labels`` and ``identities``, lists of equal length.
 
     Raises:
-        DataError: of kind ``"template"`` if the template rejects the messages or the assistant turns cannot be located
-            exactly; of kind ``"length"`` if the conversation has more than ``max_length`` tokens.
-        ValueError: the tokenizer has no chat template.
+        DataError: of kind ``"template"`` if the template rejects the messages or the assistant turns or names cannot
+            be located exactly; of kind ``"length"`` if the conversation has more than ``max_length`` tokens; of kind
+            ``"record"`` if the text of the messages holds a special token that the tokenizer cannot take as text.
+        ValueError: the tokenizer has no chat template; or the messages have names and the tokenizer is slow.
     """
     template = chat_template or getattr(tokenizer, "chat_template", None)
     if not template:
@@ -55,117 +94,211 @@ def render_chat(
             f"{type(tokenizer).__name__} has no chat_template; set tokenizer.chat_template, for example to the "
             "template of the instruction-tuned model."
         )
+    chat = _Chat(tokenizer, messages, template)
     if add_generation_prompt or all(message["role"] != "assistant" for message in messages):
-        text = _render(tokenizer, messages, template, add_generation_prompt)
-        ids = _tokenize(tokenizer, [text])["input_ids"][0]
-        labels = [IGNORE_INDEX] * len(ids)
+        text = chat.render(add_generation_prompt=add_generation_prompt)
+        encoding = chat.tokenize([text])
+        labels = [IGNORE_INDEX] * len(encoding["input_ids"][0])
     elif _GENERATION_TAG.search(template):
-        ids, labels = _labels_from_generation_tags(tokenizer, messages, template)
+        text, encoding, labels = chat.labels_from_generation_tags()
     else:
-        ids, labels = _labels_by_comparison(tokenizer, messages, template)
+        text, encoding, labels = chat.labels_by_comparison()
+    ids = encoding["input_ids"][0]
     if max_length is not None and len(ids) > max_length:
         raise DataError(
             f"the conversation has {len(ids)} tokens, more than max_length={max_length}; increase max_length, use "
             "fewer images or shorten the text (truncation could remove the answer).",
             kind="length",
         )
-    return ids, labels
+    return RenderedChat(ids, labels, chat.identities(text, encoding, add_generation_prompt=add_generation_prompt))
 
 
-def tokenizer_cache(tokenizer: Any) -> dict[str, Any]:
-    """Return a dict to cache facts about a tokenizer in. It is emptied when tokens are added to the tokenizer."""
-    size, cache = _TOKENIZER_CACHES.get(tokenizer, (-1, {}))
-    if size != len(tokenizer):
-        cache = {}
-        _TOKENIZER_CACHES[tokenizer] = len(tokenizer), cache
-    return cache
+class _Chat:
+    """A conversation and its template. In all rendered text, the special tokens of the messages are hidden."""
 
+    def __init__(self, tokenizer: Any, messages: Sequence[dict[str, Any]], template: str) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        contents = [_segments(message["content"]) for message in messages]
+        names = [segment.identity for content in contents for segment in content if segment.identity is not None]
+        texts = [segment.text for content in contents for segment in content]
+        # One mark for the beginning of each identity's names, and one for the end of any name.
+        self.mask = MessageMask(tokenizer, texts, num_marks=max(names) + 2 if names else 0)
+        self.messages, self.marked_messages = [], []
+        for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
+            pieces = self._hidden(content, f"messages[{number}] of {message['role']!r}")
+            marked = [self._mark(piece, segment) for piece, segment in zip(pieces, content, strict=True)]
+            self.messages.append({"role": message["role"], "content": "".join(pieces)})
+            self.marked_messages.append({"role": message["role"], "content": "".join(marked)})
+        self.has_names = bool(names)
 
-def _labels_from_generation_tags(
-    tokenizer: Any, messages: list[dict[str, str]], template: str
-) -> tuple[list[int], list[int]]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    if not tokenizer.is_fast:
-        raise DataError(
-            "a template with {% generation %} marks needs a fast tokenizer; set use_fast=True.", kind="template"
-        )
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:
-        raise _rejected(error) from error
-    text = texts[0]
-    encoding = _tokenize(tokenizer, [text], offsets=True)
-    ids = encoding["input_ids"][0]
-    labels = [IGNORE_INDEX] * len(ids)
-    for start, end in spans[0]:
-        if start < end:
-            first, last = (_first_token_at(encoding["offset_mapping"][0], edge, text) for edge in (start, end))
-            labels[first:last] = ids[first:last]
-    return ids, labels
-
-
-def _labels_by_comparison(tokenizer: Any, messages: list[dict[str, str]], template: str) -> tuple[list[int], list[int]]:
-    whole = _render(tokenizer, messages, template, False)
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    prompts = [_render(tokenizer, messages[:number], template, True) for number in turns]
-    spans = []
-    for number, prompt, next_prompt in zip(turns, prompts, [*prompts[1:], whole], strict=True):
-        if not whole.startswith(prompt):
-            same = next(i for i, (a, b) in enumerate(zip(whole + "\0", prompt, strict=False)) if a != b)
-            raise _inexact(
-                f"after {whole[max(0, same - 40) : same]!r} the conversation continues with "
-                f"{whole[same : same + 20]!r}, the generation prompt of turn {number} with {prompt[same : same + 20]!r}"
+    def render(self, number: int | None = None, *, add_generation_prompt: bool = False, marked: bool = False) -> str:
+        """Render the first ``number`` messages."""
+        messages = self.marked_messages if marked else self.messages
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages[:number],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
-        spans.append(_end_of_content(whole, len(prompt), len(next_prompt), messages[number]["content"], number))
-    # The text that the template adds after the last answer ends every answer: "<|im_end|>\n".
-    end_of_last = turns[-1] + 1
-    answered = whole if end_of_last == len(messages) else _render(tokenizer, messages[:end_of_last], template, False)
-    if not answered.startswith(whole[: spans[-1]]):
-        raise _inexact(f"turn {turns[-1]} changes if another turn follows")
-    ending = _end_of_turn(tokenizer, answered[spans[-1] :])
-    ends = []
-    for number, end in zip(turns, spans, strict=True):
-        if not whole.startswith(ending, end):
-            raise _inexact(f"turn {number} ends with {whole[end : end + 20]!r}, the last turn with {ending!r}")
-        ends.append(end + len(ending))
+        except Exception as error:
+            raise _rejected(error) from error
 
-    encoding = _tokenize(tokenizer, [whole, *prompts], offsets=tokenizer.is_fast)
-    ids, *prompt_ids = encoding["input_ids"]
-    labels = [IGNORE_INDEX] * len(ids)
-    for number, prompt, end in zip(turns, prompt_ids, ends, strict=True):
-        if ids[: len(prompt)] != prompt:
-            raise _inexact(f"turn {number}: the tokens of the generation prompt change if the answer follows")
-        if tokenizer.is_fast:
-            last = _first_token_at(encoding["offset_mapping"][0], end, whole)
-        else:
-            start_ids = _tokenize(tokenizer, [whole[:end]])["input_ids"][0]
-            if ids[: len(start_ids)] != start_ids:
-                raise _inexact(f"turn {number}: the tokens of the answer change if the next turn follows")
-            last = len(start_ids)
-        labels[len(prompt) : last] = ids[len(prompt) : last]
-    return ids, labels
+    def tokenize(self, texts: list[str]) -> Any:
+        return tokenize(self.tokenizer, texts, self.mask)
+
+    def labels_from_generation_tags(self) -> tuple[str, Any, list[int]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                "a template with {% generation %} marks needs a fast tokenizer; set use_fast=True.", kind="template"
+            )
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[self.messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise _rejected(error) from error
+        text = texts[0]
+        encoding = self.tokenize([text])
+        ids, offsets = encoding["input_ids"][0], encoding["offset_mapping"][0]
+        labels = [IGNORE_INDEX] * len(ids)
+        for start, end in spans[0]:
+            if start < end:
+                first, last = (self._first_token_at(offsets, edge, text) for edge in (start, end))
+                labels[first:last] = ids[first:last]
+        return text, encoding, labels
+
+    def labels_by_comparison(self) -> tuple[str, Any, list[int]]:
+        show = self.mask.show
+        whole = self.render()
+        turns = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        prompts = [self.render(number, add_generation_prompt=True) for number in turns]
+        spans = []
+        for number, prompt, next_prompt in zip(turns, prompts, [*prompts[1:], whole], strict=True):
+            if not whole.startswith(prompt):
+                same = next(i for i, (a, b) in enumerate(zip(whole + "\0", prompt, strict=False)) if a != b)
+                raise _inexact(
+                    f"after {show(whole[max(0, same - 40) : same])!r} the conversation continues with "
+                    f"{show(whole[same : same + 20])!r}, the generation prompt of turn {number} with "
+                    f"{show(prompt[same : same + 20])!r}"
+                )
+            spans.append(self._end_of_content(whole, len(prompt), len(next_prompt), number))
+        # The text that the template adds after the last answer ends every answer: "<|im_end|>\n".
+        end_of_last = turns[-1] + 1
+        answered = whole if end_of_last == len(self.messages) else self.render(end_of_last)
+        if not answered.startswith(whole[: spans[-1]]):
+            raise _inexact(f"turn {turns[-1]} changes if another turn follows")
+        ending = _end_of_turn(self.tokenizer, answered[spans[-1] :])
+        ends = []
+        for number, end in zip(turns, spans, strict=True):
+            if not whole.startswith(ending, end):
+                raise _inexact(
+                    f"turn {number} ends with {show(whole[end : end + 20])!r}, the last turn with {ending!r}"
+                )
+            ends.append(end + len(ending))
+
+        encoding = self.tokenize([whole, *prompts])
+        ids, *prompt_ids = encoding["input_ids"]
+        labels = [IGNORE_INDEX] * len(ids)
+        for number, prompt, end in zip(turns, prompt_ids, ends, strict=True):
+            if ids[: len(prompt)] != prompt:
+                raise _inexact(f"turn {number}: the tokens of the generation prompt change if the answer follows")
+            if self.tokenizer.is_fast:
+                last = self._first_token_at(encoding["offset_mapping"][0], end, whole)
+            else:
+                start_ids = self.tokenize([whole[:end]])["input_ids"][0]
+                if ids[: len(start_ids)] != start_ids:
+                    raise _inexact(f"turn {number}: the tokens of the answer change if the next turn follows")
+                last = len(start_ids)
+            labels[len(prompt) : last] = ids[len(prompt) : last]
+        return whole, encoding, labels
+
+    def identities(self, text: str, encoding: Any, *, add_generation_prompt: bool) -> list[int | None]:
+        """For each token of ``text`` the identity whose name it spells.
+
+        The names are followed through the template by private-use characters around them.
+        """
+        identities: list[int | None] = [None] * len(encoding["input_ids"][0])
+        if not self.has_names:
+            return identities
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} is a slow tokenizer, which does not tell the positions of its tokens "
+                "in the text; samples with identities need a fast tokenizer (use_fast=True)."
+            )
+        marked = self.render(add_generation_prompt=add_generation_prompt, marked=True)
+        *begins, end = self.mask.marks
+        pieces = re.split(f"([{begins[0]}-{end}])", marked)
+        if "".join(pieces[::2]) != text:
+            raise DataError(
+                "the chat template changes the text around the names of identities, so their tokens cannot be located; "
+                "use a template that writes the content of messages as it is.",
+                kind="template",
+            )
+        owners: list[int | None] = []  # of each character
+        identity = None
+        for place, piece in enumerate(pieces):
+            if place % 2 == 0:
+                owners += [identity] * len(piece)
+            else:
+                identity = None if piece == end else begins.index(piece)
+        for token, (start, stop) in enumerate(encoding["offset_mapping"][0]):
+            identities[token] = next((owner for owner in owners[start:stop] if owner is not None), None)
+        return identities
+
+    def _hidden(self, content: list[Segment], field: str) -> list[str]:
+        """The text of each segment, with special tokens hidden unless they are markup.
+
+        Neighbouring segments of text are searched together, because they could hold a special token together.
+        """
+        hidden = []
+        for is_markup, run in groupby(content, key=lambda segment: segment.is_markup):
+            texts = [segment.text for segment in run]
+            whole = "".join(texts) if is_markup else self.mask.hide("".join(texts), field)
+            ends = [0, *accumulate(map(len, texts))]
+            hidden += [whole[start:end] for start, end in pairwise(ends)]
+        return hidden
+
+    def _mark(self, text: str, segment: Segment) -> str:
+        if segment.identity is None:
+            return text
+        return self.mask.marks[segment.identity] + text + self.mask.marks[-1]
+
+    def _end_of_content(self, whole: str, start: int, stop: int, number: int) -> int:
+        """End of the content of the turn ``whole[start:stop]``. The template may have stripped the content."""
+        content = self.messages[number]["content"]
+        for text in (content, content.strip()):
+            # Usually at the start of the turn; otherwise after text that the template adds, if it occurs only once.
+            if whole.startswith(text, start):
+                return start + len(text)
+            if whole.count(text, start, stop) == 1:
+                return whole.index(text, start) + len(text)
+        shown = self.mask.show(content[:40])
+        raise _inexact(f"the content of turn {number} ({shown!r}) is not found in the rendered conversation")
+
+    def _first_token_at(self, offsets: list[tuple[int, int]], position: int, text: str) -> int:
+        """Index of the first token at or after ``position``. Raises an error if a token crosses ``position``."""
+        first = bisect_left(offsets, position, key=lambda span: span[0])
+        if first and offsets[first - 1][1] > position:
+            begin, end = offsets[first - 1]
+            crossing, after = self.mask.show(text[begin:end]), self.mask.show(text[position:end])
+            raise _inexact(f"the token {crossing!r} crosses the boundary of an assistant turn ({after!r})")
+        return first
 
 
-def _end_of_content(whole: str, start: int, stop: int, content: str, number: int) -> int:
-    """End of the content of the turn ``whole[start:stop]``. The template may have stripped the content."""
-    for text in (content, content.strip()):
-        # Usually at the start of the turn; otherwise after text that the template adds, if it occurs only once.
-        if whole.startswith(text, start):
-            return start + len(text)
-        if whole.count(text, start, stop) == 1:
-            return whole.index(text, start) + len(text)
-    raise _inexact(f"the content of turn {number} ({content[:40]!r}) is not found in the rendered conversation")
+def _segments(content: str | Sequence[Segment]) -> list[Segment]:
+    return [Segment(content)] if isinstance(content, str) else list(content)
 
 
 def _end_of_turn(tokenizer: Any, tail: str) -> str:
     """The text after an answer up to and including its first special token; all of it if there is none."""
-    found = [(tail.find(token), token) for token in _special_tokens(tokenizer) if token in tail]
+    found = [(tail.find(token), token) for token in special_tokens(tokenizer) if token in tail]
     if found:
         position, token = min(found, key=lambda entry: (entry[0], -len(entry[1])))
         return tail[: position + len(token)]
@@ -176,49 +309,10 @@ def _end_of_turn(tokenizer: Any, tail: str) -> str:
     return tail
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """All special tokens, including those without a name in the tokenizer's configuration (``<|end|>`` of Phi)."""
-    cache = tokenizer_cache(tokenizer)
-    if "special tokens" not in cache:  # the lookup takes a millisecond if thousands of tokens were added
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        cache["special tokens"] = [*dict.fromkeys([*tokenizer.all_special_tokens, *added])]
-    return cache["special tokens"]
-
-
-def _first_token_at(offsets: list[tuple[int, int]], position: int, text: str) -> int:
-    """Index of the first token at or after ``position``. Raises an error if a token crosses ``position``."""
-    first = bisect_left(offsets, position, key=lambda span: span[0])
-    if first and offsets[first - 1][1] > position:
-        begin, end = offsets[first - 1]
-        raise _inexact(
-            f"the token {text[begin:end]!r} crosses the boundary of an assistant turn ({text[position:end]!r})"
-        )
-    return first
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], template: str, add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:
-        raise _rejected(error) from error
-
-
-def _tokenize(tokenizer: Any, texts: list[str], *, offsets: bool = False) -> Any:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=offsets,
-        verbose=False,
-    )
-
-
 def _rejected(error: Exception) -> DataError:
     return DataError(
-        f"the chat template rejects the messages: {error}; change the messages or the template.", kind="template"
+        f"the chat template rejects the messages: {shorten(str(error))}; change the messages or the template.",
+        kind="template",
     )
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,13 +12,14 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.bootstrap import RESAMPLES, Interval, bootstrap_mean, resampled_means
+from idavlm.evaluation.fingerprints import changed_parts
 from idavlm.evaluation.results import EvaluationResult, Prediction, main_metric, metrics_of
-from idavlm.utils import markdown_table
+from idavlm.utils import check_positive, markdown_table, write_text
 
 Pair = tuple[Prediction, Prediction]
 
@@ -82,15 +84,26 @@ def pair_predictions(a: EvaluationResult, b: EvaluationResult) -> list[Pair]:
     """Pairs of predictions for the items that both runs have, in the order of ``a``.
 
     Raises:
-        ValueError: the runs have no common item, or an id belongs to different items.
+        ValueError: the runs have no common item, an id occurs twice in one run, or it belongs to different items: other
+            questions, choices, references, images or right answers.
     """
+    for name, result in (("a", a), ("b", b)):
+        ids = Counter(prediction.id for prediction in result.predictions)
+        repeated = next((found for found, count in ids.items() if count > 1), None)
+        if repeated is not None:
+            raise ValueError(f"{name} has {ids[repeated]} predictions of item {quote(repeated)}; keep one.")
     by_id = {prediction.id: prediction for prediction in b.predictions}
     pairs = [(first, by_id[first.id]) for first in a.predictions if first.id in by_id]
     if not pairs:
         raise ValueError("a and b have no item in common; compare runs on the same data.")
     for first, second in pairs:
-        if (first.task, first.answer, first.gold_box) != (second.task, second.answer, second.gold_box):
-            raise ValueError(f"item {first.id!r} differs between a and b; compare runs on the same data.")
+        changed = [
+            name for name in ("task", "answer", "gold_box") if getattr(first, name) != getattr(second, name)
+        ] + changed_parts(first.item, second.item)
+        if changed:
+            raise ValueError(
+                f"item {quote(first.id)} differs between a and b ({', '.join(changed)}); compare runs on the same data."
+            )
     return pairs
 
 
@@ -147,6 +160,7 @@ def write_comparison_page(
     Returns:
         Number of items whose main scores differ.
     """
+    check_positive(max_items=max_items)
     differ = [(pair, scores) for pair in pairs if (scores := main_scores(pair)) is not None and scores[0] != scores[1]]
     wins = sorted((item for item in differ if item[1][1] > item[1][0]), key=lambda item: item[1][0] - item[1][1])
     losses = sorted((item for item in differ if item[1][1] < item[1][0]), key=lambda item: item[1][1] - item[1][0])
@@ -161,9 +175,7 @@ def write_comparison_page(
         wins=len(wins),
         items=[_item(pair, scores, names, samples.get(pair[0].id)) for pair, scores in alternating[:max_items]],
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return len(differ)
 
 
@@ -196,11 +208,19 @@ def _figures(pair: Pair, sample: Sample) -> list[dict[str, str]]:
         draw = ImageDraw.Draw(small)
         for box, colour in ((pair[0].gold_box, GOLD), (pair[0].box, A), (pair[1].box, B)):
             if box is not None and number == len(images):
-                draw.rectangle([edge * scale for edge in box], outline=colour, width=3)
+                _draw_box(draw, [edge * scale for edge in box], small.size, colour)
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=82)
         figures.append({"image": base64.b64encode(buffer.getvalue()).decode(), "caption": caption})
     return figures
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], size: tuple[int, int], colour: str) -> None:
+    """Draw the part of a box that lies in the image; a box without extent is not drawn."""
+    x1, x2 = (min(max(edge, 0.0), size[0]) for edge in (box[0], box[2]))
+    y1, y2 = (min(max(edge, 0.0), size[1]) for edge in (box[1], box[3]))
+    if x1 < x2 and y1 < y2:
+        draw.rectangle([x1, y1, x2, y2], outline=colour, width=3)
 
 
 def _header(a: str, b: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Generate the answers of a model to evaluation samples, in batches of similar length, with resumption."""
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -9,16 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from idavlm.data.schema import TASK_TYPES, Message, Part, Sample
-from idavlm.evaluation.answers import CHOICE_TASKS, Answer, AnswerFile, candidates, question_text
+from idavlm.evaluation.answers import Answer, AnswerFile, question_text
 from idavlm.evaluation.baselines import IdentityKey, with_wrong_references, without_references
-from idavlm.utils import IGNORE_INDEX, check_choice, check_positive
+from idavlm.evaluation.choices import CHOICE_TASKS, candidates
+from idavlm.evaluation.fingerprints import item_fingerprint, model_fingerprint
+from idavlm.utils import IGNORE_INDEX, check_choice, check_positive, lock_file
 
 REFERENCES = ("right", "none", "wrong")
 
 # Batch fields that only training uses; generation and likelihoods compute no loss.
-_TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source")
+_TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_source", "sample_ids")
 
 
 def generate_answers(
@@ -41,17 +45,19 @@ def generate_answers(
     computed instead.
 
     Args:
-        model: has ``generate``, ``forward`` with ``logits``, and ``device``; set to evaluation mode during the call.
+        model: has ``generate`` of transformers, ``forward`` with ``logits``, and ``device``; set to evaluation mode
+            during the call.
         processor: has ``encode(sample, add_generation_prompt=False)``, ``collate(encoded, padding_side=...)`` and
             ``tokenizer``.
         samples: evaluation samples with unique ids.
-        path: a ``.jsonl`` file to which answers are appended. Samples that it already answers are skipped.
+        path: a ``.jsonl`` file to which answers are appended. Samples that it already answers are skipped, provided
+            that model, processor, options and the items (questions, choices and content of the images) are the same.
         batch_size: samples per batch.
         max_new_tokens: maximum length of an answer.
         references: references that the model receives: ``"right"``, ``"none"``, or ``"wrong"`` (of other identities).
         write_choices: also generate text for multiple-choice questions, for example for a judge.
         identity_key: for wrong references, see :func:`with_wrong_references`.
-        settings: further settings the answers depend on (the name of the model ...), stored next to ``path``.
+        settings: further settings the answers depend on, stored next to ``path``.
         progress: show a progress bar.
 
     Returns:
@@ -59,7 +65,8 @@ def generate_answers(
 
     Raises:
         ValueError: a training sample, a repeated id, a question without false answers, too few identities for wrong
-            references, or answers at ``path`` that were generated with other settings.
+            references; answers at ``path`` by another model, with other settings or to items that have changed since;
+            another process that writes to ``path``; logits that are NaN or infinite, with the sample.
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_choice("references", references, REFERENCES)
@@ -70,22 +77,56 @@ def generate_answers(
         shown = [without_references(sample) for sample in samples]
     elif references == "wrong":
         shown = with_wrong_references(samples, identity_key=identity_key)
-    generated_with = {"references": references, "max_new_tokens": max_new_tokens, "write_choices": write_choices}
-    file = AnswerFile(path, generated_with | (settings or {})) if path is not None else None
-    answers: dict[str, Answer] = {} if file is None else file.answers
-    waiting = sorted((sample for sample in shown if sample.id not in answers), key=_batch_order)
-    bar = tqdm(total=len(samples), initial=len(samples) - len(waiting), desc="answers", disable=not progress)
-    with evaluating(model), bar:
-        for _, of_task in groupby(waiting, key=lambda sample: sample.task):
-            remaining = list(of_task)
-            while remaining:
-                batch, remaining = remaining[:batch_size], remaining[batch_size:]
-                found = _answer(model, processor, batch, batch_size, max_new_tokens, write_choices)
-                answers.update({answer.id: answer for answer in found})
-                if file is not None:
-                    file.add(found)
-                bar.update(len(batch))
+    options = {"references": references, "max_new_tokens": max_new_tokens, "write_choices": write_choices}
+    if path is not None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = nullcontext() if path is None else lock_file(path.with_name(f"{path.name}.lock"), path)
+    with lock:
+        file = None
+        if path is not None:
+            items = {
+                sample.id: item_fingerprint(sample, received) for sample, received in zip(samples, shown, strict=True)
+            }
+            file = AnswerFile(path, options | model_fingerprint(model, processor) | (settings or {}), items)
+        answers: dict[str, Answer] = {} if file is None else file.answers
+        waiting = sorted((sample for sample in shown if sample.id not in answers), key=_batch_order)
+        bar = tqdm(total=len(samples), initial=len(samples) - len(waiting), desc="answers", disable=not progress)
+        with evaluating(model), bar:
+            for _, of_task in groupby(waiting, key=lambda sample: sample.task):
+                remaining = list(of_task)
+                while remaining:
+                    batch, remaining = remaining[:batch_size], remaining[batch_size:]
+                    found = _answer(model, processor, batch, batch_size, max_new_tokens, write_choices)
+                    answers.update({answer.id: answer for answer in found})
+                    if file is not None:
+                        file.add(found)
+                    bar.update(len(batch))
     return [answers[sample.id] for sample in samples]
+
+
+class RequireFinite(LogitsProcessor):
+    """Raises ``ValueError`` for logits that are NaN or infinite; greedy decoding would return some token silently.
+
+    Args:
+        samples: the sample of each row.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = scores.amax(-1).isfinite()  # NaN if any is NaN; other logits processors may set some to -inf
+        if not finite.all():
+            _refuse_sample(self.samples[int((~finite).nonzero()[0])], "logits")
+        return scores
+
+
+def _refuse_sample(sample: Sample, what: str) -> None:
+    raise ValueError(
+        f"{sample.where or sample.id}: the model computes {what} that are NaN or infinite. Check its weights, and that "
+        "its dtype suffices (float16 overflows earlier than bfloat16)."
+    )
 
 
 @contextmanager
@@ -113,19 +154,26 @@ def model_inputs(model: nn.Module, batch: dict) -> dict[str, Tensor]:
 def generate_texts(
     model: nn.Module, processor, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[tuple[str, tuple[int, int] | None]]:
-    """Generate one batch; returns for each sample the text, and height and width of its last image."""
+    """Generate one batch; returns for each sample the text, and height and width of its last image.
+
+    Raises:
+        ValueError: logits that are NaN or infinite, with the sample.
+    """
+    check_positive(max_new_tokens=max_new_tokens)
     encoded = [processor.encode(sample, add_generation_prompt=True) for sample in samples]
     inputs = _encode_images_once(model, model_inputs(model, processor.collate(encoded, padding_side="left")), samples)
     prompt = inputs["input_ids"]
     stop_strings = getattr(getattr(model, "generation_config", None), "stop_strings", None) or []
     options = {"tokenizer": processor.tokenizer} if stop_strings else {}  # transformers needs it to find stop strings
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
+    options |= {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    ids = model.generate(**inputs, **options, logits_processor=LogitsProcessorList([RequireFinite(samples)]))
     # Some models return the prompt and the new tokens, others the new tokens only.
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]
     texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     texts = [truncate_at(text, stop_strings).strip() for text in texts]
-    sizes = [sample["image_sizes"].tolist() for sample in encoded]
+    # Some models of transformers have an input image_sizes of their own.
+    sizes = [sample.get("original_image_sizes", sample.get("image_sizes")).tolist() for sample in encoded]
     return [(text, tuple(size[-1]) if size else None) for text, size in zip(texts, sizes, strict=True)]
 
 
@@ -140,6 +188,9 @@ def answer_likelihoods(model: nn.Module, processor, samples: Sequence[Sample], t
     """Log-likelihood of each text as the answer to its sample, in one batch.
 
     Earlier answers of a conversation are included; they contribute equally to all candidates of a sample.
+
+    Raises:
+        ValueError: a likelihood that is NaN or infinite, with the sample.
     """
     answered = [
         replace(sample, messages=[*sample.messages, Message("assistant", [Part("text", text=text)])])
@@ -151,7 +202,11 @@ def answer_likelihoods(model: nn.Module, processor, samples: Sequence[Sample], t
     supervised = labels != IGNORE_INDEX
     losses = torch.zeros(labels.shape, device=logits.device)
     losses[supervised] = nn.functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
-    return (-losses.sum(1)).tolist()
+    likelihoods = (-losses.sum(1)).tolist()
+    for sample, likelihood in zip(samples, likelihoods, strict=True):
+        if not math.isfinite(likelihood):
+            _refuse_sample(sample, "likelihoods")
+    return likelihoods
 
 
 def _encode_images_once(model: nn.Module, inputs: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.tasks.base import Item
-from idavlm.utils import check_positive, drop_torn_line, plain_answer
+from idavlm.utils import append_lines, check_positive, drop_torn_line, plain_answer
 
 T = TypeVar("T")
 
@@ -92,8 +92,11 @@ class ReplyCache:
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
                 entry = json.loads(line)
-                self.replies[entry["key"]] = entry["reply"]
-            except (ValueError, KeyError, TypeError):
+                key, reply = entry["key"], entry["reply"]
+                if not isinstance(key, str) or not isinstance(reply, str):
+                    raise TypeError
+                self.replies[key] = reply
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(
                     f"{self.path}:{number} is not a stored reply of a judge; repair or remove the file."
                 ) from None
@@ -103,14 +106,14 @@ class ReplyCache:
         with self._lock:
             self.replies[key] = reply
             if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                append_lines(self.path, [json.dumps({"key": key, "reply": reply})])
 
 
 @dataclass
 class JudgeClient:
     """Client of a judge model. Identical requests are sent once; further ones are answered from the cache.
+
+    A request is identical if endpoint, model, messages and options are.
 
     Attributes:
         model: name of the model at the endpoint.
@@ -138,19 +141,24 @@ class JudgeClient:
 
     def __post_init__(self) -> None:
         check_positive(max_tokens=self.max_tokens)
+        if not self.model:
+            raise ValueError("model='' names no judge; pass the name of a model at the endpoint.")
         for name, value in (("timeout", self.timeout), ("requests_per_minute", self.requests_per_minute)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r} must be greater than 0.")
-        self.base_url = (self.base_url or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/")
+            if value is not None and not 1e-3 <= value <= 1e6:
+                raise ValueError(f"{name}={value!r} must be between 0.001 and 1,000,000.")
+        base_url = os.environ.get("OPENAI_BASE_URL", "") if self.base_url is None else self.base_url
+        self.base_url = base_url.rstrip("/")
         if not self.base_url:
             raise ValueError("base_url is not set; export OPENAI_BASE_URL, e.g. http://localhost:8000/v1.")
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url={self.base_url!r} must begin with http:// or https://.")
-        self.api_key = self.api_key or os.environ.get("OPENAI_API_KEY")
+        if self.api_key is None:
+            self.api_key = os.environ.get("OPENAI_API_KEY")
         self._cache = ReplyCache(self.cache)
         self._lock = threading.Lock()
         self._in_flight: dict[str, threading.Lock] = {}
         self._next_start = 0.0
+        self._stopped = threading.Event()
 
     def ask(self, messages: list[dict[str, str]]) -> str:
         """Reply to ``messages`` (``{"role", "content"}``) at temperature 0.
@@ -159,7 +167,8 @@ class JudgeClient:
             JudgeError: a permanent error (status 400, 401, ...), or no reply after all retries.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        request = {"base_url": self.base_url, **body}  # a model of the same name elsewhere may be another model
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         with self._lock:
             request_lock = self._in_flight.setdefault(key, threading.Lock())
         with request_lock:  # a concurrent identical request waits for this reply
@@ -167,10 +176,22 @@ class JudgeClient:
                 self._cache.put(key, self._request(body))
         return self._cache.replies[key]
 
+    @contextlib.contextmanager
+    def stop_on_error(self) -> Iterator[None]:
+        """An error within the context, such as an interruption, ends the retries and pauses of other threads."""
+        self._stopped.clear()
+        try:
+            yield
+        except BaseException:
+            self._stopped.set()
+            raise
+
     def _request(self, body: dict) -> str:
         problem = ""
         for attempt in range(self.retries + 1):
             self._wait_for_turn()
+            if self._stopped.is_set():
+                raise JudgeError("the judge was stopped by an error of another request.")
             try:
                 return self._send(body)
             except urllib.error.HTTPError as error:
@@ -179,13 +200,13 @@ class JudgeClient:
                     raise JudgeError(f"{self.base_url} refused the request for {self.model!r}: {problem}") from None
                 retry_after = error.headers.get("Retry-After")
             # Time-out, incomplete read, invalid JSON, or JSON without the expected fields.
-            except (OSError, ValueError, KeyError, IndexError, TypeError, HTTPException) as error:
+            except (OSError, ValueError, LookupError, TypeError, RecursionError, HTTPException) as error:
                 problem, retry_after = f"{type(error).__name__}: {error}", None
             if attempt < self.retries:
                 pause = self.backoff * 2**attempt * random.uniform(0.75, 1.25)
                 with contextlib.suppress(TypeError, ValueError):  # no header, or a date instead of seconds
                     pause = max(pause, float(retry_after))
-                time.sleep(min(pause, self.MAX_BACKOFF))
+                self._stopped.wait(min(pause, self.MAX_BACKOFF))
         raise JudgeError(f"{self.base_url} returned no reply in {self.retries + 1} attempts; the last error: {problem}")
 
     def _send(self, body: dict) -> str:
@@ -207,7 +228,7 @@ class JudgeClient:
         with self._lock:
             start = max(time.monotonic(), self._next_start)
             self._next_start = start + 60.0 / self.requests_per_minute
-        time.sleep(max(0.0, start - time.monotonic()))
+        self._stopped.wait(max(0.0, start - time.monotonic()))
 
 
 def judge_answers(
@@ -241,7 +262,7 @@ def judge_answers(
         return parse_score(client.ask(_messages(question)))
 
     predictions = list(result.predictions)
-    for number, score in zip(judged, _map_concurrently(judge, judged, workers, progress), strict=True):
+    for number, score in zip(judged, _map_concurrently(client, judge, judged, workers, progress), strict=True):
         scores = {"judge_unscored": 1.0} if score is None else {"judge": score, "judge_unscored": 0.0}
         predictions[number] = replace(predictions[number], scores=predictions[number].scores | scores)
     return EvaluationResult(predictions, result.seconds)
@@ -277,14 +298,17 @@ def judge_pairs(
         verdict = parse_winner(client.ask(_messages(PAIR.format(question=question, truth=truth, **texts))))
         return verdict if number % 2 == 0 else swapped[verdict]
 
-    verdicts = _map_concurrently(judge, range(2 * len(questions)), workers, progress)
+    verdicts = _map_concurrently(client, judge, range(2 * len(questions)), workers, progress)
     pairs = zip(verdicts[::2], verdicts[1::2], strict=True)
     return [None if None in pair else pair[0] if pair[0] == pair[1] else "tie" for pair in pairs]
 
 
-def _map_concurrently(function: Callable[[int], T], numbers: Iterable[int], workers: int, progress: bool) -> list[T]:
-    """Results in order; the first error cancels calls that have not started."""
-    with ThreadPoolExecutor(workers) as pool:
+def _map_concurrently(
+    client: JudgeClient, function: Callable[[int], T], numbers: Iterable[int], workers: int, progress: bool
+) -> list[T]:
+    """Results in order; the first error cancels calls that have not started, and ends retries."""
+    check_positive(workers=workers)
+    with ThreadPoolExecutor(workers) as pool, client.stop_on_error():
         futures = [pool.submit(function, number) for number in numbers]
         try:
             return [future.result() for future in tqdm(futures, desc="judge", disable=not progress)]
@@ -317,7 +341,8 @@ def parse_winner(reply: str) -> str | None:
     text = plain_answer(reply)
     alone = _WINNER_ALONE.fullmatch(text)
     found = [alone[1]] if alone else [match[1] or match[2] for match in _WINNER.finditer(text)]
-    return {"A": "A", "B": "B", "C": "tie", "TIE": "tie"}[found[-1].upper()] if found else None
+    # All but A and B is a tie, also "tie" with the dotted i of Turkish, which a pattern matches that ignores case.
+    return {"A": "A", "B": "B"}.get(found[-1].upper(), "tie") if found else None
 
 
 def _messages(content: str) -> list[dict[str, str]]:

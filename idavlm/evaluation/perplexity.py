@@ -23,7 +23,8 @@ def text_perplexity(language_model: nn.Module, tokenizer, *, num_windows: int = 
         length: tokens per window.
 
     Raises:
-        ValueError: the text has fewer than ``num_windows * length`` tokens.
+        ValueError: the text has fewer than ``num_windows * length`` tokens, or a loss is NaN, infinite or so large that
+            the perplexity is.
     """
     check_positive(num_windows=num_windows, length=length)
     topics = pydoc_data.topics.topics
@@ -36,4 +37,7 @@ def text_perplexity(language_model: nn.Module, tokenizer, *, num_windows: int = 
     windows = ids[: num_windows * length].view(num_windows, 1, length)
     with evaluating(language_model):
         losses = [language_model(input_ids=window, labels=window).loss.item() for window in windows]
-    return math.exp(sum(losses) / num_windows)
+    mean = sum(losses) / num_windows
+    if not mean < 700:
+        raise ValueError(f"language_model has a mean loss of {mean} on plain text; check its weights and its dtype.")
+    return math.exp(mean)

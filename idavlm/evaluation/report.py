@@ -71,7 +71,7 @@ def write_report(
 
     facts = {
         "command": command and f"`{command}`",
-        "time": seconds and format_seconds(seconds),
+        "time": None if seconds is None else format_seconds(seconds),
         "machine": machine or describe_machine(),
     }
     counts = sorted({len(seeds) for seeds in results.values() if seeds})

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from idavlm.data.errors import quote, shorten
 from idavlm.data.schema import TASK_TYPES
+from idavlm.utils import read_json_object, write_text
 
 MAIN_METRICS = {
     "matching": ("accuracy",),
@@ -41,6 +43,7 @@ class Prediction:
         box: the predicted box in pixels of the original image; None if there is none. Location only.
         gold_box: the right box. Location only.
         parsed: whether the answer could be parsed.
+        item: what was asked, see :func:`idavlm.evaluation.fingerprints.item_fingerprint`; {} if unknown.
     """
 
     id: str
@@ -52,6 +55,7 @@ class Prediction:
     box: list[float] | None = None
     gold_box: list[float] | None = None
     parsed: bool = True
+    item: dict[str, str] = field(default_factory=dict)
 
     @property
     def main_score(self) -> float | None:
@@ -98,21 +102,35 @@ class EvaluationResult:
 
     @classmethod
     def from_dict(cls, content: Mapping) -> "EvaluationResult":
-        """Inverse of :meth:`to_dict`."""
-        return cls([Prediction(**prediction) for prediction in content["predictions"]], content["seconds"])
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: ``content`` does not have the form of :meth:`to_dict`, with the first field that differs.
+        """
+        predictions, seconds = content.get("predictions"), content.get("seconds")
+        if not isinstance(predictions, list):
+            raise ValueError("'predictions' is not a list; expected the scores that idavlm wrote.")
+        if not _is_number(seconds):
+            raise ValueError(f"seconds={quote(seconds)} is not a number; expected the scores that idavlm wrote.")
+        return cls([_prediction(entry, f"predictions[{i}]") for i, entry in enumerate(predictions)], seconds)
 
     def save(self, path: str | Path, **facts: object) -> Path:
         """Write :meth:`to_dict` and ``facts`` as JSON; :meth:`load` reads it back."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {**facts, **self.to_dict()}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps({**facts, **self.to_dict()}, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":
-        """Read a file that :meth:`save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: with the path, for a file of another form.
+        """
+        content = read_json_object(path)
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def metrics_of(rows: Sequence[Mapping[str, float]]) -> list[str]:
@@ -132,3 +150,37 @@ def summarize(predictions: Sequence[Prediction], mean: Callable[[list[float]], A
         "metrics": {name: mean([row[name] for row in scores if name in row]) for name in metrics_of(scores)},
         "chance": {name: fmean(row[name] for row in chance if name in row) for name in metrics_of(chance)},
     }
+
+
+def _prediction(entry: object, where: str) -> Prediction:
+    """Check a stored prediction."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {type(entry).__name__}, expected an object.")
+    names = {known.name for known in fields(Prediction)}
+    wrong = [name for name in ("id", "task", "text", "answer") if not isinstance(entry.get(name), str)]
+    wrong += [name for name in ("scores", "chance") if not _are_numbers(entry.get(name, {}))]
+    wrong += [name for name in ("box", "gold_box") if not _is_box(entry.get(name))]
+    wrong += [] if isinstance(entry.get("parsed", True), bool) else ["parsed"]
+    item = entry.get("item", {})
+    is_item = isinstance(item, dict) and all(isinstance(part, str) for part in item.values())
+    wrong += [] if is_item else ["item"]
+    wrong += [] if "scores" in entry else ["scores"]
+    wrong += sorted(entry.keys() - names)
+    if wrong:
+        raise ValueError(
+            f"{where}.{shorten(wrong[0])}={quote(entry.get(wrong[0]))} is not a field of a prediction, or has another "
+            "type; expected the scores that idavlm wrote."
+        )
+    return Prediction(**entry)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_box(value: object) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)))

@@ -7,9 +7,13 @@ from itertools import pairwise
 from statistics import fmean
 
 from idavlm.data.schema import Sample
-from idavlm.evaluation.answer_parsing import parse_image_number
-from idavlm.evaluation.answers import CHOICE_TASKS, Answer, candidates, most_likely
+from idavlm.evaluation.answers import Answer
+from idavlm.evaluation.choices import CHOICE_TASKS, candidates, most_likely
 from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.utils.answer_parsing import parse_image_number
+
+MAX_EDGE = 1e9
+"""Largest coordinate of a box in pixels; larger numbers are not a box."""
 
 ParseBox = Callable[..., "list[float] | None"]
 """``parse_box(text, image_size, name=...)``: pixels ``[x1, y1, x2, y2]``, or None if the text contains no box."""
@@ -58,7 +62,7 @@ def name_spellings(own: Sequence[str], all_names: Iterable[str] = ()) -> dict[st
     """
     parts: dict[str, set[str]] = {}
     for name in own:
-        for part in _TOKEN.findall(re.sub(r"\(.*?\)", " ", name)):
+        for part in _TOKEN.findall(re.sub(r"\([^()]*\)", " ", name)):
             if part[:1].isupper() and len(part) > 1 and part not in _TITLES:
                 parts.setdefault(part, set()).add(name)
     spellings = {name: name for name in all_names if len(name.split()) > 1}
@@ -167,13 +171,19 @@ def score_answers(
         image_size: returns height and width of the last image of a sample, for answers without ``image_size``.
 
     Raises:
-        ValueError: ``answers`` do not belong to ``samples``, or ``parse_box`` is missing.
+        ValueError: ``answers`` do not belong to ``samples`` or hold nothing to score, or ``parse_box`` is missing.
     """
     if [sample.id for sample in samples] != [answer.id for answer in answers]:
         raise ValueError(
             f"answers: the ids of {len(answers)} answers are not those of the {len(samples)} samples, in their order; "
             "pass the answers that were generated for these samples."
         )
+    for sample, answer in zip(samples, answers, strict=True):
+        if answer.prediction is None and (sample.task not in CHOICE_TASKS or answer.likelihoods is None):
+            raise ValueError(
+                f"answers: the answer to {sample.where or sample.id} of task {sample.task!r} has no prediction; only "
+                "answers to multiple-choice questions may have likelihoods instead."
+            )
     if parse_box is None and any(sample.task == "location" for sample in samples):
         raise ValueError(
             "parse_box=None, but some samples ask for a box; pass processor.parse_box or BoxFormat(kind).parse."
@@ -221,11 +231,11 @@ def score_answer(
     elif sample.task in CHOICE_TASKS:
         scores = {}
         if answer.likelihoods and sample.false_answers:
-            scores["accuracy"] = float(most_likely(sample, answer) == sample.answer)
+            scores["accuracy"] = float(most_likely(sample, answer.likelihoods) == sample.answer)
         if answer.prediction is not None and sample.false_answers:
             scores["closest_accuracy"] = float(closest(text, candidates(sample)) == sample.answer)
         if answer.prediction is None:
-            text = most_likely(sample, answer)
+            text = most_likely(sample, answer.likelihoods)
     else:
         scores = score_description(text, sample.answer, names, clauses=clauses)
     parsed = scores is not None
@@ -237,6 +247,8 @@ def score_answer(
 
 def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | None, parse_box: ParseBox) -> Prediction:
     box, gold = parse_box(text, image_size, name=sample.target), sample.target_box
+    if box is not None and not all(abs(edge) < MAX_EDGE for edge in box):
+        box = None  # without the size of the image, boxes of any numbers are parsed
     boxes = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]
     chance = {metric: fmean(scores[metric] for scores in boxes) for metric in boxes[0]} if len(boxes) > 1 else {}
     scores = score_box(box or (0, 0, 0, 0), gold.box)  # an empty box has IoU 0

@@ -1,19 +1,20 @@
 """A run of ``idavlm eval``: generate answers, score them and write the report of a task to one folder."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.bootstrap import RESAMPLES
+from idavlm.evaluation.fingerprints import item_fingerprint
 from idavlm.evaluation.generation import generate_answers
 from idavlm.evaluation.report import count_of, interval_summary, interval_table
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.image_files import with_images
-from idavlm.utils import describe_machine
+from idavlm.utils import describe_machine, read_json_object, write_text
 
 VARIANT_FOLDERS = {"right": "", "none": "no-references", "wrong": "wrong-references"}
 VARIANT_NAMES = {"right": "right references", "none": "no references", "wrong": "wrong references"}
@@ -46,8 +47,19 @@ class TaskRun:
         Args:
             need_images: whether to check the image files. Items without them are an error or left out, according to
                 ``missing``; the missing files are printed.
+
+        Raises:
+            DataError: a record cannot be used, there is no item, or two items have the same id.
         """
         items = self.task.load(self.data, self.images)
+        if not items:
+            raise DataError(f"{self.data} holds no record; pass a file with at least one.")
+        ids: set[str] = set()
+        for item in items:
+            if item.sample.id in ids:
+                message = f"id={quote(item.sample.id)} is not unique; use a different id for every record."
+                raise DataError(message, where=item.sample.where)
+            ids.add(item.sample.id)
         if need_images:
             items, absent = with_images(items, self.missing)
             if absent:
@@ -67,7 +79,7 @@ class TaskRun:
             references=references,
             write_choices=self.task.write_choices,
             identity_key=self.task.identity_key,
-            settings={"task": self.task.name, "data": str(self.data), "model": name},
+            settings={"task": self.task.name},
             progress=True,
             **options,
         )
@@ -89,10 +101,18 @@ class TaskRun:
         judge: Judge | None = None,
         **facts: object,
     ) -> EvaluationResult:
-        """Score answers and write ``scores.json``: tables with intervals, ``facts`` and all predictions."""
+        """Score answers and write ``scores.json``: tables with intervals, ``facts`` and all predictions.
+
+        Each prediction has the fingerprint of its item, so that :func:`pair_predictions` compares equal items only.
+        """
         result = self.task.score(items, answers, parse_box)
         if judge is not None:
             result = judge(items, result)
+        predictions = [
+            replace(prediction, item=item_fingerprint(item.sample))
+            for prediction, item in zip(result.predictions, items, strict=True)
+        ]
+        result = replace(result, predictions=predictions)
         tables = {name: interval_summary(result, label) for name, label in _labels(items).items()}
         facts = {"task": self.task.name, "data": str(self.data), "images": str(self.images or ""), **facts}
         result.save(self.folder(references) / "scores.json", **facts, references=references, tables=tables)
@@ -128,9 +148,7 @@ class TaskRun:
             f"Means with 95 % bootstrap intervals over the items ({RESAMPLES} resamples). Answers that cannot be "
             "parsed score 0. Chance: a random candidate; for boxes, a random annotated box of the image."
         )
-        path = self.out / "report.md"
-        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        return path
+        return write_text(self.out / "report.md", "\n\n".join(parts) + "\n")
 
 
 def _labels(items: Sequence[Item]) -> dict[str, Callable[[Prediction], str]]:
@@ -141,11 +159,19 @@ def _labels(items: Sequence[Item]) -> dict[str, Callable[[Prediction], str]]:
 
 
 def load_scores(path: str | Path) -> tuple[EvaluationResult, dict]:
-    """Load ``scores.json`` of a folder (or the file itself): the result, and the facts stored with it."""
+    """Load ``scores.json`` of a folder (or the file itself): the result, and the facts stored with it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: with the path, for a file that ``idavlm eval`` did not write.
+    """
     path = Path(path)
     path = path / "scores.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist; pass a folder that idavlm eval wrote.")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    facts = {key: value for key, value in content.items() if key not in ("predictions", "summary", "seconds")}
-    return EvaluationResult.load(path), facts
+    result = EvaluationResult.load(path)
+    content = read_json_object(path)
+    for name in ("task", "data", "images"):
+        if not isinstance(content.get(name), str):
+            raise ValueError(f"{path}: {name}={quote(content.get(name))} is not a text; pass a file of idavlm eval.")
+    return result, {key: value for key, value in content.items() if key not in ("predictions", "summary", "seconds")}

@@ -2,10 +2,22 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from idavlm.models.asking import ask
+from idavlm.models.attach import (
+    AttachedOutput,
+    IdentityInputs,
+    attach_id_former,
+    detach_id_former,
+    load_id_former,
+    save_id_former,
+)
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.identity_bank import IdentityBank, SelectedIdentities
+from idavlm.models.identity_processor import IdentityProcessor
 from idavlm.models.image_features import ImageFeatures
-from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput, scatter_image_tokens
+from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
+from idavlm.models.placeholders import scatter_image_tokens
 from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig, QwenVisionModel
 
@@ -16,13 +28,23 @@ AutoModelForImageTextToText.register(IDAVLMConfig, IDAVLMForConditionalGeneratio
 AutoProcessor.register(IDAVLMConfig, IDAVLMProcessor, exist_ok=True)
 
 __all__ = [
+    "AttachedOutput",
     "BoxFormat",
     "IDAVLMConfig",
     "IDAVLMForConditionalGeneration",
     "IDAVLMOutput",
     "IDAVLMProcessor",
+    "IdentityBank",
+    "IdentityInputs",
+    "IdentityProcessor",
     "ImageFeatures",
     "QwenVisionConfig",
     "QwenVisionModel",
+    "SelectedIdentities",
+    "ask",
+    "attach_id_former",
+    "detach_id_former",
+    "load_id_former",
+    "save_id_former",
     "scatter_image_tokens",
 ]

@@ -1,13 +1,16 @@
 """The text forms of boxes: from pixels of the original image to text, and back."""
 
+import math
 import re
+import string
 from collections.abc import Sequence
 
 from idavlm.utils import last_answer, plain_answer
 
 _NUMBER = r"-?(?:\d++(?:\.\d++)?+|\.\d++)"
 _COMMA = r"(?:\s*px)?\s*[,;]\s*"
-_RUN = re.compile(rf"{_NUMBER}(?:{_COMMA}{_NUMBER})*+(?:\s*px)?(?!\s*%)")
+_ONE_NUMBER, _BETWEEN_NUMBERS = re.compile(_NUMBER), re.compile(_COMMA)
+_UNIT, _PERCENT = re.compile(r"\s*px"), re.compile(r"\s*%")
 _PAIR = rf"[\[({{<]\s*{_NUMBER}{_COMMA}{_NUMBER}"
 _PAIRS = re.compile(rf"{_PAIR}(?:(?!\n\n)\D){{0,40}}?{_PAIR}(?!{_COMMA}{_NUMBER})")
 _SPACED = re.compile(rf"(?<![\d.,]){_NUMBER}(?:\s+{_NUMBER}){{3}}")
@@ -21,7 +24,7 @@ _KEY = re.compile(
     "|".join(rf"(?P<{key}>(?<![\w])(?:{words})(?![\w])[\"']?\s*[:=]\s*{_NUMBER})" for key, words in _WORDS.items()),
     re.IGNORECASE,
 )
-_NOT = re.compile(r"\b(?:not|isn't|no longer|instead of|rather than)\s+(?:\w+\s+){0,2}[\[(<{\s]*$", re.IGNORECASE)
+_NOT = re.compile(r"\b(?:not|isn't|no longer|instead of|rather than)(?: \w+){0,2}$", re.IGNORECASE)
 _BINS = re.compile(r"bins([1-9]\d*)")
 
 
@@ -59,16 +62,26 @@ class BoxFormat:
 
     def write(self, name: str, box: Sequence[float], image_size: Sequence[int]) -> str:
         """Return the text of ``box``, in pixels of an image of ``image_size`` (height, width)."""
+        before, after = self.around_name(box, image_size)
+        return before + name + after if self.writes_name else after
+
+    @property
+    def writes_name(self) -> bool:
+        """Whether the text holds the name of the identity."""
+        return self.kind == "qwen"
+
+    def around_name(self, box: Sequence[float], image_size: Sequence[int]) -> tuple[str, str]:
+        """Return the text of ``box`` before and after the name. All of it is after the name if it holds no name."""
         size, shift = self._frame(image_size)
         unit = [(value + offset) / side for value, offset, side in zip(box, shift * 2, size * 2, strict=True)]
         unit = [min(max(value, 0.0), 1.0) for value in unit]
         if self.kind in ("unit", "square"):
-            return "[" + ", ".join(f"{value:.3f}" for value in unit) + "]"
+            return "", "[" + ", ".join(f"{value:.3f}" for value in unit) + "]"
         steps = size if self.kind == "pixels" else [self._steps] * 2
         x1, y1, x2, y2 = (round(value * number) for value, number in zip(unit, steps * 2, strict=True))
         if self.kind == "qwen":
-            return f"<ref>{name}</ref><box>({x1},{y1}),({x2},{y2})</box>"
-        return f"{x1} {y1} {x2} {y2}" if self.num_bins else f"[{x1}, {y1}, {x2}, {y2}]"
+            return "<ref>", f"</ref><box>({x1},{y1}),({x2},{y2})</box>"
+        return "", f"{x1} {y1} {x2} {y2}" if self.num_bins else f"[{x1}, {y1}, {x2}, {y2}]"
 
     def parse(self, text: str, image_size: Sequence[int] | None, *, name: str = "") -> list[float] | None:
         """Return the box that :meth:`read` finds, or None."""
@@ -105,7 +118,7 @@ class BoxFormat:
         numbers = next(iter(named or [numbers for _, numbers in found]), None)
         if numbers is None:
             return None, "none"
-        if not self._is_plausible(numbers):
+        if not all(map(math.isfinite, numbers)) or not self._is_plausible(numbers):
             return None, "convention"
         pixels = self._to_pixels(numbers, image_size)
         x1, x2 = sorted((pixels[0], pixels[2]))
@@ -161,8 +174,14 @@ def find_boxes(text: str, *, spaced: bool = False) -> list[tuple[str, tuple[floa
     """
     text = plain_answer(text)
     found = _search(last_answer(text), spaced) or _search(text, spaced)
-    affirmed = [(before, numbers) for before, numbers in found if not _NOT.search(before)]
+    affirmed = [(before, numbers) for before, numbers in found if not _is_denied(before)]
     return affirmed or found
+
+
+def _is_denied(before: str) -> bool:
+    """Whether the text before a box ends with "not", or with "not" and one or two words, and with a space."""
+    text = before.rstrip("[(<{" + string.whitespace)
+    return before[len(text) : len(text) + 1].isspace() and _NOT.search(" ".join(text.split()[-4:])) is not None
 
 
 def _search(text: str, spaced: bool) -> list[tuple[str, tuple[float, ...]]]:
@@ -178,10 +197,28 @@ def _search(text: str, spaced: bool) -> list[tuple[str, tuple[float, ...]]]:
 
 def _find_numbers(text: str, spaced: bool) -> list[tuple[int, int, tuple[float, ...]]]:
     """Return start, end and numbers of each box in text without tags."""
-    spans = _spans(text, _RUN, _PAIRS, _BRACKETED) or _named(text)
+    spans = _runs(text) + _spans(text, _PAIRS, _BRACKETED) or _named(text)
     if not spans and (spaced or _SPACED.fullmatch(text.strip(" .\n"))):
         spans = _spans(text, _SPACED)
     return sorted(spans)
+
+
+def _runs(text: str) -> list[tuple[int, int, tuple[float, ...]]]:
+    """Find four numbers, not more, that are separated by commas and are not percentages."""
+    runs: list[list[re.Match]] = []
+    for number in _ONE_NUMBER.finditer(text):
+        if runs and _BETWEEN_NUMBERS.fullmatch(text, runs[-1][-1].end(), number.start()):
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    spans = []
+    for run in runs:
+        end = run[-1].end()
+        if len(run) == 4 and not _PERCENT.match(text, end):
+            unit = _UNIT.match(text, end)
+            numbers = tuple(float(number[0]) for number in run)
+            spans.append((run[0].start(), unit.end() if unit else end, numbers))
+    return spans
 
 
 def _spans(text: str, *forms: re.Pattern) -> list[tuple[int, int, tuple[float, ...]]]:

@@ -1,9 +1,13 @@
 """Configuration of an identity-aware VLM: the configurations of its parts and of what joins them."""
 
+import math
+
 from transformers import AutoConfig, PretrainedConfig
 
 from idavlm._compat import cache_name
-from idavlm.utils import check_choice, check_positive
+from idavlm.modules import IDFormer, Resampler, add_inner_adaptors
+from idavlm.modules.connectors import build_connector, check_connector
+from idavlm.utils import check_arguments, check_choice, check_positive, check_type
 
 
 class IDAVLMConfig(PretrainedConfig):
@@ -35,7 +39,8 @@ class IDAVLMConfig(PretrainedConfig):
             :class:`idavlm.ImageIndexEmbedding` tells apart. None for no such embedding.
 
     Raises:
-        ValueError: values that do not fit each other, with the argument and the remedy.
+        ValueError: values of the wrong type or out of range, or that do not fit each other, with the argument and the
+            remedy.
     """
 
     model_type = "idavlm"
@@ -66,6 +71,8 @@ class IDAVLMConfig(PretrainedConfig):
     max_images: int | None = None
 
     def __post_init__(self, **kwargs):
+        for name, annotation in IDAVLMConfig.__annotations__.items():
+            check_type(name, getattr(self, name), annotation)
         vision_config, text_config = self.vision_config, self.text_config
         # super().__post_init__ would reset the attention implementation of the sub-configurations.
         self.vision_config = self.text_config = None
@@ -77,14 +84,25 @@ class IDAVLMConfig(PretrainedConfig):
         self.connector_config = dict(self.connector_config or {})
         self.inner_adaptors = None if self.inner_adaptors is None else dict(self.inner_adaptors)
         check_positive(image_seq_length=self.image_seq_length, max_images=self.max_images)
+        self._check_parts()
+        vocab_size = None if self.text_config is None else self.text_config.get_text_config().vocab_size
+        for name in ("image_token_id", "null_name_token_id"):
+            token = getattr(self, name)
+            if token is not None and token < 0:
+                raise ValueError(f"{name}={token} must be at least 0.")
+            if token is not None and vocab_size is not None and token >= vocab_size:
+                raise ValueError(
+                    f"{name}={token} lies outside the vocab_size={vocab_size} of text_config; call "
+                    "language_model.resize_token_embeddings(len(tokenizer)) first."
+                )
         check_choice("vision_feature_select", self.vision_feature_select, ("patch", "cls", "all"))
         if self.vision_feature_layer >= 0:
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer} must be negative: -1, -2, ... from the end."
             )
         for name in ("identity_map_loss_weight", "contrastive_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number of at least 0.")
         if self.connector in ("id_former", "resampler"):
             num_queries = self.connector_config.get("num_queries", self.image_seq_length)
             if self.image_seq_length not in (None, num_queries):
@@ -109,14 +127,32 @@ class IDAVLMConfig(PretrainedConfig):
                 "leave it out."
             )
 
+    def _check_parts(self) -> None:
+        """Check the arguments of the ID-Former or connector, and of the inner adaptors."""
+        if self.connector == "id_former":
+            built, set_by_model = IDFormer, ("output_size",)
+        elif self.connector == "resampler":
+            built, set_by_model = Resampler, ("output_size",)
+        else:
+            check_connector("connector", self.connector)
+            built, set_by_model = build_connector, ("kind", "options")
+        check_arguments("connector_config", self.connector_config, built, exclude=set_by_model)
+        if self.inner_adaptors is not None:
+            set_by_model = ("language_model", "connector")
+            check_arguments("inner_adaptors", self.inner_adaptors, add_inner_adaptors, exclude=set_by_model)
+
     def get_text_config(self, *args, **kwargs):
         text_config = getattr(self, "text_config", None)
         return self if text_config is None else text_config.get_text_config(*args, **kwargs)
 
 
-def _sub_config(name: str, config) -> PretrainedConfig | None:
+def _sub_config(name: str, config: PretrainedConfig | dict | None) -> PretrainedConfig | None:
     if config is None or isinstance(config, PretrainedConfig):
         return config
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{name} has no 'model_type'; pass a transformers configuration or its dictionary.")
-    return AutoConfig.for_model(**config)
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:  # transformers raises errors of many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} describes no model of type {config['model_type']!r} ({reason[:400]}).") from error

@@ -1,47 +1,88 @@
-"""The names of identities in a prompt: which tokens spell them, which tokens are about them, and their embeddings."""
+"""The names of identities in a prompt: where they stand, which tokens are about them, and their embeddings."""
 
+import re
+import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from idavlm.data.rendering import tokenizer_cache
+from idavlm.data.rendering import Segment
 from idavlm.models.image_batch import ImageBatch
 from idavlm.utils import IGNORE_INDEX, ImageRole
 
 NO_IDENTITY = -1
 """Value of ``token_identity_index`` for tokens that are not about an identity."""
 
+# Scripts that put no space between words, or attach particles to names: Thai, Lao, Tibetan, Myanmar, Hangul, Khmer,
+# Tai scripts, Chinese, Japanese, Yi.
+_NO_SPACES = re.compile(
+    r"[\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u2e80-\ua4cf\ua960-\ua97f"
+    r"\uac00-\ud7ff\uf900-\ufaff\uffa0-\uffdc\U00020000-\U0003ffff]"
+)
+_KATAKANA = re.compile(r"[\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f]")
+_JOINERS = "\u200c\u200d\u00ad"  # of Persian and Indic scripts and of emoji; the soft hyphen
+_HANGUL_ENDINGS = re.compile(r"[\u1160-\u11ff\ud7b0-\ud7ff]")  # vowels and final consonants, in single letters
 
-def find_names(tokenizer, input_ids: Sequence[int], labels: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Return for each token the identity whose name it spells, or -1.
 
-    Only the prompt is searched, not the answers (``labels`` other than -100). A name is found by the tokens that spell
-    it on its own, after a space or on a new line, if it is a whole word: no letter or digit is next to it. If two names
-    start alike, the longer one wins.
+def find_names(text: str, names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Find the names of identities in ``text``, as whole words.
+
+    A name is found next to white space, signs (``Bob/Kate``, ``[Kate]``, ``Kate's``) and the ends of the text, but not
+    next to a letter, digit or accent that continues the word (``Katerina``). In scripts without spaces (Chinese,
+    hiragana, Thai ...) and in Korean, which attaches particles, anything may be next to it; katakana is
+    continued by katakana only. Case counts. Unicode normalization does not: NFC and NFD spell the same name. Where
+    several names begin, the longest counts.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        input_ids: tokens, with one placeholder per image.
-        labels: as long as ``input_ids``.
-        names: name of identity 0, 1, ...
+        text: the text.
+        names: name of identity 0, 1, ... White space around a name does not count.
+
+    Returns:
+        Start, end and identity of each name, in order and without overlap.
     """
-    spellings = [(tokens, identity) for identity, name in enumerate(names) for tokens in _spellings(tokenizer, name)]
-    spellings.sort(key=lambda spelling: -len(spelling[0]))
-    first = {tokens[0] for tokens, _ in spellings}
-    found = [NO_IDENTITY] * len(input_ids)
-    end = 0
-    for start, token in enumerate(input_ids):
-        if token not in first or start < end:
+    if not names:
+        return []
+    decomposed, units, places = _decompose(text)
+    starts = [0, *accumulate(map(len, units))]
+    spellings = [(unicodedata.normalize("NFD", name.strip()), identity) for identity, name in enumerate(names)]
+    spellings = sorted((spelling for spelling in spellings if spelling[0]), key=lambda spelling: -len(spelling[0]))
+    found, end = [], 0
+    for match in re.finditer(f"(?={'|'.join(re.escape(name) for name, _ in spellings)})", decomposed):
+        first = match.start()
+        if first < end:
             continue
-        for tokens, identity in spellings:
-            stop = start + len(tokens)
-            in_prompt = all(label == IGNORE_INDEX for label in labels[start:stop])
-            if list(input_ids[start:stop]) == tokens and in_prompt and _is_word(tokenizer, input_ids, start, stop):
-                found[start:stop] = [identity] * len(tokens)
+        for name, identity in spellings:
+            stop = first + len(name)
+            if not (decomposed.startswith(name, first) and first in places and stop in places):
+                continue
+            if _is_word(units, places[first], places[stop]):
+                found.append((starts[places[first]], starts[places[stop]], identity))
                 end = stop
                 break
     return found
+
+
+def split_at_names(content: Sequence[Segment], names: Sequence[str]) -> list[Segment]:
+    """Cut the segments of a message so that each name of an identity is a segment with ``identity``.
+
+    A name may extend over neighbouring segments of text, but is never found in markup.
+    """
+    whole = "".join(segment.text for segment in content)
+    found = find_names(whole, names)
+    result, start = [], 0
+    for is_markup, run in groupby(content, key=lambda segment: segment.is_markup):
+        text = "".join(segment.text for segment in run)
+        stop, position = start + len(text), start
+        if not is_markup:
+            for begin, end, identity in found:
+                if start <= begin and end <= stop:
+                    result += [Segment(whole[position:begin]), Segment(whole[begin:end], identity=identity)]
+                    position = end
+        result.append(Segment(whole[position:stop], is_markup))
+        start = stop
+    return result
 
 
 def propagate_names(
@@ -101,47 +142,45 @@ def count_identities(images: ImageBatch) -> int:
     return int(references.max()) + 1 if len(references) else 0
 
 
-def _cached(tokenizer, content: str) -> dict:
-    cache = tokenizer_cache(tokenizer).setdefault(content, {})
-    if len(cache) > 100_000:  # the same few names and tokens occur in every sample
-        cache.clear()
-    return cache
+def _decompose(text: str) -> tuple[str, Sequence[str], dict[int, int] | range]:
+    """Return ``text`` in NFD, its units, and for each place in the NFD text where a unit starts the number of the unit.
+
+    A unit is a character with the accents that follow it. Names start and end between units.
+    """
+    if text.isascii():
+        return text, text, range(len(text) + 1)
+    units: list[str] = []
+    for character in text:
+        if units and unicodedata.combining(character):
+            units[-1] += character
+        else:
+            units.append(character)
+    decomposed = [unicodedata.normalize("NFD", unit) for unit in units]
+    places = {start: number for number, start in enumerate([0, *accumulate(map(len, decomposed))])}
+    return "".join(decomposed), units, places
 
 
-def _spellings(tokenizer, name: str) -> list[list[int]]:
-    """Return the distinct token sequences of a name on its own, after a space and on a new line."""
-    cache = _cached(tokenizer, "spellings of names")
-    if name not in cache:
-        # After a new line a name may be spelled unlike at the start of a text, where some tokenizers add a space.
-        line, alone, after_space, after_line = tokenizer(
-            ["\n", name, f" {name}", f"\n{name}"], add_special_tokens=False
-        ).input_ids
-        after_line = after_line[len(line) :] if after_line[: len(line)] == line else []
-        distinct = dict.fromkeys(map(tuple, (alone, after_space, after_line)))
-        cache[name] = [list(tokens) for tokens in distinct if tokens]
-    return cache[name]
-
-
-def _is_word(tokenizer, input_ids: Sequence[int], start: int, end: int) -> bool:
-    """Return whether no letter or digit is next to the tokens from ``start`` to ``end``."""
-    cache = _cached(tokenizer, "texts of tokens")
-
-    # Tokens are decoded in pairs, since a single token loses the space before it in some tokenizers.
-    def text(first: int, last: int) -> str:
-        tokens = tuple(input_ids[first:last])
-        if tokens not in cache:
-            cache[tokens] = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
-        return cache[tokens]
-
-    if end < len(input_ids) and _continues_word(text(end - 1, end + 1)[len(text(end - 1, end)) :][:1]):
+def _is_word(units: Sequence[str], start: int, end: int) -> bool:
+    """Whether the units from ``start`` to ``end`` are not continued by the characters next to them."""
+    before = units[start - 1][0] if start else ""
+    after = units[end][0] if end < len(units) else ""
+    if after and (unicodedata.category(after)[0] == "M" or after in _JOINERS or _HANGUL_ENDINGS.match(after)):
         return False
-    if start == 0:
-        return True
-    first_token = text(start, start + 1)
-    before = text(start - 1, start + 1)[: -len(first_token.lstrip()) or None]
-    return first_token[:1].isspace() or not _continues_word(before[-1:])
+    if before and before in _JOINERS:
+        return False
+    return not (_continues(before, units[start][0]) or _continues(units[end - 1][0], after))
 
 
-def _continues_word(character: str) -> bool:
-    """Return whether this is a letter or digit of a script that puts spaces between words."""
-    return character.isalnum() and character < "\u2e80"
+def _continues(first: str, second: str) -> bool:
+    """Whether two characters side by side belong to one word."""
+    kind = _kind_of_word(first)
+    return kind is not None and kind == _kind_of_word(second)
+
+
+def _kind_of_word(character: str) -> str | None:
+    """The kind of words that the character is part of, or None for signs and scripts without spaces."""
+    if not character or (not character.isalnum() and unicodedata.category(character)[0] != "M"):
+        return None
+    if _KATAKANA.match(character):
+        return "katakana"
+    return None if _NO_SPACES.match(character) else "letters"

@@ -19,9 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from idavlm._compat import cache_name, takes_cache
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
+from idavlm.models.identity_bank import SelectedIdentities, StoredPhoto
 from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
 from idavlm.models.image_batch import ImageBatch
-from idavlm.models.supervision import supervision_losses, target_identity_map
+from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
+from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
 from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
 from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes_workflow
@@ -275,6 +277,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         box_identity: Tensor | None = None,
         teacher_forcing: bool = False,
         output_identity_maps: bool = False,
+        identities: SelectedIdentities | None = None,
         **kwargs,
     ) -> IDAVLMOutput:
         """Process text and images. With ``labels`` also compute the losses. Images alone skip the language model.
@@ -297,6 +300,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             box_identity: ``[N]`` identity of each box within its sample.
             teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
             output_identity_maps: also return the identity maps.
+            identities: identities of an :class:`IdentityBank`. The vision tower does not encode their photos again.
             kwargs: arguments of the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
 
         Raises:
@@ -308,11 +312,19 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         if input_ids is None and inputs_embeds is None and not has_images:
             raise ValueError("there is no input; pass input_ids, inputs_embeds, or images alone.")
         text = None if input_ids is None else self.get_input_embeddings()(input_ids)
-        image_tokens = maps = targets = None
+        images = image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
 
         if has_images:
-            images = self._image_batch(pixel_values, image_features, image_roles, sample_index, identity_index)
+            images = self._image_batch(
+                pixel_values,
+                image_features,
+                image_roles,
+                sample_index,
+                identity_index,
+                input_ids=input_ids,
+                identities=identities,
+            )
             is_supervised = self.id_former is not None and boxes is not None
             if is_supervised:
                 targets = target_identity_map(images, boxes, box_image, box_identity, image_sizes)
@@ -328,6 +340,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                     images,
                     maps,
                     targets,
+                    num_scenes=int(supervised_scenes(*images.roles, box_image, box_identity).sum()),
                     identity_map_loss_weight=self.config.identity_map_loss_weight,
                     contrastive_loss_weight=self.config.contrastive_loss_weight,
                 )
@@ -336,7 +349,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             learned = None if self.id_former is None else self.id_former.identity_embedding
             if learned is not None and token_identity_index is not None:
                 text = add_learned_embeddings(text, token_identity_index, learned.table())
-            inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, cache)
+            inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, images, cache)
         if inputs_embeds is None:
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
@@ -372,19 +385,57 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             identity_maps=maps,
         )
 
-    def _image_batch(self, pixel_values, image_features, image_roles, sample_index, identity_index) -> ImageBatch:
+    def _image_batch(
+        self,
+        pixel_values,
+        image_features,
+        image_roles,
+        sample_index,
+        identity_index,
+        *,
+        input_ids=None,
+        identities=None,
+    ) -> ImageBatch:
         if (pixel_values is None) == (image_features is None):
             raise ValueError("pass either pixel_values or image_features.")
-        features, grid_size = (image_features, None) if pixel_values is None else self.image_features(pixel_values)
+        if identities is not None:
+            if pixel_values is None or image_roles is None or sample_index is None or identity_index is None:
+                raise ValueError(
+                    "identities need pixel_values, image_roles, sample_index and identity_index of all images; pass "
+                    "the outputs of the processor."
+                )
+            stored = identities.stored(image_roles, sample_index, identity_index)
+            features, grid_size = self._features_with_stored(pixel_values, stored)
+        elif pixel_values is not None:
+            features, grid_size = self.image_features(pixel_values)
+        else:
+            features, grid_size = image_features, None
         dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
         needs_samples = self.id_former is not None and image_roles is not None
         if sample_index is None and (needs_samples or self.image_index_embedding is not None):
             raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
         if image_roles is None:
-            image_roles = torch.full((len(features),), int(ImageRole.GENERAL))
+            image_roles = torch.full((len(features),), ImageRole.GENERAL)
         if sample_index is None:
-            sample_index = torch.zeros(len(features), dtype=torch.long)
+            if input_ids is None:
+                sample_index = torch.zeros(len(features), dtype=torch.long)
+            else:
+                is_image = input_ids == self.config.image_token_id
+                sample_index = rows_of_images(is_image, len(features), self.config.image_seq_length)
         return ImageBatch(features.to(dtype), grid_size, image_roles, sample_index, identity_index)
+
+    def _features_with_stored(
+        self, pixel_values: Tensor, stored: dict[int, StoredPhoto]
+    ) -> tuple[Tensor, tuple[int, int] | None]:
+        """Features of all images, of which the vision tower encodes those that are not ``stored``."""
+        new = [image for image in range(len(pixel_values)) if image not in stored] or [0]
+        features, grid_size = self.image_features(pixel_values[new])
+        encoded = dict(zip(new, features, strict=True))
+        parts = [
+            stored[image].features.to(features) if image in stored else encoded[image]
+            for image in range(len(pixel_values))
+        ]
+        return torch.stack(parts), grid_size
 
     def _encode(
         self,
@@ -436,15 +487,26 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             )
         return mean_name_embeddings(text, token_identity_index, name_mask, num_identities), null
 
-    def _insert_image_tokens(self, input_ids: Tensor, text: Tensor, image_tokens: Tensor | None, cache) -> Tensor:
+    def _insert_image_tokens(
+        self, input_ids: Tensor, text: Tensor, image_tokens: Tensor | None, images: ImageBatch | None, cache
+    ) -> Tensor:
+        """Put the image tokens of each row in the place of its placeholders.
+
+        If the cache holds the start of the conversation, the last images of a row are those whose placeholders follow
+        the cache; the others have been read.
+        """
         is_image = input_ids == self.config.image_token_id
-        if image_tokens is not None:
-            return scatter_image_tokens(text, is_image, image_tokens)
-        if cache is None and is_image.any():
-            raise ValueError(
-                f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
-            )
-        return text
+        if images is None:
+            if is_image.any():
+                raise ValueError(
+                    f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
+                )
+            return text
+        is_continued = cache is not None and cache.get_seq_length() > 0
+        if is_continued and self.id_former is not None:
+            check_references(images.image_roles, images.sample_index)
+        unread = unread_images(is_image, images.sample_index, image_tokens.shape[1], is_continued=is_continued)
+        return scatter_image_tokens(text, is_image, image_tokens if unread is None else image_tokens[unread])
 
     def _initialise_missing(self) -> None:
         """Copy initial values into parameters that a checkpoint does not have, part by part."""
@@ -470,32 +532,6 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             initial = build().state_dict() if missing else {}
             for name, tensor in missing.items():
                 tensor.copy_(initial[name])
-
-
-def scatter_image_tokens(inputs_embeds: Tensor, is_image: Tensor, image_tokens: Tensor) -> Tensor:
-    """Replace the embeddings of placeholders, in order, by image tokens.
-
-    Args:
-        inputs_embeds: ``[B, T, C]``, like the result.
-        is_image: ``[B, T]`` bool, True at placeholders.
-        image_tokens: ``[I, Q, C]`` of all images of the batch, in the order of their placeholders.
-
-    Raises:
-        ValueError: the number of placeholders differs from that of image tokens, or the widths differ.
-    """
-    placeholders, tokens = int(is_image.sum()), image_tokens.shape[0] * image_tokens.shape[1]
-    if placeholders != tokens:
-        raise ValueError(
-            f"the text holds {placeholders} image placeholders but there are {tokens} image tokens "
-            f"({image_tokens.shape[0]} images of {image_tokens.shape[1]}); give every image its placeholders, and "
-            "check image_seq_length of the processor and truncation."
-        )
-    if image_tokens.shape[-1] != inputs_embeds.shape[-1]:
-        raise ValueError(
-            f"image tokens are {image_tokens.shape[-1]} wide but the language model's embeddings are "
-            f"{inputs_embeds.shape[-1]}; set hidden_size or output_size of the connector to that of the language model."
-        )
-    return inputs_embeds.masked_scatter(is_image[..., None], image_tokens.to(inputs_embeds))
 
 
 @contextmanager

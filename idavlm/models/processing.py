@@ -1,6 +1,9 @@
 """The processor: from a sample of the schema to tensors, and from pairs of text and images to tensors."""
 
-from collections.abc import Callable
+import functools
+import string
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,14 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
+from idavlm.data.errors import quote, shorten
+from idavlm.data.rendering import Segment
+from idavlm.data.schema import Part
+from idavlm.data.special_tokens import find_special_tokens
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
-from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names
+from idavlm.models.identity_names import NO_IDENTITY, propagate_names, split_at_names
+from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
 
 ImageLoader = Callable[[Path | None, str], tuple[Tensor, tuple[int, int]]]
@@ -23,7 +31,11 @@ class IDAVLMProcessor(ProcessorMixin):
     """Prepares samples for :class:`IDAVLMForConditionalGeneration`.
 
     The references of all identities precede the first user turn, one line per reference photo. Each image becomes
-    ``image_seq_length`` placeholders, and each box becomes text. These choices are saved with the processor.
+    ``image_seq_length`` placeholders, and each box becomes text. These choices are saved with the processor. An option
+    that is set later is checked like an argument and takes effect at once.
+
+    Only the chat template and the formats write special tokens. In names, questions, answers and system texts, a string
+    such as ``<|end|>`` is ordinary text (see :func:`idavlm.data.render_chat`); the placeholder is an error.
 
     Args:
         image_processor: a transformers image processor that brings all images to one size.
@@ -63,11 +75,6 @@ class IDAVLMProcessor(ProcessorMixin):
         max_length: int | None = None,
         **kwargs,
     ):
-        check_positive(image_seq_length=image_seq_length, max_length=max_length)
-        for name, text in (("image_format", image_format), ("identity_format", identity_format)):
-            if "{image}" not in text:
-                raise ValueError(f"{name}={text!r} must contain {{image}}.")
-        _check_fixed_size(image_processor)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.image_seq_length = image_seq_length
         self.image_token = image_token
@@ -76,14 +83,34 @@ class IDAVLMProcessor(ProcessorMixin):
         self.box_format = box_format
         self.max_length = max_length
         self.image_loader: ImageLoader | None = None
-        self._boxes = BoxFormat(box_format)
-        self._crop_boxes: dict[tuple[int, int], tuple[float, float, float, float]] = {}
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ValueError(
-                f"image_token={image_token!r} is not a token of the tokenizer; call "
-                f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}}) first."
-            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check an option whenever it is set. Nothing is derived from options in advance."""
+        if name in ("image_seq_length", "max_length"):
+            check_positive(**{name: value})
+        elif name == "image_format":
+            _check_format(name, value, fields=("image",))
+        elif name == "identity_format":
+            _check_format(name, value, fields=("name", "image"))
+        elif name == "box_format":
+            BoxFormat(value)
+        elif name == "image_token":
+            _check_image_token(self.tokenizer, value)
+        elif name == "tokenizer" and "image_token" in self.__dict__:
+            _check_image_token(value, self.image_token)
+        elif name == "image_processor":
+            if self.__dict__.get("image_loader") is not None:
+                raise ValueError(
+                    "image_loader holds images that the present image_processor prepared; set image_loader=None before "
+                    "another image_processor."
+                )
+            self.__dict__["_pixels_shape"] = _check_fixed_size(value)
+        super().__setattr__(name, value)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the placeholder."""
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -95,14 +122,35 @@ class IDAVLMProcessor(ProcessorMixin):
             output = super().to_dict(*args, **kwargs)
         finally:
             self.image_loader = loader
-        for name in ("_boxes", "_crop_boxes", "image_loader", "image_token_id"):
+        for name in ("image_loader", "_pixels_shape"):
             output.pop(name, None)
         return output
+
+    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = False, **kwargs):
+        """Render messages as text, or tokenize them, as in transformers. Control tokens in messages are refused.
+
+        The rendered text does not tell the special tokens of messages from those of the template. :meth:`encode` keeps
+        them apart, so build a record for text that may hold them.
+
+        Raises:
+            ValueError: the text of a message holds a special token other than ``image_token``; with
+                ``sanitize_control_tokens`` also ``image_token``.
+        """
+        allowed = () if sanitize_control_tokens else (self.image_token,)
+        for role, text in _texts_of_messages(conversation):
+            for token in find_special_tokens(self.tokenizer, text):
+                if token not in allowed:
+                    raise ValueError(
+                        f"a message of {role!r} holds the special token {token!r} ({text[:60]!r}), which could end or "
+                        "forge a turn; remove it, or pass a record to encode(), where it is ordinary text."
+                    )
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """Prepare text with ``image_token`` for each image, and these images as general images, as in transformers.
 
-        For identities build a record and use :meth:`encode`.
+        For identities build a record and use :meth:`encode`. The text is a prompt: special tokens in it are special
+        tokens. :meth:`apply_chat_template` builds one and refuses messages that hold special tokens.
 
         Args:
             images: all images, in the order of the texts.
@@ -142,8 +190,9 @@ class IDAVLMProcessor(ProcessorMixin):
             the image processor crops or pads, they are moved accordingly.
 
         Raises:
-            DataError: images that cannot be read, text that holds the placeholder, boxes outside their image, a sample
-                longer than ``max_length``.
+            DataError: images that cannot be read, text that holds the placeholder or a special token that the tokenizer
+                cannot take as text, boxes outside their image, a sample longer than ``max_length``.
+            ValueError: the sample has identities and the tokenizer is slow.
         """
         load = self.image_loader or self.load_image
         images = [load(sample.image_root, path) for path in sample.images]
@@ -152,19 +201,27 @@ class IDAVLMProcessor(ProcessorMixin):
         scene_sizes = dict(zip(sample.message_images, sizes[num_references:], strict=True))
         for box in sample.boxes:
             height, width = scene_sizes[box.image]
-            if box.box[0] >= width or box.box[1] >= height:
+            x1, y1, _, _ = _as_float32(box.box)
+            if x1 >= width or y1 >= height:
                 raise DataError(
-                    f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside {box.image!r} of {width} x "
-                    f"{height} pixels; boxes are in pixels of the original image."
+                    f"sample {quote(sample.id)}: the box {box.box} of {quote(box.name)} lies outside "
+                    f"{quote(box.image)} of {width} x {height} pixels; boxes are in pixels of the original image."
                 )
         messages = self._messages(sample, scene_sizes)
-        input_ids, labels = render_chat(
+        input_ids, labels, identities_of_tokens = render_chat(
             self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=self.chat_template
         )
+        if not input_ids or input_ids.count(self.image_token_id) != len(images):
+            raise DataError(
+                f"sample {quote(sample.id)} has {len(images)} images, but the chat template makes {len(input_ids)} "
+                f"tokens with {input_ids.count(self.image_token_id)} placeholders of it; change the text or use a "
+                "template that renders every message once.",
+                kind="template",
+            )
         answers = labels
         if add_generation_prompt and sample.identities:
             answers = self._labels_of_earlier_answers(sample, messages, input_ids)
-        names = find_names(self.tokenizer, input_ids, answers, [identity.name for identity in sample.identities])
+        names = [NO_IDENTITY if identity is None else identity for identity in identities_of_tokens]
         token_identity_index = propagate_names(names, input_ids, answers, self.image_token_id)
         name_mask = [identity != NO_IDENTITY for identity in names]
         input_ids, labels, token_identity_index, name_mask = self._repeat_placeholders(
@@ -172,8 +229,8 @@ class IDAVLMProcessor(ProcessorMixin):
         )
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise DataError(
-                f"sample {sample.id!r} has {len(input_ids)} tokens, more than max_length={self.max_length}; use fewer "
-                "images or raise max_length.",
+                f"sample {quote(sample.id)} has {len(input_ids)} tokens, more than max_length={self.max_length}; use "
+                "fewer images or raise max_length.",
                 kind="length",
             )
         role = ImageRole.SCENE if sample.identities else ImageRole.GENERAL
@@ -197,18 +254,37 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
-        return self._boxes.parse(text, image_size, name=name)
+        return BoxFormat(self.box_format).parse(text, image_size, name=name)
 
     def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
         """Load and prepare an image file: pixels ``[3, H, W]``, and the (height, width) of the original.
 
         Raises:
-            DataError: the image cannot be read, or there is no root.
+            DataError: the image cannot be read or processed, would be too large after resizing, or there is no root.
         """
         if root is None:
-            raise DataError(f"image {path!r} has no image_root; pass one to the data set.", kind="image", file=path)
-        image = ImageStore(root).open(path)
-        return self._pixels([image])[0], (image.height, image.width)
+            raise DataError(
+                f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path
+            )
+        image = ImageStore(root, resized_size=functools.partial(resized_size, self.image_processor)).open(path)
+        try:
+            pixels = self._pixels([image])[0]
+        except MemoryError:
+            raise
+        except Exception as error:  # other images pass, so this one's shape is the cause
+            raise self._refused(path, image, f"{type(error).__name__}: {shorten(str(error))}") from error
+        if pixels.shape != self._pixels_shape:
+            shapes = f"{list(pixels.shape)} in place of {list(self._pixels_shape)}"
+            raise self._refused(path, image, f"its output has shape {shapes}")
+        return pixels, (image.height, image.width)
+
+    def _refused(self, path: str, image: Image.Image, problem: str) -> DataError:
+        return DataError(
+            f"image {quote(path)} of {image.width} x {image.height} pixels cannot be prepared by "
+            f"{type(self.image_processor).__name__} ({problem}); crop, pad or scale it.",
+            kind="image",
+            file=path,
+        )
 
     def _num_image_tokens(self) -> int:
         if self.image_seq_length is None:
@@ -230,44 +306,63 @@ class IDAVLMProcessor(ProcessorMixin):
             return {"image_features": torch.stack(images).float()}
         return {"pixel_values": torch.stack(images) if images else torch.zeros(0, 3, 0, 0)}
 
-    def _messages(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> list[dict[str, str]]:
-        """Render the conversation as text with one placeholder per image; references precede the first user turn."""
-        image = self.image_format.format(image=self.image_token)
-        for name in (*(identity.name for identity in sample.identities), *(box.name for box in sample.boxes)):
+    def _messages(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+        """Render the conversation as segments with one placeholder per image.
+
+        References precede the first user turn. Names are segments of their own, except in answers.
+        """
+        names = [identity.name for identity in sample.identities]
+        for name in (*names, *(box.name for box in sample.boxes)):
             self._check_text(sample, name)
+        image = Segment(self.image_format.format(image=self.image_token), is_markup=True)
         lines = [
-            self.identity_format.format(name=identity.name, image=image)
+            segment
             for identity in sample.identities
             for _ in identity.images
+            for segment in self._identity_line(identity.name, image)
         ]
         messages = []
         for message in sample.messages:
-            text = ""
+            content = []
             if message.role == "user":
-                text = "".join(lines)
-                lines = []
+                content, lines = lines, []
             for part in message.content:
                 if part.type == "image":
-                    text += image
+                    content.append(image)
                 elif part.type == "box":
-                    box = sample.box_of(part.name, part.image)
-                    text += self._boxes.write(part.name, box.box, image_sizes[box.image])
+                    content += self._box_text(sample, part, image_sizes)
                 else:
-                    self._check_text(sample, part.text)
-                    text += part.text
-            messages.append({"role": message.role, "content": text})
+                    content.append(Segment(part.text))
+            for is_markup, run in groupby(content, key=lambda segment: segment.is_markup):
+                if not is_markup:  # two parts may hold the placeholder together
+                    self._check_text(sample, "".join(segment.text for segment in run))
+            content = content if message.role == "assistant" else split_at_names(content, names)
+            messages.append({"role": message.role, "content": content})
         return messages
 
+    def _identity_line(self, name: str, image: Segment) -> Iterator[Segment]:
+        for literal, field, _, _ in string.Formatter().parse(self.identity_format):
+            if literal:
+                yield Segment(literal, is_markup=True)
+            if field is not None:
+                yield image if field == "image" else Segment(name)
+
+    def _box_text(self, sample: Sample, part: Part, image_sizes: dict[str, tuple[int, int]]) -> list[Segment]:
+        box, form = sample.box_of(part.name, part.image), BoxFormat(self.box_format)
+        before, after = form.around_name(box.box, image_sizes[box.image])
+        name = [Segment(before, is_markup=True), Segment(part.name)] if form.writes_name else []
+        return [*name, Segment(after, is_markup=True)]
+
     def _labels_of_earlier_answers(
-        self, sample: Sample, messages: list[dict[str, str]], input_ids: list[int]
+        self, sample: Sample, messages: list[dict[str, Any]], input_ids: list[int]
     ) -> list[int]:
         """Label the answers that a prompt contains, so that their names are treated in generation as in training."""
-        ids, labels = render_chat(self.tokenizer, messages, chat_template=self.chat_template)
+        ids, labels, _ = render_chat(self.tokenizer, messages, chat_template=self.chat_template)
         end = max((position + 1 for position, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
         if ids[:end] != input_ids[:end]:
             raise DataError(
-                f"sample {sample.id!r}: with a generation prompt the chat template renders earlier turns differently "
-                "than in training; use a template that adds the prompt and changes nothing else.",
+                f"sample {quote(sample.id)}: with a generation prompt the chat template renders earlier turns "
+                "differently than in training; use a template that adds the prompt and changes nothing else.",
                 kind="template",
             )
         return labels[:end] + [IGNORE_INDEX] * (len(input_ids) - end)
@@ -275,8 +370,8 @@ class IDAVLMProcessor(ProcessorMixin):
     def _check_text(self, sample: Sample, text: str) -> None:
         if self.image_token in text:
             raise DataError(
-                f"sample {sample.id!r}: the text {text[:60]!r} holds the placeholder {self.image_token!r}; make it an "
-                "image part.",
+                f"sample {quote(sample.id)}: the text {quote(text)} holds the placeholder {self.image_token!r}; make "
+                "it an image part.",
                 kind="placeholders",
             )
 
@@ -290,16 +385,19 @@ class IDAVLMProcessor(ProcessorMixin):
     def _box_tensors(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
         """Return the boxes of identities with references, as far as the image processor keeps them.
 
-        If an image occurs several times in the messages, its boxes belong to the first occurrence.
+        If an image occurs several times in the messages, each occurrence has its boxes.
         """
         number = {identity.name: index for index, identity in enumerate(sample.identities)}
         boxes, box_image, box_identity = [], [], []
         for box in sample.boxes:
             kept = self._crop(box.box, image_sizes[box.image])
-            if box.name in number and kept is not None:
-                boxes.append(kept)
-                box_image.append(len(sample.reference_images) + sample.message_images.index(box.image))
-                box_identity.append(number[box.name])
+            if box.name not in number or kept is None:
+                continue
+            for image, path in enumerate(sample.message_images, len(sample.reference_images)):
+                if path == box.image:
+                    boxes.append(kept)
+                    box_image.append(image)
+                    box_identity.append(number[box.name])
         return {
             "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
             "box_image": torch.tensor(box_image, dtype=torch.long),
@@ -308,19 +406,64 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def _crop(self, box: list[float], size: tuple[int, int]) -> list[float] | None:
         """Move a box as if the image processor's crop were the whole image. None if nothing of it is left."""
-        if size not in self._crop_boxes:
-            self._crop_boxes[size] = crop_box(self.image_processor, size)
-        if self._crop_boxes[size] == FULL_IMAGE:
+        kept = crop_box(self.image_processor, size)
+        if kept == FULL_IMAGE:
             return box
-        left, top, right, bottom = self._crop_boxes[size]
+        left, top, right, bottom = kept
         height, width = size
         x1, x2 = (min(max((x / width - left) / (right - left), 0.0), 1.0) * width for x in (box[0], box[2]))
         y1, y2 = (min(max((y / height - top) / (bottom - top), 0.0), 1.0) * height for y in (box[1], box[3]))
-        return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
+        x1, y1, x2, y2 = _as_float32([x1, y1, x2, y2])
+        return [x1, y1, x2, y2] if x1 < min(x2, width) and y1 < min(y2, height) else None
 
 
-def _check_fixed_size(image_processor) -> None:
-    """Check that images of different shapes come out with one size, by processing a wide and a high one."""
+def _as_float32(box: list[float]) -> list[float]:
+    """Round a box to the precision of encoded boxes, so that it is checked as the model will see it."""
+    return torch.tensor(box, dtype=torch.float32).tolist()
+
+
+def _texts_of_messages(conversation: Any) -> Iterator[tuple[str, str]]:
+    """Role and text of each message of one conversation or of several."""
+    for message in conversation:
+        if isinstance(message, (list, tuple)):
+            yield from _texts_of_messages(message)
+            continue
+        role, content = str(message.get("role")), message.get("content")
+        for part in [content] if isinstance(content, str) else content or []:
+            text = part if isinstance(part, str) else part.get("text")
+            if isinstance(text, str):
+                yield role, text
+
+
+def _check_image_token(tokenizer, image_token: str) -> None:
+    token_id = tokenizer.convert_tokens_to_ids(image_token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ValueError(
+            f"image_token={image_token!r} is not a token of the tokenizer; call "
+            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}}) first."
+        )
+
+
+def _check_format(name: str, text: str, *, fields: tuple[str, ...]) -> None:
+    """Check a format string: plain ``fields`` only, and ``{image}`` once."""
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={text!r} is not a format string ({error}); write braces of the text twice.") from None
+    used = [field for _, field, _, _ in pieces if field is not None]
+    if used.count("image") != 1:
+        raise ValueError(f"{name}={text!r} must contain {{image}} once.")
+    plain = all(not spec and conversion is None for _, field, spec, conversion in pieces if field is not None)
+    if not set(used) <= set(fields) or not plain:
+        raise ValueError(f"{name}={text!r} may contain only {', '.join(f'{{{field}}}' for field in fields)}.")
+
+
+def _check_fixed_size(image_processor) -> torch.Size:
+    """Return the shape ``[3, H, W]`` of every prepared image, by processing a wide and a high one.
+
+    Raises:
+        ValueError: the two differ.
+    """
     shapes = [(48, 96), (96, 48)]
     images = [Image.fromarray(np.zeros((height, width, 3), np.uint8)) for height, width in shapes]
     try:
@@ -334,3 +477,4 @@ def _check_fixed_size(image_processor) -> None:
             "CLIPImageProcessor, SiglipImageProcessor or ViTImageProcessor; its size needs a height and width, or a "
             "centre crop."
         )
+    return torch.Size(size[1:])

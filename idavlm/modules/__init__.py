@@ -4,7 +4,7 @@ from idavlm.modules.attention import CrossAttention, FeedForward
 from idavlm.modules.connectors import build_connector
 from idavlm.modules.id_former import IdentityLayer, IdentityTokens, IDFormer
 from idavlm.modules.identity_embedding import IdentityEmbedding, ImageIndexEmbedding
-from idavlm.modules.identity_map import NULL, identity_map_loss, identity_patch_targets
+from idavlm.modules.identity_map import NULL, identities_of_scenes, identity_map_loss, identity_patch_targets
 from idavlm.modules.inner_adaptor import (
     InnerAdaptor,
     add_inner_adaptors,
@@ -14,6 +14,7 @@ from idavlm.modules.inner_adaptor import (
     use_workflow,
 )
 from idavlm.modules.resampler import Resampler
+from idavlm.modules.residual_id_former import ImageTokens, ResidualIDFormer
 
 __all__ = [
     "NULL",
@@ -24,10 +25,13 @@ __all__ = [
     "IdentityLayer",
     "IdentityTokens",
     "ImageIndexEmbedding",
+    "ImageTokens",
     "InnerAdaptor",
     "Resampler",
+    "ResidualIDFormer",
     "add_inner_adaptors",
     "build_connector",
+    "identities_of_scenes",
     "identity_map_loss",
     "identity_patch_targets",
     "load_adaptors",

@@ -30,6 +30,7 @@ def build_connector(kind: str, *, vision_hidden_size: int, hidden_size: int, **o
     Raises:
         ValueError: an unknown ``kind``, unequal widths for ``identity``, or options for a kind without options.
     """
+    check_connector("kind", kind)
     if kind == "resampler":
         return Resampler(hidden_size=hidden_size, vision_hidden_size=vision_hidden_size, **options)
     if options:
@@ -44,14 +45,18 @@ def build_connector(kind: str, *, vision_hidden_size: int, hidden_size: int, **o
     if kind == "linear":
         return nn.Linear(vision_hidden_size, hidden_size)
     match = _MLP.fullmatch(kind)
-    if match is None:
-        raise ValueError(
-            f"kind={kind!r} is not a connector; choose 'identity', 'linear', 'mlp2x_gelu', 'mlp2x_gelu_norm' (any "
-            "number for the 2) or 'resampler'."
-        )
     layers: list[nn.Module] = []
     for depth in range(int(match[1])):
         layers += [nn.GELU()] if depth else []
         layers += [nn.Linear(hidden_size if depth else vision_hidden_size, hidden_size)]
         layers += [nn.LayerNorm(hidden_size)] if match[2] else []
     return nn.Sequential(*layers)
+
+
+def check_connector(name: str, kind: str) -> None:
+    """Raise ``ValueError`` unless ``kind``, the value of argument ``name``, is a kind of :func:`build_connector`."""
+    if kind not in ("identity", "linear", "resampler") and _MLP.fullmatch(kind) is None:
+        raise ValueError(
+            f"{name}={kind!r} is not a connector; choose 'identity', 'linear', 'mlp2x_gelu', 'mlp2x_gelu_norm' (any "
+            "number for the 2) or 'resampler'."
+        )

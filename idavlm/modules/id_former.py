@@ -12,6 +12,8 @@ from idavlm.modules.attention import CrossAttention, FeedForward, saves_memory
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
+    attention_energy,
+    identities_of_scenes,
     identity_contrastive_loss,
     identity_map_from_attention,
     identity_map_loss,
@@ -77,26 +79,36 @@ class IdentityLayer(nn.Module):
         self.feed_forward_gate = nn.Parameter(torch.zeros(())) if gate == "tanh" and feed_forward else None
 
     def forward(
-        self, patches: Tensor, keys: Tensor, *, query_bias: Tensor, output_attentions: bool = False, **segments
+        self,
+        patches: Tensor,
+        keys: Tensor,
+        *,
+        query_bias: Tensor,
+        output_attentions: bool = False,
+        residual_only: bool = False,
+        **segments,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from the patches of scenes to the references of their samples.
 
         Args:
-            patches: ``[S, P, C]`` patches of scenes.
+            patches: ``[S, P, C]`` patches of scenes, or ``[T, C]`` packed.
             keys: ``[T, C]`` packed reference tokens.
-            query_bias: ``[P, C]`` projected positions of the patches.
+            query_bias: ``[P, C]`` projected positions of the patches, or ``[T, C]``.
             output_attentions: also return the attention weights, summed over groups of keys.
+            residual_only: return what the layer adds to the patches, instead of the sum.
             segments: ``cu_seqlens_q``, ``key_groups``, ... of :func:`idavlm.cross_attention`, which group by sample.
 
         Returns:
-            ``[S, P, C]`` patches, and the weights ``[S * P, H, G + 1]`` or None.
+            Patches in the shape of the input, and the weights ``[S * P, H, G + 1]`` or None.
         """
         result = self.attention(patches, keys, query_bias=query_bias, output_attentions=output_attentions, **segments)
         attended, attentions = result if output_attentions else (result, None)
-        patches = patches + _gated(attended, self.attention_gate)
+        residual = _gated(attended, self.attention_gate)
+        output = patches + residual
         if self.feed_forward is not None:
-            patches = patches + _gated(self.feed_forward(patches), self.feed_forward_gate)
-        return patches, attentions
+            transformed = _gated(self.feed_forward(output), self.feed_forward_gate)
+            residual, output = residual + transformed, output + transformed
+        return residual if residual_only else output, attentions
 
 
 class IDFormer(nn.Module):
@@ -336,7 +348,16 @@ class IDFormer(nn.Module):
         numbers = [number for number, identity in enumerate(identities) for _ in identity.image_tokens]
         return tokens + self.identity_embedding(torch.tensor(numbers, device=tokens.device))[:, None]
 
-    def identity_map_loss(self, identity_maps: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+    def identity_map_loss(
+        self,
+        identity_maps: tuple[Tensor, ...],
+        targets: Tensor,
+        image_roles: Tensor,
+        sample_index: Tensor,
+        identity_index: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+    ) -> Tensor:
         """Supervise the identity maps: mean over layers of :func:`idavlm.identity_map_loss`.
 
         Without ``null_token`` the attention is a distribution over references only and cannot express null. NULL
@@ -345,10 +366,15 @@ class IDFormer(nn.Module):
         Args:
             identity_maps: from :meth:`forward` with ``output_attentions=True``.
             targets: ``[I, P]``, for example from :func:`idavlm.identity_patch_targets`.
+            image_roles, sample_index, identity_index: those that were passed to :meth:`forward`.
+            reduction: ``"mean"`` over images, or ``"none"`` for the loss of each image ``[I]``.
         """
         if self.null_token is None:
             targets = targets.masked_fill(targets == NULL, IGNORE_INDEX)
-        return torch.stack([identity_map_loss(layer, targets) for layer in identity_maps]).mean()
+        num_identities = identity_maps[0].shape[-1] - 1
+        has_reference = identities_of_scenes(image_roles, sample_index, identity_index, num_identities)
+        losses = [identity_map_loss(layer, targets, has_reference, reduction=reduction) for layer in identity_maps]
+        return torch.stack(losses).mean(0)
 
     def contrastive_loss(
         self,
@@ -390,10 +416,11 @@ class IDFormer(nn.Module):
         null = keys[:0] if self.null_token is None else self.null_token
         # Numbered over the batch: the same identity index in different samples gives different numbers.
         offset = sample_index * (int(max(identity_index[is_reference].max(), targets.max())) + 1)
+        owner = (offset + identity_index)[is_reference]
         return identity_contrastive_loss(
             attention.queries(patches[image, patch], query_bias[patch]),
             attention.keys(torch.cat([null, keys])),
-            owner=(offset + identity_index)[is_reference],
+            owner=owner.repeat_interleave(len(keys) // len(owner)),
             target=offset[image] + targets[image, patch],
             num_null=len(null),
         )
@@ -409,6 +436,20 @@ class IDFormer(nn.Module):
             return independent(), scenes
         independent, scenes = self.resampler.project_patches(select_images(image_features, groups.order)).split(sizes)
         return independent, lambda: scenes
+
+    @torch.no_grad()
+    def similarity(self, scene_features: Tensor, reference_features: Tensor) -> Tensor:
+        """How much the patches ``[P, Cv]`` of a scene would attend to those of a reference, before the softmax.
+
+        Returns:
+            Scalar: the largest over the patches of the scene, see :func:`attention_energy`.
+        """
+        scene, reference = (self.resampler.project_patches(x[None]) for x in (scene_features, reference_features))
+        grid_size = self.resampler.check_features(reference_features[None], None)
+        tokens = self.resampler.resample(reference, self.resampler.key_bias(grid_size))
+        attention = self.identity_layers[0].attention
+        keys = attention.keys(self._identity_keys(reference, tokens)[0])
+        return attention_energy(attention.queries(scene[0]), keys).max()
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
         keys = image_tokens if self.identity_keys == "tokens" else patches
@@ -428,9 +469,14 @@ class IDFormer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Let the patches of scenes ``[S, P, C]`` attend to the keys ``[R, K, C]`` of their own sample."""
         has_null = self.null_token is not None
-        packed = pack_keys(keys, groups, null_token=self.null_token)
+        key_lengths = [keys.shape[1]] * len(keys)
+        packed = pack_keys(keys.flatten(0, 1), key_lengths, groups, null_token=self.null_token)
         segments = attention_segments(
-            groups, num_patches=scenes.shape[1], key_length=keys.shape[1], null_token=has_null, device=scenes.device
+            groups,
+            scene_lengths=[scenes.shape[1]] * len(scenes),
+            reference_lengths=key_lengths,
+            null_token=has_null,
+            device=scenes.device,
         )
         needs_maps = output_attentions or self.identity_embedding_type is not None
         maps = []
@@ -478,7 +524,9 @@ class IDFormer(nn.Module):
         if num_columns:
             shares = pool_identity_map(identity_map, grid_size, self.resampler.query_grid, num_columns)
         if groups.references is not None and len(groups.references) and num_columns:
-            own = F.one_hot(groups.reference_identities, num_columns).to(shares)[:, None].expand(-1, shares.shape[1], -1)
+            own = (
+                F.one_hot(groups.reference_identities, num_columns).to(shares)[:, None].expand(-1, shares.shape[1], -1)
+            )
             packed = select_images(shares, groups.order).index_copy(0, groups.references, own)
             shares = select_images(packed, groups.inverse)
         shares = shares.to(embeddings.dtype)

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from idavlm.modules.image_groups import ImageGroups, select_images
-from idavlm.utils import IGNORE_INDEX, ImageRole
+from idavlm.utils import IGNORE_INDEX, ImageRole, check_choice
 
 NULL = -1
 """Target of a patch that shows no reference. It indexes the last column of an identity map."""
@@ -121,45 +121,82 @@ def identity_patch_targets(
     return targets
 
 
-def identity_map_loss(identity_map: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log share of attention that each labelled patch pays to its target; 0 without labelled patches.
+def identity_map_loss(
+    identity_map: Tensor, targets: Tensor, has_reference: Tensor, *, reduction: str = "mean"
+) -> Tensor:
+    """Negative log share of attention that each labelled patch pays to its target.
 
-    Images that attend to no reference do not count. Without ``null_token`` the last column is 0 for every patch of an
-    image with references, so NULL cannot be learned. :meth:`IDFormer.identity_map_loss` leaves those patches out.
+    The loss of an image is the mean over its labelled patches. Images that attend to no reference do not count. Without
+    ``null_token`` the last column is 0 for every patch of an image with references, so NULL cannot be learned.
+    :meth:`IDFormer.identity_map_loss` leaves those patches out.
 
     Args:
         identity_map: ``[I, P, G + 1]``, a map of :class:`IDFormer`: one column per identity, the last for null.
         targets: ``[I, P]`` identity 0..G-1, :data:`NULL` (-1) or ``IGNORE_INDEX`` (-100).
+        has_reference: ``[I, G]`` bool, whether an image attends to a reference of an identity, from
+            :func:`identities_of_scenes`. The map itself does not tell: attention to a reference may underflow to 0.
+        reduction: ``"mean"`` over the images that count and have a labelled patch, 0 if there are none; or ``"none"``.
 
     Returns:
-        Scalar float32 loss.
+        float32 scalar; with ``reduction="none"`` the loss of each image ``[I]``, 0 for images without one.
 
     Raises:
         ValueError: shapes that do not fit, or a target identity that has no reference in the sample of the image.
     """
+    check_choice("reduction", reduction, ("mean", "none"))
     if identity_map.dim() != 3 or identity_map.shape[:2] != targets.shape:
         raise ValueError(
             f"identity_map has shape {tuple(identity_map.shape)} and targets {tuple(targets.shape)}; "
             "expected [I, P, G + 1] and [I, P]."
         )
     num_identities = identity_map.shape[-1] - 1
-    present = (identity_map.detach()[..., :-1] != 0).any(1)
+    if has_reference.shape != (len(identity_map), num_identities):
+        raise ValueError(
+            f"has_reference has shape {tuple(has_reference.shape)} and identity_map {tuple(identity_map.shape)}; "
+            "expected [I, G] and [I, P, G + 1]."
+        )
+    has_reference = has_reference.to(targets.device)
     labelled = targets != IGNORE_INDEX
     is_identity = labelled & (targets != NULL)
-    has_reference = F.pad(present, (0, 1)).gather(1, targets.clamp(0, num_identities))
-    wrong = is_identity & ((targets < 0) | ~has_reference)
+    is_known = F.pad(has_reference, (0, 1)).gather(1, targets.clamp(0, num_identities))
+    wrong = is_identity & ((targets < 0) | ~is_known)
     if wrong.any():
         image, patch = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"targets[{image}, {patch}]={int(targets[image, patch])}, but image {image} has no reference of that "
-            f"identity (it has {present[image].nonzero().flatten().tolist()}); use -1 for NULL and -100 to leave the "
-            "patch out."
+            f"identity (it has {has_reference[image].nonzero().flatten().tolist()}); use -1 for NULL and -100 to leave "
+            "the patch out."
         )
     column = targets.where(is_identity, num_identities)
     share = identity_map.float().gather(-1, column[..., None]).squeeze(-1)
     nll = -share.clamp(min=torch.finfo(torch.float32).tiny).log()
-    counted = labelled & present.any(-1, keepdim=True)
-    return (nll * counted).sum() / counted.sum().clamp(min=1)
+    counted = labelled & has_reference.any(-1, keepdim=True)
+    per_image = (nll * counted).sum(1) / counted.sum(1).clamp(min=1)
+    return per_image if reduction == "none" else per_image.sum() / counted.any(1).sum().clamp(min=1)
+
+
+def identities_of_scenes(
+    image_roles: Tensor, sample_index: Tensor, identity_index: Tensor | None, num_identities: int
+) -> Tensor:
+    """Return which identities an image attends to, ``[I, G]`` bool on the CPU: those with a reference in its sample.
+
+    Rows of references and of general images are False.
+
+    Args:
+        image_roles, sample_index, identity_index: see :meth:`IDFormer.forward`.
+        num_identities: G, the largest number of identities in a sample.
+    """
+    roles, samples = image_roles.cpu(), sample_index.cpu()
+    is_reference = roles == ImageRole.REFERENCE
+    if identity_index is None:  # each reference is an identity of its own
+        same_sample = samples[:, None] == samples[None]
+        identities = (same_sample & is_reference[None]).tril(-1).sum(1)
+    else:
+        identities = identity_index.cpu()
+    num_samples = int(samples[-1]) + 1 if len(samples) else 0
+    introduced = torch.zeros(num_samples, num_identities, dtype=torch.bool)
+    introduced[samples[is_reference], identities[is_reference]] = True
+    return introduced[samples] & (roles == ImageRole.SCENE)[:, None]
 
 
 def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tensor, *, num_null: int) -> Tensor:
@@ -172,19 +209,31 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
 
     Args:
         q: ``[N, H, D]`` projected patches.
-        k: ``[num_null + R * L, H, D]`` projected keys: the null token, then L keys for each of the R references.
-        owner: ``[R]`` identity of each reference, numbered over the batch.
+        k: ``[num_null + K, H, D]`` projected keys: the null token, then the K keys of all references.
+        owner: ``[K]`` identity that each key belongs to, numbered over the batch.
         target: ``[N]`` identity that each patch shows. It has a reference in the batch.
         num_null: 0 or 1, number of null tokens.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.einsum("nhd,khd->hnk", q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype))
-        null, references = scores[..., :num_null], scores[..., num_null:]
-        references = rearrange(references, "h n (r l) -> h n r l", r=len(owner)).logsumexp(-1)
-        correct = references.masked_fill(owner != target[:, None], -torch.inf).logsumexp(-1)
-        log_share = correct - torch.cat([null, references], -1).logsumexp(-1)
+        correct = scores[..., num_null:].masked_fill(owner != target[:, None], -torch.inf).logsumexp(-1)
+        log_share = correct - scores.logsumexp(-1)
         return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
+
+
+def attention_energy(q: Tensor, k: Tensor) -> Tensor:
+    """Logarithm of the attention that each query would pay to all keys together, before it is normalised.
+
+    Args:
+        q: ``[N, H, D]`` projected patches of a scene.
+        k: ``[K, H, D]`` projected keys of a reference.
+
+    Returns:
+        ``[N]``, mean over heads, in float32. Values of several references are comparable.
+    """
+    scores = torch.einsum("nhd,khd->nhk", q.float() * q.shape[-1] ** -0.5, k.float())
+    return scores.logsumexp(-1).mean(-1)
 
 
 def _check_boxes(

@@ -1,6 +1,7 @@
 """The images of a batch, grouped once on the host into the indices of one ragged pass over scenes and references."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 
@@ -26,6 +27,8 @@ class ImageGroups:
         scenes_per_sample: number of scenes that attend to references, for each of these samples.
         references: ``[R]`` packed index of each reference, or None if the references are not among the images.
         reference_identities: ``identities`` as a tensor, or None likewise.
+        reference_images: batch index of each reference; empty if the references are not among the images.
+        scene_images: batch index of each scene that attends to references.
     """
 
     order: Tensor | None
@@ -36,6 +39,8 @@ class ImageGroups:
     scenes_per_sample: tuple[int, ...]
     references: Tensor | None = None
     reference_identities: Tensor | None = None
+    reference_images: tuple[int, ...] = ()
+    scene_images: tuple[int, ...] = ()
 
 
 @outside_compile
@@ -94,6 +99,8 @@ def group_images(
         identities=tuple(identities),
         references_per_sample=references_per_sample,
         scenes_per_sample=tuple(num_scenes[sample] for sample in dict.fromkeys(samples)),
+        reference_images=tuple(references),
+        scene_images=tuple(image for image, is_attending in enumerate(attends) if is_attending),
     )
 
 
@@ -103,35 +110,54 @@ def select_images(images: Tensor, index: Tensor | None) -> Tensor:
 
 
 @outside_compile
-def pack_keys(keys: Tensor, groups: ImageGroups, *, null_token: Tensor | None) -> Tensor:
-    """Pack the keys ``[R, K, C]`` of all references into one sequence ``[T, C]``.
+def pack_keys(
+    keys: Tensor, reference_lengths: Sequence[int], groups: ImageGroups, *, null_token: Tensor | None
+) -> Tensor:
+    """Insert the null token ``[1, C]``, if there is one, before the keys of each sample.
 
-    The null token ``[1, C]``, if there is one, precedes the keys of each sample.
+    Args:
+        keys: ``[T, C]`` keys of all references, reference after reference.
+        reference_lengths: number of keys of each reference.
     """
     if null_token is None:
-        return keys.flatten(0, 1)
-    samples = (sample.flatten(0, 1) for sample in keys.split(groups.references_per_sample))
+        return keys
+    lengths = iter(reference_lengths)
+    samples = keys.split([sum(islice(lengths, count)) for count in groups.references_per_sample])
     parts = [part for sample in samples for part in (null_token, sample)]
-    return torch.cat([keys.flatten(0, 1)[:0], null_token[:0], *parts])  # part of the graph even without a sample
+    return torch.cat([keys[:0], null_token[:0], *parts])  # part of the graph even without a sample
 
 
 @outside_compile
 def attention_segments(
-    groups: ImageGroups, *, num_patches: int, key_length: int, null_token: bool, device: torch.device
+    groups: ImageGroups,
+    *,
+    scene_lengths: Sequence[int],
+    reference_lengths: Sequence[int],
+    null_token: bool,
+    device: torch.device,
 ) -> dict[str, Tensor | int]:
     """Return the segments of the identity cross-attention, as arguments of :func:`idavlm.cross_attention`.
 
-    Scenes of ``num_patches`` queries attend to the references of their own sample, with ``key_length`` keys each, and
-    to the null token before them. The key groups are the identities of a sample; the last group is null.
+    Scenes attend to the references of their own sample and to the null token before them. The key groups are the
+    identities of a sample; the last group is null.
+
+    Args:
+        groups: scenes and references of each sample.
+        scene_lengths: number of queries of each scene that attends to references.
+        reference_lengths: number of keys of each reference.
+        null_token: whether a null token precedes the keys of each sample.
+        device: device of the tensors.
     """
     extra_keys = int(null_token)
-    query_lengths = [count * num_patches for count in groups.scenes_per_sample]
-    key_lengths = [count * key_length + extra_keys for count in groups.references_per_sample]
+    scenes, references = iter(scene_lengths), iter(reference_lengths)
+    query_lengths = [sum(islice(scenes, count)) for count in groups.scenes_per_sample]
+    key_lengths = [extra_keys + sum(islice(references, count)) for count in groups.references_per_sample]
     num_identities = max(groups.identities, default=-1) + 1
     owners, lengths, identities = [], [], iter(groups.identities)
+    references = iter(reference_lengths)
     for count in groups.references_per_sample:
         owners += [num_identities, *islice(identities, count)]
-        lengths += [extra_keys, *[key_length] * count]
+        lengths += [extra_keys, *islice(references, count)]
     key_groups = torch.tensor(owners, dtype=torch.int32).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
 
     def cu_seqlens(lengths: list[int]) -> Tensor:

@@ -1,6 +1,8 @@
 """Training: ``transformers.Trainer`` with two data sources, training stages and per-module learning rates."""
 
 from idavlm.training.arguments import IDTrainingArguments
-from idavlm.training.trainer import IDTrainer, last_complete_checkpoint
+from idavlm.training.checkpoints import last_complete_checkpoint
+from idavlm.training.non_finite import NonFiniteLossError
+from idavlm.training.trainer import IDTrainer
 
-__all__ = ["IDTrainer", "IDTrainingArguments", "last_complete_checkpoint"]
+__all__ = ["IDTrainer", "IDTrainingArguments", "NonFiniteLossError", "last_complete_checkpoint"]

@@ -9,6 +9,7 @@ from idavlm.utils import check_choice
 from idavlm.utils.parameter_groups import MODULES
 
 STAGES = ("instruction_tuning", "identity_pretraining")
+ON_NON_FINITE_LOSS = ("stop", "skip")
 
 
 @dataclass
@@ -35,6 +36,15 @@ class IDTrainingArguments(TrainingArguments):
         teacher_forcing_steps: number of steps at the start of training in which image tokens get the identity
             embeddings of the ground-truth boxes instead of those that the identity attention predicts. It needs an
             ID-Former with ``identity_embedding``.
+        non_finite_loss: what happens if a loss or a gradient is NaN or infinite. ``"stop"`` raises
+            :class:`NonFiniteLossError` before the optimizer uses it. ``"skip"`` leaves out the step, logs the number of
+            steps left out since the last entry as ``skipped_steps``, and stops after ten in a row.
+
+    Some arguments of ``TrainingArguments`` would have no effect on the losses and batches of :class:`IDTrainer`, or a
+    wrong one. They raise an error: ``label_smoothing_factor``, ``use_liger_kernel``,
+    ``average_tokens_across_devices=False``, ``logging_nan_inf_filter=True``, ``label_names``,
+    ``remove_unused_columns=True``, ``accelerator_config={"dispatch_batches": True}``, and context or sequence
+    parallelism.
 
     Raises:
         ValueError: an argument is out of range, or contradicts another one.
@@ -59,13 +69,18 @@ class IDTrainingArguments(TrainingArguments):
     teacher_forcing_steps: int = field(
         default=0, metadata={"help": "Steps in which image tokens get the identity embeddings of the boxes."}
     )
+    non_finite_loss: str = field(
+        default="stop",
+        metadata={"help": "What happens if a loss is NaN or infinite.", "choices": list(ON_NON_FINITE_LOSS)},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay False; see non_finite_loss."})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True removes image roles and boxes from the batches; use False.")
+        self._check_inherited()
         self._check_stage()
+        check_choice("non_finite_loss", self.non_finite_loss, ON_NON_FINITE_LOSS)
         for source in self.loss_weights or {}:
             check_choice("loss_weights", source, SOURCES)
         self.loss_weights = dict.fromkeys(SOURCES, 1.0) | (self.loss_weights or {})
@@ -82,6 +97,51 @@ class IDTrainingArguments(TrainingArguments):
                     f"freeze holds {module!r}, but module_learning_rates sets a rate for it; remove one of them."
                 )
 
+    def _check_inherited(self) -> None:
+        """Refuse arguments of transformers that the losses and batches of :class:`IDTrainer` do not follow."""
+        parallelism = self.parallelism_config
+        refused = {
+            "remove_unused_columns": (
+                self.remove_unused_columns,
+                "removes image roles and boxes from the batches; use False.",
+            ),
+            "label_smoothing_factor": (
+                self.label_smoothing_factor != 0,
+                "has no effect on the losses per source, which the model computes; set it to 0.",
+            ),
+            "use_liger_kernel": (
+                self.use_liger_kernel,
+                "has no effect on a model of several parts; call liger_kernel's function for the language model before "
+                "the trainer is built.",
+            ),
+            "average_tokens_across_devices": (
+                not self.average_tokens_across_devices,
+                "has no effect: the loss is a mean over the global batch; leave it True.",
+            ),
+            "logging_nan_inf_filter": (
+                self.logging_nan_inf_filter,
+                "hides losses that are NaN or infinite; leave it False, and set non_finite_loss.",
+            ),
+            "label_names": (
+                self.label_names not in (None, ["labels"]),
+                "has no effect: the labels of a batch are its field 'labels'; leave it out.",
+            ),
+            "accelerator_config.dispatch_batches": (
+                self.accelerator_config.dispatch_batches,
+                "splits a batch between a sample and its images; use False.",
+            ),
+            "parallelism_config": (
+                any(getattr(parallelism, name, 1) > 1 for name in ("cp_size", "sp_size")),
+                "with context or sequence parallelism separates tokens from their labels; use data parallelism, FSDP "
+                "or DeepSpeed.",
+            ),
+        }
+        for name, (is_set, reason) in refused.items():
+            if is_set:
+                first, _, second = name.partition(".")
+                value = getattr(self, first)
+                raise ValueError(f"{name}={getattr(value, second) if second else value!r} {reason}")
+
     def _check_stage(self) -> None:
         check_choice("stage", self.stage, STAGES)
         if self.teacher_forcing_steps < 0:
@@ -97,6 +157,11 @@ class IDTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"workflow={self.workflow!r} has no effect with stage='identity_pretraining', which does not run the "
                 "language model; leave it out."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} has no effect with stage='identity_pretraining', "
+                "which does not run the language model; leave it out."
             )
         if self.ddp_find_unused_parameters is None:
             # The parameters of the language model and of the resampler get no gradient in this stage.

@@ -1,32 +1,68 @@
 """transformers' Trainer with two data sources, training stages and per-module learning rates."""
 
-import json
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_peft_available, logging
 
 from idavlm.data import DualDataLoader
-from idavlm.data.schema import SOURCES
 from idavlm.modules import train_workflow, use_workflow
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
-from idavlm.utils import IGNORE_INDEX
+from idavlm.training.checkpoints import (
+    begin_checkpoint,
+    check_adapter_weights,
+    check_checkpoint,
+    check_same_options,
+    check_same_run,
+    check_saved_by_adapter,
+    data_settings,
+    group_options,
+    last_complete_checkpoint,
+    load_weights,
+    read_run_state,
+)
+from idavlm.training.checks import check_inherited, check_loader, check_mixing, check_pretraining_batch, check_stage
+from idavlm.training.losses import (
+    LossAverages,
+    LossCounts,
+    count_losses,
+    language_loss_by_source,
+    row_sources,
+    sum_counts,
+    without_repeated,
+)
+from idavlm.training.non_finite import NonFiniteGuard, TrainingStep
 from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
+
+logger = logging.get_logger(__name__)
 
 TEXT_FIELDS = ("input_ids", "attention_mask", "labels", "token_identity_index", "name_mask")
 """Batch fields of the language model, which identity pretraining does not run."""
 
-MAX_BATCHES_WITHOUT_BOXES = 10
-"""Identity pretraining stops if this many batches at its start have no boxes."""
+AUXILIARY_OUTPUTS = (
+    "language_loss",
+    "identity_map_loss",
+    "contrastive_loss",
+    "auxiliary_loss",
+    "image_hidden_states",
+    "identity_maps",
+    "hidden_states",
+    "attentions",
+    "cache",
+    "past_key_values",
+)
+"""Outputs of the model that are not predictions for ``compute_metrics``."""
+
+MAX_STEPS_WITHOUT_BOXES = 10
+"""Identity pretraining stops if this many steps at its start have no boxes."""
 
 
 class IDTrainer(Trainer):
@@ -35,9 +71,16 @@ class IDTrainer(Trainer):
     The training loop, checkpoints, accelerate, DeepSpeed and PEFT are those of ``transformers.Trainer``; this class
     overrides its hooks only. A run that was killed and is resumed reads the batches that it would have read otherwise.
 
-    Log entries have ``loss_identity`` and ``loss_general``, the mean language loss of each source since the last entry
+    The loss of a source is the mean cross-entropy over its labelled tokens in the global batch: all micro-batches of an
+    optimizer step on all processes. What is minimised is the sum over the sources, times ``loss_weights``, plus the
+    auxiliary loss of the model, which is a mean over the supervised scenes of the global batch, times the weight of
+    "identity". The split of the global batch into micro-batches and over processes does not change it, except for the
+    contrastive loss, which compares the identities of one micro-batch. The losses of an evaluation are means over the
+    whole data set.
+
+    Log entries have ``loss_identity`` and ``loss_general``, the language loss of each source since the last entry
     without loss weights, and ``identity_map_loss``. Any transformers model can be trained: where the outputs have no
-    ``language_loss``, their ``loss`` is used.
+    ``language_loss``, their ``loss`` is used, and taken as a mean over labelled tokens.
 
     Args:
         model: an :class:`idavlm.IDAVLMForConditionalGeneration` or any other transformers model.
@@ -49,10 +92,11 @@ class IDTrainer(Trainer):
             loaded for evaluation. It need not be passed if ``data_collator`` is a processor's ``collate``.
         task_evaluation: function of the model that returns scores by name. It is called at every evaluation; the
             scores are logged as ``eval_<name>``.
-        kwargs: further arguments of ``transformers.Trainer``.
+        kwargs: further arguments of ``transformers.Trainer``, except ``model_init`` and ``compute_loss_func``.
 
     Raises:
         ValueError: the model lacks what ``args`` asks for, or an argument cannot take effect.
+        NonFiniteLossError: in ``train``, if a loss or a gradient is NaN or infinite.
     """
 
     def __init__(
@@ -67,7 +111,9 @@ class IDTrainer(Trainer):
         task_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs,
     ):
-        _check_stage(model, args, general_dataset)
+        check_inherited(model, args, kwargs)
+        check_stage(model, args, general_dataset)
+        check_mixing(args, train_dataset, general_dataset)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process would split a batch between a sample and its images. Start one "
@@ -80,8 +126,13 @@ class IDTrainer(Trainer):
         self.general_dataset = general_dataset
         self.task_evaluation = task_evaluation
         self._is_evaluating = False
-        self._losses: dict[str, list[Tensor]] = defaultdict(list)
-        self._pretraining_batches = self._pretraining_boxes = 0
+        self._train_losses, self._eval_losses = LossAverages(), LossAverages()
+        self._step = TrainingStep()
+        self._non_finite = NonFiniteGuard(args.non_finite_loss, args.output_dir)
+        self._steps_without_boxes = 0
+        self._supervised_scenes = self._scenes_before = 0  # since the start of the run; when training was resumed
+        self._has_trained = False
+        self._settings: dict[str, Any] = {}
         _freeze(model, args)
         if data_collator is None:
             data_collator = getattr(processing_class, "collate", None)
@@ -90,8 +141,14 @@ class IDTrainer(Trainer):
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
         super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
-        # compute_loss returns the mean of a batch, weighted by source, so accumulated batches have equal weight.
-        self.model_accepts_loss_kwargs = False
+        if args.non_finite_loss == "skip" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "non_finite_loss='skip' has no effect with DeepSpeed, which updates the weights right after the "
+                "backward pass; use 'stop'."
+            )
+        # compute_loss returns the share of a micro-batch in the loss of the global batch. With this, and with the
+        # counts that get_batch_samples returns, the Trainer does not divide it by the number of micro-batches.
+        self.model_accepts_loss_kwargs = True
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SourceProgress())
 
@@ -113,18 +170,53 @@ class IDTrainer(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
+        check_loader(loader)
+        return loader
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """``Trainer.train``; ``resume_from_checkpoint=True`` resumes from :func:`last_complete_checkpoint`."""
+        """``Trainer.train``; ``resume_from_checkpoint=True`` resumes from :func:`last_complete_checkpoint`.
+
+        Resuming a finished run loads its checkpoint and trains nothing.
+
+        Raises:
+            ValueError: the checkpoint is not complete, it is from a run with other data or other options that determine
+                the order of the data, or its weights do not fit the model.
+            NonFiniteLossError: a loss or a gradient is NaN or infinite.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._settings = data_settings(self.args, self.train_dataset, self.general_dataset)
+        self._scenes_before = 0
+        if _is_peft_model(self.model):
+            check_saved_by_adapter(self.model)
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+            if not self.args.ignore_data_skip:
+                check_same_run(resume_from_checkpoint, self._settings)
+            self._scenes_before = read_run_state(resume_from_checkpoint)["supervised_scenes"]
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if not self._has_trained:
+            logger.warning(f"The run was finished (step {self.state.global_step}); nothing was trained.")
+        return result
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """The training loop. With ``auto_find_batch_size`` it may begin several times."""
+        self._train_losses = LossAverages()
+        self._non_finite = NonFiniteGuard(self.args.non_finite_loss, self.args.output_dir)
+        self._supervised_scenes, self._steps_without_boxes = self._scenes_before, 0
+        self._has_trained = False
+        return super()._inner_training_loop(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """The optimizer of ``args.optim``, with one parameter group per learning rate and weight decay."""
         if self.optimizer is not None or not self.args.module_learning_rates:
             return super().create_optimizer(model)
         trained_model = self.model if model is None else model
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained_model)
+        optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, trained_model
+        )
         if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & options.keys():
             raise ValueError(
                 f"optim={self.args.optim!r} makes its own parameter groups and cannot be combined with "
@@ -140,78 +232,203 @@ class IDTrainer(Trainer):
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    # --- Loss of the global batch -----------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and in place of the number of items the counts of the global batch."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = count_losses(batches)
+        for batch, count in zip(batches, counts, strict=True):
+            batch["loss_counts"] = count
+        total = sum_counts(counts, self.accelerator)
+        self._step = TrainingStep(batches)
+        self._has_trained = True
+        if batches:
+            self._check_supervision(total)
+        return batches, total
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return None  # get_batch_samples counts tokens by source, and an evaluation needs no counts beforehand
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._step.random_states is None:  # not in get_batch_samples: a resumed run restores the states after it
+            self._non_finite.begin(self._step, self.model)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Of a step that is skipped, the Trainer's own sum must not become NaN.
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a batch in the current stage, weighted by source."""
+        """The share of a micro-batch in the loss of the global batch.
+
+        Without ``num_items_in_batch``, the counts that :meth:`get_batch_samples` returns, the micro-batch is the whole
+        batch.
+        """
         batch = dict(inputs)
+        counts = batch.pop("loss_counts", None) or count_losses([batch])[0]
+        is_share = isinstance(num_items_in_batch, LossCounts)
+        total = num_items_in_batch if is_share else counts
+        sample_ids = batch.pop("sample_ids", [])
+        if self.args.stage == "identity_pretraining":
+            check_pretraining_batch(batch, sample_ids)
         sources, sample_source = batch.pop("source", "identity"), batch.pop("sample_source", None)
         if self.args.stage == "identity_pretraining":
-            loss, outputs = self._identity_pretraining_loss(model, batch)
+            losses, outputs = {}, self._identity_pretraining_outputs(model, batch)
         else:
             with self._workflow(model):
-                loss, outputs = self._instruction_tuning_loss(model, batch, sources, sample_source)
+                losses, outputs = self._language_losses(model, batch, sources, sample_source, counts)
+        weights, auxiliary_loss = self.args.loss_weights, outputs.get("auxiliary_loss")
+        terms = [weights[source] * total.share_of_tokens(source, counts) * loss for source, loss in losses.items()]
+        if auxiliary_loss is not None:
+            # Only identity samples have boxes of identities with references.
+            terms.append(weights["identity"] * total.share_of_scenes(counts) * auxiliary_loss)
+        loss = sum(terms)
+        if is_share:
+            # Data parallelism averages gradients over processes, but the shares of all processes are to be summed.
+            loss = loss * self.accelerator.num_processes
+        entries = [
+            (f"loss_{source}", loss_of_source, counts.tokens[source]) for source, loss_of_source in losses.items()
+        ]
+        for name in ("identity_map_loss", "auxiliary_loss"):
+            if outputs.get(name) is not None:
+                entries.append((name, outputs[name], counts.scenes))
+        if model.training:
+            self._step.losses.append(loss.detach())
+            self._step.entries += entries
+            if self.is_deepspeed_enabled:  # it updates the weights right after the backward pass
+                self._non_finite.is_finite(self._step, self.state.global_step + 1, None, self.accelerator)
+        else:
+            self._eval_losses.add(entries)
         return (loss, outputs) if return_outputs else loss
 
-    def _identity_pretraining_loss(self, model, batch: dict[str, Any]) -> tuple[Tensor, dict]:
-        """The losses of the identity attention."""
-        if batch.get("boxes") is None:
-            raise ValueError("stage='identity_pretraining' needs boxes, but the batch has no field 'boxes'.")
-        if model.training:
-            self._pretraining_batches += 1
-            self._pretraining_boxes += len(batch["boxes"])
-            if not self._pretraining_boxes and self._pretraining_batches >= MAX_BATCHES_WITHOUT_BOXES:
-                raise ValueError(
-                    f"stage='identity_pretraining' needs boxes, but the first {MAX_BATCHES_WITHOUT_BOXES} batches have "
-                    "none; add 'boxes' to the records of train_dataset."
-                )
+    def _identity_pretraining_outputs(self, model, batch: dict[str, Any]) -> Mapping[str, Any]:
         outputs = model(**{name: value for name, value in batch.items() if name not in TEXT_FIELDS})
         if outputs.get("auxiliary_loss") is None:
             raise ValueError("stage='identity_pretraining' needs 'auxiliary_loss', which the model did not return.")
-        if model.training:
-            self._losses["identity_map_loss"].append(outputs["identity_map_loss"].detach())
-        return self.args.loss_weights["identity"] * outputs["auxiliary_loss"], outputs
+        return outputs
 
-    def _instruction_tuning_loss(
-        self, model, batch: dict[str, Any], sources: str | list[str], sample_source: Tensor | None
-    ) -> tuple[Tensor, dict]:
-        """The language loss of each source, and the losses of the identity attention where the batch has boxes."""
+    def _language_losses(
+        self,
+        model,
+        batch: dict[str, Any],
+        sources: str | list[str],
+        sample_source: Tensor | None,
+        counts: LossCounts,
+    ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """The mean language loss of each source of a batch, and the outputs of the model."""
         if model.training and self.state.global_step < self.args.teacher_forcing_steps:
             batch["teacher_forcing"] = True
         distinct = {sources} if isinstance(sources, str) else set(sources)
-        if len(distinct) > 1 or "joint" in distinct:
+        is_mixed = len(distinct) > 1 or "joint" in distinct
+        if is_mixed and batch.get("labels") is None:
+            raise ValueError("a batch of two sources needs 'labels', from which the loss of each source is computed.")
+        if is_mixed or not any(counts.tokens.values()):  # the model's own mean over no tokens would be NaN
             labels = batch.pop("labels")  # without labels the model returns logits
             outputs = model(**batch)
-            if sample_source is None:
-                sample_source = torch.tensor([SOURCES.index(name) for name in sources])
-            losses = language_loss_by_source(outputs["logits"], labels, sample_source.to(outputs["logits"].device))
-            auxiliary_loss = outputs.get("auxiliary_loss")
-        else:
-            outputs = model(**batch)
-            auxiliary_loss, language_loss = outputs.get("auxiliary_loss"), outputs.get("language_loss")
-            if language_loss is None:  # a model that does not return its losses separately
-                auxiliary_loss, language_loss = None, outputs.get("loss")
-            if language_loss is None:
-                raise ValueError("the model returned neither 'language_loss' nor 'loss'; does the batch have 'labels'?")
-            losses = {distinct.pop(): language_loss}
-        loss = sum(self.args.loss_weights[name] * value for name, value in losses.items())
-        if auxiliary_loss is not None:
-            # Only identity samples have boxes of identities with references.
-            loss = loss + self.args.loss_weights["identity"] * auxiliary_loss
-        if model.training:
-            for name, value in losses.items():
-                self._losses[f"loss_{name}"].append(value.detach())
-            if "identity" in losses and outputs.get("identity_map_loss") is not None:
-                self._losses["identity_map_loss"].append(outputs["identity_map_loss"].detach())
-        return loss, outputs
+            row_source = row_sources({"source": sources, "sample_source": sample_source}, len(labels), labels.device)
+            return language_loss_by_source(outputs["logits"], labels, row_source), outputs
+        outputs = model(**batch)
+        language_loss = outputs.get("language_loss")
+        if language_loss is None:  # a model that does not return its losses separately
+            language_loss, outputs = outputs.get("loss"), _without_auxiliary_loss(outputs)
+        if language_loss is None:
+            raise ValueError("the model returned neither 'language_loss' nor 'loss'; does the batch have 'labels'?")
+        return {distinct.pop(): language_loss}, outputs
+
+    def _check_supervision(self, total: LossCounts) -> None:
+        """Check that the global batch of a step trains something."""
+        step, is_pretraining = self.state.global_step, self.args.stage == "identity_pretraining"
+        if not is_pretraining:
+            if not any(total.tokens.values()) and not total.scenes:
+                raise ValueError(
+                    f"step {step + 1} has neither labelled tokens nor boxes, so it would train nothing; its records "
+                    f"are {self._step.sample_ids()}."
+                )
+            return
+        self._supervised_scenes += total.scenes
+        self._steps_without_boxes += not total.scenes
+        if not self._supervised_scenes and step + 1 >= MAX_STEPS_WITHOUT_BOXES:
+            raise ValueError(
+                f"stage='identity_pretraining' needs boxes, but the first {MAX_STEPS_WITHOUT_BOXES} steps have none; "
+                "add 'boxes' of identities with references to the records of train_dataset."
+            )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """``Trainer.log``, with the mean of each recorded loss since the last entry of the training loss."""
+        """``Trainer.log``, with the mean of each loss since the last entry of the training loss."""
         if "loss" in logs:
-            for name in ("loss_identity", "loss_general", "identity_map_loss"):
-                losses = self._losses.pop(name, None)
-                if losses:
-                    mean = self.accelerator.reduce(sum(losses) / len(losses), reduction="mean")
-                    logs[name] = round(mean.item(), 6)
+            means = self._train_losses.compute(self.accelerator)
+            means.pop("auxiliary_loss", None)
+            logs.update({name: round(mean, 6) for name, mean in means.items()})
+            counts = {"skipped_steps": self._non_finite.skipped, "steps_without_boxes": self._steps_without_boxes}
+            logs.update({name: count for name, count in counts.items() if count})
+            self._train_losses = LossAverages()
+            self._non_finite.skipped = self._steps_without_boxes = 0
+        if not self._has_trained:  # a finished run that was resumed: the Trainer's mean over no steps is 0
+            logs.pop("train_loss", None)
         super().log(logs, *args, **kwargs)
+
+    # --- Losses that are not finite ---------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient norm, which ends a step: None if the step is left out because it is not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        uses_scaler = self.accelerator.scaler is not None  # it finds its scale by overflows of the gradient
+        checked_norm = None if uses_scaler else grad_norm
+        number = self.state.global_step + 1
+        if self._non_finite.is_finite(self._step, number, checked_norm, self.accelerator):
+            self._train_losses.add(self._step.entries)
+            return grad_norm
+        if not uses_scaler:  # a scaler leaves out the step itself, and needs the gradients for it
+            model.zero_grad()
+        return None
+
+    # --- Checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            begin_checkpoint(folder, self.args, self._settings, supervised_scenes=self._supervised_scenes)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Load weights by the names under which ``save_pretrained`` wrote them. All of them must be there."""
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif _is_peft_model(model):
+            check_adapter_weights(model, resume_from_checkpoint, loaded=False)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_adapter_weights(model, resume_from_checkpoint, loaded=True)
+        else:
+            load_weights(self.accelerator.unwrap_model(model, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Load the states, which overwrite learning rates and weight decays. These must not have changed."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        options = group_options(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        check_same_options(checkpoint, group_options(self.optimizer), options)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _run_epoch(self, *args, **kwargs):
+        """Train for an epoch, unless the run was finished when it was resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self.args.stage == "identity_pretraining" and not self._supervised_scenes:
+            raise ValueError(
+                f"stage='identity_pretraining' needs boxes, but the {self.state.global_step} steps until now have "
+                "none; add 'boxes' of identities with references to the records of train_dataset."
+            )
+
+    # --- Evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Losses on ``eval_dataset``, and the scores of ``task_evaluation``."""
@@ -239,72 +456,42 @@ class IDTrainer(Trainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return metrics | scores
 
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """``Trainer.evaluation_loop``, with losses that are means over the whole data set."""
+        self._eval_losses = LossAverages()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_losses.compute(self.accelerator)
+        weights = {"loss_identity": "identity", "loss_general": "general", "auxiliary_loss": "identity"}
+        if means:
+            loss = sum(self.args.loss_weights[source] * means.get(name, 0.0) for name, source in weights.items())
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        else:  # nothing has a label
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
+        means.pop("auxiliary_loss", None)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """``Trainer.prediction_step``; the predictions are the logits."""
+        ignore_keys = [*(ignore_keys or ()), *AUXILIARY_OUTPUTS]
+        inputs = without_repeated(inputs, self.accelerator)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def _workflow(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext() if self.args.workflow is None else use_workflow(model, self.args.workflow)
 
 
-def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tensor) -> dict[str, Tensor]:
-    """Mean next-token cross-entropy of each source in a batch that mixes them.
+def _is_peft_model(model: nn.Module) -> bool:
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
 
-    Args:
-        logits: ``[B, T, vocabulary]``.
-        labels: ``[B, T]``, -100 at tokens that have no loss.
-        sample_source: ``[B]``, 0 for identity samples and 1 for general samples.
-
-    Returns:
-        The loss of each source that the batch has samples of.
-    """
-    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(logits.device)
-    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
-    is_labelled = targets != IGNORE_INDEX
-    losses = {}
-    for index, source in enumerate(SOURCES):
-        rows = sample_source == index
-        if rows.any():
-            losses[source] = loss[rows].sum() / is_labelled[rows].sum().clamp(min=1)
-    return losses
+    return isinstance(model, PeftModel)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest checkpoint in ``output_dir`` that was written completely.
-
-    A run that is killed while it writes a checkpoint leaves an incomplete checkpoint. The Trainer writes
-    ``trainer_state.json`` last, so a checkpoint is complete if that file can be read.
-
-    Raises:
-        ValueError: there is no complete checkpoint.
-    """
-    complete = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            complete[int(folder.name.rsplit("-", 1)[1])] = folder
-        except (OSError, ValueError):
-            continue
-    if not complete:
-        raise ValueError(f"output_dir={str(output_dir)!r} holds no complete checkpoint to resume from.")
-    return str(complete[max(complete)])
-
-
-def _check_stage(model: nn.Module, args: IDTrainingArguments, general_dataset: Dataset | None) -> None:
-    """Check that model and data have what the stage needs."""
-    named = model.named_modules()
-    id_former = next((module for path, module in named if path.rpartition(".")[-1] == "id_former"), None)
-    if args.stage == "identity_pretraining":
-        if id_former is None:
-            raise ValueError(
-                f"stage='identity_pretraining' trains an ID-Former, which {type(model).__name__} does not have."
-            )
-        if general_dataset is not None:
-            raise ValueError(
-                "general_dataset has no effect with stage='identity_pretraining', which trains on boxes of identities; "
-                "leave it out."
-            )
-    if args.teacher_forcing_steps and getattr(id_former, "identity_embedding_type", None) is None:
-        raise ValueError(
-            f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with identity_embedding, which "
-            f"{type(model).__name__} does not have; set it to 0."
-        )
+def _without_auxiliary_loss(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs of a model whose ``loss`` has its auxiliary loss in it."""
+    return {name: value for name, value in outputs.items() if name != "auxiliary_loss"}
 
 
 def _freeze(model: nn.Module, args: IDTrainingArguments) -> None:

@@ -8,9 +8,7 @@ _PLAIN = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2212": "-"}
     | {"\ufe0f": None, "\u20e3": None}  # the code points that turn a digit into an emoji
 )
-_MARKER = re.compile(
-    r"\b(?:(?:final|my|the|correct|right)\s+)*answer\s*(?:is\b\s*:?|:)|(?:最终)?答案\s*(?:是|为|[::])", re.IGNORECASE
-)
+_MARKER = re.compile(r"\banswer\s*(?:is\b\s*:?|:)|答案\s*(?:是|为|:)", re.IGNORECASE)
 
 
 def plain_answer(text: str) -> str:

@@ -1,6 +1,10 @@
 """Checks of arguments. Their errors name the argument, its value and the remedy."""
 
-from collections.abc import Iterable
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -15,3 +19,44 @@ def check_positive(**sizes: int | None) -> None:
     for name, value in sizes.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+
+
+def check_type(name: str, value: object, expected: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` has the annotated type. ``True`` is no number; an integer is a float."""
+    if not _has_type(value, expected):
+        text = repr(value)
+        shown = text if len(text) <= 200 else text[:200] + "..."
+        wanted = expected.__name__ if isinstance(expected, type) else str(expected)
+        raise ValueError(f"{name}={shown} has the wrong type; expected {wanted.replace('NoneType', 'None')}.")
+
+
+def check_arguments(name: str, arguments: dict, function: Callable, *, exclude: Iterable[str] = ()) -> None:
+    """Raise ``ValueError`` unless ``arguments`` are keyword arguments of ``function`` and have the annotated types.
+
+    Args:
+        name: what contains the arguments, for messages.
+        arguments: argument -> value.
+        function: a function, or a class whose constructor takes the arguments.
+        exclude: arguments of ``function`` that must not be among them.
+    """
+    called = function.__init__ if inspect.isclass(function) else function
+    annotations = typing.get_type_hints(called)
+    known = [argument for argument in inspect.signature(function).parameters if argument not in set(exclude)]
+    for argument, value in arguments.items():
+        if argument not in known:
+            raise ValueError(
+                f"{name}: {argument!r} is not an argument of {function.__name__}; known: {', '.join(known)}."
+            )
+        check_type(f"{name}: {argument}", value, annotations[argument])
+
+
+def _has_type(value: object, expected: Any) -> bool:
+    origin = typing.get_origin(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, part) for part in typing.get_args(expected))
+    if origin is Sequence:
+        (entry,) = typing.get_args(expected)
+        return isinstance(value, (list, tuple)) and all(_has_type(part, entry) for part in value)
+    if isinstance(value, bool):
+        return expected is bool
+    return isinstance(value, (int, float) if expected is float else expected)

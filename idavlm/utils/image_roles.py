@@ -1,10 +1,10 @@
 """The role of an image in its sample."""
 
-from enum import IntEnum
 
-
-class ImageRole(IntEnum):
+class ImageRole:
     """The role of an image. The data reader assigns it; batches carry it in ``image_roles``.
+
+    The roles are plain integers, because ``torch.compile`` compares tensors with members of an enumeration wrongly.
 
     Attributes:
         REFERENCE: introduces a named identity ("Kate is <image>").

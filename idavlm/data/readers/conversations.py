@@ -3,7 +3,7 @@
 from itertools import islice
 from typing import Any
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.data.readers.turns import interleave, new_record, text_of, turns_of
 
 
@@ -31,7 +31,7 @@ def _read(record: Any, where: str, field: str, placeholder: str) -> dict[str, An
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list):
         raise DataError(
-            f"{field} is {type(images).__name__} {str(images)[:80]!r}; expected a path or a list of paths.", where=where
+            f"{field} is {type(images).__name__} {quote(images)}; expected a path or a list of paths.", where=where
         )
     if field == "images" and record.get("system"):
         turns = [("system", record["system"]), *turns]

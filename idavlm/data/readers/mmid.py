@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote, shorten
 from idavlm.data.readers.qwen_vl import read_qwen_vl
 from idavlm.data.readers.turns import text_of
 
@@ -18,8 +18,8 @@ MMID_TYPES = {
 }
 """Types of MM-ID and the corresponding tasks of the schema."""
 
-_IMAGE = re.compile(r"<img>\s*(image_\d+)\s*</img>")
-_SLASH = re.compile(r"(?<!\d)\s*/\s*(?!\d)|\s+/\s+")
+_IMAGE = re.compile(r"<img>\s*+(image_\d++)\s*+</img>")
+_SLASH = re.compile(r"(?<!\d)/(?!\d)")
 
 
 def read_mmid(record: Any, where: str) -> dict[str, Any]:
@@ -36,15 +36,17 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict) or "question" not in record or "type" not in record:
         raise DataError("not an item of MM-ID: 'question' or 'type' is missing; use another reader.", where=where)
     kind = record["type"]
-    if kind not in MMID_TYPES:
-        raise DataError(f"type={kind!r} is not known; MM-ID has {', '.join(map(repr, MMID_TYPES))}.", where=where)
+    if not isinstance(kind, str) or kind not in MMID_TYPES:
+        raise DataError(f"type={quote(kind)} is not known; MM-ID has {', '.join(map(repr, MMID_TYPES))}.", where=where)
     question = text_of(record["question"], "question", where)
     answer = text_of(record.get("answer"), "answer", where).strip()
 
     def fill(match: re.Match) -> str:
         if match[1] not in record:
-            raise DataError(f"question names {match[1]}, but the item has no such field; add its path.", where=where)
-        return f"<img>{text_of(record[match[1]], match[1], where)}</img>"
+            raise DataError(
+                f"question names {shorten(match[1])}, but the item has no such field; add its path.", where=where
+            )
+        return f"<img>{text_of(record[match[1]], shorten(match[1]), where)}</img>"
 
     turn = {"from": "user", "value": _IMAGE.sub(fill, question)}
     converted = read_qwen_vl({"id": record.get("id"), "conversations": [turn]}, where)
@@ -57,14 +59,17 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
         converted |= {"answer": "", "target": target}
         try:
             box = json.loads(answer)
-        except ValueError:
-            raise DataError(f"answer={answer!r} of a location item is not [x1, y1, x2, y2].", where=where) from None
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"answer={quote(answer)} of a location item is not [x1, y1, x2, y2].", where=where
+            ) from None
         converted["boxes"] = [{"name": target, "image": images[-1], "box": box}]
     elif kind == "matching":
         numbers = range(1, sum(part["type"] == "image" for part in converted["messages"][-1]["content"]) + 1)
         names = [f"Image {number}" for number in numbers]
         if answer not in names:
-            raise DataError(f"answer={answer!r} of a matching item; expected one of {', '.join(names)}.", where=where)
+            choices = shorten(", ".join(names))
+            raise DataError(f"answer={quote(answer)} of a matching item; expected one of {choices}.", where=where)
         converted["false_answers"] = [name for name in names if name != answer]
         converted["target"] = converted["identities"][0]["name"] if converted["identities"] else None
     elif "false answers" in record:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 from idavlm.data.readers.turns import new_record, text_of, turns_of
 
 
@@ -24,4 +24,4 @@ def _part(part: Any, field: str, where: str) -> dict[str, str]:
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
         return {"type": "image", "image": text_of(url, f"{field}.image_url.url", where)}
-    raise DataError(f"{field}.type={kind!r} is not known; choose one of 'text', 'image_url'.", where=where)
+    raise DataError(f"{field}.type={quote(kind)} is not known; choose one of 'text', 'image_url'.", where=where)

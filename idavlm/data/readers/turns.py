@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from idavlm.data.errors import DataError
+from idavlm.data.errors import DataError, quote
 
 _ROLES = {
     "human": "user",
@@ -22,19 +22,21 @@ def turns_of(record: Any, field: str, role: str, content: str, where: str) -> li
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {role, content} <= turn.keys():
             raise DataError(
-                f"{field}[{number}] is {str(turn)[:80]!r}; expected an object {{{role!r}, {content!r}}}.", where=where
+                f"{field}[{number}] is {quote(turn)}; expected an object {{{role!r}, {content!r}}}.", where=where
             )
     for turn in turns:
         name = turn[role]
         if not isinstance(name, str) or name not in _ROLES:
-            raise DataError(f"role {name!r} is not known; choose one of {', '.join(map(repr, _ROLES))}.", where=where)
+            raise DataError(
+                f"role {quote(name)} is not known; choose one of {', '.join(map(repr, _ROLES))}.", where=where
+            )
     return [(_ROLES[turn[role]], turn[content]) for turn in turns]
 
 
 def text_of(value: Any, field: str, where: str) -> str:
     """Return ``value`` after checking that it is a string."""
     if not isinstance(value, str):
-        raise DataError(f"{field}={str(value)[:80]!r} is {type(value).__name__}; expected a string.", where=where)
+        raise DataError(f"{field}={quote(value)} is {type(value).__name__}; expected a string.", where=where)
     return value
 
 

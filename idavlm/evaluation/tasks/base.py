@@ -1,12 +1,14 @@
 """Interface of a task of ``idavlm eval``: how to load its data and how to score answers."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from idavlm.data.errors import DataError, quote
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import IdentityKey
@@ -29,17 +31,32 @@ class Item:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of the last image: ``extra["size"]``, else those of the file; None if it is missing."""
+        """Height and width of the last image: ``extra["size"]``, else those of the file; None if it is missing.
+
+        Only the header of the file is read.
+
+        Raises:
+            DataError: the file is not an image.
+        """
         if self.extra.get("size") is not None:
             return self.extra["size"]
         if self.sample.image_root is None or not self.sample.message_images:
             return None
-        file = self.sample.image_root / self.sample.message_images[-1]
-        if not file.is_file():
+        path = self.sample.message_images[-1]
+        file = os.path.join(self.sample.image_root, path)
+        if not os.path.isfile(file):
             return None
-        with Image.open(file) as image:  # reads the header only, unless the image has to be rotated
-            upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) > 1 else image
-            return upright.height, upright.width
+        try:
+            with Image.open(file) as image:
+                is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # width and height are exchanged
+                return (image.width, image.height) if is_turned else (image.height, image.width)
+        except Exception as error:  # decoders raise many types
+            raise DataError(
+                f"image {quote(path)} is not an image or is damaged ({error}); replace it.",
+                where=self.sample.where,
+                kind="image",
+                file=path,
+            ) from error
 
 
 Load = Callable[[Path, "Path | None"], "list[Item]"]

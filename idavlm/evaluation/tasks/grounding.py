@@ -3,10 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from idavlm.data.errors import DataError
-from idavlm.data.schema import Box
+from idavlm.data.errors import DataError, quote
+from idavlm.evaluation.scoring import MAX_EDGE
 from idavlm.evaluation.tasks.base import EvaluationTask, Item, score_items
-from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample
+from idavlm.evaluation.tasks.benchmark_records import (
+    field,
+    iterate_records,
+    optional_field,
+    question_sample,
+)
 
 
 def load_grounding(data: Path, images: Path | None) -> list[Item]:
@@ -18,28 +23,38 @@ def load_grounding(data: Path, images: Path | None) -> list[Item]:
     the name of the file).
     """
     root = images if images is not None else data.parent
-    items: dict[str, Item] = {}
+    items = []
     for number, (record, where) in enumerate(iterate_records(data)):
         image = field(record, ("image", "img_name"), where)
         phrase = field(record, ("sent", "expression", "phrase"), where)
-        sample_id = str(record.get("id", record.get("question_id", number)))
-        if sample_id in items:
-            raise DataError(f"id={sample_id!r} is not unique; use a different id for every record.", where=where)
-        question = {"id": sample_id, "text": record.get("text") or f"Where is {phrase}?", "image": image}
-        sample = question_sample(question, where, root=root, task="location")
-        sample = replace(sample, target=phrase, boxes=[Box(phrase, image, _box(record, where))])
-        size = (record["height"], record["width"]) if {"height", "width"} <= record.keys() else None
-        items[sample_id] = Item(sample, {"split": str(record.get("split", data.stem))}, {"size": size})
-    return list(items.values())
+        sample_id = optional_field(record, ("id", "question_id"), where, kinds=(str, int))
+        text = optional_field(record, ("text",), where) or f"Where is {phrase}?"
+        question = {"id": number if sample_id is None else sample_id, "text": text, "image": image}
+        question["boxes"] = [{"name": phrase, "image": image, "box": _box(record, where)}]
+        sample = replace(question_sample(question, where, root=root, task="location"), target=phrase)
+        split = optional_field(record, ("split",), where) or data.stem
+        items.append(Item(sample, {"split": split}, {"size": _size(record, where)}))
+    return items
+
+
+def _size(record: dict, where: str) -> tuple[int, int] | None:
+    """Height and width of the image, if the record has them."""
+    size = [optional_field(record, (name,), where, kinds=(int,)) for name in ("height", "width")]
+    if size == [None, None]:
+        return None
+    if None in size or min(size) < 1:
+        raise DataError(f"height={size[0]} and width={size[1]} must both be pixels, at least 1.", where=where)
+    return size[0], size[1]
 
 
 def _box(record: dict, where: str) -> list[float]:
     box = field(record, ("bbox", "box"), where, kinds=(list,))
-    if len(box) != 4 or not all(isinstance(edge, (int, float)) for edge in box):
-        raise DataError(f"bbox={box} must be four numbers [x1, y1, x2, y2].", where=where)
-    box_format = record.get("bbox_format", "xyxy")
+    numbers = [edge for edge in box if isinstance(edge, (int, float)) and not isinstance(edge, bool)]
+    if len(box) != 4 or len(numbers) != 4 or not all(abs(edge) <= MAX_EDGE for edge in numbers):
+        raise DataError(f"bbox={quote(box)} must be four numbers [x1, y1, x2, y2] in pixels.", where=where)
+    box_format = optional_field(record, ("bbox_format",), where) or "xyxy"
     if box_format not in ("xyxy", "xywh"):
-        raise DataError(f"bbox_format={box_format!r} is not known; choose 'xyxy' or 'xywh'.", where=where)
+        raise DataError(f"bbox_format={quote(box_format)} is not known; choose 'xyxy' or 'xywh'.", where=where)
     if box_format == "xywh":
         box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     if not (box[0] < box[2] and box[1] < box[3]):

@@ -1,9 +1,9 @@
 """Image files of a benchmark: leave out items whose images are missing or of unknown size, or raise an error."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 from idavlm.data.errors import DataError
-from idavlm.data.images import ImageStore
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.tasks.base import Item
 from idavlm.utils import check_choice
@@ -20,7 +20,7 @@ def missing_images(items: Sequence[Item]) -> dict[str, list[str]]:
         for path in dict.fromkeys(item.sample.images):
             key = (item.sample.image_root, path)
             if key not in exists:
-                exists[key] = (ImageStore(item.sample.image_root).root / path).is_file()
+                exists[key] = os.path.isfile(os.path.join(item.sample.image_root or "", path))
             if not exists[key]:
                 missing.setdefault(path, []).append(item.sample.id)
     return missing

@@ -1,16 +1,17 @@
 """MME: two yes/no questions per image, accuracy per question and accuracy+ per image (arXiv 2306.13394)."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from idavlm.data.errors import DataError
-from idavlm.evaluation.answer_parsing import parse_yes_no
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import question_sample
 from idavlm.utils import markdown_table
+from idavlm.utils.answer_parsing import parse_yes_no
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
@@ -23,7 +24,7 @@ def load_mme(data: Path, images: Path | None) -> list[Item]:
     root, items = images if images is not None else data, []
     if not data.is_dir():
         raise DataError(f"{data} is not a folder; pass the release of MME, which has one folder per category.")
-    for text in sorted(data.rglob("*.txt")):
+    for text in _text_files(data):
         separate = text.parent.name == "questions_answers_YN"
         folder = text.parent.parent if separate else text.parent
         if folder == data:
@@ -32,18 +33,34 @@ def load_mme(data: Path, images: Path | None) -> list[Item]:
         image = f"{category}/images/{text.stem}" if separate else f"{category}/{text.stem}"
         suffix = next((suffix for suffix in (".jpg", ".jpeg", ".png") if (root / (image + suffix)).is_file()), ".jpg")
         groups = {"ability": "cognition" if category in COGNITION else "perception", "category": category}
-        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            content = text.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{text} is not UTF-8 ({error}); convert it.") from None
+        lines = [line for line in content.splitlines() if line.strip()]
+        if not lines:
+            raise DataError(f"{text} holds no question; expected a question, a tab, and Yes or No.")
         for number, line in enumerate(lines, 1):
             where = f"{text}:{number}"
             question, tab, answer = line.rpartition("\t")
             if not tab or parse_yes_no(answer) is None:
-                raise DataError(f"{line[:80]!r} is not a question, a tab, and Yes or No.", where=where)
+                raise DataError(f"{quote(line)} is not a question, a tab, and Yes or No.", where=where)
             record = {"id": f"{category}/{text.stem}#{number}", "text": question.strip(), "image": image + suffix}
             sample = question_sample(record, where, root=root, task="mme", answer=answer.strip())
             items.append(Item(sample, groups, {"first": number == 1}))
     if not items:
         raise DataError(f"{data} has no category folder with .txt files; pass the release of MME.")
     return items
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """All text files below a folder. A folder that cannot be read is an error; ``rglob`` would leave it out."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = [Path(root) / name for root, _, names in os.walk(folder, onerror=fail) for name in names]
+    return sorted(path for path in found if path.suffix == ".txt")
 
 
 def score_mme(items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None) -> EvaluationResult:

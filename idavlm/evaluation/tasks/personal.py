@@ -4,14 +4,14 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from idavlm.data.errors import DataError
-from idavlm.evaluation.answer_parsing import parse_letter, parse_yes_no
+from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample
 from idavlm.utils import markdown_table, plain_answer
+from idavlm.utils.answer_parsing import parse_letter, parse_yes_no
 
 PARSERS: dict[str, Callable[[str], object]] = {
     "recognition": parse_yes_no,
@@ -34,11 +34,11 @@ def load_personal(data: Path, images: Path | None) -> list[Item]:
         kind, concept = field(record, ("kind",), where), field(record, ("concept",), where)
         if kind not in (*PARSERS, "caption"):
             choices = ", ".join(map(repr, (*PARSERS, "caption")))
-            raise DataError(f"kind={kind!r} is not known; choose one of {choices}.", where=where)
+            raise DataError(f"kind={quote(kind)} is not known; choose one of {choices}.", where=where)
         answer = concept if kind == "caption" else field(record, ("answer",), where)
         if kind != "caption" and PARSERS[kind](answer) is None:
             raise DataError(
-                f"answer={answer!r} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
+                f"answer={quote(answer)} of kind {kind!r} cannot be parsed; expected yes, no or a letter.", where=where
             )
         sample = question_sample(record, where, root=root, task=kind, answer=answer)
         items.append(Item(sample, {"kind": kind, "concept": concept}))

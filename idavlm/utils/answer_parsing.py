@@ -4,9 +4,10 @@ Boxes are parsed by :class:`idavlm.models.BoxFormat`.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from idavlm.utils import last_answer, plain_answer
+from idavlm.utils.answer_text import last_answer, plain_answer
 
 _ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -23,44 +24,47 @@ _CARDINAL = rf"(?:\d{{1,2}}(?![\d.]*\d|\s*%)|{'|'.join(_ONES)})"
 _NOUN = (
     r"(?:pictures?|images?|photo(?:graph)?s?|pics?|imgs?|options?|choices?|candidates?|figures?|panels?|numbers?|no\.?)"
 )
+# Possessive quantifiers keep these patterns linear: text that does not match is not tried in other ways.
 _MENTION = re.compile(
-    rf"\b{_NOUN}[\s_]*(?:is\s+)?(?:#|no\.?|number|:|\()?\s*[\"'(\[*]*"
+    rf"\b{_NOUN}[\s_]*+(?:is\s++)?(?:#|no\.?|number|:|\()?\s*+[\"'(\[*]*+"
     rf"(?P<noun>{_CARDINAL}(?!\w)|{_LETTER})"
     rf"|\b(?P<ordinal>{'|'.join(_ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))\b(?!\s+(?:reference|person|woman|man|character))"
-    rf"|(?:图片?|图像|照片|选项|第)\s*[#:(]?\s*(?P<chinese>\d{{1,2}}|[{_CHINESE}两])(?!\d)"
-    rf"|(?P<hash>#\s*\d{{1,2}})(?!\w)"
+    rf"|(?:图片?|图像|照片|选项|第)\s*+[#:(]?+\s*+(?P<chinese>\d{{1,2}}|[{_CHINESE}两])(?!\d)"
+    rf"|(?P<hash>#\s*+\d{{1,2}})(?!\w)"
     r"|[(\[](?P<bracketed>\d{1,2}|[a-h])[)\]]",
     re.IGNORECASE,
 )
 _MORE = re.compile(
-    rf"\s*(?:,|/|&|、|\band\b|\bor\b|\bnor\b|和|或|,\s*(?:and|or))\s*(?:and\s+|or\s+)?"
+    rf"\s*+(?:,|/|&|、|\band\b|\bor\b|\bnor\b|和|或|,\s*+(?:and|or))\s*+(?:and\s++|or\s++)?"
     rf"({_CARDINAL}(?!\w)|(?-i:[A-H])(?![\w'])|[{_CHINESE}](?=[、和或,\s不]))",
     re.IGNORECASE,
 )
 _ALONE = re.compile(rf"[\s\"'*(\[#<]*(?P<value>{_CARDINAL}|[a-h]|[{_CHINESE}])(?!\w)[\s\"'*.)\]:>!。,]*", re.IGNORECASE)
 _LEADING = re.compile(r"[\s\"'*(\[]*(?P<value>\d{1,2}|[A-Ha-h])(?:[.):]\s+|\s*-\s+)(?=\S)")
 _SAID = re.compile(
-    rf"\b(?:is|it's|be|choose|pick|select|say|guess)\s+(?:number\s+)?(?P<value>{_CARDINAL}|[a-h])\s*[.!]?\s*\Z",
+    rf"\b(?:is|it's|be|choose|pick|select|say|guess)\s++(?:number\s++)?(?P<value>{_CARDINAL}|[a-h])\s*+[.!]?+\s*+\Z",
     re.IGNORECASE,
 )
-_JOINED = re.compile(r"\s*,?\s*(?:and|or|/|,|或|和)\s*(?:(?:in|the)\s+)*", re.IGNORECASE)
-_CLAUSE = re.compile(r"[.;!?。\n,]|\bbut\b|而是")
+_JOINED = re.compile(r"\s*+(?:,\s*+)?(?:and|or|/|,|或|和)\s*+(?:(?:in|the)\s++)*+", re.IGNORECASE)
+_CLAUSE = re.compile(r"[.;!?。\n,]|\bbut(?![a-z\d_])|而是")
+# Within the clause before a mention.
 _NO_BEFORE = re.compile(
     r"\b(?:not|isn't|no|neither|nor|never|cannot be|can't be|rather than|instead of|except|unlike|excluding|exclude"
-    r"|rule out|ruled out|eliminate|different from|other than)\b[^.;!?\n]*$|(?:不是|并非|不在|而非|排除)[^。;]*$",
+    r"|rule out|ruled out|eliminate|different from|other than)(?![a-z\d_])|不是|并非|不在|而非|排除",
     re.IGNORECASE,
 )
+# Directly after a mention.
 _NO_AFTER = re.compile(
-    r"^[^.;!?\n]{0,30}?\b(?:not(?!\s*(?:in\s*)?\Z)|isn't|aren't|doesn't|don't|cannot|can't|"
+    r"(?:|[^.;!?\n]{0,30}?\b)(?:not(?!\s*+(?:in\s*+)?\Z)|isn't|aren't|doesn't|don't|cannot|can't|"
     r"(?:is|are) wrong|is someone else|is another|"
     r"(?:shows?|is of|are of) (?:another|someone else|somebody else|a different|different|others?))\b"
-    r"|^[\s\"'*)]*[:\-][\s*]*(?:no|not|different|another|someone else|somebody else|other)\b"
-    r"|^[^。;]{0,6}(?:不是|并非|没有|不对)",
+    r"|[\s\"'*)]*+[:\-][\s*]*+(?:no|not|different|another|someone else|somebody else|other)\b"
+    r"|[^。;]{0,6}(?:不是|并非|没有|不对)",
     re.IGNORECASE,
 )
 # Where the text after a mention turns to another image: "image 4, not image 1", "image 3 (not 1 or 2)".
 _NEXT = re.compile(
-    r"[.;!?。\n(]|\bbut\b|\b(?:image|picture|photo|option)s?\b|图|,\s*(?:and\s+)?not\b|\band not\b"
+    r"[.;!?。\n(]|\bbut\b|(?<![a-z_])(?:image|picture|photo|option)s?\b|图|,\s*(?:and\s+)?not\b|\band not\b"
     r"|\b(?:rather than|instead of|unlike)\b|而不是|,\s*不是|不是(?=图|第|照片|选项)",
     re.IGNORECASE,
 )
@@ -101,7 +105,7 @@ def parse_image_number(text: str, *, count: int | None = None, name: str = "") -
     for candidate in (last_answer(text), text):
         value = _choice(candidate, name)
         if value is not None:
-            return value if 0 < value <= (count or value) else None
+            return value if 0 < value <= (value if count is None else count) else None
     return None
 
 
@@ -138,9 +142,9 @@ def _choice(text: str, name: str) -> int | None:
         said = re.search(rf"(?:\bbut(?: it is| in)?|而是)\s*({_CARDINAL}|[{_CHINESE}])(?!\w)", text, re.IGNORECASE)
         return _value(said[1]) if said else None
     if name and len({mention.value for mention in affirmed}) > 1:
-        with_name = [mention for mention in affirmed if name.lower() in _sentence_of(text, mention).lower()]
-        if len({mention.value for mention in with_name}) == 1:
-            return with_name[0].value
+        with_name = {mention.value for mention in _in_sentences_with(name, text, affirmed)}
+        if len(with_name) == 1:
+            return with_name.pop()
     group = [affirmed[0].value]
     for mention in affirmed[1:]:
         if not mention.joined:
@@ -150,6 +154,8 @@ def _choice(text: str, name: str) -> int | None:
 
 
 def _mentions(text: str) -> list[_Mention]:
+    clauses, negations = list(_CLAUSE.finditer(text)), list(_NO_BEFORE.finditer(text))
+    turns = [match.start() for match in _NEXT.finditer(text)]
     found: list[_Mention] = []
     position = 0
     while match := _MENTION.search(text, position):
@@ -158,12 +164,15 @@ def _mentions(text: str) -> list[_Mention]:
         while more := _MORE.match(text, end):
             values.append((_value(more[1]), more.start(1), more.end()))
             end = more.end()
-        between = text[found[-1].end : match.start()] if found else ""
-        joined = bool(found) and _JOINED.fullmatch(between) is not None
+        joined = bool(found) and _JOINED.fullmatch(text, found[-1].end, match.start()) is not None
         # "not image 1" or "image 1 is not her", within the clause
-        before, after = _CLAUSE.split(text[: match.start()])[-1], _NEXT.split(text[end:], maxsplit=1)[0]
-        denied = bool(_NO_BEFORE.search(before) or _NO_AFTER.match(after))
-        if joined and found[-1].denied and not _NO_AFTER.match(text[end:]):
+        clause = _last_before(match.start(), clauses)
+        negation = _last_before(match.start(), negations)
+        denied_before = negation is not None and negation.start() >= (clause.end() if clause else 0)
+        turn = bisect_left(turns, end)
+        clause_end = turns[turn] if turn < len(turns) else len(text)
+        denied = denied_before or _NO_AFTER.match(text, end, clause_end) is not None
+        if joined and found[-1].denied and not _NO_AFTER.match(text, end):
             denied = True
         for number, (value, start, stop) in enumerate(values):
             found.append(_Mention(value, start, stop, denied, joined=joined or number > 0))
@@ -171,13 +180,29 @@ def _mentions(text: str) -> list[_Mention]:
     return found
 
 
-def _sentence_of(text: str, mention: _Mention) -> str:
-    start = max(text.rfind(mark, 0, mention.start) for mark in ".;\n。;") + 1
-    ends = [place for mark in ".;\n。;" if (place := text.find(mark, mention.end)) >= 0]
-    return text[start : min(ends, default=len(text))]
+def _last_before(position: int, matches: list[re.Match]) -> re.Match | None:
+    """The last match that ends at or before ``position``."""
+    number = bisect_right(matches, position, key=re.Match.end)
+    return matches[number - 1] if number else None
+
+
+def _in_sentences_with(name: str, text: str, mentions: list[_Mention]) -> list[_Mention]:
+    """The mentions in a sentence that contains ``name``."""
+    marks = [match.start() for match in re.finditer(r"[.;\n。;]", text)]
+    has_name: dict[tuple[int, int], bool] = {}
+    found = []
+    for mention in mentions:
+        first, last = bisect_left(marks, mention.start), bisect_left(marks, mention.end)
+        span = (marks[first - 1] + 1 if first else 0, marks[last] if last < len(marks) else len(text))
+        if span not in has_name:
+            has_name[span] = name.lower() in text[slice(*span)].lower()
+        if has_name[span]:
+            found.append(mention)
+    return found
 
 
 def _value(text: str) -> int:
-    text = text.lower().strip("# ")
-    digits = re.match(r"\d+", text)
+    # Patterns that ignore case take the Turkish letters (dotless i, dotted I) for an i.
+    text = text.replace("\u0131", "i").replace("\u0130", "i").lower()
+    digits = re.search(r"\d+", text)
     return int(digits[0]) if digits else _VALUE[text]

@@ -1,0 +1,77 @@
+"""``idavlm ask``: ask a model about images, with reference photos of named identities."""
+
+import argparse
+from pathlib import Path
+
+from idavlm.cli.arguments import name, path, positive_int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("images", nargs="*", type=path, help="images that the question is about")
+    parser.add_argument("question", type=name, help='for example "Where is Kate?"')
+    parser.add_argument(
+        "--model", required=True, type=name, help="checkpoint of idavlm, or a vision-language model of transformers"
+    )
+    parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
+    parser.add_argument(
+        "--identity",
+        action="append",
+        default=[],
+        metavar="NAME=PHOTO[,PHOTO...]",
+        help="an identity and its reference photos; repeat it for several identities",
+    )
+    parser.add_argument("--draw", type=path, metavar="FILE", help="write the last image with the box of the answer")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="maximum length of the answer")
+    parser.add_argument("--device", type=name, help="device of the model; by default cuda if available, else cpu")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the answer and, with ``--draw``, write the image with its box."""
+    identities: dict[str, list[Path]] = {}
+    for introduced, photos in map(_identity, arguments.identity):
+        identities.setdefault(introduced, []).extend(photos)
+    for file in (*arguments.images, *(photo for photos in identities.values() for photo in photos)):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist or is not a file; pass the path of an image.")
+    if arguments.draw is not None and not arguments.images:
+        raise ValueError(f"--draw {arguments.draw} needs an image to draw on; pass one before the question.")
+    # After the checks, because these imports take seconds.
+    import torch
+
+    from idavlm.evaluation import load_checkpoint
+    from idavlm.models import ask
+
+    device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = load_checkpoint(arguments.model, id_former=arguments.id_former, device=device)
+    answer = ask(
+        model,
+        processor,
+        arguments.question,
+        images=arguments.images,
+        identities=identities,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    print(answer)
+    if arguments.draw is not None:
+        _draw(arguments.images[-1], answer, processor, arguments.draw)
+
+
+def _identity(text: str) -> tuple[str, list[Path]]:
+    introduced, _, photos = text.partition("=")
+    if not introduced or not photos:
+        raise ValueError(f"--identity {text!r} is not NAME=PHOTO[,PHOTO...]; for example Kate=kate_1.jpg,kate_2.jpg.")
+    return introduced, [Path(photo) for photo in photos.split(",")]
+
+
+def _draw(image_file: Path, answer: str, processor, out: Path) -> None:
+    from PIL import Image, ImageDraw, ImageOps
+
+    with Image.open(image_file) as file:
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    box = processor.parse_box(answer, (image.height, image.width))
+    if box is None:
+        raise ValueError(f"the answer {answer[:200]!r} holds no box, so --draw {out} has nothing to draw.")
+    ImageDraw.Draw(image).rectangle(box, outline=(255, 40, 40), width=max(2, min(image.size) // 100))
+    image.save(out)
+    print(out)

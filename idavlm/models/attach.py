@@ -1,0 +1,636 @@
+"""An ID-Former attached to a vision-language model of transformers.
+
+Every image-text model of transformers computes its image tokens in ``get_image_features``, in the width of the language
+model. :func:`attach_id_former` adds a :class:`idavlm.modules.ResidualIDFormer` to what that method returns. The model
+keeps its class, its weights and its processor.
+"""
+
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from idavlm._compat import cache_name
+from idavlm.models.fingerprint import check_fingerprint, model_fingerprint
+from idavlm.models.image_arguments import keep_images
+from idavlm.models.packed_identities import unpack_identities
+from idavlm.models.supervision import supervised_scenes, token_targets
+from idavlm.models.token_grids import token_grids
+from idavlm.modules import ImageTokens, ResidualIDFormer
+from idavlm.utils import check_choice
+
+WEIGHTS, CONFIG = "id_former.safetensors", "id_former.json"
+"""Files that :func:`save_id_former` writes."""
+
+CACHE = cache_name()
+
+
+@dataclass(eq=False)
+class IdentityInputs:
+    """What an attached ID-Former has to know about the images of a batch. :class:`IdentityProcessor` makes it.
+
+    The images are numbered in the order of their placeholders, sample after sample.
+
+    Attributes:
+        image_roles, sample_index, identity_index: ``[I]``, see :meth:`idavlm.IDFormer.forward`.
+        num_image_tokens: ``[I]`` number of placeholders of each image.
+        identity_name_ids: ``[num_samples, G, L]`` token ids of the names of the identities, -1 at padding. Needed with
+            ``identity_embedding="name"``.
+        original_image_sizes: ``[I, 2]`` height and width of the original images in pixels. Needed with boxes.
+        boxes: ``[N, 4]`` boxes of identities with references, in pixels of the original image.
+        box_image: ``[N]`` image of each box.
+        box_identity: ``[N]`` identity of each box within its sample.
+        identities: a :class:`idavlm.models.SelectedIdentities` of a bank. The photos of references are then not
+            encoded again.
+    """
+
+    image_roles: Tensor | None = None
+    sample_index: Tensor | None = None
+    identity_index: Tensor | None = None
+    num_image_tokens: Tensor | None = None
+    identity_name_ids: Tensor | None = None
+    original_image_sizes: Tensor | None = None
+    boxes: Tensor | None = None
+    box_image: Tensor | None = None
+    box_identity: Tensor | None = None
+    identities: Any = None
+
+    @property
+    def roles(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``image_roles``, ``sample_index`` and ``identity_index``."""
+        return self.image_roles, self.sample_index, self.identity_index
+
+    @classmethod
+    def pop_from(cls, arguments: dict[str, Any]) -> "IdentityInputs | None":
+        """Remove the identity inputs from keyword arguments and return them; None if there are none."""
+        found = {name: arguments.pop(name, None) for name in IDENTITY_INPUTS}
+        if all(value is None for value in found.values()):
+            return None
+        inputs = cls(**found)
+        for name in ("image_roles", "sample_index", "num_image_tokens"):
+            if getattr(inputs, name) is None:
+                given = ", ".join(name for name, value in found.items() if value is not None)
+                raise ValueError(f"{name} is missing, but {given} was passed; IdentityProcessor makes all of them.")
+        return inputs
+
+
+IDENTITY_INPUTS = tuple(field.name for field in fields(IdentityInputs))
+"""Keyword arguments that ``forward`` and ``generate`` of a model take once an ID-Former is attached."""
+
+
+@dataclass
+class AttachedOutput(CausalLMOutputWithPast):
+    """Output of a model with an attached ID-Former if boxes were passed, or with ``output_identity_maps=True``.
+
+    Attributes:
+        loss: ``language_loss + auxiliary_loss``, if labels were passed; ``auxiliary_loss`` otherwise.
+        logits, cache, hidden_states, attentions: those of the model; the cache is named ``past_key_values`` before
+            transformers 5.24.
+        language_loss: loss of the model, if labels were passed.
+        identity_map_loss, contrastive_loss, auxiliary_loss: see :class:`idavlm.models.IDAVLMOutput`.
+        identity_maps: one map per identity layer, ``[N, G + 1]`` for the N image tokens of the batch.
+    """
+
+    language_loss: Tensor | None = None
+    identity_map_loss: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
+    identity_maps: tuple[Tensor, ...] | None = None
+
+
+def attach_id_former(
+    model: PreTrainedModel,
+    *,
+    num_heads: int = 8,
+    freeze_model: bool = True,
+    residual_on: str = "image_tokens",
+    identity_map_loss_weight: float = 1.0,
+    contrastive_loss_weight: float = 0.0,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Attach a new ID-Former to an image-text model of transformers, in place.
+
+    Afterwards ``model.id_former`` is a :class:`idavlm.modules.ResidualIDFormer`. ``forward`` and ``generate`` take the
+    fields of :class:`IdentityInputs`, which :class:`IdentityProcessor` makes. Without them, or without references, the
+    outputs are those of the model before, bit by bit. With the default gate that also holds with references, until the
+    ID-Former is trained.
+
+    Args:
+        model: a model with ``get_image_features``, for example from ``AutoModelForImageTextToText.from_pretrained``.
+        num_heads: number of attention heads.
+        freeze_model: freeze all parameters of the model, as peft does. :func:`detach_id_former` undoes it.
+        residual_on: ``"image_tokens"``, or ``"all_features"`` to also add a residual of its own to each level of
+            DeepStack features (Qwen3-VL), which are left alone otherwise.
+        identity_map_loss_weight, contrastive_loss_weight: factors of the losses of the identity attention, which are
+            computed if boxes are passed.
+        dtype: type of the new parameters; by default that of the embeddings of the language model.
+        options: arguments of :class:`idavlm.modules.ResidualIDFormer` (``hidden_size=256``,
+            ``identity_embedding="name"``, ...).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model has no ``get_image_features``, or an ID-Former already.
+    """
+    check_choice("residual_on", residual_on, ("image_tokens", "all_features"))
+    base = _base_with_image_features(model)
+    if hasattr(model, "id_former"):
+        raise ValueError(
+            f"{type(model).__name__} already has an id_former; call detach_id_former(model) first to attach another."
+        )
+    embeddings = model.get_input_embeddings()
+    token_size = model.config.get_text_config().hidden_size
+    num_deepstack_levels = _num_deepstack_levels(model.config) if residual_on == "all_features" else 0
+    if residual_on == "all_features" and not num_deepstack_levels:
+        raise ValueError(
+            f"residual_on={residual_on!r}, but {type(model).__name__} has no DeepStack features; use 'image_tokens'."
+        )
+    id_former = ResidualIDFormer(
+        token_size=token_size, num_heads=num_heads, num_deepstack_levels=num_deepstack_levels, **options
+    )
+    frozen = []
+    if freeze_model:
+        frozen = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+    parameter_type = next(embeddings.parameters())
+    model.id_former = id_former.to(device=parameter_type.device, dtype=dtype or parameter_type.dtype)
+    weights = {"identity_map_loss": identity_map_loss_weight, "contrastive_loss": contrastive_loss_weight}
+    seam = ImageFeaturesWithIdentities(model, base, weights)
+    base.get_image_features = seam
+    base.forward = BaseForwardWithIdentities(model, base, seam)
+    model.forward = ForwardWithIdentities(model, seam, frozen)
+    model.prepare_inputs_for_generation = GenerationWithIdentities(model)
+    return model
+
+
+def detach_id_former(model: PreTrainedModel) -> PreTrainedModel:
+    """Remove an attached ID-Former. The model is what it was before :func:`attach_id_former`.
+
+    Raises:
+        ValueError: no ID-Former is attached, or something else has replaced ``forward`` since.
+    """
+    forward = _attached_forward(model)
+    base = forward.seam.base
+    methods = (
+        (model, "forward", ForwardWithIdentities),
+        (model, "prepare_inputs_for_generation", GenerationWithIdentities),
+        (base, "forward", BaseForwardWithIdentities),
+        (base, "get_image_features", ImageFeaturesWithIdentities),
+    )
+    for owner, name, kind in methods:
+        if not isinstance(owner.__dict__.get(name), kind):
+            raise ValueError(
+                f"{type(owner).__name__}.{name} was replaced after the ID-Former was attached; undo that first "
+                "(accelerate.hooks.remove_hook_from_module, peft's unload, ...)."
+            )
+    for owner, name, _ in methods:
+        method = owner.__dict__[name]
+        delattr(owner, name)
+        if method.replaced is not None:
+            setattr(owner, name, method.replaced)
+    del model.id_former
+    parameters = dict(model.named_parameters())
+    for name in forward.frozen:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+    return model
+
+
+def save_id_former(model: nn.Module, folder: str | Path) -> None:
+    """Write the attached ID-Former alone: ``id_former.safetensors`` and ``id_former.json``.
+
+    Args:
+        model: a model with an attached ID-Former; peft models and other wrappers are looked through.
+        folder: the folder; created if it does not exist.
+    """
+    model = _unwrapped(model)
+    forward = _attached_forward(model)
+    id_former = _active(model.id_former)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in id_former.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    content = {
+        "id_former": id_former.to_config(),
+        "loss_weights": forward.seam.loss_weights,
+        "model": model_fingerprint(model),
+    }
+    (folder / CONFIG).write_text(json.dumps(content, indent=2))
+
+
+def load_id_former(
+    model: PreTrainedModel, folder: str | Path, *, freeze_model: bool = True, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Attach the ID-Former that :func:`save_id_former` wrote.
+
+    Args:
+        model: the model that it was trained on, in any precision.
+        folder: the folder.
+        freeze_model, dtype: see :func:`attach_id_former`.
+
+    Raises:
+        FileNotFoundError: the folder holds no ID-Former.
+        ValueError: it was trained on another model, or its weights do not fit its configuration.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} does not exist; save_id_former(model, folder) writes it.")
+    content = json.loads((folder / CONFIG).read_text())
+    check_fingerprint(content["model"], model_fingerprint(model), folder)
+    options = dict(content["id_former"])
+    if options.pop("num_deepstack_levels", 0):
+        options["residual_on"] = "all_features"
+    options.pop("token_size")
+    weights = {f"{name}_weight": value for name, value in content["loss_weights"].items()}
+    attach_id_former(model, freeze_model=freeze_model, dtype=dtype, **weights, **options)
+    tensors = load_file(folder / WEIGHTS)
+    expected = model.id_former.state_dict()
+    if tensors.keys() != expected.keys():
+        detach_id_former(model)
+        difference = ", ".join(sorted(tensors.keys() ^ expected.keys()))
+        raise ValueError(f"{folder / WEIGHTS} and {CONFIG} do not fit each other: they differ in {difference}.")
+    model.id_former.load_state_dict(tensors)
+    return model
+
+
+class ImageFeaturesWithIdentities:
+    """``get_image_features`` of a model, with the residual of its ID-Former.
+
+    An object of this class takes the place of the method on the instance. It holds the model and no closure, so the
+    model can be pickled and copied. The ID-Former is looked up by its name at each call, because peft may have wrapped
+    it. transformers' ``generate`` reads the signature to find out which inputs to pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: nn.Module, loss_weights: dict[str, float]):
+        self.model = model
+        self.base = base
+        self.loss_weights = loss_weights
+        self.replaced = base.__dict__.get("get_image_features")
+        self.call: _Call | None = None
+        self.is_checked = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _with_identity_inputs(inspect.signature(self._original))
+
+    @property
+    def _original(self):
+        return self.replaced or type(self.base).get_image_features.__get__(self.base)
+
+    @contextmanager
+    def calling(self, call: "_Call") -> Iterator[None]:
+        """Within the block, the identity inputs of ``call`` apply to the images of the model."""
+        self.call = call
+        try:
+            yield
+        finally:
+            self.call = None
+
+    def __call__(self, *args, **kwargs):
+        passed = IdentityInputs.pop_from(kwargs)
+        call = self.call if passed is None else _Call(passed)
+        if call is None or call.inputs is None:
+            return self._original(*args, **kwargs)
+        as_dict = kwargs.get("return_dict")
+        arguments = inspect.signature(self._original).bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        stored = {}
+        if call.inputs.identities is not None:
+            stored = call.inputs.identities.stored(*call.inputs.roles)
+        lengths = call.inputs.num_image_tokens.tolist()
+        new = [image for image in range(len(lengths)) if image not in stored] or [0]
+        encoded = keep_images(self.model.config, arguments, lengths, new) if stored else arguments
+        output = self._original(**{**encoded, "return_dict": True})
+        self._add_residual(output, call, arguments, stored, new)
+        return output if as_dict or as_dict is None else output.to_tuple()
+
+    def encode(self, arguments: Mapping[str, Any], lengths: Sequence[int]) -> list[tuple[Tensor, list[Tensor]]]:
+        """The image tokens of each image before the ID-Former, and its DeepStack features, one tensor per level."""
+        names = inspect.signature(self._original).parameters
+        passed = {name: arguments[name] for name in names if arguments.get(name) is not None}
+        output = self._original(**passed, return_dict=True)
+        tokens = _flat(output.pooler_output).split(list(lengths))
+        levels = [_flat(level).split(list(lengths)) for level in output.get("deepstack_features") or ()]
+        return [(part, [level[image] for level in levels]) for image, part in enumerate(tokens)]
+
+    def _add_residual(
+        self,
+        output: ModelOutput,
+        call: "_Call",
+        arguments: Mapping[str, Any],
+        stored: Mapping[int, Any],
+        new: Sequence[int],
+    ) -> None:
+        """Add the residual to ``output``, which holds the tokens of the images ``new``; the others are ``stored``."""
+        self._warn_if_frozen()
+        inputs = call.inputs
+        entries = output.pooler_output
+        lengths = tuple(inputs.num_image_tokens.tolist())
+        flat = _flat(entries)
+        if sum(lengths[image] for image in new) != len(flat):
+            raise ValueError(
+                f"num_image_tokens={[lengths[image] for image in new]} are {sum(lengths[image] for image in new)} "
+                f"image tokens, but {type(self.model).__name__} made {len(flat)}; pass the outputs of "
+                "IdentityProcessor for the same images."
+            )
+        levels = [_flat(level) for level in output.get("deepstack_features") or ()]
+        if stored:
+            flat = _with_stored(flat, lengths, new, {image: photo.features for image, photo in stored.items()})
+            levels = [
+                _with_stored(level, lengths, new, {image: photo.deepstack[n] for image, photo in stored.items()})
+                for n, level in enumerate(levels)
+            ]
+        grids = token_grids(self.model.config, lengths, entries, arguments)
+        images = ImageTokens(flat, lengths, grids)
+        result = self.model.id_former(
+            images,
+            *inputs.roles,
+            name_embeddings=self._name_embeddings(inputs),
+            targets=None if inputs.boxes is None else _targets(images, inputs),
+            teacher_forcing=call.teacher_forcing,
+            with_contrastive_loss=bool(self.loss_weights["contrastive_loss"]),
+            deepstack_tokens=levels,
+        )
+        output.pooler_output = _like(entries, result.tokens, lengths)
+        if levels:
+            output.deepstack_features = [
+                _like(level, tokens, lengths)
+                for level, tokens in zip(output.deepstack_features, result.deepstack_tokens, strict=True)
+            ]
+        call.result = result
+
+    def _warn_if_frozen(self) -> None:
+        """Warn once if the model is trained but its ID-Former, which is new, is not: peft freezes all other modules."""
+        if self.is_checked or not (self.model.training and torch.is_grad_enabled()):
+            return
+        self.is_checked = True
+        # A new ID-Former has output projections of zero: while they are frozen, identities have no effect.
+        projections = [
+            module.out_proj for name, module in self.model.id_former.named_modules() if name.endswith("attention")
+        ]
+        is_trained = any(parameter.requires_grad for layer in projections for parameter in layer.parameters())
+        if not is_trained and not any(layer.weight.any() for layer in projections):
+            warnings.warn(
+                "id_former is frozen and was never trained, so identities have no effect. With peft, pass "
+                "modules_to_save=['id_former'] to LoraConfig; otherwise call model.id_former.requires_grad_(True).",
+                stacklevel=2,
+            )
+
+    def _name_embeddings(self, inputs: IdentityInputs) -> Tensor | None:
+        """The mean embedding of the tokens of each name, ``[num_samples, G, C]``."""
+        if inputs.identity_name_ids is None:
+            return None
+        is_token = inputs.identity_name_ids >= 0
+        embedded = self.model.get_input_embeddings()(inputs.identity_name_ids.clamp(min=0))
+        embedded = embedded * is_token[..., None]
+        return embedded.sum(2) / is_token.sum(2, keepdim=True).clamp(min=1)
+
+
+class ForwardWithIdentities:
+    """``forward`` of a model with an attached ID-Former; it takes the identity inputs as further keyword arguments.
+
+    An object of this class takes the place of the method on the instance, as accelerate's hooks do.
+    """
+
+    def __init__(self, model: PreTrainedModel, seam: ImageFeaturesWithIdentities, frozen: list[str]):
+        self.model = model
+        self.seam = seam
+        self.frozen = frozen
+        self.replaced = model.__dict__.get("forward")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        options = ("teacher_forcing", "output_identity_maps")
+        return _with_identity_inputs(inspect.signature(self._original), options)
+
+    @property
+    def _original(self):
+        return self.replaced or type(self.model).forward.__get__(self.model)
+
+    def __call__(self, *args, teacher_forcing: bool = False, output_identity_maps: bool = False, **kwargs):
+        unpack_identities(kwargs)
+        inputs = IdentityInputs.pop_from(kwargs)
+        if inputs is None:
+            return self._original(*args, **kwargs)
+        if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
+            _check_rows(self.model.config, kwargs["input_ids"], inputs)
+        call = _Call(inputs, teacher_forcing=teacher_forcing)
+        with self.seam.calling(call):
+            output = self._original(*args, **kwargs)
+        if call.result is None or not (output_identity_maps or inputs.boxes is not None):
+            return output
+        return self._with_identities(output, call)
+
+    def _with_identities(self, output: ModelOutput, call: "_Call") -> AttachedOutput:
+        """Output of the model with the losses of the identity attention."""
+        inputs, result, losses = call.inputs, call.result, {}
+        language_loss = loss = output.get("loss")
+        if result.map_losses is not None:
+            scenes = supervised_scenes(
+                inputs.image_roles, inputs.sample_index, inputs.identity_index, inputs.box_image, inputs.box_identity
+            )
+            losses["identity_map_loss"] = result.map_losses.sum() / max(int(scenes.sum()), 1)
+            if result.contrastive_loss is not None:
+                losses["contrastive_loss"] = result.contrastive_loss
+            weighted = (self.seam.loss_weights[name] * value for name, value in losses.items())
+            losses["auxiliary_loss"] = sum(weighted)
+            loss = losses["auxiliary_loss"] + (0 if loss is None else loss)
+        return AttachedOutput(
+            loss=loss,
+            language_loss=language_loss,
+            **losses,
+            logits=output.get("logits"),
+            **{CACHE: output.get(CACHE)},
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            identity_maps=result.identity_maps,
+        )
+
+
+class BaseForwardWithIdentities:
+    """``forward`` of the base model. Trainers that compute the logits themselves (TRL) call it instead of the model's.
+
+    It takes the identity inputs as keyword arguments, also packed into ``mm_token_type_ids``.
+    """
+
+    def __init__(self, model: PreTrainedModel, base: nn.Module, seam: ImageFeaturesWithIdentities):
+        self.model = model
+        self.base = base
+        self.seam = seam
+        self.replaced = base.__dict__.get("forward")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _with_identity_inputs(inspect.signature(self._original))
+
+    @property
+    def _original(self):
+        return self.replaced or type(self.base).forward.__get__(self.base)
+
+    def __call__(self, *args, **kwargs):
+        unpack_identities(kwargs)
+        inputs = IdentityInputs.pop_from(kwargs)
+        if inputs is None:  # the model's forward has taken them, or there are none
+            return self._original(*args, **kwargs)
+        if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
+            _check_rows(self.model.config, kwargs["input_ids"], inputs)
+        with self.seam.calling(_Call(inputs)):
+            return self._original(*args, **kwargs)
+
+
+class GenerationWithIdentities:
+    """``prepare_inputs_for_generation`` of a model whose signature names the identity inputs.
+
+    ``generate`` rejects arguments that neither this method nor ``forward`` takes, and trainers replace ``forward``.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.replaced = model.__dict__.get("prepare_inputs_for_generation")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return _with_identity_inputs(inspect.signature(self._original))
+
+    @property
+    def _original(self):
+        return self.replaced or type(self.model).prepare_inputs_for_generation.__get__(self.model)
+
+    def __call__(self, *args, **kwargs):
+        return self._original(*args, **kwargs)
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of ``forward`` or ``generate``: its identity inputs, and what the ID-Former returned."""
+
+    inputs: IdentityInputs | None
+    teacher_forcing: bool = False
+    result: Any = None
+
+
+def image_features_with_identities(model: nn.Module) -> ImageFeaturesWithIdentities | None:
+    """The ``get_image_features`` of a model with an attached ID-Former; None without one."""
+    method = getattr(getattr(model, "base_model", None), "get_image_features", None)
+    return method if isinstance(method, ImageFeaturesWithIdentities) else None
+
+
+def _base_with_image_features(model: PreTrainedModel) -> nn.Module:
+    base = getattr(model, "base_model", None)
+    if not isinstance(model, PreTrainedModel) or not hasattr(base, "get_image_features"):
+        raise ValueError(
+            f"model={type(model).__name__} has no get_image_features; pass an image-text model of transformers that "
+            "inserts image tokens into its text, such as Qwen2.5-VL, LLaVA or SmolVLM. Wrap it with peft afterwards."
+        )
+    return base
+
+
+def _num_deepstack_levels(config) -> int:
+    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside peft, DDP and ``torch.compile``: the module that the ID-Former was attached to."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), ForwardWithIdentities) or "id_former" in module._modules:
+            return module
+    raise ValueError(f"{type(model).__name__} has no attached ID-Former; call attach_id_former(model) first.")
+
+
+def _active(id_former: nn.Module) -> ResidualIDFormer:
+    """The ID-Former that is trained, where peft's ``modules_to_save`` has wrapped it."""
+    copies = getattr(id_former, "modules_to_save", None)
+    return id_former if copies is None else copies[id_former.active_adapter]
+
+
+def _attached_forward(model: nn.Module) -> ForwardWithIdentities:
+    forward = model.__dict__.get("forward")
+    while forward is not None and not isinstance(forward, ForwardWithIdentities):
+        forward = getattr(forward, "__wrapped__", None)  # accelerate wraps it
+    if forward is None:
+        raise ValueError(f"{type(model).__name__} has no attached ID-Former; call attach_id_former(model) first.")
+    return forward
+
+
+def _with_identity_inputs(signature: inspect.Signature, options: tuple[str, ...] = ()) -> inspect.Signature:
+    """The signature with the identity inputs and ``options`` as keyword arguments."""
+    names = [name for name in (*IDENTITY_INPUTS, *options) if name not in signature.parameters]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    parameters = list(signature.parameters.values())
+    is_last = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    rest = [parameters.pop()] if is_last else []
+    return signature.replace(parameters=[*parameters, *added, *rest])
+
+
+def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs) -> None:
+    """Check that each row holds the placeholders of the images that ``sample_index`` assigns to it."""
+    placeholders = (input_ids == config.image_token_id).sum(1).tolist()
+    tokens = [0] * len(placeholders)
+    for sample, count in zip(inputs.sample_index.tolist(), inputs.num_image_tokens.tolist(), strict=True):
+        if not 0 <= sample < len(tokens):
+            raise ValueError(f"sample_index holds {sample}, but input_ids has {len(tokens)} rows, numbered from 0.")
+        tokens[sample] += count
+    if tokens != placeholders:
+        raise ValueError(
+            f"the rows of input_ids hold {placeholders} image placeholders, but by sample_index and num_image_tokens "
+            f"they have {tokens}; pass the outputs of IdentityProcessor unchanged. (Beam search with several images "
+            "per prompt needs transformers 5.24.)"
+        )
+
+
+def _targets(images: ImageTokens, inputs: IdentityInputs) -> Tensor:
+    needed = ("box_image", "box_identity", "original_image_sizes", "identity_index")
+    missing = [name for name in needed if getattr(inputs, name) is None]
+    if missing:
+        raise ValueError(f"boxes need {', '.join(missing)} as well; IdentityProcessor makes all of them.")
+    return token_targets(
+        images,
+        inputs.boxes,
+        inputs.box_image,
+        inputs.box_identity,
+        inputs.original_image_sizes,
+        inputs.image_roles,
+        inputs.sample_index,
+        inputs.identity_index,
+    )
+
+
+def _flat(entries) -> Tensor:
+    """All image tokens ``[N, C]`` of ``pooler_output``: a tensor, or one tensor per image or sample."""
+    return torch.cat([entry.flatten(0, -2) for entry in entries])
+
+
+def _like(entries, tokens: Tensor, lengths: Sequence[int]):
+    """Arrange packed tokens ``[N, C]`` as the entries of ``pooler_output``: a tensor, a list or a tuple."""
+    if isinstance(entries, Tensor):
+        return tokens.view(-1, *entries.shape[1:])
+    sizes = [entry[..., 0].numel() for entry in entries]
+    if sum(sizes) != len(tokens):  # stored photos were inserted
+        return type(entries)(tokens.split(list(lengths)))
+    return type(entries)(part.view(entry.shape) for part, entry in zip(tokens.split(sizes), entries, strict=True))
+
+
+def _with_stored(flat: Tensor, lengths: Sequence[int], new: Sequence[int], stored: Mapping[int, Tensor]) -> Tensor:
+    """Tokens of all images from those of the images ``new`` and the ``stored`` ones."""
+    encoded = dict(zip(new, flat.split([lengths[image] for image in new]), strict=True))
+    parts = [stored[image].to(flat) if image in stored else encoded[image] for image in range(len(lengths))]
+    for image, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        if len(part) != length:
+            raise ValueError(
+                f"image {image} has {length} placeholders, but the stored photo has {len(part)} image tokens; pass the "
+                "photos to the processor as they were added to the bank."
+            )
+    return torch.cat(parts)

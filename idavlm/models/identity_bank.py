@@ -1,0 +1,227 @@
+"""A bank of named identities whose reference photos are encoded once and reused for any number of prompts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from idavlm.models.attach import image_features_with_identities
+from idavlm.models.fingerprint import check_fingerprint, model_fingerprint
+from idavlm.utils import ImageRole
+
+FEATURES, INDEX = "identities.safetensors", "identities.json"
+"""Files that :meth:`IdentityBank.save` writes."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPhoto:
+    """Features of one reference photo, before the ID-Former.
+
+    Attributes:
+        features: ``[L, C]`` what the ID-Former reads: patches of the vision tower in an
+            :class:`idavlm.IDAVLMForConditionalGeneration`, image tokens in an attached model.
+        deepstack: DeepStack features ``[L, C]`` of the photo, one tensor per level (Qwen3-VL).
+    """
+
+    features: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedIdentities:
+    """Identities of a bank in the order in which the prompts introduce them. ``generate`` takes them as ``identities``.
+
+    Attributes:
+        names: the names.
+        photos: the photos of each identity.
+    """
+
+    names: tuple[str, ...]
+    photos: tuple[tuple[StoredPhoto, ...], ...]
+
+    def stored(self, image_roles: Tensor, sample_index: Tensor, identity_index: Tensor) -> dict[int, StoredPhoto]:
+        """Return the stored photo of each reference of a batch, by the number of the image.
+
+        Every sample that has references must introduce these identities, in this order and with all their photos.
+
+        Raises:
+            ValueError: a sample has other references.
+        """
+        references: dict[int, list[int]] = {}
+        roles, samples, identities = (tensor.tolist() for tensor in (image_roles, sample_index, identity_index))
+        for image, (role, sample) in enumerate(zip(roles, samples, strict=True)):
+            if role == ImageRole.REFERENCE:
+                references.setdefault(sample, []).append(image)
+        expected = [number for number, photos in enumerate(self.photos) for _ in photos]
+        photos = [photo for of_identity in self.photos for photo in of_identity]
+        found = {}
+        for sample, images in references.items():
+            if [identities[image] for image in images] != expected:
+                counts = ", ".join(f"{name} ({len(of)})" for name, of in zip(self.names, self.photos, strict=True))
+                raise ValueError(
+                    f"sample {sample} has references of identities {[identities[image] for image in images]}, but the "
+                    f"selected identities and their numbers of photos are {counts}; introduce the same identities, in "
+                    "this order and with all their photos, in every prompt."
+                )
+            found.update(zip(images, photos, strict=True))
+        return found
+
+
+class IdentityBank:
+    """Names and encoded reference photos.
+
+    The vision tower encodes every photo once. Prompts introduce identities as before, and ``generate`` reuses what the
+    bank holds instead of encoding the photos of every prompt again::
+
+        bank = IdentityBank(model, processor)
+        bank.add("Kate", ["kate_1.jpg", "kate_2.jpg"])
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        model.generate(**inputs, identities=bank.select("Kate"))
+
+    Args:
+        model: an :class:`idavlm.IDAVLMForConditionalGeneration` with an ID-Former, or a model with an attached one.
+        processor: its processor.
+    """
+
+    def __init__(self, model, processor):
+        self.model = model
+        self.processor = processor
+        self._photos: dict[str, tuple[StoredPhoto, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._photos
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all identities, in the order in which they were added."""
+        return tuple(self._photos)
+
+    def add(self, name: str, images: Sequence[Any]) -> None:
+        """Encode the reference photos of an identity.
+
+        Args:
+            name: a name that the bank does not have yet.
+            images: paths, PIL images or bytes, as in messages.
+
+        Raises:
+            ValueError: the bank has the name already, or there is no photo.
+        """
+        if name in self._photos:
+            raise ValueError(f"name={name!r} is in the bank already; remove it first.")
+        if not images:
+            raise ValueError(f"images of {name!r} is empty; pass at least one photo.")
+        part = {"type": "identity", "name": name, "images": list(images)}
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": [part]}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            self._photos[name] = tuple(_encode(self.model, inputs))
+
+    def remove(self, name: str) -> None:
+        """Remove an identity. Raises KeyError if the bank does not have it."""
+        self._check(name)
+        del self._photos[name]
+
+    def merge(self, other: "IdentityBank") -> None:
+        """Add the identities of another bank of the same model.
+
+        Raises:
+            ValueError: a name is in both banks, or the other bank belongs to another model.
+        """
+        check_fingerprint(model_fingerprint(other.model), model_fingerprint(self.model), "other")
+        both = sorted(self._photos.keys() & other._photos.keys())
+        if both:
+            raise ValueError(f"both banks have {', '.join(both)}; remove them from one of the banks.")
+        self._photos.update(other._photos)
+
+    def select(self, *names: str) -> SelectedIdentities:
+        """Return identities for ``generate``, in the order of ``names``; all of them without arguments."""
+        names = names or self.names
+        for name in names:
+            self._check(name)
+        return SelectedIdentities(tuple(names), tuple(self._photos[name] for name in names))
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``identities.safetensors`` and ``identities.json``. Features can identify a person as a photo can."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, names = {}, []
+        for number, (name, photos) in enumerate(self._photos.items()):
+            names.append({"name": name, "photos": len(photos), "deepstack": len(photos[0].deepstack)})
+            for index, photo in enumerate(photos):
+                tensors[f"{number}.{index}"] = photo.features.cpu().contiguous()
+                for level, features in enumerate(photo.deepstack):
+                    tensors[f"{number}.{index}.{level}"] = features.cpu().contiguous()
+        save_file(tensors, folder / FEATURES, metadata={"format": "pt"})
+        content = {"model": model_fingerprint(self.model), "identities": names}
+        (folder / INDEX).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path, model, processor) -> "IdentityBank":
+        """Load a bank that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder holds no bank.
+            ValueError: the bank was made by another model.
+        """
+        folder = Path(folder)
+        if not (folder / INDEX).is_file():
+            raise FileNotFoundError(f"{folder / INDEX} does not exist; IdentityBank.save(folder) writes it.")
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        check_fingerprint(content["model"], model_fingerprint(model), folder)
+        tensors = {name: tensor.to(model.device) for name, tensor in load_file(folder / FEATURES).items()}
+        bank = cls(model, processor)
+        for number, identity in enumerate(content["identities"]):
+            bank._photos[identity["name"]] = tuple(
+                StoredPhoto(
+                    tensors[f"{number}.{index}"],
+                    tuple(tensors[f"{number}.{index}.{level}"] for level in range(identity["deepstack"])),
+                )
+                for index in range(identity["photos"])
+            )
+        return bank
+
+    def shortlist(self, image: Any, count: int) -> list[tuple[str, float]]:
+        """Return the ``count`` identities that the image most likely shows, with their scores, best first.
+
+        The score of an identity is the attention that a patch of the image would pay to a photo of it in the first
+        identity layer of the ID-Former, before the softmax over identities: the largest over patches and photos. Use it
+        to choose whom to introduce when the bank holds more identities than fit into the prompt.
+        """
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image", "image": image}]}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            (scene,) = _encode(self.model, inputs)
+            scores = {
+                name: max(float(self.model.id_former.similarity(scene.features, photo.features)) for photo in photos)
+                for name, photos in self._photos.items()
+            }
+        best = sorted(scores.items(), key=lambda entry: -entry[1])
+        return best[:count]
+
+    def _check(self, name: str) -> None:
+        if name not in self._photos:
+            raise KeyError(f"name={name!r} is not in the bank; it has {', '.join(self._photos) or 'no identity'}.")
+
+
+def _encode(model, inputs) -> list[StoredPhoto]:
+    """Features of each image of ``inputs``, before the ID-Former."""
+    inputs = inputs.to(model.device)
+    seam = image_features_with_identities(model)
+    if seam is None:
+        features, _ = model.image_features(inputs["pixel_values"])
+        return [StoredPhoto(photo) for photo in features]
+    encoded = seam.encode(inputs, inputs["num_image_tokens"].tolist())
+    return [StoredPhoto(tokens, tuple(levels)) for tokens, levels in encoded]

@@ -1,0 +1,90 @@
+"""Identities of a batch in one integer per token.
+
+Some training loops pass only the fields that they know on to the model, and reorder and split them by rows: TRL's
+``GRPOTrainer`` keeps ``mm_token_type_ids`` ``[B, T]``, which says for each token whether it is text or an image.
+:func:`pack_identities` adds the role, the identity and the borders of each image to its placeholders, and the names of
+the identities to the first columns of each row. :func:`unpack_identities` restores the fields and the token types.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FIELD = "mm_token_type_ids"
+
+_TYPE_BITS, _ROLE_BITS, _IDENTITY_BITS = 3, 2, 16
+_ROLE = _TYPE_BITS
+_IS_ODD = _ROLE + _ROLE_BITS
+_IDENTITY = _IS_ODD + 1
+_NAME = _IDENTITY + _IDENTITY_BITS
+_IMAGE_BITS = (1 << _NAME) - 1
+
+
+def pack_identities(
+    input_ids: Tensor, token_types: Tensor | None, fields: dict[str, Tensor], placeholder_id: int
+) -> Tensor:
+    """Return ``mm_token_type_ids`` that hold the identity fields of a batch.
+
+    Args:
+        input_ids: ``[B, T]``.
+        token_types: ``[B, T]`` in 0..7, or None for a model that takes no token types.
+        fields: ``image_roles``, ``sample_index``, ``identity_index``, ``num_image_tokens`` and ``identity_name_ids``.
+        placeholder_id: token id of an image token.
+    """
+    packed = torch.zeros_like(input_ids) if token_types is None else token_types.clone()
+    roles, samples, identities = (fields[name] for name in ("image_roles", "sample_index", "identity_index"))
+    number = torch.zeros_like(samples)  # of the image within its row
+    for row in samples.unique().tolist():
+        number[samples == row] = torch.arange(int((samples == row).sum()))
+    codes = ((roles + 1) << _ROLE) | ((number % 2) << _IS_ODD) | (identities << _IDENTITY)
+    packed[input_ids == placeholder_id] |= codes.repeat_interleave(fields["num_image_tokens"])
+    for row, names in enumerate(fields["identity_name_ids"].tolist()):
+        tokens = [(token << 1 | (place == 0)) + 2 for name in names for place, token in enumerate(name) if token >= 0]
+        packed[row, : len(tokens)] |= torch.tensor(tokens, dtype=torch.long) << _NAME
+    return packed
+
+
+def unpack_identities(arguments: dict[str, Any]) -> None:
+    """Replace packed identities among the arguments of a model by the fields that they stand for, in place.
+
+    Arguments without packed identities are left as they are.
+    """
+    packed = arguments.get(FIELD)
+    if packed is None or not (packed >> _TYPE_BITS).any():
+        return
+    types = packed & ((1 << _TYPE_BITS) - 1)
+    if types.any():
+        arguments[FIELD] = types
+    else:  # the model takes no token types
+        del arguments[FIELD]
+    rows, columns = (packed & _IMAGE_BITS >= 1 << _ROLE).nonzero(as_tuple=True)
+    codes = (packed[rows, columns] & _IMAGE_BITS) >> _ROLE
+    images, counts = torch.stack([rows, codes], 1).unique_consecutive(dim=0, return_counts=True)
+    samples, codes = images.unbind(1)
+    names = [_names(row) for row in (packed >> _NAME).tolist()]
+    num_identities = max(map(len, names))
+    length = max((len(name) for row in names for name in row), default=0)
+    name_ids = packed.new_full((len(names), num_identities, length), -1)
+    for row, of_row in enumerate(names):
+        for identity, name in enumerate(of_row):
+            name_ids[row, identity, : len(name)] = packed.new_tensor(name)
+    arguments.update(
+        image_roles=(codes & ((1 << _ROLE_BITS) - 1)) - 1,
+        sample_index=samples,
+        identity_index=codes >> _IDENTITY - _ROLE,
+        num_image_tokens=counts,
+        identity_name_ids=name_ids,
+    )
+
+
+def _names(values: list[int]) -> list[list[int]]:
+    """The token ids of each name of a row."""
+    names: list[list[int]] = []
+    for value in values:
+        if not value:
+            break
+        if (value - 2) & 1:
+            names.append([])
+        names[-1].append(value - 2 >> 1)
+    return names

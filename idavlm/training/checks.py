@@ -1,0 +1,84 @@
+"""Checks of what IDTrainer is given: options of transformers that it does not follow, the model, and the data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from idavlm.training.arguments import IDTrainingArguments
+
+
+def check_loader(loader: DataLoader) -> None:
+    """Refuse a loader that splits batches after they were collated, as accelerate does with an IterableDataset."""
+    if any(kind.__name__ == "DataLoaderDispatcher" for kind in type(loader).__mro__):
+        raise ValueError(
+            "the data set is an IterableDataset, whose batches accelerate splits between a sample and its images; set "
+            'accelerator_config={"dispatch_batches": False}.'
+        )
+
+
+def check_pretraining_batch(batch: Mapping[str, Any], sample_ids: list[str]) -> None:
+    """Check that a batch has boxes and no general samples."""
+    if batch.get("boxes") is None:
+        raise ValueError("stage='identity_pretraining' needs boxes, but the batch has no field 'boxes'.")
+    sources = batch.get("source", "identity")
+    sources = {sources} if isinstance(sources, str) else set(sources)
+    if sources != {"identity"}:
+        raise ValueError(
+            "stage='identity_pretraining' trains on boxes of identities, but the batch has general records"
+            f"{' among ' + ', '.join(map(str, sample_ids)) if sample_ids else ''}; remove the records whose source is "
+            "'general'."
+        )
+
+
+def check_inherited(model: nn.Module | None, args: IDTrainingArguments, options: dict[str, Any]) -> None:
+    """Refuse arguments of ``Trainer`` that the hooks of this class do not follow."""
+    if model is None or options.get("model_init") is not None:
+        raise ValueError(
+            "model_init is not supported, because a new model would lose what freeze and workflow set; pass model, and "
+            "build a new trainer for every run."
+        )
+    if options.get("compute_loss_func") is not None:
+        raise ValueError(
+            f"compute_loss_func={options['compute_loss_func']!r} has no effect: the model computes the losses per "
+            "source; return the loss from the model, or override IDTrainer.compute_loss."
+        )
+    if args.stage == "identity_pretraining":
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name}={options[name]!r} has no effect with stage='identity_pretraining', which has no logits; "
+                    "use task_evaluation."
+                )
+
+
+def check_mixing(args: IDTrainingArguments, train_dataset: Dataset | None, general_dataset: Dataset | None) -> None:
+    """Refuse options of mixing without a second data set."""
+    if train_dataset is None or general_dataset is not None:
+        return
+    for name in ("mixing_ratio", "mixing_mode"):
+        value, default = getattr(args, name), IDTrainingArguments.__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(f"{name}={value!r} has no effect without general_dataset; pass one, or leave it out.")
+
+
+def check_stage(model: nn.Module, args: IDTrainingArguments, general_dataset: Dataset | None) -> None:
+    """Check that model and data have what the stage needs."""
+    named = model.named_modules()
+    id_former = next((module for path, module in named if path.rpartition(".")[-1] == "id_former"), None)
+    if args.stage == "identity_pretraining":
+        if id_former is None:
+            raise ValueError(
+                f"stage='identity_pretraining' trains an ID-Former, which {type(model).__name__} does not have."
+            )
+        if general_dataset is not None:
+            raise ValueError(
+                "general_dataset has no effect with stage='identity_pretraining', which trains on boxes of identities; "
+                "leave it out."
+            )
+    if args.teacher_forcing_steps and getattr(id_former, "identity_embedding_type", None) is None:
+        raise ValueError(
+            f"teacher_forcing_steps={args.teacher_forcing_steps} needs an ID-Former with identity_embedding, which "
+            f"{type(model).__name__} does not have; set it to 0."
+        )

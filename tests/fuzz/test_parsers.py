@@ -1,0 +1,167 @@
+"""Any answer of a model is parsed, in time that grows with its length: numbers, letters, yes or no, boxes."""
+
+import random
+import time
+import unicodedata
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from idavlm.evaluation import parse_image_number, parse_letter, parse_yes_no
+from idavlm.models import BoxFormat
+from tests.fuzz import fuzz_settings
+
+PIECES = ["image ", "Image", "photo", "option ", "1", "2", "12", "30", "C", "b", "II", "I ", "one", "s\u0131x", "third"]
+PIECES += [
+    "3rd",
+    "not ",
+    "isn't ",
+    "no ",
+    "yes",
+    "but ",
+    "and ",
+    "or ",
+    "rather than ",
+    "is ",
+    "the ",
+    "answer ",
+    "my ",
+]
+PIECES += [
+    "final ",
+    "answer is ",
+    "Answer:",
+    "答案是",
+    "图",
+    "第",
+    "三",
+    "不是",
+    "而是",
+    "#",
+    "# ",
+    "Kate",
+    "Kate is ",
+    "px",
+]
+PIECES += [
+    "[1, 2, 3, 4]",
+    "(1,2)",
+    "(3,4)",
+    "<box>",
+    "</box>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<ref>",
+    "1 2 3 4 ",
+    "%",
+]
+PIECES += [
+    "x1=",
+    "y1: ",
+    "left: 3",
+    "width",
+    "1,1,1,1",
+    "-",
+    "-1",
+    ".5",
+    "1.",
+    "1e400",
+    "9" * 400,
+    "<think>",
+    "</think>",
+]
+PIECES += [
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    ",",
+    ".",
+    ";",
+    ":",
+    "/",
+    "[",
+    "]",
+    "(",
+    ")",
+    "{",
+    "<",
+    ">",
+    '"',
+    "'",
+    "*",
+    "_",
+]
+PIECES += [
+    "\u0130",
+    "\u017f",
+    "\u00b2",
+    "\u0663",
+    "\u2460",
+    "\ufdfa",
+    "\u2028",
+    "\0",
+    "\ud83d",
+    "e\u0301",
+    "\uff0c",
+    "。",
+]
+FORMATS = [*map(BoxFormat, BoxFormat.KINDS), BoxFormat("bins32")]
+SECONDS = 5
+"""Far more than an answer of 20,000 characters takes, and far less than a pattern that goes back over it."""
+
+
+def short_text(rng: random.Random) -> str:
+    return "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 14)))
+
+
+def long_text(rng: random.Random) -> str:
+    """One to three pieces repeated, between other text."""
+    unit = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 3)))
+    return short_text(rng) + unit * (20_000 // len(unit)) + short_text(rng)
+
+
+def check(text: str, name: str) -> str:
+    """Parse an answer in every way and return what was found."""
+    start = time.perf_counter()
+    number = parse_image_number(text, count=4, name=name)
+    assert number is None or 1 <= number <= 4
+    letter = parse_letter(text)
+    assert letter is None or "A" <= letter <= "Z"
+    assert parse_yes_no(text) in (True, False, None)
+    boxes = 0
+    for form in FORMATS:
+        box, reason = form.read(text, (30, 50), name=name)
+        assert (box is None) == (reason in ("none", "empty", "convention"))
+        if box is not None:
+            assert 0 <= box[0] < box[2] <= 50
+            assert 0 <= box[1] < box[3] <= 30
+            boxes += 1
+    seconds = time.perf_counter() - start
+    length = max(len(unicodedata.normalize("NFKC", text)), 20_000)
+    assert seconds < SECONDS * length / 20_000, f"{seconds:.1f} s for {text[:100]!r} ... {text[-100:]!r}"
+    return " and ".join(["number"] * (number is not None) + ["box"] * bool(boxes)) or "nothing"
+
+
+@fuzz_settings(500)
+@given(rng=st.randoms(use_true_random=False), name=st.sampled_from(["", "Kate"]))
+def test_any_answer_is_parsed(rng, name):
+    check(short_text(rng), name)
+
+
+@fuzz_settings(8)
+@given(rng=st.randoms(use_true_random=False))
+def test_a_long_answer_is_parsed_in_time(rng):
+    check(long_text(rng), "Kate")
+
+
+def run(count: int, seed: int) -> Counter:
+    """Parse ``count`` answers, one of a hundred of them long; returns how often each outcome occurred."""
+    rng, outcomes = random.Random(seed), Counter()
+    for number in range(count):
+        is_long = number % 100 == 99
+        text = long_text(rng) if is_long else short_text(rng)
+        outcomes[f"{'long' if is_long else 'short'}: {check(text, rng.choice(['', 'Kate']))}"] += 1
+    return outcomes
