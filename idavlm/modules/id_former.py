@@ -469,12 +469,11 @@ class IDFormer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Let the patches of scenes ``[S, P, C]`` attend to the keys ``[R, K, C]`` of their own sample."""
         has_null = self.null_token is not None
-        key_lengths = [keys.shape[1]] * len(keys)
-        packed = pack_keys(keys.flatten(0, 1), key_lengths, groups, null_token=self.null_token)
+        packed = pack_keys(keys.flatten(0, 1), keys.shape[1], groups, null_token=self.null_token)
         segments = attention_segments(
             groups,
-            scene_lengths=[scenes.shape[1]] * len(scenes),
-            reference_lengths=key_lengths,
+            scene_lengths=scenes.shape[1],
+            reference_lengths=keys.shape[1],
             null_token=has_null,
             device=scenes.device,
         )

@@ -1,9 +1,9 @@
 """The images of a batch, grouped once on the host into the indices of one ragged pass over scenes and references."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice, pairwise, repeat
 
 import torch
 from torch import Tensor
@@ -111,17 +111,17 @@ def select_images(images: Tensor, index: Tensor | None) -> Tensor:
 
 @outside_compile
 def pack_keys(
-    keys: Tensor, reference_lengths: Sequence[int], groups: ImageGroups, *, null_token: Tensor | None
+    keys: Tensor, reference_lengths: int | Sequence[int], groups: ImageGroups, *, null_token: Tensor | None
 ) -> Tensor:
     """Insert the null token ``[1, C]``, if there is one, before the keys of each sample.
 
     Args:
         keys: ``[T, C]`` keys of all references, reference after reference.
-        reference_lengths: number of keys of each reference.
+        reference_lengths: number of keys of each reference; one number if it is the same for all.
     """
     if null_token is None:
         return keys
-    lengths = iter(reference_lengths)
+    lengths = _each(reference_lengths)
     samples = keys.split([sum(islice(lengths, count)) for count in groups.references_per_sample])
     parts = [part for sample in samples for part in (null_token, sample)]
     return torch.cat([keys[:0], null_token[:0], *parts])  # part of the graph even without a sample
@@ -131,8 +131,8 @@ def pack_keys(
 def attention_segments(
     groups: ImageGroups,
     *,
-    scene_lengths: Sequence[int],
-    reference_lengths: Sequence[int],
+    scene_lengths: int | Sequence[int],
+    reference_lengths: int | Sequence[int],
     null_token: bool,
     device: torch.device,
 ) -> dict[str, Tensor | int]:
@@ -143,18 +143,18 @@ def attention_segments(
 
     Args:
         groups: scenes and references of each sample.
-        scene_lengths: number of queries of each scene that attends to references.
-        reference_lengths: number of keys of each reference.
+        scene_lengths: number of queries of each scene that attends to references; one number if it is the same for all.
+        reference_lengths: number of keys of each reference, likewise.
         null_token: whether a null token precedes the keys of each sample.
         device: device of the tensors.
     """
     extra_keys = int(null_token)
-    scenes, references = iter(scene_lengths), iter(reference_lengths)
+    scenes, references = _each(scene_lengths), _each(reference_lengths)
     query_lengths = [sum(islice(scenes, count)) for count in groups.scenes_per_sample]
     key_lengths = [extra_keys + sum(islice(references, count)) for count in groups.references_per_sample]
     num_identities = max(groups.identities, default=-1) + 1
     owners, lengths, identities = [], [], iter(groups.identities)
-    references = iter(reference_lengths)
+    references = _each(reference_lengths)
     for count in groups.references_per_sample:
         owners += [num_identities, *islice(identities, count)]
         lengths += [extra_keys, *islice(references, count)]
@@ -172,6 +172,10 @@ def attention_segments(
         "key_groups": mark_length_dynamic(key_groups.to(device, non_blocking=True)),
         "num_key_groups": num_identities + 1,
     }
+
+
+def _each(lengths: int | Sequence[int]) -> Iterator[int]:
+    return repeat(lengths) if isinstance(lengths, int) else iter(lengths)
 
 
 def _integers(name: str, values: Tensor, num_images: int) -> list[int]:
