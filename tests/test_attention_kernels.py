@@ -65,10 +65,10 @@ def test_kernels_spill_nothing(resources):
 
 
 def test_matrix_instructions_of_each_gpu(resources):
-    """Heads of 256 leave no registers for a tile of bwd_dkdv that is large enough."""
+    """Heads of 256 leave no registers for tiles of all kernels that are large enough."""
     expected = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
     for case in resources:
-        if case["dtype"] == "bf16" and (case["kernel"], case["head_dim"]) != ("bwd_dkdv", 256):
+        if case["dtype"] == "bf16" and case["head_dim"] < 256:
             assert case["instruction"] == expected[case["capability"]], case
 
 

@@ -43,16 +43,16 @@ INTERPRETER_TILING = Tiling(Tile(16, 32, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32,
 
 GUESSES: dict[int, dict[int, Tiling]] = {
     80: {
-        32: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-        64: Tiling(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        32: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+        64: Tiling(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
         128: Tiling(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        256: Tiling(Tile(64, 16, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2)),
+        256: Tiling(Tile(64, 16, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
     },
     90: {
-        32: Tiling(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        32: Tiling(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
         64: Tiling(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
-        128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
-        256: Tiling(Tile(64, 64, 8, 2), Tile(16, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+        128: Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        256: Tiling(Tile(64, 64, 8, 2), Tile(16, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
 }
 """Tiles for 16-bit elements by capability and padded head width. They are guesses: the largest tiles tried that spill
