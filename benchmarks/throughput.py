@@ -324,11 +324,11 @@ def _installed(package: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=256, help="width of tower and language model (%(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=128, help="width of tower and language model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="layers of each (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="samples per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, help="steps per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="length of answers (default: %(default)s)")
     parser.add_argument("--padding-batch-size", type=int, default=16, help="batches of the demo (default: %(default)s)")
     parser.add_argument("--records", type=int, default=320, help="training records to draw (default: %(default)s)")
