@@ -317,13 +317,18 @@ class ImageFeaturesWithIdentities:
         self._add_residual(output, call, arguments, stored, new)
         return output if as_dict or as_dict is None else output.to_tuple()
 
-    def encode(self, arguments: Mapping[str, Any], lengths: Sequence[int]) -> list[tuple[Tensor, list[Tensor]]]:
-        """The image tokens of each image before the ID-Former, and its DeepStack features, one tensor per level."""
+    def encode(self, arguments: Mapping[str, Any]) -> list[tuple[Tensor, list[Tensor]]]:
+        """The image tokens of each image before the ID-Former, and its DeepStack features, one tensor per level.
+
+        Without ``num_image_tokens``, which the processor makes if there are identities, all tokens are of one image.
+        """
         names = inspect.signature(self._original).parameters
         passed = {name: arguments[name] for name in names if arguments.get(name) is not None}
         output = self._original(**passed, return_dict=True)
-        tokens = _flat(output.pooler_output).split(list(lengths))
-        levels = [_flat(level).split(list(lengths)) for level in output.get("deepstack_features") or ()]
+        tokens = _flat(output.pooler_output)
+        lengths = arguments["num_image_tokens"].tolist() if "num_image_tokens" in arguments else [len(tokens)]
+        tokens = tokens.split(lengths)
+        levels = [_flat(level).split(lengths) for level in output.get("deepstack_features") or ()]
         return [(part, [level[image] for level in levels]) for image, part in enumerate(tokens)]
 
     def _add_residual(

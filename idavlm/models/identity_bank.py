@@ -223,5 +223,4 @@ def _encode(model, inputs) -> list[StoredPhoto]:
     if seam is None:
         features, _ = model.image_features(inputs["pixel_values"])
         return [StoredPhoto(photo) for photo in features]
-    encoded = seam.encode(inputs, inputs["num_image_tokens"].tolist())
-    return [StoredPhoto(tokens, tuple(levels)) for tokens, levels in encoded]
+    return [StoredPhoto(tokens, tuple(levels)) for tokens, levels in seam.encode(inputs)]

@@ -15,6 +15,8 @@ from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.data.errors import quote, shorten
+from idavlm.data.messages import conversation_to_sample, is_batch, read_conversation
+from idavlm.data.photos import PhotoLoader
 from idavlm.data.rendering import Segment
 from idavlm.data.schema import Part
 from idavlm.data.special_tokens import find_special_tokens
@@ -126,25 +128,91 @@ class IDAVLMProcessor(ProcessorMixin):
             output.pop(name, None)
         return output
 
-    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = False, **kwargs):
-        """Render messages as text, or tokenize them, as in transformers. Control tokens in messages are refused.
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        add_generation_prompt: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        padding_side: str | None = None,
+        image_root: str | Path | None = None,
+        allow_urls: bool = False,
+        sanitize_control_tokens: bool = False,
+        **kwargs,
+    ):
+        """Render messages as text, or make the inputs of the model from them, as in transformers.
 
-        The rendered text does not tell the special tokens of messages from those of the template. :meth:`encode` keeps
-        them apart, so build a record for text that may hold them.
+        Content parts are ``text``, ``image`` and ``{"type": "identity", "name": "Kate", "images": [...]}``. Images are
+        paths, PIL images or the bytes of a file.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            chat_template: replaces the chat template of the processor.
+            tokenize: whether to return inputs of the model instead of text.
+            return_dict: return all inputs of the model; otherwise ``input_ids`` alone.
+            add_generation_prompt: end with the header of an assistant turn.
+            return_assistant_tokens_mask: also return ``assistant_masks`` ``[B, T]``, 1 at tokens of assistant turns.
+            padding_side: ``"left"`` by default with ``add_generation_prompt``, otherwise ``"right"``.
+            image_root: folder of relative image paths; the working directory by default.
+            allow_urls: whether URLs and base64 text are allowed as images.
+            sanitize_control_tokens: whether ``image_token`` in the text of a message is an error, too.
+            kwargs: ``return_tensors="pt"`` (tensors are returned in any case); with ``tokenize=False`` variables of the
+                chat template.
 
         Raises:
-            ValueError: the text of a message holds a special token other than ``image_token``; with
-                ``sanitize_control_tokens`` also ``image_token``.
+            DataError: messages or images that cannot be used, with the place in the messages.
+            ValueError: with ``tokenize=False``, the text of a message holds a special token other than ``image_token``:
+                rendered text does not tell it from those of the template. Or an argument that cannot take effect.
         """
+        chat_template = chat_template or self.chat_template
+        conversations = list(conversation) if is_batch(conversation) else [conversation]
+        if not tokenize:
+            self._check_rendered(conversations, sanitize_control_tokens)
+            texts = [
+                self._render(messages, chat_template, add_generation_prompt=add_generation_prompt, **kwargs)
+                for messages in conversations
+            ]
+            return texts if is_batch(conversation) else texts[0]
+        _check_tokenize_options(kwargs)
+        loader = PhotoLoader(image_root, allow_urls=allow_urls)
+        samples = []
+        for messages in conversations:
+            read = read_conversation(messages)
+            images = [loader.load(photo.image, field=photo.field, key=photo.key) for photo in read.photos]
+            samples.append(conversation_to_sample(read, images))
+        encoded = [
+            self._encode(sample, chat_template, add_generation_prompt=add_generation_prompt) for sample in samples
+        ]
+        side = padding_side or ("left" if add_generation_prompt else "right")
+        batch = self.collate(encoded, padding_side=side)
+        labels = batch.pop("labels")
+        for name in ("boxes", "box_image", "box_identity", "image_sizes"):
+            batch.pop(name)
+        if return_assistant_tokens_mask:
+            batch["assistant_masks"] = (labels != IGNORE_INDEX).long()
+        return BatchFeature(batch) if return_dict else batch["input_ids"]
+
+    def _render(self, messages, chat_template: str, **kwargs) -> str:
+        read = read_conversation(messages)
+        sample = conversation_to_sample(read, [photo.image for photo in read.photos])
+        texts = [
+            {"role": message["role"], "content": "".join(segment.text for segment in message["content"])}
+            for message in self._messages(sample, {}, check_text=False)
+        ]
+        return super().apply_chat_template(texts, chat_template=chat_template, tokenize=False, **kwargs)
+
+    def _check_rendered(self, conversations: list, sanitize_control_tokens: bool) -> None:
         allowed = () if sanitize_control_tokens else (self.image_token,)
-        for role, text in _texts_of_messages(conversation):
+        for role, text in _texts_of_messages(conversations):
             for token in find_special_tokens(self.tokenizer, text):
                 if token not in allowed:
                     raise ValueError(
                         f"a message of {role!r} holds the special token {token!r} ({text[:60]!r}), which could end or "
                         "forge a turn; remove it, or pass a record to encode(), where it is ordinary text."
                     )
-        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """Prepare text with ``image_token`` for each image, and these images as general images, as in transformers.
@@ -175,7 +243,7 @@ class IDAVLMProcessor(ProcessorMixin):
         return BatchFeature(dict(batch))
 
     def encode(self, sample: Sample, *, add_generation_prompt: bool = False) -> dict[str, Tensor]:
-        """Encode one sample.
+        """Encode one sample. Its images may be PIL images.
 
         Args:
             sample: a checked record; its images are opened below its ``image_root``.
@@ -194,11 +262,15 @@ class IDAVLMProcessor(ProcessorMixin):
                 cannot take as text, boxes outside their image, a sample longer than ``max_length``.
             ValueError: the sample has identities and the tokenizer is slow.
         """
-        load = self.image_loader or self.load_image
-        images = [load(sample.image_root, path) for path in sample.images]
+        return self._encode(sample, self.chat_template, add_generation_prompt=add_generation_prompt)
+
+    def _encode(self, sample: Sample, chat_template: str, *, add_generation_prompt: bool) -> dict[str, Tensor]:
+        images = [self._load(sample.image_root, image) for image in sample.images]
         sizes = [size for _, size in images]
         num_references = len(sample.reference_images)
-        scene_sizes = dict(zip(sample.message_images, sizes[num_references:], strict=True))
+        # Boxes name their image by its path.
+        in_messages = zip(sample.message_images, sizes[num_references:], strict=True)
+        scene_sizes = {image: size for image, size in in_messages if isinstance(image, str)}
         for box in sample.boxes:
             height, width = scene_sizes[box.image]
             x1, y1, _, _ = _as_float32(box.box)
@@ -209,7 +281,7 @@ class IDAVLMProcessor(ProcessorMixin):
                 )
         messages = self._messages(sample, scene_sizes)
         input_ids, labels, identities_of_tokens = render_chat(
-            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=self.chat_template
+            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template
         )
         if not input_ids or input_ids.count(self.image_token_id) != len(images):
             raise DataError(
@@ -267,6 +339,14 @@ class IDAVLMProcessor(ProcessorMixin):
                 f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path
             )
         image = ImageStore(root, resized_size=functools.partial(resized_size, self.image_processor)).open(path)
+        return self._prepare(path, image)
+
+    def _load(self, root: Path | None, image: str | Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        if isinstance(image, Image.Image):
+            return self._prepare("a PIL image", image)
+        return (self.image_loader or self.load_image)(root, image)
+
+    def _prepare(self, path: str, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         try:
             pixels = self._pixels([image])[0]
         except MemoryError:
@@ -306,13 +386,16 @@ class IDAVLMProcessor(ProcessorMixin):
             return {"image_features": torch.stack(images).float()}
         return {"pixel_values": torch.stack(images) if images else torch.zeros(0, 3, 0, 0)}
 
-    def _messages(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    def _messages(
+        self, sample: Sample, image_sizes: dict[str, tuple[int, int]], *, check_text: bool = True
+    ) -> list[dict[str, Any]]:
         """Render the conversation as segments with one placeholder per image.
 
-        References precede the first user turn. Names are segments of their own, except in answers.
+        References precede the first user turn. Names are segments of their own, except in answers. With
+        ``check_text=False``, placeholders in the text are not refused.
         """
         names = [identity.name for identity in sample.identities]
-        for name in (*names, *(box.name for box in sample.boxes)):
+        for name in (*names, *(box.name for box in sample.boxes)) if check_text else ():
             self._check_text(sample, name)
         image = Segment(self.image_format.format(image=self.image_token), is_markup=True)
         lines = [
@@ -334,7 +417,7 @@ class IDAVLMProcessor(ProcessorMixin):
                 else:
                     content.append(Segment(part.text))
             for is_markup, run in groupby(content, key=lambda segment: segment.is_markup):
-                if not is_markup:  # two parts may hold the placeholder together
+                if check_text and not is_markup:  # two parts may hold the placeholder together
                     self._check_text(sample, "".join(segment.text for segment in run))
             content = content if message.role == "assistant" else split_at_names(content, names)
             messages.append({"role": message.role, "content": content})
@@ -420,6 +503,24 @@ class IDAVLMProcessor(ProcessorMixin):
 def _as_float32(box: list[float]) -> list[float]:
     """Round a box to the precision of encoded boxes, so that it is checked as the model will see it."""
     return torch.tensor(box, dtype=torch.float32).tolist()
+
+
+def _check_tokenize_options(kwargs: dict[str, Any]) -> None:
+    """Refuse options of ``apply_chat_template(tokenize=True)`` that cannot take effect."""
+    options = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
+    accepted = {
+        "return_tensors": (None, "pt"),
+        "padding": (None, True, False, "longest"),
+        "truncation": (None, False),
+        "continue_final_message": (None, False),
+        "processor_kwargs": (options.get("processor_kwargs"),),
+    }
+    for name, value in options.items():
+        if name not in accepted or value not in accepted[name]:
+            raise ValueError(
+                f"{name}={value!r} cannot take effect with tokenize=True; leave it out. Images have a fixed number of "
+                "tokens, so nothing is truncated, and rows are padded to the longest."
+            )
 
 
 def _texts_of_messages(conversation: Any) -> Iterator[tuple[str, str]]:
