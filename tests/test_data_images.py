@@ -376,3 +376,11 @@ def test_messages_quote_200_characters_of_a_path(root):
             open_image(root, path)
         assert len(str(caught.value)) < 1400 + len(str(root))
         assert path[:250] not in str(caught.value)
+
+
+def test_a_mistake_in_resized_size_is_not_the_fault_of_the_image(root):
+    def mistaken(size):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ImageStore(root, resized_size=mistaken).open("good.png")

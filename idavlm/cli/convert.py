@@ -1,16 +1,17 @@
 """``idavlm convert SRC OUT``: convert a released checkpoint to a folder for ``from_pretrained``."""
 
 import argparse
-from pathlib import Path
+
+from idavlm.cli.arguments import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("src", type=Path, help="folder of the checkpoint; its format is detected")
-    parser.add_argument("out", type=Path, help="folder to create; must not exist")
-    parser.add_argument("--vision-tower", type=Path, help="folder of the vision tower, if src only names a model")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (or qwen.tiktoken), if src has none")
-    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (peft or LLaVA) to merge")
+    parser.add_argument("src", type=path, help="folder of the checkpoint; its format is detected")
+    parser.add_argument("out", type=path, help="folder to create; must not exist")
+    parser.add_argument("--vision-tower", type=path, help="folder of the vision tower, if src only names a model")
+    parser.add_argument("--tokenizer", type=path, help="folder of the tokenizer (or qwen.tiktoken), if src has none")
+    parser.add_argument("--adapter", type=path, help="folder of a LoRA adapter (peft or LLaVA) to merge")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="type of the weights; by default unchanged"
     )

@@ -58,9 +58,14 @@ class WeightFile:
         """Mapping of names to functions that read the tensor from disk."""
         if self.path.suffix == ".safetensors":
             with self._safetensors_errors():
-                opened = safe_open(self.path, framework="pt").__enter__()
+                opened = safe_open(self.path, framework="pt")
+
+            def read(name: str) -> Tensor:
+                with self._safetensors_errors():
+                    return opened.get_tensor(name)
+
             with opened:
-                yield self._renamed(opened.keys(), opened.get_tensor)
+                yield self._renamed(opened.keys(), read)
         else:
             tensors = load_pickle(self.path)
             yield self._renamed(tensors, tensors.__getitem__)
@@ -74,8 +79,7 @@ class WeightFile:
         header = {}
         with self.open() as tensors:
             for name, read in tensors.items():
-                with self._safetensors_errors():
-                    tensor = read()
+                tensor = read()
                 if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in SAFETENSORS_TYPES:
                     kind = str(tensor.layout if tensor.layout != torch.strided else tensor.dtype)
                     raise ConversionError(

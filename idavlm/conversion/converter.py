@@ -230,7 +230,8 @@ def check_complete(source: SourceCheckpoint, config: IDAVLMConfig, outputs: list
             f"{source.folder}: {len(expected)} tensors expected, {len(found)} found, named as in the converted model. "
             f"{listing}. Check that the checkpoint is complete and that {path} belongs to it."
         )
-    if tied & found.keys() and not torch.equal(_read(outputs, LANGUAGE_HEAD), _read(outputs, INPUT_EMBEDDINGS)):
+    both = {LANGUAGE_HEAD, INPUT_EMBEDDINGS} <= found.keys()
+    if tied and both and not torch.equal(_read(outputs, LANGUAGE_HEAD), _read(outputs, INPUT_EMBEDDINGS)):
         raise ConversionError(
             f"{path}: tie_word_embeddings=true, but the weights have a head that differs from the embeddings. Check "
             "that the file belongs to the weights."

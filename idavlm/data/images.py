@@ -1,7 +1,8 @@
 """Reading image files: only below the image root, complete, of limited size, as upright RGB images."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -60,24 +61,20 @@ class ImageStore:
                 in 16).
         """
         file = self._locate(path)
-        try:
-            with file.open("rb") as stream:
+        with _decoding(path):
+            stream = file.open("rb")
+        with stream:
+            with _decoding(path):
                 image = Image.open(stream, formats=_FORMATS)
-                self._check_size(path, image)
                 _check_samples(path, image)
+                _check_tiles(path, image, self.max_pixels)
                 sample_bits = _significant_bits(file) if image.format == "PNG" else None
                 raw_mode = _raw_mode(image)
+            self._check_size(path, image)
+            with _decoding(path):
                 ImageOps.exif_transpose(image, in_place=True)
                 image.load()
                 return _to_rgb(_to_eight_bits(path, image, raw_mode, sample_bits))
-        except (DataError, MemoryError):
-            raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _image_error(path, f"is too large ({error}); scale it down") from error
-        # Decoders raise many kinds of errors on broken files (OSError, SyntaxError, struct.error, zlib.error ...).
-        except Exception as error:
-            problem = shorten(str(error))
-            raise _image_error(path, f"is not an image or is damaged ({problem}); replace or remove it") from error
 
     def _locate(self, path: str) -> Path:
         if "://" in path or path.startswith("data:"):
@@ -124,18 +121,26 @@ class ImageStore:
                 f"to {resized_width} x {resized_height} pixels, more than max_pixels={self.max_pixels}; crop or pad it "
                 "to a lower aspect ratio",
             )
-        tile_width, tile_height = (image.tag_v2.get(tag, 1) for tag in _TIFF_TILE_SIZE) if _is_tiff(image) else (1, 1)
-        if tile_width * tile_height > self.max_pixels:
-            raise _image_error(
-                path,
-                f"has tiles of {tile_width} x {tile_height} pixels, more than max_pixels={self.max_pixels}; save it "
-                "with smaller tiles",
-            )
 
 
 def open_image(root: str | Path, path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open one image below ``root``. Equivalent to ``ImageStore(root, max_pixels=max_pixels).open(path)``."""
     return ImageStore(root, max_pixels=max_pixels).open(path)
+
+
+@contextmanager
+def _decoding(path: str) -> Iterator[None]:
+    """Turn the errors of PIL into DataErrors of the image."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _image_error(path, f"is too large ({error}); scale it down") from error
+    # Decoders raise many kinds of errors on broken files (OSError, SyntaxError, struct.error, zlib.error ...).
+    except Exception as error:
+        problem = shorten(str(error))
+        raise _image_error(path, f"is not an image or is damaged ({problem}); replace or remove it") from error
 
 
 def _is_tiff(image: Image.Image) -> bool:
@@ -158,6 +163,15 @@ def _check_samples(path: str, image: Image.Image) -> None:
     if _raw_mode(image).startswith("RGB;16") and "transparency" in image.info:
         raise _image_error(
             path, "has 16 bits per channel and a transparent colour, which PIL mixes up; save it as RGBA"
+        )
+
+
+def _check_tiles(path: str, image: Image.Image, max_pixels: int) -> None:
+    """Refuse tiles that are much larger than the image, because PIL decodes whole tiles."""
+    width, height = (image.tag_v2.get(tag, 1) for tag in _TIFF_TILE_SIZE) if _is_tiff(image) else (1, 1)
+    if width * height > max_pixels:
+        raise _image_error(
+            path, f"has tiles of {width} x {height} pixels, more than max_pixels={max_pixels}; save it without tiles"
         )
 
 

@@ -1,6 +1,5 @@
 """Evaluation: generate answers, score them with confidence intervals, compute baselines, write reports."""
 
-from idavlm.evaluation.answer_parsing import parse_image_number, parse_letter, parse_yes_no
 from idavlm.evaluation.answers import Answer, AnswerFile, load_answers
 from idavlm.evaluation.baselines import check_wrong_references, with_wrong_references, without_references
 from idavlm.evaluation.bootstrap import Interval, bootstrap_mean
@@ -22,6 +21,7 @@ from idavlm.evaluation.scoring import (
     score_description,
     score_matching,
 )
+from idavlm.utils.answer_parsing import parse_image_number, parse_letter, parse_yes_no
 
 __all__ = [
     "Answer",

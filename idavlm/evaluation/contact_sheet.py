@@ -13,13 +13,13 @@ from torch import nn
 
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
-from idavlm.evaluation.answer_parsing import parse_image_number
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.generation import evaluating, model_inputs
 from idavlm.evaluation.plots import INK, new_figure, save
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.modules.positions import square_grid
 from idavlm.utils import ImageRole
+from idavlm.utils.answer_parsing import parse_image_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ from itertools import pairwise
 from statistics import fmean
 
 from idavlm.data.schema import Sample
-from idavlm.evaluation.answer_parsing import parse_image_number
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.choices import CHOICE_TASKS, candidates, most_likely
 from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.utils.answer_parsing import parse_image_number
 
 MAX_EDGE = 1e9
 """Largest coordinate of a box in pixels; larger numbers are not a box."""

@@ -33,7 +33,8 @@ class IDAVLM(lmms):
             raise ValueError(
                 f"model_args: {unknown[0]}={kwargs[unknown[0]]!r} is not known; supported are pretrained and dtype."
             )
-        self.model, self.processor = load_checkpoint(pretrained, device=device or "cpu", dtype=dtype)
+        device = "cpu" if device is None else device
+        self.model, self.processor = load_checkpoint(pretrained, device=device, dtype=dtype)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests) -> list[str]:

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from idavlm.data import DataError, RecordDataset, Sample
 from idavlm.data.errors import quote
 from idavlm.data.readers import MMID_TYPES
-from idavlm.evaluation.answer_parsing import parse_image_number
 from idavlm.evaluation.tasks.base import EvaluationTask, Item, score_items
+from idavlm.utils.answer_parsing import parse_image_number
 
 _MMID_NAME = {ours: theirs for theirs, ours in MMID_TYPES.items()}
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from idavlm.data.errors import DataError, quote
-from idavlm.evaluation.answer_parsing import parse_yes_no
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import question_sample
 from idavlm.utils import markdown_table
+from idavlm.utils.answer_parsing import parse_yes_no
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from idavlm.data.errors import DataError, quote
-from idavlm.evaluation.answer_parsing import parse_letter, parse_yes_no
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ParseBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample
 from idavlm.utils import markdown_table, plain_answer
+from idavlm.utils.answer_parsing import parse_letter, parse_yes_no
 
 PARSERS: dict[str, Callable[[str], object]] = {
     "recognition": parse_yes_no,
