@@ -489,11 +489,17 @@ class BaseForwardWithIdentities:
         unpack_identities(kwargs)
         inputs = IdentityInputs.pop_from(kwargs)
         if inputs is None:  # the model's forward has taken them, or there are none
-            return self._original(*args, **kwargs)
+            return self._forward(*args, **kwargs)
         if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
             _check_rows(self.model.config, kwargs["input_ids"], inputs)
         with self.seam.calling(_Call(inputs)):
-            return self._original(*args, **kwargs)
+            return self._forward(*args, **kwargs)
+
+    def _forward(self, *args, **kwargs):
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        # After a graph break, torch.compile would look a bound method up on the instance, and find this object.
+        return type(self.base).forward(self.base, *args, **kwargs)
 
 
 class GenerationWithIdentities:

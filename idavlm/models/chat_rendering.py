@@ -8,6 +8,7 @@ from typing import Any
 
 from idavlm.data import DataError
 from idavlm.data.messages import Conversation, Photo
+from idavlm.data.special_tokens import special_tokens
 
 Span = tuple[int, int]
 
@@ -212,12 +213,6 @@ class ChatTemplate:
                 "assistant turns have no end-of-turn text, so a model could not learn to stop; add an end-of-turn token"
             )
         return tail
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """All special tokens of a tokenizer, named or not."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [*dict.fromkeys([*tokenizer.all_special_tokens, *added])]
 
 
 def references_in_text(

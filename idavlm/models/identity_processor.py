@@ -15,6 +15,7 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from idavlm._compat import call_with_replacements
 from idavlm.data import DataError, Sample
+from idavlm.data.errors import quote
 from idavlm.data.images import MAX_PIXELS
 from idavlm.data.messages import (
     IMAGE_KEYS,
@@ -31,13 +32,13 @@ from idavlm.data.messages import (
     sample_to_messages,
 )
 from idavlm.data.photos import PhotoLoader
+from idavlm.data.special_tokens import special_tokens
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.chat_rendering import (
     ChatTemplate,
     Expansion,
     Span,
     references_in_text,
-    special_tokens,
     tokens_in_spans,
     tokens_of_span,
 )
@@ -352,9 +353,8 @@ class IdentityProcessor(ProcessorMixin):
         rows = images_of_texts(images, [len(row) for row in references])
         conversations = []
         for row, (entry, photos) in enumerate(zip(texts, rows, strict=True)):
-            conversation = conversation_of_text(named[row], photos, references[row])
-            conversations.append(conversation)
-            texts[row] = self._with_lines(entry, conversation, image_text, f"text[{row}]")
+            conversations.append(conversation_of_text(named[row], photos, references[row]))
+            texts[row] = self._with_lines(entry, named[row], image_text, f"text[{row}]")
         if not self.pack_identities:
             return self._process(texts, conversations, None, kwargs)
         output = self._process(texts, conversations, None, {"padding_side": "left", **kwargs})
@@ -597,18 +597,20 @@ class IdentityProcessor(ProcessorMixin):
         template = str(self.chat_template)
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
         control = [token for token in special_tokens(self.tokenizer) if token in template or token in ends]
-        for field, text in (*(("a name", name) for name in conversation.identities), *conversation.texts):
+        names = (("the name", name) for name in conversation.identities)
+        texts = ((f"the {role} text", text) for role, text in conversation.texts)
+        for field, text in (*names, *texts):
             for token in (self.image_token, self.placeholder):
                 if token in text:
                     raise DataError(
-                        f"the text {text[:60]!r} of {field!r} holds the placeholder {token!r}; make it an image part.",
+                        f"{field} {quote(text)} holds the placeholder {token!r}; make it an image part.",
                         kind="placeholders",
                     )
             for token in control:
                 if token in text:
                     raise DataError(
-                        f"the text {text[:60]!r} of {field!r} holds the special token {token!r}, which could end or "
-                        "forge a turn; remove it."
+                        f"{field} {quote(text)} holds the special token {token!r}, which could end or forge a turn; "
+                        "remove it."
                     )
 
     def _name_ids(self, conversations: list[Conversation]) -> list[list[list[int]]]:
@@ -652,10 +654,9 @@ class IdentityProcessor(ProcessorMixin):
             return text
         return text.replace(WRITTEN_IMAGE, image_text)
 
-    def _with_lines(self, text: str, conversation: Conversation, image_text: str, field: str) -> str:
-        """Put the lines of references that the text does not hold before it."""
-        references = [photo for photo in conversation.photos if photo.field]
-        if not references:
+    def _with_lines(self, text: str, identities: list[tuple[str, list]], image_text: str, field: str) -> str:
+        """Put the lines of identities, which are names with photos, before the text."""
+        if not identities:
             return text
         bos = self.tokenizer.bos_token
         begin = bos if bos is not None and text.startswith(bos) else ""
@@ -666,8 +667,9 @@ class IdentityProcessor(ProcessorMixin):
                     "the messages, or write the lines 'Kate is <image>' into the text."
                 )
         lines = [
-            self.identity_format.format(name=conversation.identities[photo.identity], image=image_text.strip())
-            for photo in references
+            self.identity_format.format(name=name, image=image_text.strip())
+            for name, photos in identities
+            for _ in photos
         ]
         return begin + "".join(lines) + text[len(begin) :]
 
