@@ -434,7 +434,13 @@ class ForwardWithIdentities:
             _check_rows(self.model.config, kwargs["input_ids"], inputs)
         call = _Call(inputs, teacher_forcing=teacher_forcing)
         with self.seam.calling(call):
-            output = self._original(*args, **kwargs)
+            if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None and not args:
+                # Images alone: identity pretraining does not run the language model.
+                names = inspect.signature(self.seam._original).parameters
+                self.seam(**{name: kwargs[name] for name in names if kwargs.get(name) is not None})
+                output = ModelOutput()
+            else:
+                output = self._original(*args, **kwargs)
         if call.result is None or not (output_identity_maps or inputs.boxes is not None):
             return output
         return self._with_identities(output, call)
