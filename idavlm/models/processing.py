@@ -15,6 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.data.errors import quote, shorten
+from idavlm.data.images import size_problem
 from idavlm.data.messages import conversation_to_sample, is_batch, read_conversation
 from idavlm.data.photos import PhotoLoader
 from idavlm.data.rendering import Segment
@@ -375,6 +376,12 @@ class IDAVLMProcessor(ProcessorMixin):
         return self.image_seq_length
 
     def _pixels(self, images: list) -> Tensor:
+        for number, image in enumerate(images):
+            if isinstance(image, Image.Image):
+                size = (image.height, image.width)
+                problem = size_problem(size, resized_size=functools.partial(resized_size, self.image_processor))
+                if problem:
+                    raise ValueError(f"images[{number}] {problem}.")
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def _image_tensors(self, images: list[Tensor]) -> dict[str, Tensor]:
