@@ -1,4 +1,4 @@
-"""``idavlm ask``: an answer and a picture from a shell, for own and attached models; mistakes are one line."""
+"""``idavlm ask``: an answer and a drawn box from a shell, for own and attached models; mistakes are one line."""
 
 import pytest
 import torch

@@ -178,7 +178,9 @@ class IDAVLMProcessor(ProcessorMixin):
             ]
             return texts if is_batch(conversation) else texts[0]
         _check_tokenize_options(kwargs)
-        loader = PhotoLoader(image_root, allow_urls=allow_urls)
+        loader = PhotoLoader(
+            image_root, allow_urls=allow_urls, resized_size=functools.partial(resized_size, self.image_processor)
+        )
         samples = []
         for messages in conversations:
             read = read_conversation(messages)
