@@ -107,7 +107,7 @@ class IDAVLMProcessor(ProcessorMixin):
                     "image_loader holds images that the present image_processor prepared; set image_loader=None before "
                     "another image_processor."
                 )
-            self.__dict__["_pixels_shape"] = _check_fixed_size(value)
+            self.__dict__["_pixels_shape"] = (_sizes_of(value), _check_fixed_size(value))
         super().__setattr__(name, value)
 
     @property
@@ -356,8 +356,12 @@ class IDAVLMProcessor(ProcessorMixin):
             raise
         except Exception as error:  # other images pass, so this one's shape is the cause
             raise self._refused(path, image, f"{type(error).__name__}: {shorten(str(error))}") from error
-        if pixels.shape != self._pixels_shape:
-            shapes = f"{list(pixels.shape)} in place of {list(self._pixels_shape)}"
+        sizes, shape = self._pixels_shape
+        if sizes != _sizes_of(self.image_processor):  # changed in place
+            shape = _check_fixed_size(self.image_processor)
+            self.__dict__["_pixels_shape"] = (_sizes_of(self.image_processor), shape)
+        if pixels.shape != shape:
+            shapes = f"{list(pixels.shape)} in place of {list(shape)}"
             raise self._refused(path, image, f"its output has shape {shapes}")
         return pixels, (image.height, image.width)
 
@@ -512,6 +516,10 @@ class IDAVLMProcessor(ProcessorMixin):
 def _as_float32(box: list[float]) -> list[float]:
     """Round a box to the precision of encoded boxes, so that it is checked as the model will see it."""
     return torch.tensor(box, dtype=torch.float32).tolist()
+
+
+def _sizes_of(image_processor) -> str:
+    return str([getattr(image_processor, name, None) for name in ("size", "crop_size", "pad_size")])
 
 
 def _check_tokenize_options(kwargs: dict[str, Any]) -> None:
