@@ -23,8 +23,10 @@ def identity_map_from_attention(sums: Tensor, groups: ImageGroups, num_patches: 
     """
     scenes = rearrange(sums.mean(1), "(s p) g -> s p g", p=num_patches)
     num_columns = sums.shape[-1]
-    independent = F.one_hot(torch.full((groups.num_independent, num_patches), num_columns - 1), num_columns)
-    return select_images(torch.cat([independent.to(scenes), scenes]), groups.inverse)
+    # Not one_hot, for which torch.compile compiles once per number of identities.
+    columns = torch.arange(num_columns, device=scenes.device)
+    independent = (columns == num_columns - 1).to(scenes).expand(groups.num_independent, num_patches, -1)
+    return select_images(torch.cat([independent, scenes]), groups.inverse)
 
 
 def teacher_forced_map(identity_map: Tensor, target_identity_map: Tensor | None) -> Tensor:
