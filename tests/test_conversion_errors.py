@@ -581,15 +581,6 @@ def test_the_type_of_every_tensor_is_checked(llava, tmp_path):
     assert torch.equal(saved[:320], embeddings.to(torch.float8_e4m3fn).bfloat16())
 
 
-def test_tied_embeddings_must_be_equal(llava, tmp_path):
-    configure(llava, tie_word_embeddings=True)
-    refused(llava, r"config\.json: tie_word_embeddings=true, but the weights have a head that differs")
-    change(llava, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
-    convert(llava, tmp_path / "equal", progress=False)
-    change(llava, lambda weights: weights.pop("lm_head.weight"))
-    convert(llava, tmp_path / "absent", progress=False)
-
-
 def test_a_tokenizer_of_another_model(checkpoints, tmp_path):
     folder = copy_of(checkpoints["iaa"], tmp_path / "case")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

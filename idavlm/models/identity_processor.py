@@ -42,6 +42,7 @@ from idavlm.models.chat_rendering import (
     references_in_text,
     tokens_in_spans,
     tokens_of_span,
+    with_reference_lines,
 )
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_batch import (
@@ -356,7 +357,15 @@ class IdentityProcessor(ProcessorMixin):
         conversations = []
         for row, (entry, photos) in enumerate(zip(texts, rows, strict=True)):
             conversations.append(conversation_of_text(named[row], photos, references[row]))
-            texts[row] = self._with_lines(entry, named[row], image_text, f"text[{row}]")
+            texts[row] = with_reference_lines(
+                entry,
+                named[row],
+                self.identity_format,
+                image_text,
+                self.image_token,
+                tokenizer=self.tokenizer,
+                field=f"text[{row}]",
+            )
         if not self.pack_identities:
             return self._process(texts, conversations, None, kwargs)
         output = self._process(texts, conversations, None, {"padding_side": "left", **kwargs})
@@ -660,25 +669,6 @@ class IdentityProcessor(ProcessorMixin):
         if self.image_token == WRITTEN_IMAGE or self.image_token in text:
             return text
         return text.replace(WRITTEN_IMAGE, image_text)
-
-    def _with_lines(self, text: str, identities: list[tuple[str, list]], image_text: str, field: str) -> str:
-        """Put the lines of identities, which are names with photos, before the text."""
-        if not identities:
-            return text
-        bos = self.tokenizer.bos_token
-        begin = bos if bos is not None and text.startswith(bos) else ""
-        for token in special_tokens(self.tokenizer):
-            if token not in (self.image_token, bos) and text.startswith(token, len(begin)) and token not in image_text:
-                raise ValueError(
-                    f"{field} begins with {token!r}, so a chat template has rendered it; pass identities as parts of "
-                    "the messages, or write the lines 'Kate is <image>' into the text."
-                )
-        lines = [
-            self.identity_format.format(name=name, image=image_text.strip())
-            for name, photos in identities
-            for _ in photos
-        ]
-        return begin + "".join(lines) + text[len(begin) :]
 
     def _box_tensors(self, sample: Sample, sizes: dict[Any, tuple[int, int]]) -> dict[str, Tensor]:
         """The boxes of identities with references, as far as the image processor keeps them."""

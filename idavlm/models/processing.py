@@ -1,6 +1,7 @@
 """The processor: from a sample of the schema to tensors, and from pairs of text and images to tensors."""
 
 import functools
+import re
 import string
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -16,18 +17,34 @@ from transformers import BatchFeature, ProcessorMixin
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.data.errors import quote, shorten
 from idavlm.data.images import size_problem
-from idavlm.data.messages import conversation_to_sample, is_batch, read_conversation
+from idavlm.data.messages import (
+    Conversation,
+    conversation_of_text,
+    conversation_to_sample,
+    images_of_texts,
+    is_batch,
+    read_conversation,
+    read_identities,
+    reads_as_name,
+)
 from idavlm.data.photos import PhotoLoader
 from idavlm.data.rendering import Segment
 from idavlm.data.schema import Part
-from idavlm.data.special_tokens import find_special_tokens
+from idavlm.data.special_tokens import find_special_tokens, special_tokens
 from idavlm.models.boxes import BoxFormat
+from idavlm.models.chat_rendering import ChatTemplate, Span, references_in_text, with_reference_lines
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
-from idavlm.models.identity_names import NO_IDENTITY, propagate_names, split_at_names
+from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names, split_at_names
+from idavlm.models.packed_identities import FIELD, pack_token_identities
 from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
 
 ImageLoader = Callable[[Path | None, str], tuple[Tensor, tuple[int, int]]]
+
+REFERENCE_LINE = "{name} is {image}\n"
+"""Line of a reference that can be read from text."""
+
+_TOKEN_FIELDS = ("input_ids", "attention_mask", "token_identity_index", "name_mask", "assistant_masks")
 
 
 class IDAVLMProcessor(ProcessorMixin):
@@ -73,9 +90,10 @@ class IDAVLMProcessor(ProcessorMixin):
         image_seq_length: int | None = None,
         image_token: str = "<image>",
         image_format: str = "{image}",
-        identity_format: str = "{name} is {image}\n",
+        identity_format: str = REFERENCE_LINE,
         box_format: str = "thousand",
         max_length: int | None = None,
+        pack_identities: bool = False,
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -85,6 +103,7 @@ class IDAVLMProcessor(ProcessorMixin):
         self.identity_format = identity_format
         self.box_format = box_format
         self.max_length = max_length
+        self.pack_identities = pack_identities
         self.image_loader: ImageLoader | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -95,8 +114,11 @@ class IDAVLMProcessor(ProcessorMixin):
             _check_format(name, value, fields=("image",))
         elif name == "identity_format":
             _check_format(name, value, fields=("name", "image"))
+            _check_packing(self.__dict__.get("pack_identities", False), value)
         elif name == "box_format":
             BoxFormat(value)
+        elif name == "pack_identities":
+            _check_packing(value, self.identity_format)
         elif name == "image_token":
             _check_image_token(self.tokenizer, value)
         elif name == "tokenizer" and "image_token" in self.__dict__:
@@ -160,13 +182,15 @@ class IDAVLMProcessor(ProcessorMixin):
             image_root: folder of relative image paths; the working directory by default.
             allow_urls: whether URLs and base64 text are allowed as images.
             sanitize_control_tokens: whether ``image_token`` in the text of a message is an error, too.
-            kwargs: ``return_tensors="pt"`` (tensors are returned in any case); with ``tokenize=False`` variables of the
-                chat template.
+            kwargs: with ``tokenize=True``, ``return_tensors="pt"`` for tensors, padded to the longest row (without it,
+                the fields of tokens are lists); ``truncation`` and ``max_length``; ``processor_kwargs`` with the same.
+                With ``tokenize=False``, variables of the chat template.
 
         Raises:
             DataError: messages or images that cannot be used, with the place in the messages.
             ValueError: with ``tokenize=False``, the text of a message holds a special token other than ``image_token``:
-                rendered text does not tell it from those of the template. Or an argument that cannot take effect.
+                rendered text does not tell it from those of the template. Or an argument that cannot take effect, or
+                truncation that would cut an image.
         """
         chat_template = chat_template or self.chat_template
         conversations = list(conversation) if is_batch(conversation) else [conversation]
@@ -177,7 +201,7 @@ class IDAVLMProcessor(ProcessorMixin):
                 for messages in conversations
             ]
             return texts if is_batch(conversation) else texts[0]
-        _check_tokenize_options(kwargs)
+        options = _tokenize_options(kwargs)
         loader = PhotoLoader(
             image_root, allow_urls=allow_urls, resized_size=functools.partial(resized_size, self.image_processor)
         )
@@ -189,23 +213,53 @@ class IDAVLMProcessor(ProcessorMixin):
         encoded = [
             self._encode(sample, chat_template, add_generation_prompt=add_generation_prompt) for sample in samples
         ]
-        side = padding_side or ("left" if add_generation_prompt else "right")
+        if options.get("truncation"):
+            limit = options.get("max_length") or self.tokenizer.model_max_length
+            encoded = [self._truncated(one, limit, row) for row, one in enumerate(encoded)]
+        side = padding_side or options.get("padding_side") or ("left" if add_generation_prompt else "right")
         batch = self.collate(encoded, padding_side=side)
         labels = batch.pop("labels")
         for name in ("boxes", "box_image", "box_identity", "image_sizes"):
             batch.pop(name)
         if return_assistant_tokens_mask:
             batch["assistant_masks"] = (labels != IGNORE_INDEX).long()
+        if options.get("return_tensors") is None:
+            is_token = batch["attention_mask"].bool() | bool(options.get("padding"))
+            for name in _TOKEN_FIELDS:
+                if name in batch:
+                    batch[name] = [row[kept].tolist() for row, kept in zip(batch[name], is_token, strict=True)]
         return BatchFeature(batch) if return_dict else batch["input_ids"]
+
+    def _truncated(self, encoded: dict[str, Tensor], limit: int, row: int) -> dict[str, Tensor]:
+        ids = encoded["input_ids"]
+        if (ids[limit:] == self.image_token_id).any():
+            raise ValueError(
+                f"row {row} has {len(ids)} tokens; truncation to max_length={limit} would cut image placeholders. "
+                "Raise max_length or switch truncation off, use fewer images, or shorten the text."
+            )
+        fields = ("input_ids", "labels", "token_identity_index", "name_mask")
+        return {name: value[:limit] if name in fields else value for name, value in encoded.items()}
 
     def _render(self, messages, chat_template: str, **kwargs) -> str:
         read = read_conversation(messages)
         sample = conversation_to_sample(read, [photo.image for photo in read.photos])
+        self._check_order(read, sample)
         texts = [
             {"role": message["role"], "content": "".join(segment.text for segment in message["content"])}
             for message in self._messages(sample, {}, check_text=False)
         ]
         return super().apply_chat_template(texts, chat_template=chat_template, tokenize=False, **kwargs)
+
+    @staticmethod
+    def _check_order(read: Conversation, sample: Sample) -> None:
+        """Check that references precede all other images, one identity after the other, as in the rendered text."""
+        identities = [photo.identity for photo in read.photos]
+        num_references = len(sample.reference_images)
+        if None in identities[:num_references] or identities[:num_references] != sorted(identities[:num_references]):
+            raise DataError(
+                "the text of messages has the images in another order than the messages: put the photos of each "
+                "identity side by side, and before all other images."
+            )
 
     def _check_rendered(self, conversations: list, sanitize_control_tokens: bool) -> None:
         allowed = () if sanitize_control_tokens else (self.image_token,)
@@ -217,33 +271,178 @@ class IDAVLMProcessor(ProcessorMixin):
                         "forge a turn; remove it, or pass a record to encode(), where it is ordinary text."
                     )
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
-        """Prepare text with ``image_token`` for each image, and these images as general images, as in transformers.
+    def __call__(self, images=None, text=None, *, identities=None, **kwargs) -> BatchFeature:
+        """Prepare text with ``image_token`` for each image, and these images, as in transformers.
 
-        For identities build a record and use :meth:`encode`. The text is a prompt: special tokens in it are special
-        tokens. :meth:`apply_chat_template` builds one and refuses messages that hold special tokens.
+        The line ``Kate is <image>`` makes the image a reference of Kate, if ``identity_format`` is the default. The
+        text is a prompt: special tokens in it are special tokens. :meth:`apply_chat_template` builds one and refuses
+        messages that hold special tokens.
 
         Args:
-            images: all images, in the order of the texts.
+            images: all images, in the order of the texts, or a list of images for each text.
             text: a string or a list of strings.
+            identities: references that the text does not hold, which precede it: for each text
+                ``[{"name", "images"}, ...]`` or ``{name: photos}``.
             kwargs: arguments of the tokenizer (``padding``, ``return_tensors``).
 
+        Returns:
+            The output of the tokenizer. With images, ``pixel_values``, ``image_roles`` and ``sample_index`` as well.
+            With identities, also ``identity_index``, ``token_identity_index`` and ``name_mask``, or with
+            ``pack_identities`` only ``pixel_values`` and ``mm_token_type_ids``.
+
         Raises:
-            ValueError: another number of placeholders than of images.
+            DataError: another number of placeholders than of images, images that cannot be read, faults in
+                ``identities``.
+            ValueError: truncation that would cut an image.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        counts = [item.count(self.image_token) for item in texts]
-        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        if sum(counts) != len(images):
-            raise ValueError(f"the text holds {sum(counts)} {self.image_token} but {len(images)} images were passed.")
-        placeholders = self.image_format.format(image=self.image_token * self._num_image_tokens())
-        kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, **kwargs}
-        batch = self.tokenizer([item.replace(self.image_token, placeholders) for item in texts], **kwargs)
-        if images:
-            batch["pixel_values"] = self._pixels(images)
-            batch["image_roles"] = torch.full((len(images),), int(ImageRole.GENERAL))
-            batch["sample_index"] = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
-        return BatchFeature(dict(batch))
+        named = read_identities(identities, len(texts))
+        image_text = self.image_format.format(image=self.image_token)
+        references = self._references_in(texts, image_text)
+        rows = images_of_texts(images, [len(row) for row in references])
+        conversations = [conversation_of_text(*row) for row in zip(named, rows, references, strict=True)]
+        loader = PhotoLoader()
+        photos = [
+            loader.load(photo.image, field=photo.field or f"images[{place}]")
+            for conversation in conversations
+            for place, photo in enumerate(conversation.photos)
+        ]
+        texts = [
+            with_reference_lines(
+                self._with_image_format(entry, image_text),
+                of_text,
+                self.identity_format,
+                image_text,
+                self.image_token,
+                tokenizer=self.tokenizer,
+                field=f"text[{row}]",
+            )
+            for row, (entry, of_text) in enumerate(zip(texts, named, strict=True))
+        ]
+        has_identities = any(conversation.identities for conversation in conversations)
+        if has_identities and not self.tokenizer.is_fast:
+            raise ValueError("identities need a fast tokenizer, which says where names are; load one (use_fast=True).")
+        answers = [self._answers_in(entry) if has_identities else [] for entry in texts]
+        if photos:
+            placeholders = self.image_token * self._num_image_tokens()
+            answers = [self._shifted(spans, entry) for spans, entry in zip(answers, texts, strict=True)]
+            texts = [entry.replace(self.image_token, placeholders) for entry in texts]
+        options = {"return_tensors": "pt", "padding": len(texts) > 1, "return_token_type_ids": False, **kwargs}
+        bos = self.tokenizer.bos_token
+        if bos is not None and texts and texts[0].startswith(bos):
+            options.setdefault("add_special_tokens", False)
+        if self.pack_identities:
+            options.setdefault("padding_side", "left")
+        if has_identities and options["return_tensors"] != "pt":
+            raise ValueError(f"return_tensors={options['return_tensors']!r} cannot hold identities; use 'pt'.")
+        batch = self.tokenizer(texts, **{**options, "return_offsets_mapping": has_identities or None})
+        if not photos:
+            return BatchFeature(dict(batch))
+        self._check_placeholders(batch["input_ids"], conversations)
+        batch["pixel_values"] = self._pixels(photos)
+        roles, samples, numbers = [], [], []
+        for row, conversation in enumerate(conversations):
+            other = ImageRole.SCENE if conversation.identities else ImageRole.GENERAL
+            for photo in conversation.photos:
+                roles.append(int(other if photo.identity is None else ImageRole.REFERENCE))
+                samples.append(row)
+                numbers.append(photo.identity or 0)
+        fields = {"image_roles": torch.tensor(roles), "sample_index": torch.tensor(samples)}
+        if has_identities:
+            fields["identity_index"] = torch.tensor(numbers)
+            offsets = batch.pop("offset_mapping").tolist()
+            names = [conversation.identities for conversation in conversations]
+            fields |= self._token_fields(texts, names, answers, batch["input_ids"], batch["attention_mask"], offsets)
+            if self.pack_identities:
+                ids, length = batch["input_ids"], self._num_image_tokens()
+                fields = {FIELD: pack_token_identities(ids, fields, self.image_token_id, length)}
+        return BatchFeature({**batch, **fields})
+
+    def _references_in(self, texts: list[str], image_text: str) -> list[list[str | None]]:
+        """For each image of each text the name that it is a reference of, or None."""
+        if self.identity_format != REFERENCE_LINE:
+            return [[None] * text.count(self.image_token) for text in texts]
+        template = self._template()
+        header = "" if template is None else template.facts.header
+        special = special_tokens(self.tokenizer)
+        return [
+            references_in_text(
+                text, image_text, self.image_token, header=header, special=special, reads_as_name=reads_as_name
+            )
+            for text in texts
+        ]
+
+    def _template(self) -> ChatTemplate | None:
+        """The chat template; None if there is none that takes an image."""
+        if not self.chat_template:
+            return None
+        template = ChatTemplate(self.tokenizer, self.chat_template, self.image_token)
+        try:
+            template.facts  # noqa: B018
+        except DataError:
+            return None
+        return template
+
+    def _answers_in(self, text: str) -> list[Span]:
+        template = self._template()
+        try:
+            return [] if template is None else template.answers_in_text(text)
+        except DataError:  # a template that takes no assistant turns
+            return []
+
+    def _with_image_format(self, text: str, image_text: str) -> str:
+        """Write the text of an image around placeholders that stand alone."""
+        return image_text.join(piece.replace(self.image_token, image_text) for piece in text.split(image_text))
+
+    def _shifted(self, spans: list[Span], text: str) -> list[Span]:
+        """Spans of a text after each placeholder was repeated."""
+        grown = len(self.image_token) * (self._num_image_tokens() - 1)
+        return [tuple(edge + grown * text.count(self.image_token, 0, edge) for edge in span) for span in spans]
+
+    def _check_placeholders(self, input_ids, conversations: list[Conversation]) -> None:
+        for row, (ids, conversation) in enumerate(zip(input_ids, conversations, strict=True)):
+            found = (torch.as_tensor(ids) == self.image_token_id).sum().item()
+            expected = len(conversation.photos) * self._num_image_tokens()
+            if found != expected:
+                raise ValueError(
+                    f"row {row} has {found} image placeholders in place of {expected}: truncation to max_length would "
+                    "cut an image. Raise max_length or switch truncation off, use fewer images, or shorten the text."
+                )
+
+    def _token_fields(
+        self,
+        texts: list[str],
+        names: list[list[str]],
+        answers: list[list[Span]],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        offsets: list[list[Span]],
+    ) -> dict[str, Tensor]:
+        """``token_identity_index`` and ``name_mask`` of texts with repeated placeholders, as in :meth:`encode`."""
+        markup = re.compile("|".join(map(re.escape, [*special_tokens(self.tokenizer), self.image_token])))
+        index, mask = torch.full_like(input_ids, NO_IDENTITY), torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            tags = [match.span() for match in markup.finditer(text)]
+            outside = answers[row]
+            found = [
+                (start, end, identity)
+                for start, end, identity in find_names(text, names[row])
+                if not any(a < end and start < b and not (start <= a and b <= end) for a, b in tags)
+                and not any(a < end and start < b for a, b in outside)
+            ]
+            spelled = [
+                next((identity for a, b, identity in found if a < end and start < b), NO_IDENTITY)
+                for start, end in offsets[row]
+            ]
+            in_answer = [any(a <= start < b for a, b in outside) and start < end for start, end in offsets[row]]
+            ids = input_ids[row].tolist()
+            labels = [token if inside else IGNORE_INDEX for token, inside in zip(ids, in_answer, strict=True)]
+            index[row] = torch.tensor(propagate_names(spelled, ids, labels, self.image_token_id))
+            mask[row] = torch.tensor(spelled) != NO_IDENTITY
+        return {
+            "token_identity_index": index.where(attention_mask.bool(), NO_IDENTITY),
+            "name_mask": mask & attention_mask.bool(),
+        }
 
     def encode(self, sample: Sample, *, add_generation_prompt: bool = False) -> dict[str, Tensor]:
         """Encode one sample. Its images may be PIL images.
@@ -522,22 +721,30 @@ def _sizes_of(image_processor) -> str:
     return str([getattr(image_processor, name, None) for name in ("size", "crop_size", "pad_size")])
 
 
-def _check_tokenize_options(kwargs: dict[str, Any]) -> None:
-    """Refuse options of ``apply_chat_template(tokenize=True)`` that cannot take effect."""
-    options = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
+def _tokenize_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options of ``apply_chat_template(tokenize=True)``. Those that cannot take effect are refused."""
+    options = {**kwargs, **(kwargs.pop("processor_kwargs", None) or {})}
+    options.pop("processor_kwargs", None)
     accepted = {
         "return_tensors": (None, "pt"),
         "padding": (None, True, False, "longest"),
-        "truncation": (None, False),
+        "padding_side": (None, "left", "right"),
+        "pad_to_multiple_of": (None,),
+        "truncation": (None, True, False, "longest_first"),
+        "add_special_tokens": (None, False),
         "continue_final_message": (None, False),
-        "processor_kwargs": (options.get("processor_kwargs"),),
+        "tools": (None,),
+        "documents": (None,),
     }
+    if options.get("truncation"):
+        accepted["max_length"] = (options.get("max_length"),)
     for name, value in options.items():
-        if name not in accepted or value not in accepted[name]:
+        if value is not None and (name not in accepted or value not in accepted[name]):
             raise ValueError(
                 f"{name}={value!r} cannot take effect with tokenize=True; leave it out. Images have a fixed number of "
-                "tokens, so nothing is truncated, and rows are padded to the longest."
+                "tokens, and rows are padded to the longest."
             )
+    return options
 
 
 def _texts_of_messages(conversation: Any) -> Iterator[tuple[str, str]]:
@@ -558,7 +765,15 @@ def _check_image_token(tokenizer, image_token: str) -> None:
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise ValueError(
             f"image_token={image_token!r} is not a token of the tokenizer; call "
-            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}}) first."
+            f"tokenizer.add_tokens([{image_token!r}], special_tokens=True) first."
+        )
+
+
+def _check_packing(pack_identities: bool, identity_format: str) -> None:
+    if pack_identities and identity_format != REFERENCE_LINE:
+        raise ValueError(
+            f"pack_identities=True reads lines of the form 'Kate is <image>', but identity_format={identity_format!r}; "
+            f"use identity_format={REFERENCE_LINE!r}."
         )
 
 
