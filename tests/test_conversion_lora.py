@@ -233,3 +233,85 @@ def test_an_adapter_of_another_model_is_refused(llava_lora, folders, tmp_path):
         convert(folders / "base", tmp_path / "out", adapter=other)
     assert not (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out").exists()
+
+
+# Heads that are tied to the embeddings
+
+
+@pytest.fixture(params=[("llava", "text"), ("llava",), ("text",)], ids="-".join)
+def tied(request, tmp_path):
+    """A LLaVA with one weight for embeddings and head; the flag stands in its configuration, in that of the text."""
+    weights = transformers_llava(tmp_path / "base").state_dict()
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config["tie_word_embeddings"] = "llava" in request.param
+    config["text_config"]["tie_word_embeddings"] = "text" in request.param
+    path.write_text(json.dumps(config))
+    weights.pop("lm_head.weight")
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    return tmp_path / "base"
+
+
+def add_parts(folder, other):
+    """Copy what ``save_pretrained`` of a model does not write."""
+    for path in other.glob("*"):
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder)
+
+
+def is_tied(folder):
+    model = IDAVLMForConditionalGeneration.from_pretrained(folder)
+    is_same = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings == model.config.text_config.tie_word_embeddings == is_same
+    return is_same
+
+
+def test_a_tied_head_stays_tied(tied, tmp_path):
+    convert(tied, tmp_path / "out", progress=False)
+    assert torch.equal(logits_of(tmp_path / "out"), logits_of(tied, LlavaForConditionalGeneration))
+    assert is_tied(tmp_path / "out")
+    weights = load_file(tied / "model.safetensors")  # some programs write the weight twice
+    name = next(name for name in weights if "embed_tokens" in name)
+    save_file({**weights, "lm_head.weight": weights[name].clone()}, tied / "model.safetensors", {"format": "pt"})
+    convert(tied, tmp_path / "twice", progress=False)
+    assert torch.equal(logits_of(tmp_path / "twice"), logits_of(tmp_path / "out"))
+    assert is_tied(tmp_path / "twice")
+
+
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning", "ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}],
+    ids=["layers", "head", "embeddings"],
+)
+def test_adapters_of_tied_models_and_merged_checkpoints_load_equal(tied, options, tmp_path):
+    """Where an adapter replaces the head or the embeddings, the other one stays as it was."""
+    llava = LlavaForConditionalGeneration.from_pretrained(tied)
+    tuned = get_peft_model(llava, LoraConfig(target_modules=["q_proj", "up_proj"], r=4, lora_alpha=8, **options))
+    train(tuned, BATCH)
+    tuned.save_pretrained(tmp_path / "adapter")
+    merged = tuned.merge_and_unload().eval()
+    with torch.no_grad():
+        expected = merged(**BATCH).logits
+    merged.save_pretrained(tmp_path / "merged")
+    add_parts(tmp_path / "merged", tied)
+    convert(tied, tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
+    convert(tmp_path / "merged", tmp_path / "out-merged", progress=False)
+    for out in (tmp_path / "out", tmp_path / "out-merged"):
+        torch.testing.assert_close(logits_of(out), expected, atol=1e-5, rtol=1e-5)
+        assert is_tied(out) == (not options)
+
+
+def test_an_update_of_a_tied_head_is_no_update_of_the_embeddings(tied, tmp_path):
+    llava = LlavaForConditionalGeneration.from_pretrained(tied)
+    tuned = get_peft_model(llava, LoraConfig(target_modules=["lm_head"], r=4, lora_alpha=8))
+    train(tuned, BATCH)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ConversionError, match="A head that is tied to the embeddings is no layer of its own"):
+        convert(tied, tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
+    weights = load_file(tied / "model.safetensors")
+    name = next(name for name in weights if "embed_tokens" in name)
+    save_file({**weights, "lm_head.weight": weights[name].clone()}, tied / "model.safetensors", {"format": "pt"})
+    convert(tied, tmp_path / "out", adapter=tmp_path / "adapter", progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(tmp_path / "out"), tuned.eval()(**BATCH).logits, atol=1e-5, rtol=1e-5)

@@ -131,6 +131,18 @@ def test_qwen_images_that_do_not_introduce_an_identity(start):
     assert shown(sample.messages[0]) == f"{start} <a.jpg>\nWhat?"
 
 
+@pytest.mark.parametrize("name", ["<sks>", "<my_cat>", "the <sks> dog"])
+def test_qwen_names_in_angle_brackets(name):
+    sample = read("qwen_vl", {"conversations": turns(f"{name} is <img>a.jpg</img>\nWhere is {name}?", "A.")})
+    assert [(identity.name, identity.images) for identity in sample.identities] == [(name, ["a.jpg"])]
+
+
+@pytest.mark.parametrize("start", ["<ref>Kate</ref> is", "<box> is", "a < b is", "<a b> is"])
+def test_qwen_tags_are_no_names(start):
+    sample = read("qwen_vl", {"conversations": turns(f"{start} <img>a.jpg</img>\nWhere?", "A.")})
+    assert sample.identities == []
+
+
 def test_qwen_grounding_stays_text():
     answer = "<ref>Kate</ref><box>(1,2),(3,4)</box>"
     sample = read("qwen_vl", {"conversations": turns("Kate is <img>k.jpg</img>\nWhere?", answer)})

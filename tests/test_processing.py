@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor, BatchFeature
+from transformers import AutoProcessor, BatchFeature, pipeline
 
-from idavlm.data import DataError, ErrorLog, RecordDataset, parse_sample
+from idavlm.data import DataError, ErrorLog, RecordDataset, chat_templates, parse_sample
 from idavlm.experimental.small_models import small_image_processor, small_tokenizer
 from idavlm.models import BoxFormat, IDAVLMProcessor
 from idavlm.models.crop_box import crop_box
+from idavlm.models.packed_identities import unpack_token_identities
 from idavlm.modules import identity_patch_targets
 from idavlm.training import IDTrainer, IDTrainingArguments
 from idavlm.utils import IGNORE_INDEX
@@ -344,6 +345,7 @@ LATER = {
     "chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}",
     "tokenizer": small_tokenizer([*TEXTS, "is * Where"], vocab_size=340),
     "image_processor": small_image_processor(32),
+    "pack_identities": True,
 }
 
 
@@ -358,11 +360,11 @@ def test_options_that_are_set_later_take_effect(root, tmp_path, name):
         expected.chat_template = parts["tokenizer"].chat_template
     later = IDAVLMProcessor(**options)
     default = later.encode(sample(root))  # whatever is derived from options is derived now
-    call = {"images": Image.open(root / "kate.png"), "text": f"a {later.image_token}"}
+    call = {"images": Image.open(root / "kate.png"), "text": f"Kate is {later.image_token}"}
     later(**call)
     later.parse_box("1 2 3 4", (60, 80))
     setattr(later, name, LATER[name])
-    call["text"] = f"a {later.image_token}"
+    call["text"] = f"Kate is {later.image_token}"
     for found, wanted in (
         (later.encode(sample(root)), expected.encode(sample(root))),
         (later(**call), expected(**call)),
@@ -376,7 +378,9 @@ def test_options_that_are_set_later_take_effect(root, tmp_path, name):
     expected.save_pretrained(tmp_path / "expected")
     for file in (tmp_path / "expected").iterdir():
         assert (tmp_path / "later" / file.name).read_text() == file.read_text(), file.name
-    if name != "max_length":
+    if name == "pack_identities":
+        assert "mm_token_type_ids" in later(**call)
+    elif name != "max_length":
         changed = later.encode(sample(root))
         assert any(not torch.equal(value, changed[field]) for field, value in default.items())
     else:
@@ -420,8 +424,12 @@ def test_called_with_text_and_images(processor, root):
     model = small_model(processor)
     assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
     assert model.generate(**alone, max_new_tokens=2).shape[1] == alone["input_ids"].shape[1] + 2
-    with pytest.raises(ValueError, match="holds 2 <image> but 1 images"):
+    with pytest.raises(DataError, match=r"have \[2\] image placeholders, but there are \[1\] images"):
         processor(images=first, text="<image><image>")
+    with pytest.raises(DataError, match=r"have \[\] image placeholders, but there are \[1\] images"):
+        processor(images=first)
+    with pytest.raises(ValueError, match="row 0 has 1 image placeholders in place of 4: truncation"):
+        processor(images=first, text="<image> Kate?", truncation=True, max_length=1)
 
 
 def test_the_call_equals_encoding_the_same_conversation(processor, root):
@@ -433,6 +441,134 @@ def test_the_call_equals_encoding_the_same_conversation(processor, root):
     assert torch.equal(called["input_ids"][0], encoded["input_ids"])
     assert torch.equal(called["pixel_values"], encoded["pixel_values"])
     assert torch.equal(called["image_roles"], encoded["image_roles"])
+
+
+def conversation(root, *turns):
+    """Two identities, a scene, and further turns of text."""
+    photos = [Image.open(root / name).convert("RGB") for name in IMAGES]
+    parts = [
+        {"type": "identity", "name": "Kate", "images": photos[:1]},
+        {"type": "identity", "name": "Tom", "images": photos[1:2]},
+        {"type": "image", "image": photos[2]},
+        {"type": "text", "text": "Where is Kate? And Kate's user?"},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    for number, text in enumerate(turns):
+        messages.append({"role": ("assistant", "user")[number % 2], "content": [{"type": "text", "text": text}]})
+    return messages, photos[:3]
+
+
+FORMATS = {
+    "default": {},
+    "image_format": {"image_format": "({image})"},
+    "vicuna": {"chat_template": chat_templates.VICUNA},
+    "llama_3": {"chat_template": chat_templates.LLAMA_3},
+}
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("turns", [(), ("Tom is here.", "And what is Tom doing?")], ids=["one turn", "three turns"])
+def test_rendered_text_and_messages_have_the_same_fields(root, options, turns):
+    """References, names in questions and what they are about; not the names in earlier answers."""
+    processor = small_processor(**options)
+    messages, photos = conversation(root, *turns)
+    expected = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    found = processor(images=photos, text=rendered)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert expected["image_roles"].tolist() == [0, 0, 1]
+    assert expected["identity_index"].tolist() == [0, 1, 0]
+
+
+def test_lines_and_identities_of_text(processor, root):
+    _, (kate, tom, scene) = conversation(root)
+    expected = processor(images=[kate, tom, scene], text="Kate is <image>\nTom is <image>\n<image> Where is Kate?")
+    assert expected["image_roles"].tolist() == [0, 0, 1]
+    named = {"Kate": kate, "Tom": [tom]}
+    for identities in (named, [{"name": "Kate", "images": [kate]}, {"name": "Tom", "images": [tom]}]):
+        found = processor(images=scene, text="<image> Where is Kate?", identities=identities)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    # A batch pads on either side; other rows have general images.
+    texts = ["Where is <image>?", "<image> Where is Kate?"]
+    for side in ("left", "right"):
+        batch = processor(images=[tom, scene], text=texts, identities=[None, named], padding_side=side)
+        assert batch["image_roles"].tolist() == [2, 0, 0, 1]
+        assert batch["sample_index"].tolist() == [0, 1, 1, 1]
+        kept = batch["attention_mask"][0].bool()
+        assert (batch["token_identity_index"][0] == -1).all()
+        assert not batch["name_mask"][0].any()
+        for name in ("input_ids", "token_identity_index", "name_mask"):
+            assert torch.equal(batch[name][1], expected[name][0])
+        assert kept.sum() == len(processor(images=tom, text=texts[0])["input_ids"][0])
+    # A pronoun is no name and introduces no identity.
+    assert processor(images=scene, text="This is <image>")["image_roles"].tolist() == [GENERAL]
+
+
+def test_packed_identities_are_unpacked(root):
+    processor, packing = small_processor(), small_processor(pack_identities=True)
+    texts = ["Kate is <image>\nTom is <image>\n<image> Where is Kate?", "<image> What?", "Tom is <image>\n<image>Tom?"]
+    images = [Image.open(root / name).convert("RGB") for name in (*IMAGES[:3], *IMAGES[1:])]
+    expected = processor(images=images, text=texts, padding_side="left")
+    packed = packing(images=images, text=texts)
+    assert packed.keys() == {"input_ids", "attention_mask", "pixel_values", "mm_token_type_ids"}
+    fields = unpack_token_identities(packed["mm_token_type_ids"])
+    for name, value in fields.items():
+        assert torch.equal(value, expected[name]), name
+    appended = torch.nn.functional.pad(packed["mm_token_type_ids"], (0, 2))
+    longer = unpack_token_identities(appended)
+    index = expected["token_identity_index"]
+    assert torch.equal(longer["token_identity_index"], torch.cat([index, index[:, -1:].expand(-1, 2)], 1))
+    assert torch.equal(longer["name_mask"], torch.nn.functional.pad(expected["name_mask"], (0, 2)))
+    assert unpack_token_identities(torch.ones(2, 3, dtype=torch.long)) == {}
+    model = small_model(processor, identity_embedding="name")
+    with torch.no_grad():
+        logits = model(**expected).logits
+        assert torch.equal(model(**packed).logits, logits)
+        assert torch.equal(model.get_output_embeddings()(model.base_model(**packed).last_hidden_state), logits)
+
+
+def test_options_of_tokenizing_messages(processor, root):
+    messages, _ = conversation(root)
+    short = [{"role": "user", "content": "Hello"}]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    tensors = processor.apply_chat_template([messages, short], return_tensors="pt", **options)
+    lists = processor.apply_chat_template([messages, short], **options)
+    for row, mask in enumerate(tensors["attention_mask"].bool()):
+        for name in ("input_ids", "attention_mask", "token_identity_index", "name_mask"):
+            assert lists[name][row] == tensors[name][row][mask].tolist()
+    assert processor.apply_chat_template(short, tokenize=True) == [[*lists["input_ids"][1][:-1]]]
+    limit = len(lists["input_ids"][0]) - 3
+    cut = processor.apply_chat_template(messages, return_tensors="pt", truncation=True, max_length=limit, **options)
+    assert cut["input_ids"].tolist() == [lists["input_ids"][0][:limit]]
+    with pytest.raises(ValueError, match="max_length=5 would cut image placeholders"):
+        processor.apply_chat_template(messages, processor_kwargs={"truncation": True, "max_length": 5}, **options)
+    for name, value in {"padding": "max_length", "pad_to_multiple_of": 8, "max_length": 9, "tools": [1]}.items():
+        with pytest.raises(ValueError, match=f"{name}=.* cannot take effect"):
+            processor.apply_chat_template(messages, **{name: value}, **options)
+    later = [messages[0], {"role": "assistant", "content": "Here."}, messages[0]]
+    later[2] = {"role": "user", "content": [{**messages[0]["content"][0], "name": "Ann"}]}
+    with pytest.raises(DataError, match="has the images in another order than the messages"):
+        processor.apply_chat_template(later)
+
+
+def test_pipeline_answers_with_an_identity_part(processor, root):
+    model = small_model(processor, identity_embedding="name")
+    messages, _ = conversation(root)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    found = pipe(text=messages, max_new_tokens=6, return_full_text=False)[0]["generated_text"]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert found == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    several = pipe(text=[messages, messages], max_new_tokens=6, return_full_text=False)
+    assert [one[0]["generated_text"] for one in several] == [found, found]
+    with pytest.raises(ValueError, match="row 0 of input_ids holds 12 image placeholders"):  # not silently wrong
+        pipe(text=[messages, messages], max_new_tokens=6, batch_size=2)
 
 
 def test_saved_and_loaded_with_all_options(root, tmp_path):

@@ -1,11 +1,17 @@
 """Special tokens in the text of messages are ordinary text: they end no turn, begin none and show no image."""
 
+import re
+from pathlib import Path
+
 import pytest
+from PIL import Image
 
 from idavlm.data import DataError, parse_sample, render_chat
 from idavlm.data.rendering import Segment
-from idavlm.data.special_tokens import MessageMask, find_special_tokens, tokenize
-from tests.small_models import record, sample, small_processor
+from idavlm.data.special_tokens import MessageMask, find_special_tokens, special_tokens, tokenize
+from idavlm.experimental.small_models import small_image_processor, small_tokenizer
+from idavlm.models import IDAVLMProcessor
+from tests.small_models import TEXTS, record, sample, small_processor
 from tests.tokenizer_families import FAMILIES, SPECIALS, Slow
 
 TOKENIZERS = {name: build() for name, build in FAMILIES.items()}
@@ -256,3 +262,35 @@ def test_a_sample_keeps_its_tokens(processor, root):
         "<|user|>What is Kate doing?<|assistant|>Kate is reading.<|end|>"
     ).replace(image, image * processor.image_seq_length)
     assert result["input_ids"].tolist() == processor.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_the_image_token_is_added_without_dropping_others():
+    """As the message of the processor says."""
+    tokenizer = small_tokenizer(TEXTS, vocab_size=320, image_token="<photo>")
+    before = special_tokens(tokenizer)
+    with pytest.raises(ValueError, match=r"call tokenizer\.add_tokens\(\['<image>'\], special_tokens=True\)") as raised:
+        IDAVLMProcessor(small_image_processor(32), tokenizer)
+    remedy = re.search(r"call (tokenizer\..*\)) first", str(raised.value))[1]
+    eval(remedy, {"tokenizer": tokenizer})
+    processor = IDAVLMProcessor(small_image_processor(32), tokenizer, image_seq_length=4)
+    assert special_tokens(tokenizer) == [*before, "<image>"]
+    assert set(before) <= set(tokenizer.all_special_tokens)
+    ids = processor(text="<|user|><image>", images=Image.new("RGB", (32, 32)))["input_ids"][0]
+    assert processor.decode(ids, skip_special_tokens=True) == ""
+    assert ids.tolist() == [tokenizer.convert_tokens_to_ids("<|user|>"), *[processor.image_token_id] * 4]
+
+
+def test_no_page_and_no_message_recommends_a_call_that_drops_special_tokens():
+    root = Path(__file__).parents[1]
+    files = [
+        *root.glob("*.md"),
+        *root.glob("docs/**/*.md"),
+        *root.glob("idavlm/**/*.py"),
+        *root.glob("examples/**/*.py"),
+    ]
+    dropping = re.compile(
+        r"add_special_tokens\(\{+[\"']additional_special_tokens[\"'](?!.*replace_extra_special_tokens=False)"
+    )
+    assert len(files) > 100
+    assert [str(file) for file in files if dropping.search(file.read_text(encoding="utf-8"))] == []
+    assert dropping.search("tokenizer.add_special_tokens({'additional_special_tokens': ['<image>']})")

@@ -45,6 +45,7 @@ class WeightFile:
         remove_prefix: prefix that is removed from the names that start with it, before ``add_prefix`` is added.
         exclude: names that contain this text are skipped.
         overrides: whether its tensors replace tensors of other files that map to the same name.
+        unties: whether embeddings in it do not replace a head that was tied to the embeddings.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class WeightFile:
     remove_prefix: str = ""
     exclude: str | None = None
     overrides: bool = False
+    unties: bool = False
 
     @contextmanager
     def open(self) -> Iterator[dict[str, Callable[[], Tensor]]]:

@@ -88,6 +88,7 @@ def convert(
     plan = detect_format(source).plan(source)
     deltas = {} if adapter is None else read_adapter(Path(adapter), source, plan.key_map)
     outputs = plan_files(source, plan.key_map, dtype)
+    tie_head(source, plan.config, outputs, deltas)
     check_complete(source, plan.config, outputs)
     plan.config.dtype = _main_dtype(outputs)
 
@@ -169,6 +170,8 @@ def plan_files(source: SourceCheckpoint, key_map: KeyMap, dtype: torch.dtype | N
                 origins[target] = (name, transform)
         if file.overrides:
             for earlier in outputs:
+                if file.unties and LANGUAGE_HEAD not in header and INPUT_EMBEDDINGS in header:
+                    _keep_as_head(earlier, outputs)
                 earlier.header = {name: tensor for name, tensor in earlier.header.items() if name not in header}
         # Sorted by the size of the type, so that the offset of every tensor is a multiple of it.
         header = dict(sorted(header.items(), key=lambda item: -item[1].element_size()))
@@ -183,6 +186,23 @@ def plan_files(source: SourceCheckpoint, key_map: KeyMap, dtype: torch.dtype | N
         several = len(outputs) > 1
         output.name = f"model-{number:05d}-of-{len(outputs):05d}.safetensors" if several else "model.safetensors"
     return outputs
+
+
+def _keep_as_head(output: OutputFile, outputs: list[OutputFile]) -> None:
+    """Make the embeddings of a file, which an adapter replaces, the head of a checkpoint that has no other head."""
+    if INPUT_EMBEDDINGS in output.header and not any(LANGUAGE_HEAD in other.header for other in outputs):
+        output.header[LANGUAGE_HEAD] = output.header[INPUT_EMBEDDINGS]
+        output.origins[LANGUAGE_HEAD] = output.origins[INPUT_EMBEDDINGS]
+
+
+def tie_head(source: SourceCheckpoint, config: IDAVLMConfig, outputs: list[OutputFile], deltas: Deltas) -> None:
+    """Set ``tie_word_embeddings``. As in transformers, a head in the files that differs from the embeddings counts."""
+    tied = bool(source.config.get("tie_word_embeddings") or config.text_config.tie_word_embeddings)
+    origins = {name: output.origins[name][0] for output in outputs for name in output.header}
+    if tied and {LANGUAGE_HEAD, INPUT_EMBEDDINGS} <= origins.keys():
+        is_changed = not deltas.keys().isdisjoint((origins[LANGUAGE_HEAD], origins[INPUT_EMBEDDINGS]))
+        tied = not is_changed and torch.equal(_read(outputs, LANGUAGE_HEAD), _read(outputs, INPUT_EMBEDDINGS))
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
 
 
 def transform_tensor(tensor: Tensor, transform: Transform | None, dtype: torch.dtype | None) -> Tensor:
@@ -229,12 +249,6 @@ def check_complete(source: SourceCheckpoint, config: IDAVLMConfig, outputs: list
         raise ConversionError(
             f"{source.folder}: {len(expected)} tensors expected, {len(found)} found, named as in the converted model. "
             f"{listing}. Check that the checkpoint is complete and that {path} belongs to it."
-        )
-    both = {LANGUAGE_HEAD, INPUT_EMBEDDINGS} <= found.keys()
-    if tied and both and not torch.equal(_read(outputs, LANGUAGE_HEAD), _read(outputs, INPUT_EMBEDDINGS)):
-        raise ConversionError(
-            f"{path}: tie_word_embeddings=true, but the weights have a head that differs from the embeddings. Check "
-            "that the file belongs to the weights."
         )
     _check_vision(path, saved, model)
 

@@ -38,7 +38,9 @@ def add_adapter_files(source: SourceCheckpoint, folder: Path) -> None:
     path = _file(folder)
     if is_there(folder / "config.json"):
         source.config, source.config_path = read_config(folder), folder / "config.json"
-    files = [WeightFile(path, remove_prefix=PREFIX, exclude=".lora_", overrides=True)]
+    config = read_json(folder / "adapter_config.json")
+    unties = not config.get("ensure_weight_tying")  # peft trains a copy of the embeddings beside the head
+    files = [WeightFile(path, remove_prefix=PREFIX, exclude=".lora_", overrides=True, unties=unties)]
     if is_there(folder / NON_LORA):
         files.append(WeightFile(folder / NON_LORA, remove_prefix=PREFIX, overrides=True))
     source.add(files)
@@ -89,7 +91,8 @@ def read_adapter(folder: Path, source: SourceCheckpoint, key_map: KeyMap) -> Del
         name = names.get(_target(key_map, f"{module}.weight"))
         if name is None:
             raise ConversionError(
-                f"{path}: {module} is not a layer of {source.folder}; pass the base model of the adapter."
+                f"{path}: {module} is not a layer of {source.folder}; pass the base model of the adapter. (A head that "
+                "is tied to the embeddings is no layer of its own: untie it first, or merge the adapter with peft.)"
             )
         shape = (len(pair["B"]), pair["A"].shape[1])
         if tuple(source.tensors[name].shape) != shape:

@@ -357,9 +357,9 @@ def images_of_texts(images: Any, counts: list[int]) -> list[list]:
         for count in counts:
             rows.append(rest[:count])
             rest = rest[count:]
-        found = [len(row) for row in rows]
+        found = [len(row) for row in rows] or [0]
         found[-1] += len(rest)
-    if found != counts:
+    if found != (counts or [0]):
         raise DataError(
             f"the texts have {counts} image placeholders, but there are {found} images for them; the numbers must be "
             "equal.",

@@ -317,13 +317,18 @@ class ImageFeaturesWithIdentities:
         self._add_residual(output, call, arguments, stored, new)
         return output if as_dict or as_dict is None else output.to_tuple()
 
-    def encode(self, arguments: Mapping[str, Any], lengths: Sequence[int]) -> list[tuple[Tensor, list[Tensor]]]:
-        """The image tokens of each image before the ID-Former, and its DeepStack features, one tensor per level."""
+    def encode(self, arguments: Mapping[str, Any]) -> list[tuple[Tensor, list[Tensor]]]:
+        """The image tokens of each image before the ID-Former, and its DeepStack features, one tensor per level.
+
+        Without ``num_image_tokens``, which the processor makes if there are identities, all tokens are of one image.
+        """
         names = inspect.signature(self._original).parameters
         passed = {name: arguments[name] for name in names if arguments.get(name) is not None}
         output = self._original(**passed, return_dict=True)
-        tokens = _flat(output.pooler_output).split(list(lengths))
-        levels = [_flat(level).split(list(lengths)) for level in output.get("deepstack_features") or ()]
+        tokens = _flat(output.pooler_output)
+        lengths = arguments["num_image_tokens"].tolist() if "num_image_tokens" in arguments else [len(tokens)]
+        tokens = tokens.split(lengths)
+        levels = [_flat(level).split(lengths) for level in output.get("deepstack_features") or ()]
         return [(part, [level[image] for level in levels]) for image, part in enumerate(tokens)]
 
     def _add_residual(
@@ -429,7 +434,13 @@ class ForwardWithIdentities:
             _check_rows(self.model.config, kwargs["input_ids"], inputs)
         call = _Call(inputs, teacher_forcing=teacher_forcing)
         with self.seam.calling(call):
-            output = self._original(*args, **kwargs)
+            if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None and not args:
+                # Images alone: identity pretraining does not run the language model.
+                names = inspect.signature(self.seam._original).parameters
+                self.seam(**{name: kwargs[name] for name in names if kwargs.get(name) is not None})
+                output = ModelOutput()
+            else:
+                output = self._original(*args, **kwargs)
         if call.result is None or not (output_identity_maps or inputs.boxes is not None):
             return output
         return self._with_identities(output, call)
@@ -484,11 +495,17 @@ class BaseForwardWithIdentities:
         unpack_identities(kwargs)
         inputs = IdentityInputs.pop_from(kwargs)
         if inputs is None:  # the model's forward has taken them, or there are none
-            return self._original(*args, **kwargs)
+            return self._forward(*args, **kwargs)
         if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
             _check_rows(self.model.config, kwargs["input_ids"], inputs)
         with self.seam.calling(_Call(inputs)):
-            return self._original(*args, **kwargs)
+            return self._forward(*args, **kwargs)
+
+    def _forward(self, *args, **kwargs):
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        # After a graph break, torch.compile would look a bound method up on the instance, and find this object.
+        return type(self.base).forward(self.base, *args, **kwargs)
 
 
 class GenerationWithIdentities:

@@ -8,6 +8,7 @@ from typing import Any
 
 from idavlm.data import DataError
 from idavlm.data.messages import Conversation, Photo
+from idavlm.data.special_tokens import special_tokens
 
 Span = tuple[int, int]
 
@@ -201,6 +202,31 @@ class ChatTemplate:
         spans = [(len(prompt), end + len(ending)) for prompt, end in zip(prompts, ends, strict=True)]
         return text, spans, prompts
 
+    def answers_in_text(self, text: str) -> list[Span]:
+        """Start and end of each assistant turn in a rendered conversation, with the text that ends it.
+
+        A turn begins after the generation prompt. The prompt at the end of the text begins none.
+        """
+        user, answer = (
+            {"role": role, "content": mark} for role, mark in zip(("user", "assistant"), _TEXTS, strict=False)
+        )
+        asked = self.render([user])[0]
+        prompt = self.render([user], add_generation_prompt=True)[0]
+        whole = self.render([user, answer])[0]
+        header = prompt.removeprefix(asked)
+        if not header.strip() or header == prompt or not whole.startswith(prompt):
+            return []
+        ending = self._ending(whole.partition(_TEXTS[1])[2])
+        spans, start = [], 0
+        while (found := text.find(header, start)) >= 0:
+            start = found + len(header)
+            end = text.find(ending, start)
+            if end < 0:
+                break
+            spans.append((start, end + len(ending)))
+            start = end + len(ending)
+        return spans
+
     def _ending(self, tail: str) -> str:
         """The text after an answer up to and including its first special token; all of it if there is none."""
         found = [(tail.find(token), -len(token), token) for token in special_tokens(self.tokenizer) if token in tail]
@@ -212,12 +238,6 @@ class ChatTemplate:
                 "assistant turns have no end-of-turn text, so a model could not learn to stop; add an end-of-turn token"
             )
         return tail
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """All special tokens of a tokenizer, named or not."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [*dict.fromkeys([*tokenizer.all_special_tokens, *added])]
 
 
 def references_in_text(
@@ -256,6 +276,35 @@ def references_in_text(
                 name = name if name and name == name.rstrip() and reads_as_name(name) else None
         names += [name] * count
     return names
+
+
+def with_reference_lines(
+    text: str,
+    identities: list[tuple[str, list]],
+    identity_format: str,
+    image: str,
+    image_token: str,
+    *,
+    tokenizer: Any,
+    field: str,
+) -> str:
+    """Put one line per photo of ``identities``, which are names with photos, before the text.
+
+    Raises:
+        ValueError: a chat template has rendered the text, so that nothing may precede it; ``field`` names it.
+    """
+    if not identities:
+        return text
+    bos = tokenizer.bos_token
+    begin = bos if bos is not None and text.startswith(bos) else ""
+    for token in special_tokens(tokenizer):
+        if token not in (image_token, bos) and text.startswith(token, len(begin)) and token not in image:
+            raise ValueError(
+                f"{field} begins with {token!r}, so a chat template has rendered it; pass identities as parts of "
+                "the messages, or write the lines 'Kate is <image>' into the text."
+            )
+    lines = [identity_format.format(name=name, image=image.strip()) for name, photos in identities for _ in photos]
+    return begin + "".join(lines) + text[len(begin) :]
 
 
 class Expansion:

@@ -1,5 +1,6 @@
 """The processor of a vision-language model of transformers, with identities in messages and text."""
 
+import functools
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from idavlm._compat import call_with_replacements
 from idavlm.data import DataError, Sample
+from idavlm.data.errors import quote
 from idavlm.data.images import MAX_PIXELS
 from idavlm.data.messages import (
     IMAGE_KEYS,
@@ -31,15 +33,16 @@ from idavlm.data.messages import (
     sample_to_messages,
 )
 from idavlm.data.photos import PhotoLoader
+from idavlm.data.special_tokens import special_tokens
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.chat_rendering import (
     ChatTemplate,
     Expansion,
     Span,
     references_in_text,
-    special_tokens,
     tokens_in_spans,
     tokens_of_span,
+    with_reference_lines,
 )
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_batch import (
@@ -51,6 +54,7 @@ from idavlm.models.identity_batch import (
     pad,
 )
 from idavlm.models.packed_identities import FIELD, pack_identities
+from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, check_choice, check_positive
 
 FILE = "identity_processor.json"
@@ -352,9 +356,16 @@ class IdentityProcessor(ProcessorMixin):
         rows = images_of_texts(images, [len(row) for row in references])
         conversations = []
         for row, (entry, photos) in enumerate(zip(texts, rows, strict=True)):
-            conversation = conversation_of_text(named[row], photos, references[row])
-            conversations.append(conversation)
-            texts[row] = self._with_lines(entry, conversation, image_text, f"text[{row}]")
+            conversations.append(conversation_of_text(named[row], photos, references[row]))
+            texts[row] = with_reference_lines(
+                entry,
+                named[row],
+                self.identity_format,
+                image_text,
+                self.image_token,
+                tokenizer=self.tokenizer,
+                field=f"text[{row}]",
+            )
         if not self.pack_identities:
             return self._process(texts, conversations, None, kwargs)
         output = self._process(texts, conversations, None, {"padding_side": "left", **kwargs})
@@ -582,7 +593,12 @@ class IdentityProcessor(ProcessorMixin):
         return ChatTemplate(self.tokenizer, template, self.image_token, options)
 
     def _loader(self, image_root) -> PhotoLoader:
-        return PhotoLoader(image_root, allow_urls=self.allow_urls, max_pixels=self.max_pixels)
+        return PhotoLoader(
+            image_root,
+            allow_urls=self.allow_urls,
+            max_pixels=self.max_pixels,
+            resized_size=functools.partial(resized_size, self.image_processor),
+        )
 
     def _image_and_header(self) -> tuple[str, str]:
         """Text of an image and header of a user turn in the chat template, if it has one for images."""
@@ -597,18 +613,20 @@ class IdentityProcessor(ProcessorMixin):
         template = str(self.chat_template)
         ends = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token)
         control = [token for token in special_tokens(self.tokenizer) if token in template or token in ends]
-        for field, text in (*(("a name", name) for name in conversation.identities), *conversation.texts):
+        names = (("the name", name) for name in conversation.identities)
+        texts = ((f"the {role} text", text) for role, text in conversation.texts)
+        for field, text in (*names, *texts):
             for token in (self.image_token, self.placeholder):
                 if token in text:
                     raise DataError(
-                        f"the text {text[:60]!r} of {field!r} holds the placeholder {token!r}; make it an image part.",
+                        f"{field} {quote(text)} holds the placeholder {token!r}; make it an image part.",
                         kind="placeholders",
                     )
             for token in control:
                 if token in text:
                     raise DataError(
-                        f"the text {text[:60]!r} of {field!r} holds the special token {token!r}, which could end or "
-                        "forge a turn; remove it."
+                        f"{field} {quote(text)} holds the special token {token!r}, which could end or forge a turn; "
+                        "remove it."
                     )
 
     def _name_ids(self, conversations: list[Conversation]) -> list[list[list[int]]]:
@@ -651,25 +669,6 @@ class IdentityProcessor(ProcessorMixin):
         if self.image_token == WRITTEN_IMAGE or self.image_token in text:
             return text
         return text.replace(WRITTEN_IMAGE, image_text)
-
-    def _with_lines(self, text: str, conversation: Conversation, image_text: str, field: str) -> str:
-        """Put the lines of references that the text does not hold before it."""
-        references = [photo for photo in conversation.photos if photo.field]
-        if not references:
-            return text
-        bos = self.tokenizer.bos_token
-        begin = bos if bos is not None and text.startswith(bos) else ""
-        for token in special_tokens(self.tokenizer):
-            if token not in (self.image_token, bos) and text.startswith(token, len(begin)) and token not in image_text:
-                raise ValueError(
-                    f"{field} begins with {token!r}, so a chat template has rendered it; pass identities as parts of "
-                    "the messages, or write the lines 'Kate is <image>' into the text."
-                )
-        lines = [
-            self.identity_format.format(name=conversation.identities[photo.identity], image=image_text.strip())
-            for photo in references
-        ]
-        return begin + "".join(lines) + text[len(begin) :]
 
     def _box_tensors(self, sample: Sample, sizes: dict[Any, tuple[int, int]]) -> dict[str, Tensor]:
         """The boxes of identities with references, as far as the image processor keeps them."""

@@ -1,5 +1,6 @@
 """The identity-aware VLM: vision tower, ID-Former or connector, language model."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from idavlm._compat import cache_name, takes_cache
 from idavlm.models.configuration import IDAVLMConfig
@@ -22,6 +23,7 @@ from idavlm.models.generation import ImageGenerationMixin
 from idavlm.models.identity_bank import SelectedIdentities, StoredPhoto
 from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
 from idavlm.models.image_batch import ImageBatch
+from idavlm.models.packed_identities import unpack_token_identities
 from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
@@ -199,6 +201,11 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
     def get_decoder(self):
         return self.language_model.get_decoder()
 
+    @property
+    def base_model(self) -> "ModelWithoutHead":
+        """The model without its head. Trainers that compute the logits themselves (TRL) call it."""
+        return ModelWithoutHead(self)
+
     def train(self, mode: bool = True) -> "IDAVLMForConditionalGeneration":
         """Set the training mode. A frozen vision tower stays in evaluation mode, so its batch statistics stay."""
         super().train(mode)
@@ -275,6 +282,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         boxes: Tensor | None = None,
         box_image: Tensor | None = None,
         box_identity: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         teacher_forcing: bool = False,
         output_identity_maps: bool = False,
         identities: SelectedIdentities | None = None,
@@ -298,6 +306,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             boxes: ``[N, 4]`` pixels of identities that have references; they supervise the identity attention.
             box_image: ``[N]`` image of each box, counted over the batch.
             box_identity: ``[N]`` identity of each box within its sample.
+            mm_token_type_ids: ``[B, T]`` with the fields of the identities, from a processor with ``pack_identities``.
             teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
             output_identity_maps: also return the identity maps.
             identities: identities of an :class:`IdentityBank`. The vision tower does not encode their photos again.
@@ -306,11 +315,104 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         Raises:
             ValueError: arguments that do not fit each other, with the argument and the remedy.
         """
+        inputs_embeds, image_tokens, maps, losses = self._embed(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache=cache,
+            token_identity_index=token_identity_index,
+            name_mask=name_mask,
+            pixel_values=pixel_values,
+            image_features=image_features,
+            image_roles=image_roles,
+            sample_index=sample_index,
+            identity_index=identity_index,
+            image_sizes=image_sizes,
+            boxes=boxes,
+            box_image=box_image,
+            box_identity=box_identity,
+            mm_token_type_ids=mm_token_type_ids,
+            teacher_forcing=teacher_forcing,
+            output_identity_maps=output_identity_maps,
+            identities=identities,
+        )
+        if inputs_embeds is None:
+            loss = losses.get("auxiliary_loss")
+            return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
+
+        targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
+        # As with a fused loss: in training mode there are no logits beside the loss.
+        skip_logits = self.training and labels is not None
+        head = self.get_output_embeddings()
+        with head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE: cache},
+                **kwargs,
+            )
+        loss, logits = None, outputs.logits
+        if labels is not None:
+            # The logits may be those of the labelled tokens only.
+            shift_labels = targets if logits.shape[:2] == targets.shape else targets[targets != IGNORE_INDEX]
+            losses["language_loss"] = self.loss_function(
+                logits, labels=None, shift_labels=shift_labels.to(logits.device), vocab_size=logits.shape[-1]
+            )
+            loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
+        return IDAVLMOutput(
+            loss=loss,
+            **losses,
+            logits=None if skip_logits else logits,
+            **{CACHE: outputs.get(CACHE)},
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_tokens,
+            identity_maps=maps,
+        )
+
+    def _embed(
+        self,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache=None,
+        token_identity_index: Tensor | None = None,
+        name_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_roles: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        identity_index: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        boxes: Tensor | None = None,
+        box_image: Tensor | None = None,
+        box_identity: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        teacher_forcing: bool = False,
+        output_identity_maps: bool = False,
+        identities: SelectedIdentities | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...] | None, dict[str, Tensor]]:
+        """Embed text and images: ``inputs_embeds``, image tokens, identity maps and the losses of these."""
+        if mm_token_type_ids is not None:
+            unpacked = unpack_token_identities(mm_token_type_ids)
+            image_roles, sample_index = (
+                unpacked.get("image_roles", image_roles),
+                unpacked.get("sample_index", sample_index),
+            )
+            identity_index = unpacked.get("identity_index", identity_index)
+            token_identity_index = unpacked.get("token_identity_index", token_identity_index)
+            name_mask = unpacked.get("name_mask", name_mask)
         has_images = pixel_values is not None or image_features is not None
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("input_ids and inputs_embeds are both given; pass one of the two.")
         if input_ids is None and inputs_embeds is None and not has_images:
             raise ValueError("there is no input; pass input_ids, inputs_embeds, or images alone.")
+        if None not in (input_ids, token_identity_index) and token_identity_index.shape != input_ids.shape:
+            raise ValueError(
+                f"token_identity_index has shape {tuple(token_identity_index.shape)} and input_ids "
+                f"{tuple(input_ids.shape)}; pass one index per token. For a trainer that appends answers to prompts "
+                "(TRL), build the processor with pack_identities=True."
+            )
         text = None if input_ids is None else self.get_input_embeddings()(input_ids)
         images = image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
@@ -350,40 +452,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
             if learned is not None and token_identity_index is not None:
                 text = add_learned_embeddings(text, token_identity_index, learned.table())
             inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, images, cache)
-        if inputs_embeds is None:
-            loss = losses.get("auxiliary_loss")
-            return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
-
-        targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
-        # As with a fused loss: in training mode there are no logits beside the loss.
-        skip_logits = self.training and labels is not None
-        head = self.get_output_embeddings()
-        with head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
-                **kwargs,
-            )
-        loss, logits = None, outputs.logits
-        if labels is not None:
-            # The logits may be those of the labelled tokens only.
-            shift_labels = targets if logits.shape[:2] == targets.shape else targets[targets != IGNORE_INDEX]
-            losses["language_loss"] = self.loss_function(
-                logits, labels=None, shift_labels=shift_labels.to(logits.device), vocab_size=logits.shape[-1]
-            )
-            loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
-        return IDAVLMOutput(
-            loss=loss,
-            **losses,
-            logits=None if skip_logits else logits,
-            **{CACHE: outputs.get(CACHE)},
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            image_hidden_states=image_tokens,
-            identity_maps=maps,
-        )
+        return inputs_embeds, image_tokens, maps, losses
 
     def _image_batch(
         self,
@@ -534,6 +603,24 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 tensor.copy_(initial[name])
 
 
+class ModelWithoutHead:
+    """An :class:`IDAVLMForConditionalGeneration` up to the hidden states that its head reads.
+
+    It takes the arguments of the model's ``forward`` except those of losses, and is called without a cache.
+    """
+
+    _tp_plan = _pp_plan = None  # transformers asks the base model for them
+
+    def __init__(self, model: IDAVLMForConditionalGeneration):
+        self.model = model
+
+    def __call__(self, input_ids: Tensor | None = None, **kwargs) -> BaseModelOutputWithPast:
+        names = inspect.signature(self.model._embed).parameters
+        of_images = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
+        inputs_embeds, *_ = self.model._embed(input_ids=input_ids, **of_images)
+        return self.model.get_decoder()(inputs_embeds=inputs_embeds, **kwargs)
+
+
 @contextmanager
 def head_at_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
     """Apply ``head`` to hidden states ``[B, T, C]`` at ``positions`` ``[B, T]`` only, as ``[1, N, C]``.
@@ -556,6 +643,8 @@ def _build_joint(config: IDAVLMConfig) -> nn.Module:
         needed = "num_queries" if has_queries else "image_seq_length"
         raise ValueError(f"connector={config.connector!r} needs {needed}, the number of image tokens per image.")
     if has_queries:
+        if "num_heads" not in options:
+            raise ValueError(f"connector={config.connector!r} needs num_heads in connector_config (or in from_parts).")
         options["output_size"] = width
         options["num_queries"] = config.image_seq_length
         options.setdefault("attn_implementation", config._attn_implementation or "sdpa")

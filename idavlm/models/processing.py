@@ -1,6 +1,7 @@
 """The processor: from a sample of the schema to tensors, and from pairs of text and images to tensors."""
 
 import functools
+import re
 import string
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -15,16 +16,35 @@ from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.data.errors import quote, shorten
+from idavlm.data.images import size_problem
+from idavlm.data.messages import (
+    Conversation,
+    conversation_of_text,
+    conversation_to_sample,
+    images_of_texts,
+    is_batch,
+    read_conversation,
+    read_identities,
+    reads_as_name,
+)
+from idavlm.data.photos import PhotoLoader
 from idavlm.data.rendering import Segment
 from idavlm.data.schema import Part
-from idavlm.data.special_tokens import find_special_tokens
+from idavlm.data.special_tokens import find_special_tokens, special_tokens
 from idavlm.models.boxes import BoxFormat
+from idavlm.models.chat_rendering import ChatTemplate, Span, references_in_text, with_reference_lines
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
-from idavlm.models.identity_names import NO_IDENTITY, propagate_names, split_at_names
+from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names, split_at_names
+from idavlm.models.packed_identities import FIELD, pack_token_identities
 from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
 
 ImageLoader = Callable[[Path | None, str], tuple[Tensor, tuple[int, int]]]
+
+REFERENCE_LINE = "{name} is {image}\n"
+"""Line of a reference that can be read from text."""
+
+_TOKEN_FIELDS = ("input_ids", "attention_mask", "token_identity_index", "name_mask", "assistant_masks")
 
 
 class IDAVLMProcessor(ProcessorMixin):
@@ -70,9 +90,10 @@ class IDAVLMProcessor(ProcessorMixin):
         image_seq_length: int | None = None,
         image_token: str = "<image>",
         image_format: str = "{image}",
-        identity_format: str = "{name} is {image}\n",
+        identity_format: str = REFERENCE_LINE,
         box_format: str = "thousand",
         max_length: int | None = None,
+        pack_identities: bool = False,
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -82,6 +103,7 @@ class IDAVLMProcessor(ProcessorMixin):
         self.identity_format = identity_format
         self.box_format = box_format
         self.max_length = max_length
+        self.pack_identities = pack_identities
         self.image_loader: ImageLoader | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -92,8 +114,11 @@ class IDAVLMProcessor(ProcessorMixin):
             _check_format(name, value, fields=("image",))
         elif name == "identity_format":
             _check_format(name, value, fields=("name", "image"))
+            _check_packing(self.__dict__.get("pack_identities", False), value)
         elif name == "box_format":
             BoxFormat(value)
+        elif name == "pack_identities":
+            _check_packing(value, self.identity_format)
         elif name == "image_token":
             _check_image_token(self.tokenizer, value)
         elif name == "tokenizer" and "image_token" in self.__dict__:
@@ -104,7 +129,7 @@ class IDAVLMProcessor(ProcessorMixin):
                     "image_loader holds images that the present image_processor prepared; set image_loader=None before "
                     "another image_processor."
                 )
-            self.__dict__["_pixels_shape"] = _check_fixed_size(value)
+            self.__dict__["_pixels_shape"] = (_sizes_of(value), _check_fixed_size(value))
         super().__setattr__(name, value)
 
     @property
@@ -126,56 +151,301 @@ class IDAVLMProcessor(ProcessorMixin):
             output.pop(name, None)
         return output
 
-    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = False, **kwargs):
-        """Render messages as text, or tokenize them, as in transformers. Control tokens in messages are refused.
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        add_generation_prompt: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        padding_side: str | None = None,
+        image_root: str | Path | None = None,
+        allow_urls: bool = False,
+        sanitize_control_tokens: bool = False,
+        **kwargs,
+    ):
+        """Render messages as text, or make the inputs of the model from them, as in transformers.
 
-        The rendered text does not tell the special tokens of messages from those of the template. :meth:`encode` keeps
-        them apart, so build a record for text that may hold them.
+        Content parts are ``text``, ``image`` and ``{"type": "identity", "name": "Kate", "images": [...]}``. Images are
+        paths, PIL images or the bytes of a file.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            chat_template: replaces the chat template of the processor.
+            tokenize: whether to return inputs of the model instead of text.
+            return_dict: return all inputs of the model; otherwise ``input_ids`` alone.
+            add_generation_prompt: end with the header of an assistant turn.
+            return_assistant_tokens_mask: also return ``assistant_masks`` ``[B, T]``, 1 at tokens of assistant turns.
+            padding_side: ``"left"`` by default with ``add_generation_prompt``, otherwise ``"right"``.
+            image_root: folder of relative image paths; the working directory by default.
+            allow_urls: whether URLs and base64 text are allowed as images.
+            sanitize_control_tokens: whether ``image_token`` in the text of a message is an error, too.
+            kwargs: with ``tokenize=True``, ``return_tensors="pt"`` for tensors, padded to the longest row (without it,
+                the fields of tokens are lists); ``truncation`` and ``max_length``; ``processor_kwargs`` with the same.
+                With ``tokenize=False``, variables of the chat template.
 
         Raises:
-            ValueError: the text of a message holds a special token other than ``image_token``; with
-                ``sanitize_control_tokens`` also ``image_token``.
+            DataError: messages or images that cannot be used, with the place in the messages.
+            ValueError: with ``tokenize=False``, the text of a message holds a special token other than ``image_token``:
+                rendered text does not tell it from those of the template. Or an argument that cannot take effect, or
+                truncation that would cut an image.
         """
+        chat_template = chat_template or self.chat_template
+        conversations = list(conversation) if is_batch(conversation) else [conversation]
+        if not tokenize:
+            self._check_rendered(conversations, sanitize_control_tokens)
+            texts = [
+                self._render(messages, chat_template, add_generation_prompt=add_generation_prompt, **kwargs)
+                for messages in conversations
+            ]
+            return texts if is_batch(conversation) else texts[0]
+        options = _tokenize_options(kwargs)
+        loader = PhotoLoader(
+            image_root, allow_urls=allow_urls, resized_size=functools.partial(resized_size, self.image_processor)
+        )
+        samples = []
+        for messages in conversations:
+            read = read_conversation(messages)
+            images = [loader.load(photo.image, field=photo.field, key=photo.key) for photo in read.photos]
+            samples.append(conversation_to_sample(read, images))
+        encoded = [
+            self._encode(sample, chat_template, add_generation_prompt=add_generation_prompt) for sample in samples
+        ]
+        if options.get("truncation"):
+            limit = options.get("max_length") or self.tokenizer.model_max_length
+            encoded = [self._truncated(one, limit, row) for row, one in enumerate(encoded)]
+        side = padding_side or options.get("padding_side") or ("left" if add_generation_prompt else "right")
+        batch = self.collate(encoded, padding_side=side)
+        labels = batch.pop("labels")
+        for name in ("boxes", "box_image", "box_identity", "image_sizes"):
+            batch.pop(name)
+        if return_assistant_tokens_mask:
+            batch["assistant_masks"] = (labels != IGNORE_INDEX).long()
+        if options.get("return_tensors") is None:
+            is_token = batch["attention_mask"].bool() | bool(options.get("padding"))
+            for name in _TOKEN_FIELDS:
+                if name in batch:
+                    batch[name] = [row[kept].tolist() for row, kept in zip(batch[name], is_token, strict=True)]
+        return BatchFeature(batch) if return_dict else batch["input_ids"]
+
+    def _truncated(self, encoded: dict[str, Tensor], limit: int, row: int) -> dict[str, Tensor]:
+        ids = encoded["input_ids"]
+        if (ids[limit:] == self.image_token_id).any():
+            raise ValueError(
+                f"row {row} has {len(ids)} tokens; truncation to max_length={limit} would cut image placeholders. "
+                "Raise max_length or switch truncation off, use fewer images, or shorten the text."
+            )
+        fields = ("input_ids", "labels", "token_identity_index", "name_mask")
+        return {name: value[:limit] if name in fields else value for name, value in encoded.items()}
+
+    def _render(self, messages, chat_template: str, **kwargs) -> str:
+        read = read_conversation(messages)
+        sample = conversation_to_sample(read, [photo.image for photo in read.photos])
+        self._check_order(read, sample)
+        texts = [
+            {"role": message["role"], "content": "".join(segment.text for segment in message["content"])}
+            for message in self._messages(sample, {}, check_text=False)
+        ]
+        return super().apply_chat_template(texts, chat_template=chat_template, tokenize=False, **kwargs)
+
+    @staticmethod
+    def _check_order(read: Conversation, sample: Sample) -> None:
+        """Check that references precede all other images, one identity after the other, as in the rendered text."""
+        identities = [photo.identity for photo in read.photos]
+        num_references = len(sample.reference_images)
+        if None in identities[:num_references] or identities[:num_references] != sorted(identities[:num_references]):
+            raise DataError(
+                "the text of messages has the images in another order than the messages: put the photos of each "
+                "identity side by side, and before all other images."
+            )
+
+    def _check_rendered(self, conversations: list, sanitize_control_tokens: bool) -> None:
         allowed = () if sanitize_control_tokens else (self.image_token,)
-        for role, text in _texts_of_messages(conversation):
+        for role, text in _texts_of_messages(conversations):
             for token in find_special_tokens(self.tokenizer, text):
                 if token not in allowed:
                     raise ValueError(
                         f"a message of {role!r} holds the special token {token!r} ({text[:60]!r}), which could end or "
                         "forge a turn; remove it, or pass a record to encode(), where it is ordinary text."
                     )
-        return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
-        """Prepare text with ``image_token`` for each image, and these images as general images, as in transformers.
+    def __call__(self, images=None, text=None, *, identities=None, **kwargs) -> BatchFeature:
+        """Prepare text with ``image_token`` for each image, and these images, as in transformers.
 
-        For identities build a record and use :meth:`encode`. The text is a prompt: special tokens in it are special
-        tokens. :meth:`apply_chat_template` builds one and refuses messages that hold special tokens.
+        The line ``Kate is <image>`` makes the image a reference of Kate, if ``identity_format`` is the default. The
+        text is a prompt: special tokens in it are special tokens. :meth:`apply_chat_template` builds one and refuses
+        messages that hold special tokens.
 
         Args:
-            images: all images, in the order of the texts.
+            images: all images, in the order of the texts, or a list of images for each text.
             text: a string or a list of strings.
+            identities: references that the text does not hold, which precede it: for each text
+                ``[{"name", "images"}, ...]`` or ``{name: photos}``.
             kwargs: arguments of the tokenizer (``padding``, ``return_tensors``).
 
+        Returns:
+            The output of the tokenizer. With images, ``pixel_values``, ``image_roles`` and ``sample_index`` as well.
+            With identities, also ``identity_index``, ``token_identity_index`` and ``name_mask``, or with
+            ``pack_identities`` only ``pixel_values`` and ``mm_token_type_ids``.
+
         Raises:
-            ValueError: another number of placeholders than of images.
+            DataError: another number of placeholders than of images, images that cannot be read, faults in
+                ``identities``.
+            ValueError: truncation that would cut an image.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        counts = [item.count(self.image_token) for item in texts]
-        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        if sum(counts) != len(images):
-            raise ValueError(f"the text holds {sum(counts)} {self.image_token} but {len(images)} images were passed.")
-        placeholders = self.image_format.format(image=self.image_token * self._num_image_tokens())
-        kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, **kwargs}
-        batch = self.tokenizer([item.replace(self.image_token, placeholders) for item in texts], **kwargs)
-        if images:
-            batch["pixel_values"] = self._pixels(images)
-            batch["image_roles"] = torch.full((len(images),), int(ImageRole.GENERAL))
-            batch["sample_index"] = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
-        return BatchFeature(dict(batch))
+        named = read_identities(identities, len(texts))
+        image_text = self.image_format.format(image=self.image_token)
+        references = self._references_in(texts, image_text)
+        rows = images_of_texts(images, [len(row) for row in references])
+        conversations = [conversation_of_text(*row) for row in zip(named, rows, references, strict=True)]
+        loader = PhotoLoader()
+        photos = [
+            loader.load(photo.image, field=photo.field or f"images[{place}]")
+            for conversation in conversations
+            for place, photo in enumerate(conversation.photos)
+        ]
+        texts = [
+            with_reference_lines(
+                self._with_image_format(entry, image_text),
+                of_text,
+                self.identity_format,
+                image_text,
+                self.image_token,
+                tokenizer=self.tokenizer,
+                field=f"text[{row}]",
+            )
+            for row, (entry, of_text) in enumerate(zip(texts, named, strict=True))
+        ]
+        has_identities = any(conversation.identities for conversation in conversations)
+        if has_identities and not self.tokenizer.is_fast:
+            raise ValueError("identities need a fast tokenizer, which says where names are; load one (use_fast=True).")
+        answers = [self._answers_in(entry) if has_identities else [] for entry in texts]
+        if photos:
+            placeholders = self.image_token * self._num_image_tokens()
+            answers = [self._shifted(spans, entry) for spans, entry in zip(answers, texts, strict=True)]
+            texts = [entry.replace(self.image_token, placeholders) for entry in texts]
+        options = {"return_tensors": "pt", "padding": len(texts) > 1, "return_token_type_ids": False, **kwargs}
+        bos = self.tokenizer.bos_token
+        if bos is not None and texts and texts[0].startswith(bos):
+            options.setdefault("add_special_tokens", False)
+        if self.pack_identities:
+            options.setdefault("padding_side", "left")
+        if has_identities and options["return_tensors"] != "pt":
+            raise ValueError(f"return_tensors={options['return_tensors']!r} cannot hold identities; use 'pt'.")
+        batch = self.tokenizer(texts, **{**options, "return_offsets_mapping": has_identities or None})
+        if not photos:
+            return BatchFeature(dict(batch))
+        self._check_placeholders(batch["input_ids"], conversations)
+        batch["pixel_values"] = self._pixels(photos)
+        roles, samples, numbers = [], [], []
+        for row, conversation in enumerate(conversations):
+            other = ImageRole.SCENE if conversation.identities else ImageRole.GENERAL
+            for photo in conversation.photos:
+                roles.append(int(other if photo.identity is None else ImageRole.REFERENCE))
+                samples.append(row)
+                numbers.append(photo.identity or 0)
+        fields = {"image_roles": torch.tensor(roles), "sample_index": torch.tensor(samples)}
+        if has_identities:
+            fields["identity_index"] = torch.tensor(numbers)
+            offsets = batch.pop("offset_mapping").tolist()
+            names = [conversation.identities for conversation in conversations]
+            fields |= self._token_fields(texts, names, answers, batch["input_ids"], batch["attention_mask"], offsets)
+            if self.pack_identities:
+                ids, length = batch["input_ids"], self._num_image_tokens()
+                fields = {FIELD: pack_token_identities(ids, fields, self.image_token_id, length)}
+        return BatchFeature({**batch, **fields})
+
+    def _references_in(self, texts: list[str], image_text: str) -> list[list[str | None]]:
+        """For each image of each text the name that it is a reference of, or None."""
+        if self.identity_format != REFERENCE_LINE:
+            return [[None] * text.count(self.image_token) for text in texts]
+        template = self._template()
+        header = "" if template is None else template.facts.header
+        special = special_tokens(self.tokenizer)
+        return [
+            references_in_text(
+                text, image_text, self.image_token, header=header, special=special, reads_as_name=reads_as_name
+            )
+            for text in texts
+        ]
+
+    def _template(self) -> ChatTemplate | None:
+        """The chat template; None if there is none that takes an image."""
+        if not self.chat_template:
+            return None
+        template = ChatTemplate(self.tokenizer, self.chat_template, self.image_token)
+        try:
+            template.facts  # noqa: B018
+        except DataError:
+            return None
+        return template
+
+    def _answers_in(self, text: str) -> list[Span]:
+        template = self._template()
+        try:
+            return [] if template is None else template.answers_in_text(text)
+        except DataError:  # a template that takes no assistant turns
+            return []
+
+    def _with_image_format(self, text: str, image_text: str) -> str:
+        """Write the text of an image around placeholders that stand alone."""
+        return image_text.join(piece.replace(self.image_token, image_text) for piece in text.split(image_text))
+
+    def _shifted(self, spans: list[Span], text: str) -> list[Span]:
+        """Spans of a text after each placeholder was repeated."""
+        grown = len(self.image_token) * (self._num_image_tokens() - 1)
+        return [tuple(edge + grown * text.count(self.image_token, 0, edge) for edge in span) for span in spans]
+
+    def _check_placeholders(self, input_ids, conversations: list[Conversation]) -> None:
+        for row, (ids, conversation) in enumerate(zip(input_ids, conversations, strict=True)):
+            found = (torch.as_tensor(ids) == self.image_token_id).sum().item()
+            expected = len(conversation.photos) * self._num_image_tokens()
+            if found != expected:
+                raise ValueError(
+                    f"row {row} has {found} image placeholders in place of {expected}: truncation to max_length would "
+                    "cut an image. Raise max_length or switch truncation off, use fewer images, or shorten the text."
+                )
+
+    def _token_fields(
+        self,
+        texts: list[str],
+        names: list[list[str]],
+        answers: list[list[Span]],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        offsets: list[list[Span]],
+    ) -> dict[str, Tensor]:
+        """``token_identity_index`` and ``name_mask`` of texts with repeated placeholders, as in :meth:`encode`."""
+        markup = re.compile("|".join(map(re.escape, [*special_tokens(self.tokenizer), self.image_token])))
+        index, mask = torch.full_like(input_ids, NO_IDENTITY), torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            tags = [match.span() for match in markup.finditer(text)]
+            outside = answers[row]
+            found = [
+                (start, end, identity)
+                for start, end, identity in find_names(text, names[row])
+                if not any(a < end and start < b and not (start <= a and b <= end) for a, b in tags)
+                and not any(a < end and start < b for a, b in outside)
+            ]
+            spelled = [
+                next((identity for a, b, identity in found if a < end and start < b), NO_IDENTITY)
+                for start, end in offsets[row]
+            ]
+            in_answer = [any(a <= start < b for a, b in outside) and start < end for start, end in offsets[row]]
+            ids = input_ids[row].tolist()
+            labels = [token if inside else IGNORE_INDEX for token, inside in zip(ids, in_answer, strict=True)]
+            index[row] = torch.tensor(propagate_names(spelled, ids, labels, self.image_token_id))
+            mask[row] = torch.tensor(spelled) != NO_IDENTITY
+        return {
+            "token_identity_index": index.where(attention_mask.bool(), NO_IDENTITY),
+            "name_mask": mask & attention_mask.bool(),
+        }
 
     def encode(self, sample: Sample, *, add_generation_prompt: bool = False) -> dict[str, Tensor]:
-        """Encode one sample.
+        """Encode one sample. Its images may be PIL images.
 
         Args:
             sample: a checked record; its images are opened below its ``image_root``.
@@ -194,11 +464,15 @@ class IDAVLMProcessor(ProcessorMixin):
                 cannot take as text, boxes outside their image, a sample longer than ``max_length``.
             ValueError: the sample has identities and the tokenizer is slow.
         """
-        load = self.image_loader or self.load_image
-        images = [load(sample.image_root, path) for path in sample.images]
+        return self._encode(sample, self.chat_template, add_generation_prompt=add_generation_prompt)
+
+    def _encode(self, sample: Sample, chat_template: str, *, add_generation_prompt: bool) -> dict[str, Tensor]:
+        images = [self._load(sample.image_root, image) for image in sample.images]
         sizes = [size for _, size in images]
         num_references = len(sample.reference_images)
-        scene_sizes = dict(zip(sample.message_images, sizes[num_references:], strict=True))
+        # Boxes name their image by its path.
+        in_messages = zip(sample.message_images, sizes[num_references:], strict=True)
+        scene_sizes = {image: size for image, size in in_messages if isinstance(image, str)}
         for box in sample.boxes:
             height, width = scene_sizes[box.image]
             x1, y1, _, _ = _as_float32(box.box)
@@ -209,7 +483,7 @@ class IDAVLMProcessor(ProcessorMixin):
                 )
         messages = self._messages(sample, scene_sizes)
         input_ids, labels, identities_of_tokens = render_chat(
-            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=self.chat_template
+            self.tokenizer, messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template
         )
         if not input_ids or input_ids.count(self.image_token_id) != len(images):
             raise DataError(
@@ -267,14 +541,26 @@ class IDAVLMProcessor(ProcessorMixin):
                 f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path
             )
         image = ImageStore(root, resized_size=functools.partial(resized_size, self.image_processor)).open(path)
+        return self._prepare(path, image)
+
+    def _load(self, root: Path | None, image: str | Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        if isinstance(image, Image.Image):
+            return self._prepare("a PIL image", image)
+        return (self.image_loader or self.load_image)(root, image)
+
+    def _prepare(self, path: str, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         try:
             pixels = self._pixels([image])[0]
         except MemoryError:
             raise
         except Exception as error:  # other images pass, so this one's shape is the cause
             raise self._refused(path, image, f"{type(error).__name__}: {shorten(str(error))}") from error
-        if pixels.shape != self._pixels_shape:
-            shapes = f"{list(pixels.shape)} in place of {list(self._pixels_shape)}"
+        sizes, shape = self._pixels_shape
+        if sizes != _sizes_of(self.image_processor):  # changed in place
+            shape = _check_fixed_size(self.image_processor)
+            self.__dict__["_pixels_shape"] = (_sizes_of(self.image_processor), shape)
+        if pixels.shape != shape:
+            shapes = f"{list(pixels.shape)} in place of {list(shape)}"
             raise self._refused(path, image, f"its output has shape {shapes}")
         return pixels, (image.height, image.width)
 
@@ -295,6 +581,12 @@ class IDAVLMProcessor(ProcessorMixin):
         return self.image_seq_length
 
     def _pixels(self, images: list) -> Tensor:
+        for number, image in enumerate(images):
+            if isinstance(image, Image.Image):
+                size = (image.height, image.width)
+                problem = size_problem(size, resized_size=functools.partial(resized_size, self.image_processor))
+                if problem:
+                    raise ValueError(f"images[{number}] {problem}.")
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def _image_tensors(self, images: list[Tensor]) -> dict[str, Tensor]:
@@ -306,13 +598,16 @@ class IDAVLMProcessor(ProcessorMixin):
             return {"image_features": torch.stack(images).float()}
         return {"pixel_values": torch.stack(images) if images else torch.zeros(0, 3, 0, 0)}
 
-    def _messages(self, sample: Sample, image_sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    def _messages(
+        self, sample: Sample, image_sizes: dict[str, tuple[int, int]], *, check_text: bool = True
+    ) -> list[dict[str, Any]]:
         """Render the conversation as segments with one placeholder per image.
 
-        References precede the first user turn. Names are segments of their own, except in answers.
+        References precede the first user turn. Names are segments of their own, except in answers. With
+        ``check_text=False``, placeholders in the text are not refused.
         """
         names = [identity.name for identity in sample.identities]
-        for name in (*names, *(box.name for box in sample.boxes)):
+        for name in (*names, *(box.name for box in sample.boxes)) if check_text else ():
             self._check_text(sample, name)
         image = Segment(self.image_format.format(image=self.image_token), is_markup=True)
         lines = [
@@ -334,7 +629,7 @@ class IDAVLMProcessor(ProcessorMixin):
                 else:
                     content.append(Segment(part.text))
             for is_markup, run in groupby(content, key=lambda segment: segment.is_markup):
-                if not is_markup:  # two parts may hold the placeholder together
+                if check_text and not is_markup:  # two parts may hold the placeholder together
                     self._check_text(sample, "".join(segment.text for segment in run))
             content = content if message.role == "assistant" else split_at_names(content, names)
             messages.append({"role": message.role, "content": content})
@@ -422,6 +717,36 @@ def _as_float32(box: list[float]) -> list[float]:
     return torch.tensor(box, dtype=torch.float32).tolist()
 
 
+def _sizes_of(image_processor) -> str:
+    return str([getattr(image_processor, name, None) for name in ("size", "crop_size", "pad_size")])
+
+
+def _tokenize_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options of ``apply_chat_template(tokenize=True)``. Those that cannot take effect are refused."""
+    options = {**kwargs, **(kwargs.pop("processor_kwargs", None) or {})}
+    options.pop("processor_kwargs", None)
+    accepted = {
+        "return_tensors": (None, "pt"),
+        "padding": (None, True, False, "longest"),
+        "padding_side": (None, "left", "right"),
+        "pad_to_multiple_of": (None,),
+        "truncation": (None, True, False, "longest_first"),
+        "add_special_tokens": (None, False),
+        "continue_final_message": (None, False),
+        "tools": (None,),
+        "documents": (None,),
+    }
+    if options.get("truncation"):
+        accepted["max_length"] = (options.get("max_length"),)
+    for name, value in options.items():
+        if value is not None and (name not in accepted or value not in accepted[name]):
+            raise ValueError(
+                f"{name}={value!r} cannot take effect with tokenize=True; leave it out. Images have a fixed number of "
+                "tokens, and rows are padded to the longest."
+            )
+    return options
+
+
 def _texts_of_messages(conversation: Any) -> Iterator[tuple[str, str]]:
     """Role and text of each message of one conversation or of several."""
     for message in conversation:
@@ -440,7 +765,15 @@ def _check_image_token(tokenizer, image_token: str) -> None:
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise ValueError(
             f"image_token={image_token!r} is not a token of the tokenizer; call "
-            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}}) first."
+            f"tokenizer.add_tokens([{image_token!r}], special_tokens=True) first."
+        )
+
+
+def _check_packing(pack_identities: bool, identity_format: str) -> None:
+    if pack_identities and identity_format != REFERENCE_LINE:
+        raise ValueError(
+            f"pack_identities=True reads lines of the form 'Kate is <image>', but identity_format={identity_format!r}; "
+            f"use identity_format={REFERENCE_LINE!r}."
         )
 
 

@@ -1,6 +1,6 @@
 """The ID-Former: image tokens of scenes that carry the identities of reference photos (IDA-VLM, arXiv 2407.07577)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from idavlm.modules.attention import CrossAttention, FeedForward, saves_memory
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
-    attention_energy,
+    attention_energies,
     identities_of_scenes,
     identity_contrastive_loss,
     identity_map_from_attention,
@@ -438,18 +438,27 @@ class IDFormer(nn.Module):
         return independent, lambda: scenes
 
     @torch.no_grad()
-    def similarity(self, scene_features: Tensor, reference_features: Tensor) -> Tensor:
-        """How much the patches ``[P, Cv]`` of a scene would attend to those of a reference, before the softmax.
+    def reference_energies(self, scene: Tensor, references: Sequence[Tensor]) -> Tensor:
+        """How much a scene attends to each of many references in the first identity layer, before the softmax.
+
+        Args:
+            scene: ``[P, Cv]`` patches of the scene.
+            references: patches ``[P, Cv]`` of each of the R references.
 
         Returns:
-            Scalar: the largest over the patches of the scene, see :func:`attention_energy`.
+            ``[R + 1, P]`` see :func:`attention_energies`; the last row is the null token, ``-inf`` without one.
         """
-        scene, reference = (self.resampler.project_patches(x[None]) for x in (scene_features, reference_features))
-        grid_size = self.resampler.check_features(reference_features[None], None)
-        tokens = self.resampler.resample(reference, self.resampler.key_bias(grid_size))
+        patches = self.resampler.project_patches(torch.stack([scene, *references]))
+        grid_size = self.resampler.check_features(scene[None], None)
+        tokens = self.resampler.resample(patches[1:], self.resampler.key_bias(grid_size))
+        keys = self._identity_keys(patches[1:], tokens)
         attention = self.identity_layers[0].attention
-        keys = attention.keys(self._identity_keys(reference, tokens)[0])
-        return attention_energy(attention.queries(scene[0]), keys).max()
+        query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
+        null = keys[:0, 0] if self.null_token is None else self.null_token
+        projected = attention.keys(torch.cat([keys.flatten(0, 1), null]))
+        lengths = [keys.shape[1]] * len(keys) + [1] * len(null)
+        energies = attention_energies(attention.queries(patches[0], query_bias), projected, lengths)
+        return energies if len(null) else F.pad(energies, (0, 0, 0, 1), value=-torch.inf)
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
         keys = image_tokens if self.identity_keys == "tokens" else patches

@@ -1,6 +1,7 @@
 """The identity map: the share of attention that each patch pays to each identity, and how boxes supervise it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -222,18 +223,19 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
         return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
 
 
-def attention_energy(q: Tensor, k: Tensor) -> Tensor:
-    """Logarithm of the attention that each query would pay to all keys together, before it is normalised.
+def attention_energies(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Logarithm of the attention that each query would pay to each group of keys, before it is normalised.
 
     Args:
         q: ``[N, H, D]`` projected patches of a scene.
-        k: ``[K, H, D]`` projected keys of a reference.
+        k: ``[K, H, D]`` projected keys, group after group.
+        lengths: number of keys of each of the R groups.
 
     Returns:
-        ``[N]``, mean over heads, in float32. Values of several references are comparable.
+        ``[R, N]``, mean over heads, in float32.
     """
-    scores = torch.einsum("nhd,khd->nhk", q.float() * q.shape[-1] ** -0.5, k.float())
-    return scores.logsumexp(-1).mean(-1)
+    scores = torch.einsum("nhd,khd->khn", q.float() * q.shape[-1] ** -0.5, k.float())
+    return torch.stack([group.logsumexp(0).mean(0) for group in scores.split(list(lengths))])
 
 
 def _check_boxes(
