@@ -51,6 +51,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cross_attention
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
+	$(BIN)/python -m benchmarks.throughput
 
 KILLS ?= 20
 # IDAVLM_FUZZ multiplies the number of examples of continuous integration.
@@ -60,15 +61,10 @@ fuzz: $(VENV)/installed
 resume: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killed_runs --kills $(KILLS)
 
-# Correctness of the attention kernels, their fastest tile sizes, their speed, the loss curves of models that use them,
-# and memory accesses (compute-sanitizer is part of the CUDA toolkit).
-WIDTHS ?= 64 128
+# One program in stages: correctness, speed, tile sizes, training, memory accesses. See benchmarks/gpu.py.
+MINUTES ?= 8
 gpu:
-	$(PYTHON) -m pytest tests/test_triton_attention.py tests/test_attention_kernels.py
-	$(foreach width,$(WIDTHS),$(PYTHON) -m benchmarks.tune_attention --head-dim $(width) --dtype bfloat16 &&) true
-	$(PYTHON) -m benchmarks.cross_attention --device cuda --dtype bfloat16
-	$(PYTHON) -m benchmarks.loss_curves --bf16
-	compute-sanitizer $(PYTHON) -m pytest tests/test_triton_attention.py -k head_dims
+	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out runs/gpu
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest

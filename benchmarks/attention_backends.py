@@ -82,12 +82,6 @@ def library(implementation: str) -> Callable[[Problem], Tensor]:
     return run
 
 
-def triton(problem: Problem) -> Tensor:
-    if problem.q.device.type == "cpu":
-        raise RuntimeError("the kernels need a GPU; on a CPU they are interpreted, and their speed means nothing")
-    return library("triton")(problem)
-
-
 def by_segment(problem: Problem) -> Tensor:
     """One SDPA call per segment."""
     return torch.cat([_sdpa(*(x[None] for x in segment))[0] for segment in problem.segments])
@@ -165,7 +159,7 @@ def flex(problem: Problem) -> Tensor:
 
 
 BACKENDS: dict[str, Callable[[Problem], Tensor]] = {
-    "triton": triton,
+    "triton": library("triton"),
     "sdpa": library("sdpa"),
     "released": released,
     "one call per segment": by_segment,

@@ -7,6 +7,7 @@ On a CPU the default sizes are small, so that it takes a minute. ``triton`` and 
 the others are in ``benchmarks/attention_backends.py``. Every backend is first checked against the float32 reference.
 Columns:
 
+- "ms" of "backward": that of forward + backward, less that of forward;
 - "speed": time of the fastest other backend divided by the time of this one;
 - "of matmul": share of the rate that one large matrix product reaches on this machine;
 - "roofline ms": the longer of two times, the matrix products at that rate, and the transfer of every input and output
@@ -35,6 +36,7 @@ from idavlm import cross_attention
 from idavlm.utils import describe_machine, markdown_table
 
 OURS = ("triton", "sdpa")
+HEADER = ["case", "backend", "ms", "speed", "TFLOP/s", "of matmul", "roofline ms", "MB"]
 CASES = ("pool", "recognise", "long", "small")
 
 
@@ -68,16 +70,19 @@ def make_problem(case: str, args: argparse.Namespace) -> Problem:
     return Problem(tensor(tokens_q), tensor(sum(lengths_k)), tensor(sum(lengths_k)), lengths_q, lengths_k, shared)
 
 
-def work_of(problem: Problem, backward: bool) -> tuple[float, float]:
+def work_of(problem: Problem, direction: str) -> tuple[float, float]:
     """Floating-point operations (2 products forward, 5 backward), and bytes that must be transferred."""
     heads, dim = problem.q.shape[1:]
     pairs = sum(q * k for q, k in zip(problem.lengths_q, problem.lengths_k, strict=True))
     outputs = sum(problem.lengths_q) * heads * dim
     inputs = sum(x.numel() for x in (problem.q, problem.k, problem.v))
-    moved = inputs + outputs
-    if backward:
-        moved += inputs + 2 * outputs + inputs  # inputs, output and its gradient read; gradients written
-    return (14 if backward else 4) * pairs * heads * dim, moved * problem.q.element_size()
+    forward, backward = inputs + outputs, 2 * inputs + 2 * outputs  # backward reads the output and its gradient
+    products, moved = {
+        "forward": (2, forward),
+        "backward": (5, backward),
+        "forward + backward": (7, forward + backward),
+    }[direction]
+    return 2 * products * pairs * heads * dim, moved * problem.q.element_size()
 
 
 def reference(problem: Problem) -> Tensor:
@@ -111,36 +116,42 @@ def available_backends(problem: Problem, case: str) -> dict[str, Callable[[Probl
 
 
 def measure_case(case: str, args: argparse.Namespace, rates: tuple[float, float]) -> list[list[object]]:
+    """Rows of a table with the columns ``HEADER``. ``rates``: of a matrix product and of a copy, see ``measure.py``."""
     problem = make_problem(case, args)
     inputs = (problem.q, problem.k, problem.v)
     backends = available_backends(problem, case)
     grad = torch.randn_like(next(iter(backends.values()))(problem))
+
+    def forward(function: Callable[[Problem], Tensor]) -> None:
+        with torch.no_grad():
+            function(problem)
+
+    def forward_backward(function: Callable[[Problem], Tensor]) -> None:
+        torch.autograd.grad(function(problem), inputs, grad)
+
+    times, megabytes = {}, {}
+    for direction, run in (("forward", forward), ("forward + backward", forward_backward)):
+        functions = {name: (lambda function=function, run=run: run(function)) for name, function in backends.items()}
+        times[direction] = time_side_by_side(functions, args.device, args.rounds)
+        megabytes[direction] = {name: peak_megabytes(function, args.device) for name, function in functions.items()}
+    times["backward"] = {name: times["forward + backward"][name] - times["forward"][name] for name in backends}
     rows = []
-    for backward in (False, True):
-
-        def run(function: Callable[[Problem], Tensor], backward: bool = backward) -> None:
-            with torch.set_grad_enabled(backward):
-                out = function(problem)
-            if backward:
-                torch.autograd.grad(out, inputs, grad)
-
-        functions = {name: (lambda function=function: run(function)) for name, function in backends.items()}
-        times = time_side_by_side(functions, args.device, args.rounds)
-        best_other = min(time for name, time in times.items() if name not in OURS)
-        operations, moved = work_of(problem, backward)
+    for direction in ("forward", "backward", "forward + backward"):
+        best_other = min(time for name, time in times[direction].items() if name not in OURS)
+        operations, moved = work_of(problem, direction)
         roofline = 1000 * max(operations / rates[0], moved / rates[1])
-        for name, function in functions.items():
-            rate = operations / times[name] * 1000
+        for name, milliseconds in times[direction].items():
+            rate = operations / milliseconds * 1000
             rows.append(
                 [
-                    f"{case}, {'forward + backward' if backward else 'forward'}",
+                    f"{case}, {direction}",
                     name,
-                    f"{times[name]:.2f}",
-                    f"{best_other / times[name]:.2f}x",
+                    f"{milliseconds:.2f}",
+                    f"{best_other / milliseconds:.2f}x",
                     f"{rate / 1e12:.3g}",
                     f"{rate / rates[0]:.0%}",
                     f"{roofline:.2f}",
-                    f"{peak_megabytes(function, args.device):.0f}",
+                    f"{megabytes[direction][name]:.0f}" if direction in megabytes else "",
                 ]
             )
     return rows
@@ -169,7 +180,7 @@ def main() -> None:
         f"{args.patches} patches, {args.num_heads} heads of {args.head_dim}; matrix product {rates[0] / 1e12:.3g} "
         f"TFLOP/s, copy {rates[1] / 1e9:.3g} GB/s; median of {args.rounds} rounds\n"
     )
-    print(markdown_table(["case", "backend", "ms", "speed", "TFLOP/s", "of matmul", "roofline ms", "MB"], rows))
+    print(markdown_table(HEADER, rows))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 
 Both have the same weights, and their outputs are compared first. All parameters need gradients; the image features do
 not, since the vision tower is frozen as in the paper. "FLOPs" is the ratio of floating-point operations in matrix
-products: the largest speed-up possible where these limit the time.
+products: the largest speed-up possible where these limit the time. "of matmul" is the share of the rate of one large
+matrix product that IDFormer reaches. The large product is measured in turn with the modules, so that both see the same
+load of the machine.
 """
 
 import argparse
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.measure import argument_parser, peak_megabytes, time_side_by_side, tolerance
+from benchmarks.measure import argument_parser, large_matmul, peak_megabytes, time_side_by_side, tolerance
 from benchmarks.released import ReleasedIDFormer, to_idavlm
 from idavlm import IDFormer
 from idavlm.utils import ImageRole, describe_machine, markdown_table
 
 SMALL = {"hidden_size": 1024, "num_heads": 8, "num_queries": 64, "vision_hidden_size": 1024}
 RELEASED = {"hidden_size": 4096, "num_heads": 32, "num_queries": 256, "vision_hidden_size": 1664}
+
+HEADER = ["case", "released ms", "IDFormer ms", "speed", "FLOPs", "of matmul", "released MB", "IDFormer MB"]
 
 
 def batch(samples: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -40,13 +44,15 @@ def ragged(samples: int) -> list[tuple[int, int]]:
     return [(draw.randint(1, 6), draw.randint(1, 4)) for _ in range(samples)]
 
 
-def build(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> tuple[ReleasedIDFormer, IDFormer]:
+def build(
+    sizes: dict[str, int], device: torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa"
+) -> tuple[ReleasedIDFormer, IDFormer]:
     """Both modules with the same random weights, also for projections that are initialised with zeros."""
     torch.manual_seed(0)
     released = ReleasedIDFormer(**sizes)
     for parameter in released.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    id_former = IDFormer(**sizes)
+    id_former = IDFormer(**sizes, attn_implementation=attn_implementation)
     id_former.load_state_dict(to_idavlm(released.state_dict()))
     return released.to(device, dtype), id_former.to(device, dtype)
 
@@ -73,15 +79,20 @@ def flops(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def compare(name: str, functions: dict[str, Callable], device: torch.device, rounds: int) -> list[object]:
-    """One row of the table, see ``main``."""
-    times = time_side_by_side(functions, device, rounds)
+def compare(name: str, functions: dict[str, Callable], args: argparse.Namespace) -> list[object]:
+    """One row of a table with the columns ``HEADER``."""
+    device, dtype, rounds = args.device, args.dtype, args.rounds
+    matmul, matmul_operations = large_matmul(device, dtype)
+    times = time_side_by_side({**functions, "matmul": matmul}, device, rounds)
+    operations = {key: flops(function) for key, function in functions.items()}
+    share = operations["IDFormer"] / times["IDFormer"] / (matmul_operations / times["matmul"])
     megabytes = {key: peak_megabytes(function, device) for key, function in functions.items()}
     return [
         name,
         *(f"{times[key]:.1f}" for key in functions),
         f"{times['released'] / times['IDFormer']:.2f}x",
-        f"{flops(functions['released']) / flops(functions['IDFormer']):.2f}x",
+        f"{operations['released'] / operations['IDFormer']:.2f}x",
+        f"{share:.0%}",
         *(f"{megabytes[key]:.0f}" for key in functions),
     ]
 
@@ -89,16 +100,16 @@ def compare(name: str, functions: dict[str, Callable], device: torch.device, rou
 def measure_case(
     name: str, sizes: dict[str, int], num_patches: int, samples: list[tuple[int, int]], args: argparse.Namespace
 ) -> list[list[object]]:
-    released, id_former = build(sizes, args.device, args.dtype)
+    released, id_former = build(sizes, args.device, args.dtype, args.attn_implementation)
     roles, index = batch(samples)
     features = torch.randn(len(roles), num_patches, sizes["vision_hidden_size"], device=args.device, dtype=args.dtype)
     inputs = (features, roles, index)
     with torch.no_grad():
         torch.testing.assert_close(id_former(*inputs), released(*inputs), **tolerance(args.dtype))
         functions = {"released": lambda: released(*inputs), "IDFormer": lambda: id_former(*inputs)}
-        rows = [compare(f"{name}, forward", functions, args.device, args.rounds)]
+        rows = [compare(f"{name}, forward", functions, args)]
     functions = {"released": forward_backward(released, *inputs), "IDFormer": forward_backward(id_former, *inputs)}
-    return [*rows, compare(f"{name}, forward + backward", functions, args.device, args.rounds)]
+    return [*rows, compare(f"{name}, forward + backward", functions, args)]
 
 
 @torch.no_grad()
@@ -106,7 +117,7 @@ def measure_video(
     name: str, sizes: dict[str, int], num_patches: int, frames: int, args: argparse.Namespace
 ) -> list[object]:
     """Frames that arrive one by one and share three references. The released code encodes these for every frame."""
-    released, id_former = build(sizes, args.device, args.dtype)
+    released, id_former = build(sizes, args.device, args.dtype, args.attn_implementation)
     shape = (num_patches, sizes["vision_hidden_size"])
     references = torch.randn(3, *shape, device=args.device, dtype=args.dtype)
     scenes = torch.randn(frames, 1, *shape, device=args.device, dtype=args.dtype)
@@ -116,7 +127,7 @@ def measure_video(
         "released": lambda: [released(torch.cat([references, scene]), roles, index) for scene in scenes],
         "IDFormer": lambda: [id_former.forward_scenes(scene, identities) for scene in scenes],
     }
-    return compare(name, functions, args.device, args.rounds)
+    return compare(name, functions, args)
 
 
 def main() -> None:
@@ -125,6 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--released-samples", type=int, default=1, help="samples at hidden size 4096; 0: none (default: %(default)s)"
     )
+    parser.add_argument("--attn-implementation", default="sdpa", help="backend of IDFormer (default: %(default)s)")
     args = parser.parse_args()
 
     rows = measure_case(f"C 1024, {args.samples} x (3 + 1)", SMALL, 256, [(3, 1)] * args.samples, args)
@@ -133,9 +145,8 @@ def main() -> None:
     if args.released_samples:
         samples = [(3, 1)] * args.released_samples
         rows += measure_case(f"C 4096, {args.released_samples} x (3 + 1)", RELEASED, 1024, samples, args)
-    header = ["case", "released ms", "IDFormer ms", "speed", "FLOPs", "released MB", "IDFormer MB"]
     print(f"{describe_machine(args.device)}; {args.dtype}; median of {args.rounds} rounds\n")
-    print(markdown_table(header, rows))
+    print(markdown_table(HEADER, rows))
 
 
 if __name__ == "__main__":

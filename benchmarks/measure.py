@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
+"""Rows and columns of the matrix product that stands for the speed of the machine."""
+
 
 def argument_parser(doc: str, *, rounds: int) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks share."""
@@ -41,12 +44,17 @@ def time_side_by_side(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def large_matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+    """A function that computes one large matrix product, and its floating-point operations."""
+    size = MATMUL_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return lambda: a @ b, 2 * size**3
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of one large matrix product."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    milliseconds = time_side_by_side({"matmul": lambda: a @ b}, device, rounds=9)["matmul"]
-    return 2 * size**3 / milliseconds * 1000
+    matmul, operations = large_matmul(device, dtype)
+    return operations / time_side_by_side({"matmul": matmul}, device, rounds=9)["matmul"] * 1000
 
 
 def copy_rate(device: torch.device) -> float:

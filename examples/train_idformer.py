@@ -150,8 +150,13 @@ def main(args: DemoArguments) -> None:
     print(f"\n{report}")
 
 
-def pretrain_identities(data: Path, folder: Path, *, seed: int, steps: int) -> None:
-    """Train the vision tower and the identity attention from boxes, then store the features of all images."""
+def pretrain_identities(
+    data: Path, folder: Path, *, seed: int, steps: int, attn_implementation: str = "sdpa", bf16: bool = False
+) -> list[dict[str, float]]:
+    """Train the vision tower and the identity attention from boxes, then store the features of all images.
+
+    Returns the log of the training. benchmarks/gpu.py compares the losses of attention backends.
+    """
     set_seed(seed)
     out = folder / "identity-pretraining"
     train, general, test = (list(RecordDataset(data / f"{split}.jsonl")) for split in ("train", "general", "test"))
@@ -179,6 +184,7 @@ def pretrain_identities(data: Path, folder: Path, *, seed: int, steps: int) -> N
         output_proj=True,
         max_images=8,
         contrastive_loss_weight=3.0,
+        attn_implementation=attn_implementation,
     )
     initialise_image_tokens(model)
 
@@ -197,6 +203,7 @@ def pretrain_identities(data: Path, folder: Path, *, seed: int, steps: int) -> N
             save_strategy="no",
             report_to=[],
             seed=seed,
+            bf16=bf16,
         ),
         train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
         processing_class=processor,
@@ -205,6 +212,7 @@ def pretrain_identities(data: Path, folder: Path, *, seed: int, steps: int) -> N
 
     ImageFeatures.write(folder / "features", model, processor, [*train, *general, *test])
     trainer.save_model()  # last, because --resume skips the stage if its model is saved
+    return trainer.state.log_history
 
 
 def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resume: bool) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from importlib.metadata import version
 from itertools import pairwise
@@ -18,17 +19,11 @@ from idavlm.ops.cross_attention import flash
 
 pytest.importorskip("triton")
 
-from benchmarks import tune_attention
+from benchmarks import tile_search
 from benchmarks.attention_backends import library
 from benchmarks.cross_attention import make_problem
 from idavlm.ops.cross_attention.triton import tiling
-from idavlm.ops.cross_attention.triton.tiling import (
-    DEFAULT_TILINGS,
-    TMA_TILINGS,
-    Tile,
-    default_tiling,
-    default_tma_tiling,
-)
+from idavlm.ops.cross_attention.triton.tiling import GUESSES, KERNELS, Tile, guessed_tiling
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,34 +36,21 @@ def resources(tmp_path_factory):
     """Measured in a separate process, because this one interprets the kernels."""
     file = tmp_path_factory.mktemp("resources") / "resources.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--quick", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
 
 
-def test_every_default_tiling_compiles_for_every_gpu(resources):
-    """Tensor descriptors are tested for head_dim 128 and 256; ``docs/kernels.md`` has the figures of the others."""
-    compiled = {
-        (case["kernel"], case["capability"], case["head_dim"], case["dtype"]) for case in resources if not case["tma"]
-    }
-    assert {case["capability"] for case in resources} == {80, 90, 100}
-    for capability, itemsize, width in DEFAULT_TILINGS:
-        if itemsize == 4 and width < 128:
-            assert DEFAULT_TILINGS[capability, 4, width] == DEFAULT_TILINGS[capability, 4, 128], (
-                "this tiling needs to be compiled too"
-            )
-            continue
-        for kernel in kernels_of(DEFAULT_TILINGS[capability, itemsize, width]):
-            assert (kernel, capability, width, "fp32" if itemsize == 4 else "bf16") in compiled
-    with_tma = {(case["capability"], case["head_dim"], case["kernel"]) for case in resources if case["tma"]}
-    for (capability, width), tma_tiling in TMA_TILINGS.items():
-        if width >= 128:
-            assert {(capability, width, kernel) for kernel in kernels_of(tma_tiling)} <= with_tma
-
-
-def kernels_of(some_tiling: tiling.Tiling) -> list[str]:
-    return [*tiling.KERNELS, *(kernel for kernel in tiling.OPTIONAL_KERNELS if getattr(some_tiling, kernel))]
+def test_every_guessed_tile_compiles_for_every_gpu(resources):
+    compiled = {(case["kernel"], case["capability"], case["head_dim"], case["dtype"]) for case in resources}
+    for capability in (80, 90, 100):
+        for kernel in KERNELS:
+            for width in GUESSES[80]:
+                assert (kernel, capability, width, "bf16") in compiled
+            assert {(kernel, capability, width, "fp32") for width in (128, 256)} <= compiled
+    # float32 has one tiling for heads of 32 to 128, compiled for 128.
+    assert len({guessed_tiling((8, 0), 4, width) for width in (32, 64, 128)}) == 1
 
 
 def test_kernels_fit_in_shared_memory(resources):
@@ -83,115 +65,87 @@ def test_kernels_spill_nothing(resources):
 
 
 def test_matrix_instructions_of_each_gpu(resources):
+    """Heads of 256 leave no registers for tiles of all kernels that are large enough."""
+    expected = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
     for case in resources:
-        if case["dtype"] == "bf16" and case["capability"] == 90:
-            assert case["instruction"] == "wgmma", case
-        if case["tma"] and case["capability"] == 100:
-            assert case["instruction"] == "tcgen05.mma", case
-
-
-def test_descriptors_and_load_only_warps_are_compiled(resources):
-    """Only kernels with ``tma`` use bulk copies in their PTX, and only warp-specialized kernels have more warps."""
-    for case in resources:
-        assert case["tma"] == Tile(*case["tile"]).tma, case
-        assert (case["num_warps"] > Tile(*case["tile"]).num_warps) == (case["kernel"] == "fwd_warp_specialized"), case
+        if case["dtype"] == "bf16" and case["head_dim"] < 256:
+            assert case["instruction"] == expected[case["capability"]], case
 
 
 def test_a_gpu_uses_the_tiles_of_the_highest_capability_below_its_own():
-    assert default_tiling((8, 9), 2, 64) == DEFAULT_TILINGS[80, 2, 64]
-    assert default_tiling((12, 0), 4, 128) == DEFAULT_TILINGS[100, 4, 128]
+    assert guessed_tiling((8, 9), 2, 64) == GUESSES[80][64]
+    assert guessed_tiling((12, 0), 2, 128) == GUESSES[90][128]
+    assert guessed_tiling((9, 0), 4, 64) == tiling.FLOAT32_TILING
     with pytest.raises(ValueError, match=r"does not support GPUs of capability 7\.5; it needs 8\.0"):
-        default_tiling((7, 5), 2, 64)
-    assert default_tma_tiling((8, 9), 64) is None
-    assert default_tma_tiling((12, 0), 64) == TMA_TILINGS[100, 64]
+        guessed_tiling((7, 5), 2, 64)
+
+
+def test_measured_tiles_are_read_from_the_file_that_was_written(tmp_path):
+    measured = GUESSES[90][128]._replace(fwd=Tile(32, 64, 4, 2), fuse_dq=False)
+    tilings = {("GPU", 2, 128): measured, ("another", 2, 64): GUESSES[90][64]}
+    tiling.save_tilings(tmp_path / "tiles.json", tilings)
+    assert tiling.measured_tilings(str(tmp_path / "tiles.json")) == tilings
+    assert tiling.measured_tilings(None) == {}
+
+
+@pytest.mark.parametrize("content", [None, "no json", "{}1", '[{"gpu": "GPU", "itemsize": 2, "width": 64}]'])
+def test_an_invalid_file_of_tiles_is_named(tmp_path, content):
+    path = tmp_path / "tiles.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"IDAVLM_ATTENTION_TILES=.*tiles\.json cannot be read as a file of tiles"):
+        tiling.measured_tilings(str(path))
+
+
+def test_the_search_finds_the_fastest_tile_of_each_kernel(monkeypatch):
+    """Also whether to fuse the gradient of the queries; after the deadline nothing more is measured."""
+    wanted = Tile(64, 64, 8, 2)
+
+    def milliseconds_of(kernel, tiling, problems, rounds):
+        tile = getattr(tiling, kernel)
+        return tiling.fuse_dq + sum(a != b for a, b in zip(tile, wanted, strict=True))
+
+    monkeypatch.setattr(tile_search, "milliseconds_of", milliseconds_of)
+    start = GUESSES[80][128]
+    todo = list(tile_search.candidates(start))
+    best, records = tile_search.fastest_tiling(start, todo, [], 1, deadline=time.monotonic() + 60)
+    assert best == (wanted, wanted, wanted, wanted, False)
+    assert len(records) == len(todo) + 2
+    best, records = tile_search.fastest_tiling(start, todo, [], 1, deadline=0)
+    assert best == start._replace(fuse_dq=False)
+    assert len(records) == 2
 
 
 @pytest.fixture
-def tuning_file(monkeypatch, tmp_path):
-    monkeypatch.setenv("IDAVLM_TUNING_CACHE", str(tmp_path / "folder" / "tiles.json"))
-    tiling.measured_tilings.cache_clear()
-    yield tmp_path / "folder" / "tiles.json"
-    tiling.measured_tilings.cache_clear()
-
-
-def test_measured_tiles_outlive_the_process(tuning_file):
-    assert tiling.measured_tilings("GPU") == {}
-    saved = TMA_TILINGS[90, 128]._replace(fwd=Tile(32, 64, 4, 2), fuse_dq=False, bwd_dv=Tile(64, 32, 8, 2, tma=True))
-    tiling.save_tiling("GPU", 2, 128, DEFAULT_TILINGS[90, 2, 128])
-    tiling.save_tiling("GPU", 2, 128, saved)
-    tiling.save_tiling("another", 2, 64, DEFAULT_TILINGS[90, 2, 64])
-    assert tiling.measured_tilings("GPU") == {(2, 128): saved}
-    assert [path.name for path in tuning_file.parent.iterdir()] == ["tiles.json"]
-
-
-@pytest.mark.parametrize("content", ["no json", "[]", '{"GPU, triton VERSION": {"2 64": {"fwd": [1]}}}'])
-def test_an_invalid_file_of_tiles_is_named(tuning_file, content):
-    import triton
-
-    tuning_file.parent.mkdir()
-    tuning_file.write_text(content.replace("VERSION", triton.__version__))
-    with pytest.raises(ValueError, match=r"tiles\.json cannot be read as a file of tiles .*; delete it"):
-        tiling.measured_tilings("GPU")
-
-
-def test_the_tuner_finds_the_fastest_tiling_that_runs():
-    wanted = Tile(64, 32, 8, 3)
-
-    def time_of(field, tiling):
-        if field == "fuse_dq":
-            return 1.0 + tiling.fuse_dq
-        if field == "bwd_dv":
-            return 1.0 + (tiling.bwd_dv is not None)
-        tile = getattr(tiling, field)
-        return None if tile.num_warps == 4 else 1.0 + sum(a != b for a, b in zip(tile, wanted, strict=True))
-
-    best = tune_attention.tune(DEFAULT_TILINGS[90, 2, 128], None, time_of)
-    assert best == (wanted, wanted, wanted, wanted, False, None, None)
-    assert tune_attention.tune(best, None, lambda field, tiling: None) == best
-
-
-def test_the_tuner_measures_tensor_descriptors_where_they_are_supported():
-    default, tma_tiling = DEFAULT_TILINGS[90, 2, 128], TMA_TILINGS[90, 128]
-    measured = []
-
-    def time_of(field, tiling):
-        measured.append((field, tiling))
-        return 1.0 + sum(getattr(tiling, name) != value for name, value in tma_tiling._asdict().items())
-
-    assert tune_attention.tune(default, tma_tiling, time_of) == tma_tiling
-    assert ("fwd_warp_specialized", tma_tiling._replace(fwd_warp_specialized=None)) in measured
-    assert not measured[0][1].fwd.tma
-
-
-def test_the_tuner_skips_tiles_that_triton_cannot_lower(monkeypatch):
+def problems():
     sizes = argparse.Namespace(samples=1, queries=4, patches=9, num_heads=1, head_dim=16)
-    sizes.device, sizes.dtype = torch.device("cpu"), torch.float32
-    time_of = tune_attention.timer({"pool": make_problem("pool", sizes)}, rounds=1)
+    sizes.device, sizes.dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
+    return [make_problem(case, sizes) for case in ("pool", "recognise")]
+
+
+def test_a_tile_is_used_only_if_it_runs_and_its_results_are_right(monkeypatch, problems):
+    start = guessed_tiling((9, 0), 4, 32)
+    for kernel in KERNELS:
+        assert tile_search.reason_to_skip(kernel, start, problems) is None
+    assert tile_search.milliseconds_of("bwd_dq_shared", start, problems, rounds=1) > 0
+
+    def with_backend(function):
+        monkeypatch.setattr(tile_search, "triton_backend", function)
+
+    with_backend(lambda problem: 2 * library("triton")(problem))
+    assert tile_search.reason_to_skip("bwd_dkdv", start, problems) == "AssertionError"
 
     def raising(message):
         def backend(problem):
             raise RuntimeError(message)
 
-        monkeypatch.setattr(tune_attention, "triton_backend", backend)
+        return backend
 
-    raising("PassManager::run failed")
-    assert time_of("fwd", DEFAULT_TILINGS[90, 2, 32]) is None
-    raising("CUDA error: an illegal memory access was encountered")
+    with_backend(raising("PassManager::run failed"))
+    assert tile_search.reason_to_skip("fwd", start, problems) == "not compiled"
+    with_backend(raising("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        time_of("fwd", DEFAULT_TILINGS[90, 2, 32])
-
-
-def test_the_tuner_checks_and_times_a_tiling(monkeypatch):
-    """The kernels are interpreted. The times are not asserted, only that wrong results are rejected."""
-    monkeypatch.setattr(tune_attention, "triton_backend", library("triton"))
-    sizes = argparse.Namespace(samples=1, queries=4, patches=9, num_heads=1, head_dim=16)
-    sizes.device, sizes.dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
-    default = DEFAULT_TILINGS[90, 4, 32]
-    time_of = tune_attention.timer({"pool": make_problem("pool", sizes)}, rounds=1)
-    assert time_of("fwd", default) > 0
-    assert time_of("bwd_dq_shared", default) > 0
-    monkeypatch.setattr(tune_attention, "triton_backend", lambda problem: 2 * library("triton")(problem))
-    assert time_of("bwd_dkdv", default) is None
+        tile_search.reason_to_skip("fwd", start, problems)
 
 
 def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, deterministic):

@@ -504,6 +504,8 @@ def test_an_image_processor_of_another_tower(checkpoints, tmp_path):
         ({"crop_size": {"height": 42, "width": 42}}, r"pixels of shape \(1, 3, 42, 42\); expected \(1, 3, 56, 56\)"),
         ({"do_center_crop": False}, r"pixels of shape \(1, 3, 56, 112\)"),
         ({"image_std": [0, 0, 0]}, "values that are not finite"),
+        ({"rescale_factor": 1e300}, r"rescale_factor=1e\+300; expected a number"),
+        ({"resample": ["x"]}, r"resample=\['x'\]; expected an integer from 0 to 5"),
         ({"image_mean": [0.5, 0.5]}, "describes an image processor that fails"),
         ({"image_processor_type": "NoSuchProcessor"}, "describes no image processor of transformers"),
     ):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idavlm import cross_attention
+from idavlm.ops.cross_attention import interface
 from idavlm.ops.cross_attention.segments import pad_segments, unpad_segments
 from tests.conftest import use_padded_sdpa
 
@@ -183,6 +184,22 @@ CU = torch.tensor([0, 2, 6])
             {"cu_seqlens_q": CU.float()},
             r"cu_seqlens_q has shape \(3,\) and dtype torch.float32",
         ),
+        (
+            (X.flatten(0, 1), X, X),
+            {"cu_seqlens_q": CU.short()},
+            r"dtype torch.int16; expected .* int32 or int64",
+        ),
+        (
+            (X.flatten(0, 1), X, X),
+            {"cu_seqlens_q": CU.to("meta")},
+            r"cu_seqlens_q is on meta, but q is on cpu; move",
+        ),
+        ((X, X, X), {"key_bias": X[0].to("meta")}, r"key_bias is on meta, but k is on cpu; move it there"),
+        (
+            (X, X, X),
+            {"key_groups": X[..., 0, 0].to("meta", torch.int32), "num_key_groups": 2},
+            r"key_groups is on meta, but k is on cpu; move it there",
+        ),
         ((X.flatten(0, 1), X, X), {"cu_seqlens_q": CU - 1}, r"cu_seqlens_q=\[-1, 1, 5\] must increase from 0 .* 6"),
         (
             (X.flatten(0, 1), X, X),
@@ -195,3 +212,33 @@ CU = torch.tensor([0, 2, 6])
 def test_wrong_arguments_are_named(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         cross_attention(*args, **kwargs)
+
+
+class _OnDevice(torch.Tensor):
+    """``cu_seqlens`` that look as if they were not on the CPU, whose values cannot be read without a sync."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def tolist(self):
+        raise AssertionError("read on the host")
+
+
+@pytest.mark.parametrize(
+    ("values", "max_seqlen", "error"),
+    [([0, 2, 6], 4, None), ([0, 2, 5], 4, None), ([0, 2, 6], 3, "max_seqlen_k=3"), ([0, 4, 2], 4, "decreases"),
+     ([0, 4, 8], 4, "exceeds the 6")],
+)  # fmt: skip
+def test_segments_on_a_gpu_are_checked_without_reading_them(values, max_seqlen, error):
+    """The check is a device-side assertion, which a CPU raises at once."""
+    cu_seqlens = torch.tensor(values).as_subclass(_OnDevice)
+
+    def check():
+        return interface._longest_segment("k", torch.zeros(6, 1, 8), cu_seqlens, max_seqlen)
+
+    if error is None:
+        assert check() == max_seqlen
+    else:
+        with pytest.raises(RuntimeError, match=error):
+            check()

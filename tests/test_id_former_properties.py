@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import id_former as id_former_benchmark
+from benchmarks.measure import peak_megabytes
 from idavlm import IDFormer
+from idavlm.modules import attention
 
 LEARNED = {"identity_embedding": "learned", "max_identities": 4}
 OPTIONS = {
@@ -283,6 +286,45 @@ def test_torch_compile_gives_the_same_values_and_gradients(small_id_former):
         grads = torch.autograd.grad((out * weight).sum(), parameters)
         expected_grads = torch.autograd.grad((expected * weight).sum(), parameters)
         torch.testing.assert_close(grads, expected_grads, atol=1e-11, rtol=1e-9)
+
+
+def test_torch_compile_compiles_each_function_at_most_three_times(small_id_former):
+    """However many images, references and samples the batches have, as in generation for one question after another."""
+    torch._dynamo.reset()
+    id_former = small_id_former(null_token=True, identity_embedding="learned", max_identities=4)
+    compiled = torch.compile(id_former, backend="eager")
+    batches = ([[0, 1]], [[0, 0, 1]], SAMPLES, SAMPLES[::-1], [[0, 1]] * 3, [[0, 0, 0, 1, 1]] * 2, [[2, 0, 1], [0, 1]])
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for samples in batches:
+            features, batch = torch.cat(features_of(samples)), batch_of(samples)
+            torch.testing.assert_close(compiled(features, *batch), id_former(features, *batch), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("identity_keys", ["tokens", "patches"])
+def test_chunks_of_inference_change_nothing(small_id_former, identity_keys, monkeypatch):
+    """Without gradients a CPU computes images in chunks, in the order of the batch."""
+    monkeypatch.setattr(attention, "IMAGES_PER_CHUNK", 2)
+    id_former = small_id_former(identity_keys=identity_keys)
+    samples = [[0, 1, 0, 2], [1, 0, 1], [2, 2, 2]]
+    features, batch = torch.cat(features_of(samples)), batch_of(samples)
+    expected = id_former(features, *batch)
+    with torch.no_grad():
+        torch.testing.assert_close(id_former(features, *batch), expected, atol=1e-12, rtol=0)
+
+
+def test_inference_needs_less_memory_than_the_released_loop():
+    """Also where the images are not in the order in which they are computed."""
+    sizes = {"hidden_size": 64, "num_heads": 2, "num_queries": 64, "vision_hidden_size": 64}
+    released, id_former = id_former_benchmark.build(sizes, torch.device("cpu"), torch.float32)
+    for samples in ([(3, 1)] * 8, id_former_benchmark.ragged(8)):
+        roles, index = id_former_benchmark.batch(samples)
+        features = torch.randn(len(roles), 256, 64)
+
+        def megabytes(module, inputs=(features, roles, index)) -> float:
+            return peak_megabytes(lambda: module(*inputs), torch.device("cpu"))
+
+        with torch.no_grad():
+            assert megabytes(id_former) <= megabytes(released)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(small_id_former):

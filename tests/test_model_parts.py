@@ -6,7 +6,14 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel, LlavaConfig, LlavaForConditionalGeneration, PretrainedConfig
+from transformers import (
+    ImageProcessingMixin,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+)
 
 from idavlm import IDFormer, add_inner_adaptors
 from idavlm.experimental.small_models import (
@@ -78,7 +85,7 @@ def test_image_processors_of_several_sizes_are_refused():
     with pytest.raises(ValueError, match=r"does not bring all images to one size.*CLIPImageProcessor, Siglip"):
         IDAVLMProcessor(keeps_aspect, small_tokenizer(TEXTS, vocab_size=320))
 
-    class Flattening:
+    class Flattening(ImageProcessingMixin):
         """Like Qwen2-VL: patches of all images in one row."""
 
         def __call__(self, images, return_tensors=None):

@@ -504,7 +504,7 @@ def test_lines_and_identities_of_text(processor, root):
         for name in ("input_ids", "token_identity_index", "name_mask"):
             assert torch.equal(batch[name][1], expected[name][0])
         assert kept.sum() == len(processor(images=tom, text=texts[0])["input_ids"][0])
-    # Words that name nobody introduce nobody.
+    # A pronoun is no name and introduces no identity.
     assert processor(images=scene, text="This is <image>")["image_roles"].tolist() == [GENERAL]
 
 

@@ -131,7 +131,7 @@ def check_image_processor(path: Path, image_processor, image_size: int) -> None:
         ConversionError: it fails, or returns another size or values that are not finite.
     """
     with errors_of(path, "describes an image processor that fails", "Use the file of the vision tower."):
-        pixels = image_processor([Image.new("RGB", (96, 48))], return_tensors="pt")["pixel_values"]
+        pixels = image_processor([Image.new("RGB", (96, 48), "white")], return_tensors="pt")["pixel_values"]
         found, is_finite = tuple(pixels.shape), bool(torch.isfinite(pixels).all())
     if found != (1, 3, image_size, image_size) or not is_finite:
         values = "" if is_finite else " with values that are not finite"

@@ -258,6 +258,9 @@ QWEN_VISUAL = {
 IMAGE_PROCESSOR = {
     **{name: SIDE | _object_of(SIDE | NULL) | NULL for name in ("size", "crop_size", "pad_size")},
     **{name: number(-1e6, 1e6) | list_of(number(-1e6, 1e6)) | NULL for name in ("image_mean", "image_std")},
+    **{f"do_{name}": FLAG | NULL for name in ("resize", "center_crop", "rescale", "normalize", "convert_rgb", "pad")},
+    "rescale_factor": number(0, 1) | NULL,
+    "resample": integer(0, 5) | NULL,
 }
 GENERATION = {"eos_token_id": TOKEN | list_of(TOKEN) | NULL}
 ADAPTER = {

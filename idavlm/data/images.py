@@ -70,7 +70,11 @@ class ImageStore:
                 _check_tiles(path, image, self.max_pixels)
                 sample_bits = _significant_bits(file) if image.format == "PNG" else None
                 raw_mode = _raw_mode(image)
-            self._check_size(path, image)
+            problem = size_problem(
+                (image.height, image.width), max_pixels=self.max_pixels, resized_size=self.resized_size
+            )
+            if problem:
+                raise _image_error(path, problem)
             with _decoding(path):
                 ImageOps.exif_transpose(image, in_place=True)
                 image.load()
@@ -98,29 +102,34 @@ class ImageStore:
             raise _image_error(path, f"cannot be looked up ({shorten(str(error))}); correct the path") from error
         return resolved
 
-    def _check_size(self, path: str, image: Image.Image) -> None:
-        width, height = image.size
-        if width * height > self.max_pixels:
-            raise _image_error(
-                path,
-                f"has {width} x {height} pixels, more than max_pixels={self.max_pixels}; scale it down or raise "
-                "max_pixels",
-            )
-        ratio = max(image.size) / max(min(image.size), 1)
-        if ratio > MAX_ASPECT_RATIO:
-            raise _image_error(
-                path,
-                f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {MAX_ASPECT_RATIO}; crop or "
-                "pad it",
-            )
-        resized_height, resized_width = self.resized_size((height, width)) if self.resized_size else (height, width)
-        if resized_width * resized_height > self.max_pixels:
-            raise _image_error(
-                path,
-                f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}. The image processor would resize it "
-                f"to {resized_width} x {resized_height} pixels, more than max_pixels={self.max_pixels}; crop or pad it "
-                "to a lower aspect ratio",
-            )
+
+def size_problem(
+    size: tuple[int, int],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    resized_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+) -> str | None:
+    """Say why an image of ``size`` (height, width) is too large or too narrow; None if it is not.
+
+    ``max_pixels`` and ``resized_size`` as in :class:`ImageStore`.
+    """
+    height, width = size
+    if width * height > max_pixels:
+        return f"has {width} x {height} pixels, more than max_pixels={max_pixels}; scale it down or raise max_pixels"
+    ratio = max(size) / max(min(size), 1)
+    if ratio > MAX_ASPECT_RATIO:
+        return (
+            f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {MAX_ASPECT_RATIO}; crop or pad "
+            "it"
+        )
+    resized_height, resized_width = resized_size(size) if resized_size else size
+    if resized_width * resized_height > max_pixels:
+        return (
+            f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}. The image processor would resize it to "
+            f"{resized_width} x {resized_height} pixels, more than max_pixels={max_pixels}; crop or pad it to a lower "
+            "aspect ratio"
+        )
+    return None
 
 
 def open_image(root: str | Path, path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

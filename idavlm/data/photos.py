@@ -4,13 +4,14 @@ import base64
 import binascii
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
 from idavlm.data.errors import DataError
-from idavlm.data.images import MAX_PIXELS, ImageStore, _to_rgb
+from idavlm.data.images import MAX_PIXELS, ImageStore, _to_rgb, size_problem
 
 MAX_DOWNLOAD = 64 * 2**20
 """Limit on the bytes of an image that is downloaded."""
@@ -28,15 +29,20 @@ class PhotoLoader:
         image_root: folder that relative paths are relative to, and that they must not leave. None for the working
             directory. Absolute paths are not restricted.
         allow_urls: whether ``https://...``, ``http://...`` and base64 data are loaded.
-        max_pixels: limit on width x height.
+        max_pixels, resized_size: limits as in :class:`ImageStore`.
     """
 
     def __init__(
-        self, image_root: str | Path | None = None, *, allow_urls: bool = False, max_pixels: int = MAX_PIXELS
+        self,
+        image_root: str | Path | None = None,
+        *,
+        allow_urls: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        resized_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
     ) -> None:
         self.image_root = image_root
         self.allow_urls = allow_urls
-        self.max_pixels = max_pixels
+        self.limits = {"max_pixels": max_pixels, "resized_size": resized_size}
 
     def load(self, image: Any, *, field: str, key: str = "image") -> Any:
         """Load an image.
@@ -75,15 +81,15 @@ class PhotoLoader:
         file = Path(path)
         if file.is_absolute():
             file = file.resolve()
-            return ImageStore(file.anchor, max_pixels=self.max_pixels).open(str(file))
+            return ImageStore(file.anchor, **self.limits).open(str(file))
         root = Path.cwd() if self.image_root is None else self.image_root
-        return ImageStore(root, max_pixels=self.max_pixels).open(path)
+        return ImageStore(root, **self.limits).open(path)
 
     def _decode(self, data: bytes, field: str) -> Image.Image:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "image").write_bytes(data)
             try:
-                return ImageStore(folder, max_pixels=self.max_pixels).open("image")
+                return ImageStore(folder, **self.limits).open("image")
             except DataError as error:
                 raise DataError(f"{field}: {error}", kind="image") from error
 
@@ -94,12 +100,9 @@ class PhotoLoader:
                 "'RGB'.",
                 kind="image",
             )
-        if image.width * image.height > self.max_pixels:
-            raise DataError(
-                f"{field} has {image.width} x {image.height} pixels, more than max_pixels={self.max_pixels}; scale it "
-                "down or raise max_pixels.",
-                kind="image",
-            )
+        problem = size_problem((image.height, image.width), **self.limits)
+        if problem:
+            raise DataError(f"{field} {problem}.", kind="image")
         try:
             return _to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # a lazy image is decoded here

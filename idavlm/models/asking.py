@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from idavlm.models.identity_bank import IdentityBank
+
 
 def ask(
     model,
@@ -13,6 +15,7 @@ def ask(
     *,
     images: Sequence[Any] = (),
     identities: Mapping[str, Sequence[Any]] | None = None,
+    bank: IdentityBank | None = None,
     max_new_tokens: int = 64,
     **options: Any,
 ) -> str:
@@ -24,6 +27,8 @@ def ask(
         question: the question.
         images: the images that the question is about: paths, PIL images or bytes.
         identities: reference photos of each identity by name, ``{"Kate": ["kate_1.jpg", "kate_2.jpg"]}``.
+        bank: an :class:`IdentityBank` that holds these identities with these photos; the vision tower then does not
+            encode the photos again.
         max_new_tokens: largest number of tokens of the answer.
         options: further arguments of ``generate``; greedy decoding by default.
 
@@ -43,6 +48,8 @@ def ask(
         return_tensors="pt",
     ).to(model.device)
     options = {"do_sample": False, **options}
+    if bank is not None and identities:
+        options["identities"] = bank.select(*identities)
     was_training = model.training
     model.eval()
     try:

@@ -192,9 +192,9 @@ class IdentityBank:
     def shortlist(self, image: Any, count: int) -> list[tuple[str, float]]:
         """Return the ``count`` identities that the image most likely shows, with their scores, best first.
 
-        The score of an identity is the attention that a patch of the image would pay to a photo of it in the first
-        identity layer of the ID-Former, before the softmax over identities: the largest over patches and photos. Use it
-        to choose whom to introduce when the bank holds more identities than fit into the prompt.
+        The score of an identity is the largest logarithm of the share of attention that a patch would pay to its photos
+        if the whole bank were introduced, in the first identity layer of the ID-Former. Use it to choose whom to
+        introduce when the bank holds more identities than fit into the prompt.
         """
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image", "image": image}]}],
@@ -204,11 +204,16 @@ class IdentityBank:
         )
         with torch.no_grad():
             (scene,) = _encode(self.model, inputs)
-            scores = {
-                name: max(float(self.model.id_former.similarity(scene.features, photo.features)) for photo in photos)
-                for name, photos in self._photos.items()
-            }
-        best = sorted(scores.items(), key=lambda entry: -entry[1])
+            references = [photo.features for photos in self._photos.values() for photo in photos]
+            energies = self.model.id_former.reference_energies(scene.features, references)
+        *of_photos, null = energies
+        of_photos = iter(of_photos)
+        of_identities = [
+            torch.stack([next(of_photos) for _ in photos]).logsumexp(0) for photos in self._photos.values()
+        ]
+        shares = torch.stack([*of_identities, null]).log_softmax(0)[:-1]
+        scores = shares.amax(1).tolist()
+        best = sorted(zip(self._photos, scores, strict=True), key=lambda entry: -entry[1])
         return best[:count]
 
     def _check(self, name: str) -> None:

@@ -1,5 +1,6 @@
 """The processor of a vision-language model of transformers, with identities in messages and text."""
 
+import functools
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,6 +54,7 @@ from idavlm.models.identity_batch import (
     pad,
 )
 from idavlm.models.packed_identities import FIELD, pack_identities
+from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, check_choice, check_positive
 
 FILE = "identity_processor.json"
@@ -591,7 +593,12 @@ class IdentityProcessor(ProcessorMixin):
         return ChatTemplate(self.tokenizer, template, self.image_token, options)
 
     def _loader(self, image_root) -> PhotoLoader:
-        return PhotoLoader(image_root, allow_urls=self.allow_urls, max_pixels=self.max_pixels)
+        return PhotoLoader(
+            image_root,
+            allow_urls=self.allow_urls,
+            max_pixels=self.max_pixels,
+            resized_size=functools.partial(resized_size, self.image_processor),
+        )
 
     def _image_and_header(self) -> tuple[str, str]:
         """Text of an image and header of a user turn in the chat template, if it has one for images."""

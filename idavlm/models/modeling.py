@@ -643,6 +643,8 @@ def _build_joint(config: IDAVLMConfig) -> nn.Module:
         needed = "num_queries" if has_queries else "image_seq_length"
         raise ValueError(f"connector={config.connector!r} needs {needed}, the number of image tokens per image.")
     if has_queries:
+        if "num_heads" not in options:
+            raise ValueError(f"connector={config.connector!r} needs num_heads in connector_config (or in from_parts).")
         options["output_size"] = width
         options["num_queries"] = config.image_seq_length
         options.setdefault("attn_implementation", config._attn_implementation or "sdpa")

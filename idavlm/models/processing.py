@@ -16,6 +16,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.data.errors import quote, shorten
+from idavlm.data.images import size_problem
 from idavlm.data.messages import (
     Conversation,
     conversation_of_text,
@@ -128,7 +129,7 @@ class IDAVLMProcessor(ProcessorMixin):
                     "image_loader holds images that the present image_processor prepared; set image_loader=None before "
                     "another image_processor."
                 )
-            self.__dict__["_pixels_shape"] = _check_fixed_size(value)
+            self.__dict__["_pixels_shape"] = (_sizes_of(value), _check_fixed_size(value))
         super().__setattr__(name, value)
 
     @property
@@ -201,7 +202,9 @@ class IDAVLMProcessor(ProcessorMixin):
             ]
             return texts if is_batch(conversation) else texts[0]
         options = _tokenize_options(kwargs)
-        loader = PhotoLoader(image_root, allow_urls=allow_urls)
+        loader = PhotoLoader(
+            image_root, allow_urls=allow_urls, resized_size=functools.partial(resized_size, self.image_processor)
+        )
         samples = []
         for messages in conversations:
             read = read_conversation(messages)
@@ -552,8 +555,12 @@ class IDAVLMProcessor(ProcessorMixin):
             raise
         except Exception as error:  # other images pass, so this one's shape is the cause
             raise self._refused(path, image, f"{type(error).__name__}: {shorten(str(error))}") from error
-        if pixels.shape != self._pixels_shape:
-            shapes = f"{list(pixels.shape)} in place of {list(self._pixels_shape)}"
+        sizes, shape = self._pixels_shape
+        if sizes != _sizes_of(self.image_processor):  # changed in place
+            shape = _check_fixed_size(self.image_processor)
+            self.__dict__["_pixels_shape"] = (_sizes_of(self.image_processor), shape)
+        if pixels.shape != shape:
+            shapes = f"{list(pixels.shape)} in place of {list(shape)}"
             raise self._refused(path, image, f"its output has shape {shapes}")
         return pixels, (image.height, image.width)
 
@@ -574,6 +581,12 @@ class IDAVLMProcessor(ProcessorMixin):
         return self.image_seq_length
 
     def _pixels(self, images: list) -> Tensor:
+        for number, image in enumerate(images):
+            if isinstance(image, Image.Image):
+                size = (image.height, image.width)
+                problem = size_problem(size, resized_size=functools.partial(resized_size, self.image_processor))
+                if problem:
+                    raise ValueError(f"images[{number}] {problem}.")
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def _image_tensors(self, images: list[Tensor]) -> dict[str, Tensor]:
@@ -702,6 +715,10 @@ class IDAVLMProcessor(ProcessorMixin):
 def _as_float32(box: list[float]) -> list[float]:
     """Round a box to the precision of encoded boxes, so that it is checked as the model will see it."""
     return torch.tensor(box, dtype=torch.float32).tolist()
+
+
+def _sizes_of(image_processor) -> str:
+    return str([getattr(image_processor, name, None) for name in ("size", "crop_size", "pad_size")])
 
 
 def _tokenize_options(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from idavlm.ops import cross_attention
 from idavlm.ops.cross_attention import ATTN_IMPLEMENTATIONS
 from idavlm.utils import check_choice, check_positive
 
+IMAGES_PER_CHUNK = 8
+"""Segments whose keys and values are in memory at one time on a CPU without gradients."""
+
 
 class CrossAttention(nn.Module):
     """Multi-head cross-attention over N dense or ragged segments.
@@ -17,7 +20,8 @@ class CrossAttention(nn.Module):
     ``k = k_proj(key_value) + key_bias`` and ``v = v_proj(key_value)``. The result equals ``nn.MultiheadAttention`` on
     ``(query + position, key_value + position, key_value)`` and needs less work. Positions, which are the same for all
     images, are projected once and enter as biases (:meth:`query_bias`, :meth:`key_bias`). Queries that all segments
-    share are projected once. The attention matrix is not kept for the backward pass.
+    share are projected once. The attention matrix is not kept for the backward pass. On a CPU without gradients,
+    segments that share their queries are computed in chunks, which takes less memory and no more time.
 
     ``state_dict`` keys: ``q_proj``, ``out_proj`` of shape ``[C, C]`` and ``k_proj``, ``v_proj`` of shape ``[C, Ckv]``,
     each with ``.weight`` and ``.bias``. The projections are called as modules, so LoRA and quantised layers can replace
@@ -91,28 +95,30 @@ class CrossAttention(nn.Module):
             ``[N, Lq, C]``, or the shape of ``query`` with ``cu_seqlens_q``. With ``output_attentions`` a pair of the
             output and the weights.
         """
-        q, k = self.queries(query, query_bias), self.keys(key_value)
-        v = self._split_heads(self.v_proj(key_value))
-        if cu_seqlens_q is not None:
-            q = q.flatten(0, -3)
-        if cu_seqlens_k is not None:
-            k, v = k.flatten(0, -3), v.flatten(0, -3)
-        result = cross_attention(
-            q,
-            k,
-            v,
-            key_bias=None if key_bias is None else self._split_heads(key_bias),
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            attn_implementation=self.attn_implementation,
-            output_attentions=output_attentions,
-            **segments,
-        )
-        output, attentions = result if output_attentions else (result, None)
-        output = self.out_proj(rearrange(output, "... h d -> ... (h d)"))
+        key_bias = None if key_bias is None else self._split_heads(key_bias)
+        segments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "key_bias": key_bias}
+        segments["output_attentions"] = output_attentions
+        if query.dim() == 2 and len(segments) == 4 and not output_attentions and saves_memory(query):
+            return self.out_proj(self._attend_in_chunks(self.queries(query, query_bias), key_value, segments))
+        # No name for the projected queries, so that they are freed before the output is projected.
+        output, attentions = self._attend(self.queries(query, query_bias), key_value, segments)
+        output = self.out_proj(output)
         if cu_seqlens_q is not None:
             output = output.view(query.shape)
         return (output, attentions) if output_attentions else output
+
+    def _attend_in_chunks(self, q: Tensor, key_value: Tensor, segments: dict) -> Tensor:
+        return torch.cat([self._attend(q, chunk, segments)[0] for chunk in key_value.split(IMAGES_PER_CHUNK)])
+
+    def _attend(self, q: Tensor, key_value: Tensor, segments: dict) -> tuple[Tensor, Tensor | None]:
+        k, v = self.keys(key_value), self._split_heads(self.v_proj(key_value))
+        if segments["cu_seqlens_q"] is not None:
+            q = q.flatten(0, -3)
+        if segments["cu_seqlens_k"] is not None:
+            k, v = k.flatten(0, -3), v.flatten(0, -3)
+        result = cross_attention(q, k, v, attn_implementation=self.attn_implementation, **segments)
+        output, attentions = result if segments["output_attentions"] else (result, None)
+        return rearrange(output, "... h d -> ... (h d)"), attentions
 
     def queries(self, query: Tensor, query_bias: Tensor | None = None) -> Tensor:
         """Project queries ``[..., C]`` to ``[..., H, C / H]``."""
@@ -166,3 +172,11 @@ class FeedForward(nn.Module):
 def _linear_part(projection: nn.Module, x: Tensor) -> Tensor:
     """Return ``projection(x)`` without its bias. Works for any adapter that wraps the projection."""
     return projection(x) - projection(torch.zeros_like(x[:1]))
+
+
+def saves_memory(x: Tensor) -> bool:
+    """Whether to compute in chunks: on a CPU without gradients.
+
+    Elsewhere the number of calls of a module must not depend on the batch, because ZeRO-3 gathers weights at each call.
+    """
+    return not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()

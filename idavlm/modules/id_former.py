@@ -1,5 +1,6 @@
 """The ID-Former: image tokens of scenes that carry the identities of reference photos (IDA-VLM, arXiv 2407.07577)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idavlm.modules.attention import CrossAttention, FeedForward
+from idavlm.modules.attention import CrossAttention, FeedForward, saves_memory
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
-    attention_energy,
+    attention_energies,
     identities_of_scenes,
     identity_contrastive_loss,
     identity_map_from_attention,
@@ -268,11 +269,12 @@ class IDFormer(nn.Module):
         groups = group_images(
             image_roles, sample_index, identity_index, num_images=len(image_features), device=image_features.device
         )
-        patches = self.resampler.project_patches(select_images(image_features, groups.order))
+        independent, project_scenes = self._project_patches(image_features, groups)
         key_bias = self.resampler.key_bias(grid_size)
-        independent, scenes = patches.split([groups.num_independent, len(patches) - groups.num_independent])
         independent_tokens = self.resampler.resample(independent, key_bias)
         keys = self._identity_keys(independent, independent_tokens).index_select(0, groups.references)
+        del independent
+        scenes = project_scenes()
         scenes, maps = self._attend_to_references(scenes, grid_size, keys, groups, output_attentions)
         image_tokens = torch.cat([independent_tokens, self.resampler.resample(scenes, key_bias)])
         image_tokens = select_images(self.resampler.project_tokens(image_tokens), groups.inverse)
@@ -423,19 +425,40 @@ class IDFormer(nn.Module):
             num_null=len(null),
         )
 
+    def _project_patches(self, image_features: Tensor, groups: ImageGroups) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Patches of the images that are resampled independently, and a function that returns those of the scenes."""
+        sizes = [groups.num_independent, len(image_features) - groups.num_independent]
+        if groups.order is not None and saves_memory(image_features):
+            independent, scenes = (
+                lambda index=index: self.resampler.project_patches(image_features.index_select(0, index))
+                for index in groups.order.split(sizes)
+            )
+            return independent(), scenes
+        independent, scenes = self.resampler.project_patches(select_images(image_features, groups.order)).split(sizes)
+        return independent, lambda: scenes
+
     @torch.no_grad()
-    def similarity(self, scene_features: Tensor, reference_features: Tensor) -> Tensor:
-        """How much the patches ``[P, Cv]`` of a scene would attend to those of a reference, before the softmax.
+    def reference_energies(self, scene: Tensor, references: Sequence[Tensor]) -> Tensor:
+        """How much a scene attends to each of many references in the first identity layer, before the softmax.
+
+        Args:
+            scene: ``[P, Cv]`` patches of the scene.
+            references: patches ``[P, Cv]`` of each of the R references.
 
         Returns:
-            Scalar: the largest over the patches of the scene, see :func:`attention_energy`.
+            ``[R + 1, P]`` see :func:`attention_energies`; the last row is the null token, ``-inf`` without one.
         """
-        scene, reference = (self.resampler.project_patches(x[None]) for x in (scene_features, reference_features))
-        grid_size = self.resampler.check_features(reference_features[None], None)
-        tokens = self.resampler.resample(reference, self.resampler.key_bias(grid_size))
+        patches = self.resampler.project_patches(torch.stack([scene, *references]))
+        grid_size = self.resampler.check_features(scene[None], None)
+        tokens = self.resampler.resample(patches[1:], self.resampler.key_bias(grid_size))
+        keys = self._identity_keys(patches[1:], tokens)
         attention = self.identity_layers[0].attention
-        keys = attention.keys(self._identity_keys(reference, tokens)[0])
-        return attention_energy(attention.queries(scene[0]), keys).max()
+        query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
+        null = keys[:0, 0] if self.null_token is None else self.null_token
+        projected = attention.keys(torch.cat([keys.flatten(0, 1), null]))
+        lengths = [keys.shape[1]] * len(keys) + [1] * len(null)
+        energies = attention_energies(attention.queries(patches[0], query_bias), projected, lengths)
+        return energies if len(null) else F.pad(energies, (0, 0, 0, 1), value=-torch.inf)
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
         keys = image_tokens if self.identity_keys == "tokens" else patches
@@ -455,12 +478,11 @@ class IDFormer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Let the patches of scenes ``[S, P, C]`` attend to the keys ``[R, K, C]`` of their own sample."""
         has_null = self.null_token is not None
-        key_lengths = [keys.shape[1]] * len(keys)
-        packed = pack_keys(keys.flatten(0, 1), key_lengths, groups, null_token=self.null_token)
+        packed = pack_keys(keys.flatten(0, 1), keys.shape[1], groups, null_token=self.null_token)
         segments = attention_segments(
             groups,
-            scene_lengths=[scenes.shape[1]] * len(scenes),
-            reference_lengths=key_lengths,
+            scene_lengths=scenes.shape[1],
+            reference_lengths=keys.shape[1],
             null_token=has_null,
             device=scenes.device,
         )
@@ -510,8 +532,9 @@ class IDFormer(nn.Module):
         if num_columns:
             shares = pool_identity_map(identity_map, grid_size, self.resampler.query_grid, num_columns)
         if groups.references is not None and len(groups.references) and num_columns:
-            identities = torch.tensor(groups.identities, device=shares.device)
-            own = F.one_hot(identities, num_columns).to(shares)[:, None].expand(-1, shares.shape[1], -1)
+            own = (
+                F.one_hot(groups.reference_identities, num_columns).to(shares)[:, None].expand(-1, shares.shape[1], -1)
+            )
             packed = select_images(shares, groups.order).index_copy(0, groups.references, own)
             shares = select_images(packed, groups.inverse)
         shares = shares.to(embeddings.dtype)

@@ -1,6 +1,7 @@
 """The identity map: the share of attention that each patch pays to each identity, and how boxes supervise it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,10 @@ def identity_map_from_attention(sums: Tensor, groups: ImageGroups, num_patches: 
     """
     scenes = rearrange(sums.mean(1), "(s p) g -> s p g", p=num_patches)
     num_columns = sums.shape[-1]
-    independent = F.one_hot(torch.full((groups.num_independent, num_patches), num_columns - 1), num_columns)
-    return select_images(torch.cat([independent.to(scenes), scenes]), groups.inverse)
+    # Not one_hot, for which torch.compile compiles once per number of identities.
+    columns = torch.arange(num_columns, device=scenes.device)
+    independent = (columns == num_columns - 1).to(scenes).expand(groups.num_independent, num_patches, -1)
+    return select_images(torch.cat([independent, scenes]), groups.inverse)
 
 
 def teacher_forced_map(identity_map: Tensor, target_identity_map: Tensor | None) -> Tensor:
@@ -220,18 +223,19 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
         return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
 
 
-def attention_energy(q: Tensor, k: Tensor) -> Tensor:
-    """Logarithm of the attention that each query would pay to all keys together, before it is normalised.
+def attention_energies(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Logarithm of the attention that each query would pay to each group of keys, before it is normalised.
 
     Args:
         q: ``[N, H, D]`` projected patches of a scene.
-        k: ``[K, H, D]`` projected keys of a reference.
+        k: ``[K, H, D]`` projected keys, group after group.
+        lengths: number of keys of each of the R groups.
 
     Returns:
-        ``[N]``, mean over heads, in float32. Values of several references are comparable.
+        ``[R, N]``, mean over heads, in float32.
     """
-    scores = torch.einsum("nhd,khd->nhk", q.float() * q.shape[-1] ** -0.5, k.float())
-    return scores.logsumexp(-1).mean(-1)
+    scores = torch.einsum("nhd,khd->khn", q.float() * q.shape[-1] ** -0.5, k.float())
+    return torch.stack([group.logsumexp(0).mean(0) for group in scores.split(list(lengths))])
 
 
 def _check_boxes(

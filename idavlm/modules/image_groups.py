@@ -1,14 +1,14 @@
 """The images of a batch, grouped once on the host into the indices of one ragged pass over scenes and references."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice, pairwise, repeat
 
 import torch
 from torch import Tensor
 
-from idavlm.utils import ImageRole, outside_compile
+from idavlm.utils import ImageRole, mark_length_dynamic, outside_compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class ImageGroups:
         references_per_sample: number of references for each of the N samples that have images.
         scenes_per_sample: number of scenes that attend to references, for each of these samples.
         references: ``[R]`` packed index of each reference, or None if the references are not among the images.
+        reference_identities: ``identities`` as a tensor, or None likewise.
         reference_images: batch index of each reference; empty if the references are not among the images.
         scene_images: batch index of each scene that attends to references.
     """
@@ -37,6 +38,7 @@ class ImageGroups:
     references_per_sample: tuple[int, ...]
     scenes_per_sample: tuple[int, ...]
     references: Tensor | None = None
+    reference_identities: Tensor | None = None
     reference_images: tuple[int, ...] = ()
     scene_images: tuple[int, ...] = ()
 
@@ -86,13 +88,14 @@ def group_images(
     in_order = order == list(range(num_images))
 
     def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+        return mark_length_dynamic(torch.tensor(values, dtype=torch.long).to(device, non_blocking=True))
 
     return ImageGroups(
         order=None if in_order else tensor(order),
         inverse=None if in_order else tensor(inverse),
         num_independent=num_images - sum(attends),
         references=tensor([inverse[image] for image in references]),
+        reference_identities=tensor(identities),
         identities=tuple(identities),
         references_per_sample=references_per_sample,
         scenes_per_sample=tuple(num_scenes[sample] for sample in dict.fromkeys(samples)),
@@ -108,17 +111,17 @@ def select_images(images: Tensor, index: Tensor | None) -> Tensor:
 
 @outside_compile
 def pack_keys(
-    keys: Tensor, reference_lengths: Sequence[int], groups: ImageGroups, *, null_token: Tensor | None
+    keys: Tensor, reference_lengths: int | Sequence[int], groups: ImageGroups, *, null_token: Tensor | None
 ) -> Tensor:
     """Insert the null token ``[1, C]``, if there is one, before the keys of each sample.
 
     Args:
         keys: ``[T, C]`` keys of all references, reference after reference.
-        reference_lengths: number of keys of each reference.
+        reference_lengths: number of keys of each reference; one number if it is the same for all.
     """
     if null_token is None:
         return keys
-    lengths = iter(reference_lengths)
+    lengths = _each(reference_lengths)
     samples = keys.split([sum(islice(lengths, count)) for count in groups.references_per_sample])
     parts = [part for sample in samples for part in (null_token, sample)]
     return torch.cat([keys[:0], null_token[:0], *parts])  # part of the graph even without a sample
@@ -128,8 +131,8 @@ def pack_keys(
 def attention_segments(
     groups: ImageGroups,
     *,
-    scene_lengths: Sequence[int],
-    reference_lengths: Sequence[int],
+    scene_lengths: int | Sequence[int],
+    reference_lengths: int | Sequence[int],
     null_token: bool,
     device: torch.device,
 ) -> dict[str, Tensor | int]:
@@ -140,34 +143,39 @@ def attention_segments(
 
     Args:
         groups: scenes and references of each sample.
-        scene_lengths: number of queries of each scene that attends to references.
-        reference_lengths: number of keys of each reference.
+        scene_lengths: number of queries of each scene that attends to references; one number if it is the same for all.
+        reference_lengths: number of keys of each reference, likewise.
         null_token: whether a null token precedes the keys of each sample.
         device: device of the tensors.
     """
     extra_keys = int(null_token)
-    scenes, references = iter(scene_lengths), iter(reference_lengths)
+    scenes, references = _each(scene_lengths), _each(reference_lengths)
     query_lengths = [sum(islice(scenes, count)) for count in groups.scenes_per_sample]
     key_lengths = [extra_keys + sum(islice(references, count)) for count in groups.references_per_sample]
     num_identities = max(groups.identities, default=-1) + 1
     owners, lengths, identities = [], [], iter(groups.identities)
-    references = iter(reference_lengths)
+    references = _each(reference_lengths)
     for count in groups.references_per_sample:
         owners += [num_identities, *islice(identities, count)]
         lengths += [extra_keys, *islice(references, count)]
     key_groups = torch.tensor(owners, dtype=torch.int32).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
 
     def cu_seqlens(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+        values = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return mark_length_dynamic(values.to(device, non_blocking=True))
 
     return {
         "cu_seqlens_q": cu_seqlens(query_lengths),
         "cu_seqlens_k": cu_seqlens(key_lengths),
         "max_seqlen_q": max(query_lengths, default=extra_keys),
         "max_seqlen_k": max(key_lengths, default=extra_keys),
-        "key_groups": key_groups.to(device, non_blocking=True),
+        "key_groups": mark_length_dynamic(key_groups.to(device, non_blocking=True)),
         "num_key_groups": num_identities + 1,
     }
+
+
+def _each(lengths: int | Sequence[int]) -> Iterator[int]:
+    return repeat(lengths) if isinstance(lengths, int) else iter(lengths)
 
 
 def _integers(name: str, values: Tensor, num_images: int) -> list[int]:

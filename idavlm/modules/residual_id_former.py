@@ -14,7 +14,7 @@ from idavlm.modules.id_former import IdentityLayer
 from idavlm.modules.identity_embedding import IdentityEmbedding
 from idavlm.modules.identity_map import (
     NULL,
-    attention_energy,
+    attention_energies,
     identities_of_scenes,
     identity_contrastive_loss,
     identity_map_loss,
@@ -284,20 +284,25 @@ class ResidualIDFormer(nn.Module):
         return ResidualOutput(tokens, tuple(maps), **losses, deepstack_tokens=tuple(levels))
 
     @torch.no_grad()
-    def similarity(self, scene_tokens: Tensor, reference_tokens: Tensor) -> Tensor:
-        """How much the image tokens ``[L, C]`` of a scene would attend to those of a reference, before the softmax.
+    def reference_energies(self, scene: Tensor, references: Sequence[Tensor]) -> Tensor:
+        """How much a scene attends to each of many references in the first identity layer, before the softmax.
+
+        Args:
+            scene: ``[L, token_size]`` image tokens of the scene.
+            references: image tokens of each of the R references.
 
         Returns:
-            Scalar: the largest over the tokens of the scene, see :func:`attention_energy`.
+            ``[R + 1, L]`` see :func:`attention_energies`; the last row is the null token, ``-inf`` without one.
         """
-        scene, reference = (
-            self.input_norm(self.down_proj(tokens.to(self.input_norm.weight.dtype)))
-            for tokens in (scene_tokens, reference_tokens)
-        )
-        if self.reference_attention is not None:
-            reference = self.reference_attention(self.reference_queries, reference[None])[0]
+        lengths = [len(reference) for reference in references]
+        tokens = torch.cat([scene, *references]).to(self.input_norm.weight.dtype)
+        normed, keys = self.input_norm(self.down_proj(tokens)).split([len(scene), sum(lengths)])
+        keys, lengths = self._resampled_keys(keys, lengths)
         attention = self.identity_layers[0].attention
-        return attention_energy(attention.queries(scene), attention.keys(reference)).max()
+        null = keys[:0] if self.null_token is None else self.null_token
+        projected = attention.keys(torch.cat([keys, null]))
+        energies = attention_energies(attention.queries(normed), projected, [*lengths, *[1] * len(null)])
+        return energies if len(null) else F.pad(energies, (0, 0, 0, 1), value=-torch.inf)
 
     def _map_losses(
         self,
@@ -352,6 +357,9 @@ class ResidualIDFormer(nn.Module):
         keys = normed.index_select(0, images.positions_of(groups.reference_images))
         if self.detach_references:
             keys = keys.detach()
+        return self._resampled_keys(keys, lengths)
+
+    def _resampled_keys(self, keys: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
         if self.reference_attention is None:
             return keys, lengths
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=keys.device)

@@ -2,7 +2,7 @@
 
 from idavlm.utils.answer_text import last_answer, plain_answer
 from idavlm.utils.checks import check_arguments, check_choice, check_positive, check_type
-from idavlm.utils.compiling import outside_compile
+from idavlm.utils.compiling import mark_length_dynamic, outside_compile
 from idavlm.utils.files import append_lines, drop_torn_line, read_json_object, write_text
 from idavlm.utils.ignore_index import IGNORE_INDEX
 from idavlm.utils.image_roles import ImageRole
@@ -23,6 +23,7 @@ __all__ = [
     "last_answer",
     "lock_file",
     "lock_folder",
+    "mark_length_dynamic",
     "markdown_table",
     "outside_compile",
     "plain_answer",

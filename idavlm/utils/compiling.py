@@ -1,4 +1,4 @@
-"""Exclude host-side functions from ``torch.compile``."""
+"""Host-side functions and ``torch.compile``."""
 
 import functools
 import sys
@@ -21,9 +21,19 @@ def outside_compile(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if disabled is None:
+            torch.compiler.disable(call, recursive=False)  # marks this wrapper's code
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
 
-    # The compiler counts recompilations per code object and prints its name, so every function needs its own.
+    # All wrappers share their code, but the compiler marks code objects, and prints their names.
     call.__code__ = call.__code__.replace(co_name=function.__name__)
+    # The compiler then calls the wrapper and does not trace it, already at the first time.
+    call._torchdynamo_disable = True
     return call
+
+
+def mark_length_dynamic(x: torch.Tensor) -> torch.Tensor:
+    """Tell ``torch.compile``, if it is used, that the first size of ``x`` varies, so that it compiles for any."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x

@@ -1,5 +1,6 @@
 """Mutated configurations, index files and weights through ``convert``: a model that runs, or a ConversionError."""
 
+import atexit
 import copy
 import functools
 import json
@@ -43,6 +44,7 @@ MEGABYTES = 2000
 def checkpoints() -> dict[str, Path]:
     """System -> folder of a complete tiny checkpoint; that of transformers has a LoRA adapter in ``lora``."""
     root = Path(tempfile.mkdtemp(prefix="idavlm_fuzz_"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     folders = {system: released(system, root) for system in SYSTEMS[:-1]}
     folders[SYSTEMS[-1]] = root / "transformers-llava"
     llava = transformers_llava(folders[SYSTEMS[-1]])

@@ -52,10 +52,12 @@ def cross_attention(
         key_bias: ``[L, H, D]`` added to the keys by their position in their segment, for example projected positions
             of patches. Positions are taken modulo L, so a segment of several images repeats it for every image.
         cu_seqlens_q: ``[N + 1]`` integers from 0 to Tq: segment n holds tokens ``cu_seqlens_q[n]`` up to
-            ``cu_seqlens_q[n + 1]``, as in flash-attn. Segments may be empty.
+            ``cu_seqlens_q[n + 1]``, as in flash-attn. Segments may be empty. int32 or int64, on the device of ``q``, or
+            on the CPU: then its values are checked, and a copy is made for the device.
         cu_seqlens_k: the same for keys. The output for queries of a segment without keys is zero.
         max_seqlen_q: length of the longest segment of queries; by default read from ``cu_seqlens_q``, which is a host
-            sync on CUDA. On CUDA the value is not checked: if it is too small, the result is wrong.
+            sync on CUDA. A value that is too small is an error. On CUDA it is a device-side assertion, which needs no
+            sync and stops the process. Under ``torch.compile`` the values of ``cu_seqlens_q`` are not checked.
         max_seqlen_k: the same for keys.
         scale: factor on the scores; by default ``D ** -0.5``.
         attn_implementation: ``"sdpa"``; ``"eager"``, the float32 reference; ``"triton"``, this library's kernels
@@ -86,9 +88,12 @@ def cross_attention(
             f"q has {num_query_segments} segments, but k and v have {num_segments}; pass one segment of queries per "
             "segment of keys, or [Lq, H, D] queries without cu_seqlens_q to share them."
         )
-    max_seqlen_q, equal_q = (len(q), False) if shared else _measure_segments("q", q, cu_seqlens_q, max_seqlen_q)
-    max_seqlen_k, equal_k = _measure_segments("k", k, cu_seqlens_k, max_seqlen_k)
-    # Backends get cu_seqlens only where segments differ in length.
+    max_seqlen_q = len(q) if shared else _longest_segment("q", q, cu_seqlens_q, max_seqlen_q)
+    max_seqlen_k = _longest_segment("k", k, cu_seqlens_k, max_seqlen_k)
+    # Backends get cu_seqlens only where segments differ in length. A graph is compiled once for both.
+    compiling = torch.compiler.is_compiling()
+    equal_q = cu_seqlens_q is not None and not compiling and 0 < num_segments * max_seqlen_q == len(q)
+    equal_k = cu_seqlens_k is not None and not compiling and 0 < num_segments * max_seqlen_k == len(k)
     if equal_q:
         q, cu_seqlens_q = q.unflatten(0, (num_segments, max_seqlen_q)), None
     if equal_k:
@@ -96,6 +101,7 @@ def cross_attention(
         cu_seqlens_k = None
         if key_groups is not None:
             key_groups = key_groups.unflatten(0, (num_segments, max_seqlen_k))
+    cu_seqlens_q, cu_seqlens_k = (x if x is None else x.to(q.device) for x in (cu_seqlens_q, cu_seqlens_k))
     num_key_groups = num_key_groups or 0
     if num_segments == 0:
         output, attentions = _no_segments(q, k, v, max_seqlen_q, max_seqlen_k, num_key_groups)
@@ -134,12 +140,15 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, 
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, but k has {tuple(k.shape)}; they must be equal.")
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu_seqlens is not None and (
-            cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point()
-        ):
+        if cu_seqlens is None:
+            continue
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers."
+                f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] integers, "
+                "int32 or int64."
             )
+        if cu_seqlens.device not in (q.device, torch.device("cpu")):
+            raise ValueError(f"{name} is on {cu_seqlens.device}, but q is on {q.device}; move it there, or to the CPU.")
     if q.shape[-2:] != k.shape[-2:]:
         raise ValueError(f"q has [H, D] = {list(q.shape[-2:])}, but k has {list(k.shape[-2:])}; they must be equal.")
 
@@ -161,31 +170,39 @@ def _check_keys(k: Tensor, key_bias: Tensor | None, key_groups: Tensor | None, n
             f"key_groups has shape {tuple(key_groups.shape)} and dtype {key_groups.dtype}; expected integers "
             f"{list(k.shape[:-2])}, one per key."
         )
+    for name, x in (("key_bias", key_bias), ("key_groups", key_groups)):
+        if x is not None and x.device != k.device:
+            raise ValueError(f"{name} is on {x.device}, but k is on {k.device}; move it there.")
+
+
+def _longest_segment(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+    """Check ``cu_seqlens_{name}`` and ``max_seqlen_{name}`` of ``x``; return the length of the longest segment."""
+    if cu_seqlens is None:
+        return x.shape[1]
+    if max_seqlen is not None and torch.compiler.is_compiling():
+        return max_seqlen  # values of tensors are not known in a graph
+    if max_seqlen is None or cu_seqlens.device.type == "cpu":
+        return _read_longest_segment(name, cu_seqlens, len(x), max_seqlen)
+    lengths = cu_seqlens.diff()
+    torch._assert_async(
+        ((lengths >= 0) & (lengths <= max_seqlen)).all() & (cu_seqlens[-1] <= len(x)),
+        f"cu_seqlens_{name} decreases, exceeds the {len(x)} packed tokens, or has a segment longer than "
+        f"max_seqlen_{name}={max_seqlen}; pass the length of the longest segment, or None.",
+    )
+    return max_seqlen
 
 
 @outside_compile
-def _measure_segments(name: str, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, bool]:
-    """Check ``cu_seqlens_{name}`` and ``max_seqlen_{name}`` of ``x``.
-
-    The values are checked on the CPU only; on other devices reading them would be a host sync.
-
-    Returns:
-        Length of the longest segment, and whether ``x`` is packed and all segments have that length.
-    """
-    if cu_seqlens is None:
-        return x.shape[1], False
-    if max_seqlen is None or cu_seqlens.device.type == "cpu":
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != x.shape[0] or values != sorted(values):
-            raise ValueError(
-                f"cu_seqlens_{name}={values} must increase from 0 to the number of packed tokens, {len(x)}."
-            )
-        longest = max((end - start for start, end in pairwise(values)), default=0)
-        if max_seqlen is not None and max_seqlen < longest:
-            raise ValueError(
-                f"max_seqlen_{name}={max_seqlen}, but a segment has {longest} tokens; pass the length of the "
-                "longest segment, or None."
-            )
-        max_seqlen = longest if max_seqlen is None else max_seqlen
-    num_segments = cu_seqlens.numel() - 1
-    return max_seqlen, num_segments > 0 and x.shape[0] == num_segments * max_seqlen
+def _read_longest_segment(name: str, cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None) -> int:
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
+        raise ValueError(
+            f"cu_seqlens_{name}={values} must increase from 0 to the number of packed tokens, {num_tokens}."
+        )
+    longest = max((end - start for start, end in pairwise(values)), default=0)
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(
+            f"max_seqlen_{name}={max_seqlen}, but a segment has {longest} tokens; pass the length of the longest "
+            "segment, or None."
+        )
+    return longest if max_seqlen is None else max_seqlen

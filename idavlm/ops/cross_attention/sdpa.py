@@ -1,8 +1,8 @@
 """``attn_implementation="sdpa"``: ``torch.nn.functional.scaled_dot_product_attention``.
 
 Dense input is one call. Ragged input is handled in one of two ways, both measured in ``benchmarks/cross_attention.py``.
-On the CPU, segments with the same lengths share one call, so that no padding is computed. On other devices there is one
-padded call with a mask, which needs no host sync.
+On the CPU, segments with the same lengths share one call, so that no padding is computed. On other devices, and under
+``torch.compile``, there is one padded call with a mask, which needs no host sync.
 """
 
 from collections import defaultdict
@@ -22,7 +22,9 @@ from idavlm.ops.cross_attention.segments import (
     split_segments,
     unpad_segments,
 )
-from idavlm.utils import outside_compile
+
+_LONG = 256
+"""Queries of a segment that is computed alone on the CPU."""
 
 
 def sdpa_cross_attention(
@@ -32,7 +34,7 @@ def sdpa_cross_attention(
     q, k = repeat_shared(q, segments), add_key_bias(k, options.key_bias, segments)
     if segments.cu_seqlens_q is None and segments.cu_seqlens_k is None:
         output = _dense(q, k, v, scale=options.scale)
-    elif q.device.type == "cpu":
+    elif q.device.type == "cpu" and not torch.compiler.is_compiling():
         output = _bucketed(q, k, v, segments, options.scale)
     else:
         output = _padded(q, k, v, segments, options.scale)
@@ -78,19 +80,27 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-@outside_compile
 def _bucketed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     keys, values = (split_segments(x, segments.cu_seqlens_k) for x in (k, v))
     inputs = list(zip(split_segments(q, segments.cu_seqlens_q), keys, values, strict=True))
     buckets = defaultdict(list)
     for number, (queries, keys, _) in enumerate(inputs):
-        buckets[len(queries), len(keys)].append(number)
+        # A long segment keeps all cores busy on its own, and is not copied.
+        buckets[(len(queries), len(keys)) if len(queries) < _LONG else number].append(number)
     outputs = [q] * len(inputs)
+    joined = None if torch.is_grad_enabled() else torch.empty_like(q, memory_format=torch.contiguous_format)
+    if joined is not None:  # written in place, so that the outputs are not in memory twice
+        outputs = list(split_segments(joined, segments.cu_seqlens_q))
     for numbers in buckets.values():
         batch = zip(*(inputs[number] for number in numbers), strict=True)
         output = _dense(*(x[0][None] if len(x) == 1 else torch.stack(x) for x in batch), scale=scale)
         for number, segment in zip(numbers, output.unbind(0), strict=True):
-            outputs[number] = segment
+            if joined is None:
+                outputs[number] = segment
+            else:
+                outputs[number].copy_(segment)
+    if joined is not None:
+        return joined
     return torch.stack(outputs) if segments.cu_seqlens_q is None else torch.cat(outputs)
 
 

@@ -1,7 +1,8 @@
-"""Arguments of the kernels as named tuples, and the device functions that the kernels share.
+"""The arguments of the kernels, and the device functions that the kernels share.
 
-Tiles are ``[rows, BLOCK_D]``, where ``BLOCK_D`` is the next power of two of the head dimension. Columns past the head
-dimension and rows past the end of the segment are read as zeros and not written.
+A tile holds rows of one segment and one head, ``[rows, BLOCK_D]``, where ``BLOCK_D`` is the next power of two of the
+head dimension. Columns past the head dimension and rows past the end of the segment are read as zeros and not written.
+Offsets are computed in 64 bits, so neither a tensor nor a segment of a strided view is limited to 2^31 elements.
 """
 
 import os
@@ -12,6 +13,8 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether Triton's interpreter runs the kernels, on a CPU."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 # The interpreter also accepts plain functions. It spends half of its time preparing calls of jitted ones.
 device_function = (lambda function: function) if INTERPRETED else triton.jit
@@ -28,77 +31,78 @@ class KernelOptions(NamedTuple):
     HEAD_DIM: int
     BLOCK_D: int  # width of a tile
     PRECISION: str  # input_precision of tl.dot
+    FUSE_DQ: bool = False  # bwd_dkdv also accumulates the gradient of the queries
     BLOCK_Q: int = 0  # queries of a tile
     BLOCK_K: int = 0  # keys of a tile
-    TMA: int = 0  # dimensions of the tensor descriptors, 4 or 2 (see make_descriptor); 0 for pointers
-    FUSE_DQ: bool = False  # bwd_dkdv also accumulates the gradient of the queries
-    COMPUTE_DK: bool = True  # bwd_dkdv computes the gradient of the keys
-    COMPUTE_DV: bool = True  # bwd_dkdv computes the gradient of the values
 
 
 class Rows(NamedTuple):
-    """Rows ``[T, H, D]`` of a tensor, or of one of its segments.
-
-    ``data`` is a tensor on the host. In a kernel it is a pointer or, with ``TMA``, a tensor descriptor.
-    """
+    """Rows ``[T, H, width]`` of a tensor; the last stride is 1."""
 
     data: Any
     stride: Any
     head_stride: Any
 
 
-class Inputs(NamedTuple):
-    """Inputs of all kernels. ``num_blocks``: number of tiles of the longest segment, for grids without ``TMA``."""
+class Args(NamedTuple):
+    """Arguments of every kernel. A kernel ignores those that it does not need."""
 
-    q: Rows
-    k: Rows
-    v: Rows
-    key_bias: Any
-    key_groups: Any
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
+    q: Rows  # [Tq, H, D], or [Lq, H, D] with SHARED_Q
+    k: Rows  # [Tk, H, D]
+    v: Rows  # [Tk, H, D]
+    key_bias: Any  # [L, H, D]
+    key_groups: Any  # [Tk]
+    cu_seqlens_q: Any  # [N + 1]
+    cu_seqlens_k: Any  # [N + 1]
+    out: Any  # [Tq, H, D]
+    sums: Any  # [Tq, H, G] float32: weights summed over groups of keys
+    lse: Any  # [H, Tq] float32: log2 of the sum of exp(scores)
+    grad_out: Any  # as out
+    grad_sums: Any  # as sums
+    delta: Any  # as lse: mean of the gradients of a query's weights under these weights
+    grad_q: Any  # as q; float32 with FUSE_DQ; [parts, Lq, H, D] float32 in bwd_dq_shared
+    grad_k: Any  # as k
+    grad_v: Any  # as v
     scale: Any
     num_heads: Any
-    num_rows: Any
-    length_q: Any
-    length_k: Any
+    num_rows: Any  # queries of all segments
+    length_q: Any  # queries of the longest segment
+    length_k: Any  # keys of the longest segment
     num_segments: Any
     bias_length: Any
     num_groups: Any
-    num_blocks: Any = 0
-
-
-class BackwardInputs(NamedTuple):
-    """Further inputs of the backward kernels: ``[Tq, H, D]``, ``[Tq, H, G]``, and twice ``[H, Tq]``."""
-
-    grad_out: Any
-    grad_sums: Any
-    lse: Any
-    delta: Any
+    num_blocks: Any = 0  # tiles of the longest segment
 
 
 class Segment(NamedTuple):
-    """A segment: first row (int64) and number of rows of its queries and keys.
+    """A segment: first row (int64) and number of rows. ``source_q``: first row of its queries in ``q``."""
 
-    ``index_q`` and ``index_k`` are its positions in the tensor descriptors; 0 where it has descriptors of its own.
-    """
-
-    index_q: Any
+    source_q: Any
     first_q: Any
     rows_q: Any
-    index_k: Any
     first_k: Any
     rows_k: Any
 
 
+# --- Which part of the work ---
+
+
 @device_function
-def load_segment(number, inputs, OPTIONS: tl.constexpr):
+def block_of_program(BLOCK: tl.constexpr, args, OPTIONS: tl.constexpr):
+    """The segment, the head, and the rows of the segment that this program computes. Grid: blocks, heads."""
+    program = tl.program_id(0)
+    segment = load_segment(program // args.num_blocks, args, OPTIONS)
+    start = (program % args.num_blocks) * BLOCK
+    return segment, tl.program_id(1).to(tl.int64), start
+
+
+@device_function
+def load_segment(number, args, OPTIONS: tl.constexpr):
     """The :class:`Segment` with this number."""
-    first_q, rows_q = _bounds(inputs.cu_seqlens_q, number, inputs.length_q, OPTIONS.RAGGED_Q)
-    first_k, rows_k = _bounds(inputs.cu_seqlens_k, number, inputs.length_k, OPTIONS.RAGGED_K)
-    index_q = 0 if OPTIONS.RAGGED_Q else number
-    index_k = 0 if OPTIONS.RAGGED_K else number
-    return Segment(index_q, first_q, rows_q, index_k, first_k, rows_k)
+    first_q, rows_q = _bounds(args.cu_seqlens_q, number, args.length_q, OPTIONS.RAGGED_Q)
+    first_k, rows_k = _bounds(args.cu_seqlens_k, number, args.length_k, OPTIONS.RAGGED_K)
+    source_q = first_q * 0 if OPTIONS.SHARED_Q else first_q
+    return Segment(source_q, first_q, rows_q, first_k, rows_k)
 
 
 @device_function
@@ -112,164 +116,119 @@ def _bounds(cu_seqlens, segment, length, RAGGED: tl.constexpr):
     return first, rows
 
 
-@device_function
-def next_first_item(first_item, items, programs):
-    """Index of the program's first item in the next segment, after its share of ``items`` from ``first_item`` on."""
-    return (first_item + programs - items % programs) % programs
+# --- Tiles ---
 
 
 @device_function
-def contiguous_rows(data, inputs, OPTIONS: tl.constexpr):
-    """:class:`Rows` of a contiguous tensor."""
-    return Rows(data, inputs.num_heads * OPTIONS.HEAD_DIM, OPTIONS.HEAD_DIM)
+def contiguous(data, width, args):
+    """:class:`Rows` of a contiguous tensor ``[T, H, width]``."""
+    return Rows(data, args.num_heads * width, width)
 
 
 @device_function
-def offset_rows(x, first, head):
-    """Rows of one head from row ``first`` on, as a pointer."""
-    return Rows(x.data + (first * x.stride + head * x.head_stride), x.stride, x.head_stride)
+def elements(x, first, head, rows, OPTIONS: tl.constexpr):
+    """Pointers ``[rows, BLOCK_D]`` to rows of a segment that starts at row ``first``."""
+    # The offsets are added one after the other; their sum takes more registers.
+    base = x.data + first * x.stride + head * x.head_stride
+    return base + rows.to(tl.int64)[:, None] * x.stride + tl.arange(0, OPTIONS.BLOCK_D)[None, :]
 
 
 @device_function
-def row_pointers(base, rows, stride, BLOCK_D: tl.constexpr):
-    """Pointers ``[rows, BLOCK_D]`` to the elements of rows."""
-    return base + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-
-
-@device_function
-def row_mask(rows, num_rows, WIDTH, BLOCK_D: tl.constexpr):
-    """``[rows, BLOCK_D]``: which elements are inside the segment and among the first ``WIDTH`` columns."""
+def exist(rows, num_rows, OPTIONS: tl.constexpr):
+    """``[rows, BLOCK_D]``: which elements are inside the segment and the head."""
     mask = rows[:, None] < num_rows
-    if WIDTH != BLOCK_D:
-        mask = mask & (tl.arange(0, BLOCK_D)[None, :] < WIDTH)
+    if OPTIONS.HEAD_DIM != OPTIONS.BLOCK_D:
+        mask = mask & (tl.arange(0, OPTIONS.BLOCK_D)[None, :] < OPTIONS.HEAD_DIM)
     return mask
 
 
 @device_function
-def make_descriptor(x, num_segments, num_rows, inputs, BLOCK: tl.constexpr, OPTIONS: tl.constexpr):
-    """Rows of segments of ``num_rows`` each, as a tensor descriptor.
-
-    ``TMA`` is the number of its dimensions. 4: segments, heads, rows, columns. 2: rows of one segment, and the columns
-    of all heads side by side. Triton specialises warps only for the latter; ``HEAD_DIM`` must then equal ``BLOCK_D``.
-    """
-    bound = tl.maximum(num_rows, 1)  # a descriptor needs at least one row; of an empty segment none is read
-    if OPTIONS.TMA == 4:
-        descriptor = tl.make_tensor_descriptor(
-            x.data,
-            [num_segments, inputs.num_heads, bound, OPTIONS.HEAD_DIM],
-            [tl.cast(num_rows, tl.int64) * x.stride, x.head_stride, x.stride, 1],
-            [1, 1, BLOCK, OPTIONS.BLOCK_D],
-        )
-    else:
-        columns = (inputs.num_heads - 1) * x.head_stride + OPTIONS.HEAD_DIM
-        descriptor = tl.make_tensor_descriptor(x.data, [bound, columns], [x.stride, 1], [BLOCK, OPTIONS.BLOCK_D])
-    return Rows(descriptor, x.stride, x.head_stride)
+def load_rows(x, first, head, rows, num_rows, OPTIONS: tl.constexpr):
+    """A tile of ``x``."""
+    return tl.load(elements(x, first, head, rows, OPTIONS), mask=exist(rows, num_rows, OPTIONS), other=0.0)
 
 
 @device_function
-def describe_queries(x, inputs, SHARED: tl.constexpr, OPTIONS: tl.constexpr):
-    """Rows per query of all segments, as a tensor descriptor. ``SHARED``: one set of rows for all segments."""
-    num_sets = 1 if SHARED else inputs.num_segments
-    return make_descriptor(x, num_sets, inputs.length_q, inputs, OPTIONS.BLOCK_Q, OPTIONS)
-
-
-@device_function
-def describe_keys(x, inputs, OPTIONS: tl.constexpr):
-    """Rows per key of all segments, as a tensor descriptor."""
-    return make_descriptor(x, inputs.num_segments, inputs.length_k, inputs, OPTIONS.BLOCK_K, OPTIONS)
-
-
-@device_function
-def segment_queries(x, whole, segment, inputs, SHARED: tl.constexpr, OPTIONS: tl.constexpr):
-    """Rows per query of a segment, as a tensor descriptor. ``whole`` is the result of :func:`describe_queries`.
-
-    Segments of different lengths have descriptors of their own, so that the bounds are those of the segment.
-    """
-    if OPTIONS.RAGGED_Q or OPTIONS.TMA == 2:
-        x = offset_rows(x, 0 if SHARED else segment.first_q, 0)
-        rows = make_descriptor(x, 1, segment.rows_q, inputs, OPTIONS.BLOCK_Q, OPTIONS)
-    else:
-        rows = whole
-    return rows
-
-
-@device_function
-def segment_keys(x, whole, segment, inputs, OPTIONS: tl.constexpr):
-    """The same for rows per key."""
-    if OPTIONS.RAGGED_K or OPTIONS.TMA == 2:
-        x = offset_rows(x, segment.first_k, 0)
-        rows = make_descriptor(x, 1, segment.rows_k, inputs, OPTIONS.BLOCK_K, OPTIONS)
-    else:
-        rows = whole
-    return rows
-
-
-@device_function
-def read_rows(x, index, head, start, num_rows, BLOCK: tl.constexpr, OPTIONS: tl.constexpr):
-    """Load ``[BLOCK, BLOCK_D]`` starting at row ``start`` of a segment.
-
-    ``x`` is a descriptor, indexed by ``index`` and ``head``, or a pointer to the first row of the segment and head.
-    """
-    if OPTIONS.TMA == 4:
-        tile = x.data.load([index, head, start, 0]).reshape([BLOCK, OPTIONS.BLOCK_D])
-    elif OPTIONS.TMA == 2:
-        tile = x.data.load([start, head * x.head_stride])
-    else:
-        rows = start + tl.arange(0, BLOCK)
-        mask = row_mask(rows, num_rows, OPTIONS.HEAD_DIM, OPTIONS.BLOCK_D)
-        tile = tl.load(row_pointers(x.data, rows, x.stride, OPTIONS.BLOCK_D), mask=mask, other=0.0)
-    return tile
-
-
-@device_function
-def write_rows(x, values, index, head, start, num_rows, BLOCK: tl.constexpr, OPTIONS: tl.constexpr):
-    """Store a tile, cast to the dtype of ``x``; arguments as in :func:`read_rows`."""
-    if OPTIONS.TMA == 4:
-        x.data.store([index, head, start, 0], cast(values, x.data.dtype).reshape([1, 1, BLOCK, OPTIONS.BLOCK_D]))
-    elif OPTIONS.TMA == 2:
-        x.data.store([start, head * x.head_stride], cast(values, x.data.dtype))
-    else:
-        store_rows(x, values, start + tl.arange(0, BLOCK), num_rows, OPTIONS)
-
-
-@device_function
-def store_rows(x, values, rows, num_rows, OPTIONS: tl.constexpr):
-    """Store rows through pointers, cast to the dtype of ``x``."""
-    mask = row_mask(rows, num_rows, OPTIONS.HEAD_DIM, OPTIONS.BLOCK_D)
+def store_rows(x, first, head, rows, num_rows, values, OPTIONS: tl.constexpr):
+    """Store a tile, cast to the dtype of ``x``."""
     values = cast(values, x.data.dtype.element_ty)
-    tl.store(row_pointers(x.data, rows, x.stride, OPTIONS.BLOCK_D), values, mask=mask)
+    tl.store(elements(x, first, head, rows, OPTIONS), values, mask=exist(rows, num_rows, OPTIONS))
 
 
 @device_function
-def read_keys(k, bias, segment, head, start, inputs, OPTIONS: tl.constexpr):
-    """Load keys and add the bias of their position, modulo its length. ``bias``: pointer to the bias of the head."""
-    keys = read_rows(k, segment.index_k, head, start, segment.rows_k, OPTIONS.BLOCK_K, OPTIONS)
+def load_queries(segment, head, rows, args, OPTIONS: tl.constexpr):
+    """A tile of queries."""
+    return load_rows(args.q, segment.source_q, head, rows, segment.rows_q, OPTIONS)
+
+
+@device_function
+def load_keys(segment, head, columns, args, OPTIONS: tl.constexpr):
+    """A tile of keys, plus the bias of their position in the segment, modulo its length."""
+    keys = load_rows(args.k, segment.first_k, head, columns, segment.rows_k, OPTIONS)
     if OPTIONS.HAS_BIAS:
-        rows = start + tl.arange(0, OPTIONS.BLOCK_K)
-        mask = row_mask(rows, segment.rows_k, OPTIONS.HEAD_DIM, OPTIONS.BLOCK_D)
-        row_size = inputs.num_heads * OPTIONS.HEAD_DIM
-        pointers = row_pointers(bias, rows % inputs.bias_length, row_size, OPTIONS.BLOCK_D)
-        position = tl.load(pointers, mask=mask, other=0.0)
+        bias = contiguous(args.key_bias, OPTIONS.HEAD_DIM, args)
+        pointers = elements(bias, 0, head, columns % args.bias_length, OPTIONS)
+        position = tl.load(pointers, mask=exist(columns, segment.rows_k, OPTIONS), other=0.0)
         keys = cast(keys.to(tl.float32) + position.to(tl.float32), keys.dtype)
     return keys
 
 
 @device_function
-def key_group_one_hot(segment, start, inputs, dtype: tl.constexpr, OPTIONS: tl.constexpr):
-    """``[BLOCK_K, GROUPS]``: 1 where the key of the row belongs to the group of the column, else 0."""
-    rows = start + tl.arange(0, OPTIONS.BLOCK_K)
-    group = tl.load(inputs.key_groups + segment.first_k + rows, mask=rows < segment.rows_k, other=-1)
-    return (group[:, None] == tl.arange(0, OPTIONS.GROUPS)[None, :]).to(dtype)
+def load_values(segment, head, columns, args, OPTIONS: tl.constexpr):
+    """A tile of values."""
+    return load_rows(args.v, segment.first_k, head, columns, segment.rows_k, OPTIONS)
 
 
 @device_function
-def group_elements(base, rows, num_rows, num_heads, num_groups, GROUPS: tl.constexpr):
-    """Pointers ``[rows, GROUPS]`` into ``[Tq, H, G]``, and which of them are inside the segment and a group.
+def load_grad_out(segment, head, rows, args, OPTIONS: tl.constexpr):
+    """A tile of the gradient of the output."""
+    grad_out = contiguous(args.grad_out, OPTIONS.HEAD_DIM, args)
+    return load_rows(grad_out, segment.first_q, head, rows, segment.rows_q, OPTIONS)
 
-    ``base`` is a pointer to the element of the first row of the segment, the head and group 0.
-    """
-    mask = (rows[:, None] < num_rows) & (tl.arange(0, GROUPS)[None, :] < num_groups)
-    return row_pointers(base, rows, num_heads * num_groups, GROUPS), mask
+
+@device_function
+def per_query(x, segment, head, rows, args):
+    """Pointers to the elements of ``[H, Tq]``: one per query."""
+    return x + head * args.num_rows + segment.first_q + rows
+
+
+@device_function
+def load_per_query(x, segment, head, rows, other, args):
+    """Elements of ``[H, Tq]``; ``other`` for rows past the end."""
+    return tl.load(per_query(x, segment, head, rows, args), mask=rows < segment.rows_q, other=other)
+
+
+@device_function
+def sums_of_queries(x, segment, head, rows, args, OPTIONS: tl.constexpr):
+    """Pointers ``[rows, GROUPS]`` into ``[Tq, H, G]``, and which of them exist."""
+    base = x + (segment.first_q * args.num_heads + head) * args.num_groups
+    groups = tl.arange(0, OPTIONS.GROUPS)
+    mask = (rows[:, None] < segment.rows_q) & (groups[None, :] < args.num_groups)
+    return base + rows.to(tl.int64)[:, None] * (args.num_heads * args.num_groups) + groups[None, :], mask
+
+
+@device_function
+def load_sums(x, segment, head, rows, args, OPTIONS: tl.constexpr):
+    """A tile ``[rows, GROUPS]`` of ``[Tq, H, G]``."""
+    pointers, mask = sums_of_queries(x, segment, head, rows, args, OPTIONS)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@device_function
+def one_hot_groups(segment, columns, dtype: tl.constexpr, args, OPTIONS: tl.constexpr):
+    """``[columns, GROUPS]``: 1 where the key belongs to the group, else 0."""
+    group = tl.load(args.key_groups + segment.first_k + columns, mask=columns < segment.rows_k, other=-1)
+    return (group[:, None] == tl.arange(0, OPTIONS.GROUPS)[None, :]).to(dtype)
+
+
+# --- Arithmetic ---
+
+
+@device_function
+def recompute_weights(left, right, lse, is_key, args, OPTIONS: tl.constexpr):
+    """Attention weights for the backward pass: of queries and keys, or transposed, of keys and queries."""
+    scores = dot(left, tl.trans(right), OPTIONS) * (args.scale * LOG2_E)
+    return tl.exp2(tl.where(is_key, scores - lse, float("-inf")))
 
 
 @device_function

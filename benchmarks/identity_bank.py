@@ -1,0 +1,112 @@
+"""An identity bank against photos in every prompt: images that the vision tower encodes, time, and shortlists.
+
+    python -m benchmarks.identity_bank --model runs/train_idformer/characters/seed-0/with-id-former
+
+Part 1 asks for four identities of two photos each in 100 scenes, one prompt per scene, with the photos in every prompt
+and with a bank, and compares the answers. Part 2 fills a bank with the whole cast and ranks it for every scene. The
+recall at k is the share of identities of a scene that are among the first k. The cast is drawn; no model has seen it.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from idavlm import IdentityBank, RecordDataset, ask
+from idavlm.datasets import build_characters
+from idavlm.evaluation import load_checkpoint
+from idavlm.utils import describe_machine, markdown_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint with an ID-Former")
+    parser.add_argument("--data", type=Path, default=Path("runs/identity_bank"), help="folder of the drawn cast")
+    parser.add_argument("--cast", type=int, default=200, help="number of identities")
+    parser.add_argument("--scenes", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=7, help="seed of the drawn cast")
+    arguments = parser.parse_args()
+
+    model, processor = load_checkpoint(arguments.model)
+    folder = build_characters(
+        arguments.data,
+        num_train=8,
+        num_test=arguments.cast,
+        num_train_scenes=8,
+        num_test_scenes=arguments.scenes,
+        num_train_records=8,
+        num_test_records=4 * arguments.scenes,
+        num_general=4,
+        num_general_records=4,
+        seed=arguments.seed,
+    )
+    photos, scenes = cast_of(folder)
+    print(describe_machine(model.device))
+    compare_with_photos(model, processor, photos, list(scenes)[: arguments.scenes])
+    rank_the_cast(model, processor, photos, scenes)
+
+
+def cast_of(folder: Path) -> tuple[dict[str, list[Path]], dict[Path, set[str]]]:
+    """Two photos of each test identity, and the identities in each test scene, by the folder of their photos."""
+    root = folder / "images"
+    photos: dict[str, list[Path]] = {}
+    scenes: dict[Path, set[str]] = {}
+    for sample in RecordDataset(folder / "test.jsonl"):
+        identity_of = {}
+        for identity in sample.identities:
+            key = Path(identity.images[0]).name.split("-")[0]
+            identity_of[identity.name] = key
+            photos.setdefault(key, [root / image for image in identity.images[:2]])
+        for box in sample.boxes:
+            if box.name in identity_of and "scenes" in box.image:
+                scenes.setdefault(root / box.image, set()).add(identity_of[box.name])
+    return photos, scenes
+
+
+def compare_with_photos(model, processor, photos: dict[str, list[Path]], scenes: list[Path]) -> None:
+    """Part 1."""
+    cast = dict(list(photos.items())[:4])
+    encoded = []
+    hook = model.vision_tower.register_forward_hook(lambda module, inputs, output: encoded.append(len(inputs[0])))
+    rows, answers = [], {}
+    for name in ("photos in every prompt", "bank"):
+        encoded.clear()
+        start = time.perf_counter()
+        bank = None
+        if name == "bank":
+            bank = IdentityBank(model, processor)
+            for identity, images in cast.items():
+                bank.add(identity, images)
+        answers[name] = [ask_about(model, processor, scene, cast, bank) for scene in scenes]
+        rows.append([name, sum(encoded), f"{time.perf_counter() - start:.1f} s"])
+    hook.remove()
+    equal = sum(a == b for a, b in zip(*answers.values(), strict=True))
+    print(f"\n{len(scenes)} scenes, {len(cast)} identities of two photos; {equal} of {len(scenes)} answers are equal\n")
+    print(markdown_table(["references", "images encoded", "time"], rows))
+
+
+def ask_about(model, processor, scene: Path, cast: dict[str, list[Path]], bank: IdentityBank | None) -> str:
+    question = f"\nWhere is {next(iter(cast))}?"
+    return ask(model, processor, question, images=[scene], identities=cast, bank=bank, max_new_tokens=12)
+
+
+def rank_the_cast(model, processor, photos: dict[str, list[Path]], scenes: dict[Path, set[str]]) -> None:
+    """Part 2."""
+    bank = IdentityBank(model, processor)
+    for identity, images in photos.items():
+        bank.add(identity, images)
+    ranks = []
+    start = time.perf_counter()
+    for scene, shown in scenes.items():
+        order = [name for name, _ in bank.shortlist(scene, count=len(bank))]
+        ranks += [order.index(name) for name in shown]
+    seconds = (time.perf_counter() - start) / len(scenes)
+    ranks = torch.tensor(ranks)
+    print(f"\ncast of {len(bank)}; {len(scenes)} scenes, {len(ranks)} identities; {1000 * seconds:.0f} ms per scene\n")
+    recalls = [[k, f"{(ranks < k).float().mean():.3f}", f"{k / len(bank):.3f}"] for k in (5, 10, 20)]
+    print(markdown_table(["k", "recall at k", "chance"], recalls))
+
+
+if __name__ == "__main__":
+    main()

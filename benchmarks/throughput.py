@@ -1,0 +1,358 @@
+"""Samples per second of training and of generation: this library's model and trainer against a bare loop and TRL.
+
+    pip install "idavlm[trl]"
+    python -m benchmarks.throughput
+
+All models have the same vision tower, language model and number of image tokens, and read the same batches:
+
+- base: ``LlavaForConditionalGeneration`` of transformers, in a bare loop and in TRL's ``SFTTrainer``;
+- own class, MLP: ``IDAVLMForConditionalGeneration`` with the same connector as base;
+- own class, ID-Former: with an ID-Former, once on batches with identities, once with the same images as general images.
+
+Both loops of a model take turns, and every model takes part in every round. A step of a trainer lasts from the start of
+one step to the start of the next. "Loop overhead" compares it with a step of the bare loop: forward, backward,
+clipping, optimizer and scheduler on batches from the same collator. The loss is that of the text alone, without boxes.
+Without TRL its rows are left out.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    TrainerCallback,
+    get_linear_schedule_with_warmup,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from benchmarks.generation import CHARACTERS, untrained
+from idavlm import IDAVLMForConditionalGeneration, IDTrainer, IDTrainingArguments, RecordDataset
+from idavlm.datasets import build_characters
+from idavlm.experimental.small_models import small_language_model, small_processor
+from idavlm.utils import ImageRole, describe_machine, markdown_table
+
+BASE = "base (LLaVA of transformers)"
+MLP = "own class, MLP"
+WITHOUT = "own class, ID-Former, no identities"
+WITH = "own class, ID-Former, identities"
+# Next: the same for an ID-Former attached to base, once the library can attach one.
+LEARNING_RATE = 1e-4
+
+
+def build_models(processor, args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The models to compare. ``processor`` has as many tokens per image as the tower has patches."""
+    vision = CLIPVisionConfig(
+        hidden_size=args.hidden_size,
+        intermediate_size=4 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+    )
+
+    def language_model():
+        return small_language_model(
+            processor.tokenizer, hidden_size=args.hidden_size, num_hidden_layers=args.layers
+        ).train()
+
+    torch.manual_seed(0)
+    base = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=language_model().config,
+            image_token_index=processor.image_token_id,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+    )
+    identity = {"num_queries": 64, "num_heads": 4, "null_token": True, "gate": "none"}
+    identity |= {"identity_embedding": "learned", "max_identities": 8}
+    own = {
+        connector: IDAVLMForConditionalGeneration.from_parts(
+            CLIPVisionModel(vision), language_model(), processor=processor, connector=connector, **options
+        )
+        for connector, options in (("mlp2x_gelu", {}), ("id_former", identity))
+    }
+    return {BASE: base, MLP: own["mlp2x_gelu"], WITHOUT: own["id_former"], WITH: own["id_former"]}
+
+
+def as_general(batch: dict) -> dict:
+    """The same batch, whose images are general images."""
+    return {**batch, "image_roles": torch.full_like(batch["image_roles"], ImageRole.GENERAL)}
+
+
+def for_base(batch: dict) -> dict:
+    """The part of the batch that LLaVA takes."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "pixel_values") if name in batch}
+
+
+def collators(processor) -> dict[str, Callable[[list], dict]]:
+    """How the samples of a batch become the inputs of each model."""
+
+    def collate(samples: list) -> dict:
+        return {name: x for name, x in processor.collate(samples).items() if "box" not in name}
+
+    return {
+        BASE: lambda samples: for_base(collate(samples)),
+        MLP: collate,
+        WITHOUT: lambda samples: as_general(collate(samples)),
+        WITH: collate,
+    }
+
+
+def bare_steps(model: nn.Module, loader: DataLoader) -> Iterator[float]:
+    """Seconds of each step of a plain training loop."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
+    model.train()
+    start = time.perf_counter()
+    for batch in loader:
+        model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        now = time.perf_counter()
+        yield now - start
+        start = now
+
+
+class _StepTimes(TrainerCallback):
+    """Seconds from the start of a step to the start of the next."""
+
+    def __init__(self):
+        self.starts: list[float] = []
+
+    def on_step_begin(self, *args, **kwargs) -> None:
+        self.starts.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [end - start for start, end in zip(self.starts, self.starts[1:], strict=False)]
+
+
+def trainer_steps(trainer_class, arguments_class, model, dataset, collate, folder, args, **options) -> list[float]:
+    """Seconds of each step of a trainer with the settings of the bare loop."""
+    times = _StepTimes()
+    arguments = arguments_class(
+        output_dir=str(folder),
+        max_steps=args.steps + 1,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=[times]
+    )
+    trainer.train()
+    return times.seconds()
+
+
+def sft_steps(model, dataset, collate, processor, folder, args) -> list[float]:
+    """The same for TRL's ``SFTTrainer``, whose preparation of data is skipped: the samples are encoded already."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Trainer(SFTTrainer):
+        def __init__(self, *, train_dataset, data_collator, **kwargs):
+            rows = Dataset.from_dict({"number": list(range(len(train_dataset)))})
+
+            def by_number(examples):
+                return data_collator([train_dataset[example["number"]] for example in examples])
+
+            super().__init__(
+                train_dataset=rows, data_collator=by_number, processing_class=processor.tokenizer, **kwargs
+            )
+
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False}
+    return trainer_steps(Trainer, SFTConfig, model, dataset, collate, folder, args, **options)
+
+
+def measure_training(models, dataset, processor, folder: Path, args) -> list[list[object]]:
+    """Rows: model, loop, samples per second, overhead."""
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    collate = collators(processor)
+    has_trl = _installed("trl")
+    for _ in range(args.rounds):
+        for name, model in models.items():
+            loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate[name], drop_last=True)
+            seconds[name, "bare loop"] += list(bare_steps(model, loader))[1 : args.steps + 1]
+            if name != BASE:
+                seconds[name, "IDTrainer"] += trainer_steps(
+                    IDTrainer, IDTrainingArguments, model, dataset, collate[name], folder, args
+                )
+            elif has_trl:
+                seconds[name, "SFTTrainer"] += sft_steps(model, dataset, collate[name], processor, folder, args)
+    rows = []
+    for (name, loop), values in seconds.items():
+        step, bare = statistics.median(values), statistics.median(seconds[name, "bare loop"])
+        overhead = "" if loop == "bare loop" else f"{step / bare - 1:+.1%}"
+        rows.append([name, loop, f"{1000 * step:.0f}", f"{args.batch_size / step:.1f}", overhead])
+    return rows
+
+
+class _Stopwatch:
+    """Seconds that modules spend forward and backward."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self.seconds, self._start = 0.0, 0.0
+        self.handles = []
+        for module in modules:
+            self.handles += [
+                module.register_forward_pre_hook(self._begin),
+                module.register_forward_hook(self._end),
+                module.register_full_backward_pre_hook(self._begin),
+                module.register_full_backward_hook(self._end),
+            ]
+
+    def _begin(self, *_) -> None:
+        self._start = time.perf_counter()
+
+    def _end(self, *_) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def measure_share(model, dataset, processor, args) -> list[list[object]]:
+    """Share of a training step that the whole ID-Former and its identity attention take."""
+    rows = []
+    parts = {"ID-Former": [model.id_former], "of it identity attention": list(model.id_former.identity_layers)}
+    for name, modules in parts.items():
+        loader = DataLoader(
+            dataset, args.batch_size, shuffle=True, collate_fn=collators(processor)[WITH], drop_last=True
+        )
+        watch, shares = _Stopwatch(modules), []
+        for number, step in enumerate(bare_steps(model, loader)):
+            shares += [watch.seconds / step] if number else []
+            watch.seconds = 0.0
+            if number == args.steps:
+                break
+        watch.remove()
+        rows.append([name, f"{statistics.median(shares):.1%}"])
+    return rows
+
+
+@torch.no_grad()
+def measure_generation(models, samples, processor, args) -> list[list[object]]:
+    """Rows: model, samples per second of generating answers of a fixed length."""
+    collate, seconds = collators(processor), defaultdict(list)
+    for round_ in range(args.rounds + 1):
+        for name, model in models.items():
+            batch = {key: value for key, value in collate[name](samples).items() if key != "labels"}
+            model.eval()
+            start = time.perf_counter()
+            length = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.max_new_tokens}
+            model.generate(**batch, **length, do_sample=False)
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return [
+        [name, f"{args.batch_size / value:.1f}", f"{medians[BASE] / value:.2f}x"] for name, value in medians.items()
+    ]
+
+
+def measure_padding(samples: list, args) -> list[list[object]]:
+    """Padding in batches of the demo, in random order, grouped by length, and packed; and its cost in time."""
+    model, processor = untrained(samples)
+    encoded = [processor.encode(sample) for sample in samples]
+    lengths = [len(sample["input_ids"]) for sample in encoded]
+    size = args.padding_batch_size
+    generator = torch.Generator().manual_seed(0)
+    grouped = LengthGroupedSampler(size, lengths=lengths, generator=generator)
+    orders = {
+        "random order": torch.randperm(len(lengths), generator=generator).tolist(),
+        "grouped by length": [*grouped],
+    }
+    seconds = defaultdict(list)
+    for _ in range(args.rounds):
+        for name, order in orders.items():
+            loader = DataLoader([encoded[i] for i in order], size, collate_fn=processor.collate, drop_last=True)
+            seconds[name].append(sum(bare_steps(model, loader)) / (len(loader) * size))
+    rows = []
+    for name, order in orders.items():
+        batches = [[lengths[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+        padded = sum(max(batch) * len(batch) for batch in batches)
+        rows.append([name, f"{1 - sum(lengths) / padded:.1%}", f"{1 / statistics.median(seconds[name]):.1f}"])
+    bins, capacity = _pack(lengths, max(lengths)), max(lengths)
+    rows.append(["packed to the longest sample", f"{1 - sum(lengths) / (bins * capacity):.1%}", "not built"])
+    return rows
+
+
+def _pack(lengths: list[int], capacity: int) -> int:
+    """Number of sequences of this length that hold all samples (first fit, longest first)."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        place = next((number for number, left in enumerate(free) if left >= length), None)
+        if place is None:
+            free.append(capacity - length)
+        else:
+            free[place] -= length
+    return len(free)
+
+
+def _installed(package: str) -> bool:
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, default=128, help="width of tower and language model (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of each (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="samples per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="length of answers (default: %(default)s)")
+    parser.add_argument("--padding-batch-size", type=int, default=16, help="batches of the demo (default: %(default)s)")
+    parser.add_argument("--records", type=int, default=320, help="training records to draw (default: %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = build_characters(Path(folder) / "data", **CHARACTERS | {"num_train_records": args.records})
+        samples = list(RecordDataset(data / "train.jsonl"))
+        processor = small_processor(samples, image_size=64, image_seq_length=64)
+        models = build_models(processor, args)
+        dataset = [processor.encode(sample) for sample in samples[: args.batch_size * (args.steps + 2)]]
+        test = list(RecordDataset(data / "test.jsonl"))[: args.batch_size]
+        questions = [processor.encode(sample, add_generation_prompt=True) for sample in test]
+        print(describe_machine(next(models[BASE].parameters()).device), f"medians of {args.rounds} rounds", sep="; ")
+        training = measure_training(models, dataset, processor, Path(folder) / "checkpoints", args)
+        print("\nTraining\n")
+        print(markdown_table(["model", "loop", "ms per step", "samples/s", "loop overhead"], training))
+        print("\nShare of a training step (bare loop, identities)\n")
+        print(markdown_table(["part", "share"], measure_share(models[WITH], dataset, processor, args)))
+        print(f"\nGeneration of {args.max_new_tokens} tokens, batch of {args.batch_size}\n")
+        generation = measure_generation(models, questions, processor, args)
+        print(markdown_table(["model", "samples/s", "relative to base"], generation))
+        print(f"\nPadding of the demo's records, batches of {args.padding_batch_size}\n")
+        print(markdown_table(["order", "padding", "samples/s"], measure_padding(samples, args)))
+
+
+if __name__ == "__main__":
+    main()
