@@ -116,6 +116,39 @@ def test_nothing_changes_at_attachment(attached):
 
 
 @torch.no_grad()
+def test_samples_do_not_change_at_attachment(attached):
+    """The image token is excluded, but random numbers choose the same tokens."""
+    # top_k would let another token in where the image token is among the k best.
+    options = {**GREEDY, "do_sample": True, "top_k": 0, "num_return_sequences": 2}
+    found = []
+    for arguments in (attached.inputs, attached.original):
+        torch.manual_seed(0)
+        found.append(attached.model.generate(**arguments, **options))
+    ids, original = (each[:, attached.inputs["input_ids"].shape[1] :] for each in found)
+    has_image = (original == attached.model.config.image_token_id).any(1)
+    assert has_image.sum() <= 2
+    assert torch.equal(ids[~has_image], original[~has_image])
+
+
+@torch.no_grad()
+def test_the_image_token_is_not_generated(attached):
+    """Not with identities; without them, the model does what it did before."""
+    model, token = attached.randomise(0.02).model, attached.model.config.image_token_id
+    wants_images = {"sequence_bias": {(token,): 1e4}, "max_new_tokens": 3, "min_new_tokens": 3}
+    for options in ({}, {"num_beams": 2}, {"do_sample": True, "top_k": 2}):
+        answers = []
+        for cache in (True, False):
+            torch.manual_seed(0)
+            ids = model.generate(**attached.inputs, **wants_images, **options, use_cache=cache)
+            answers.append(ids[:, attached.inputs["input_ids"].shape[1] :])
+        assert not any((answer == token).any() for answer in answers)
+    length = attached.inputs["input_ids"].shape[1]
+    assert (model.generate(**attached.original, **wants_images)[:, length:] == token).all()
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model.generate(**attached.original, **wants_images, use_cache=False)
+
+
+@torch.no_grad()
 def test_identities_change_their_own_rows_only(attached):
     model = attached.randomise().model
     logits = model(**attached.inputs).logits

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from idavlm import IDTrainer, IDTrainingArguments, RecordDataset, attach_id_former, save_id_former
 from idavlm.models.identity_processor import IdentityProcessor
@@ -100,3 +101,43 @@ def test_a_checkpoint_holds_the_attachment_and_resumes(data, root, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     save_id_former(model, tmp_path / "id-former")
+
+
+def general_file(data, root, *, number=4):
+    path = root.parent / f"{root.name}-general.jsonl"
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": "other.png"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A picture."},
+    ]
+    records = [{"id": f"general-{index}", "source": "general", "messages": turns} for index in range(number)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_general_data_needs_more_than_the_attachment(family, data, root, tmp_path):
+    """With a frozen model it would train nothing: refused with the remedies, which help."""
+    general = general_file(data, root)
+
+    def trainer(model, **datasets):
+        options = {"max_steps": 4, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True}
+        arguments = IDTrainingArguments(output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **options)
+        return IDTrainer(model, arguments, processing_class=processor, **datasets)
+
+    processor = IdentityProcessor(tiny_processor(family))
+    identity, other = (RecordDataset(path, root, encode=processor.encode) for path in (data, general))
+    frozen = attach_id_former(tiny_model(family), num_heads=4, hidden_size=32)
+    with pytest.raises(
+        ValueError, match=r"general_dataset trains nothing: only the attached id_former .* freeze_model"
+    ):
+        trainer(frozen, train_dataset=identity, general_dataset=other)
+    with pytest.raises(ValueError, match=r"a batch trains nothing \(general-.*Remove records without identities, or"):
+        trainer(frozen, train_dataset=other).train()
+    lora = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["id_former"])
+    for model in (
+        attach_id_former(tiny_model(family), num_heads=4, hidden_size=32, freeze_model=False),
+        get_peft_model(attach_id_former(tiny_model(family), num_heads=4, hidden_size=32), lora),
+    ):
+        run = trainer(model, train_dataset=identity, general_dataset=other)
+        run.train()
+        assert run.state.global_step == 4

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -125,7 +125,7 @@ def attach_id_former(
     Afterwards ``model.id_former`` is a :class:`idavlm.modules.ResidualIDFormer`. ``forward`` and ``generate`` take the
     fields of :class:`IdentityInputs`, which :class:`IdentityProcessor` makes. Without them, or without references, the
     outputs are those of the model before, bit by bit. With the default gate that also holds with references, until the
-    ID-Former is trained.
+    ID-Former is trained. With references, ``generate`` never writes the image token, which no image could replace.
 
     Args:
         model: a model with ``get_image_features``, for example from ``AutoModelForImageTextToText.from_pretrained``.
@@ -173,6 +173,7 @@ def attach_id_former(
     base.forward = BaseForwardWithIdentities(model, base, seam)
     model.forward = ForwardWithIdentities(model, seam, frozen)
     model.prepare_inputs_for_generation = GenerationWithIdentities(model)
+    model.generate = GenerateWithIdentities(model)
     return model
 
 
@@ -187,6 +188,7 @@ def detach_id_former(model: PreTrainedModel) -> PreTrainedModel:
     methods = (
         (model, "forward", ForwardWithIdentities),
         (model, "prepare_inputs_for_generation", GenerationWithIdentities),
+        (model, "generate", GenerateWithIdentities),
         (base, "forward", BaseForwardWithIdentities),
         (base, "get_image_features", ImageFeaturesWithIdentities),
     )
@@ -527,6 +529,38 @@ class GenerationWithIdentities:
         return self.replaced or type(self.model).prepare_inputs_for_generation.__get__(self.model)
 
     def __call__(self, *args, **kwargs):
+        return self._original(*args, **kwargs)
+
+
+class GenerateWithIdentities:
+    """``generate`` of a model. With identities it never writes the image token, which no image could replace.
+
+    transformers' own ``generate`` fails after an image token without a cache, and goes on with a wrong embedding with
+    one. Without identities that stays as it is.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.replaced = model.__dict__.get("generate")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self):
+        return self.replaced or type(self.model).generate.__get__(self.model)
+
+    def __call__(self, *args, **kwargs):
+        given = dict(kwargs)
+        unpack_identities(given)
+        if any(given.get(name) is not None for name in IDENTITY_INPUTS):
+            bound = self.__signature__.bind(*args, **kwargs)
+            token = SuppressTokensLogitsProcessor([self.model.config.image_token_id], device=self.model.device)
+            bound.arguments["logits_processor"] = LogitsProcessorList(
+                [*(bound.arguments.get("logits_processor") or ()), token]
+            )
+            args, kwargs = bound.args, bound.kwargs
         return self._original(*args, **kwargs)
 
 

@@ -3,10 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from idavlm.models.attach import image_features_with_identities
 from idavlm.training.arguments import IDTrainingArguments
+
+TRAIN_MORE = (
+    "train more of the model (attach_id_former(..., freeze_model=False), or LoRA of peft on the language model), or "
+    "train on identity data alone"
+)
 
 
 def check_loader(loader: DataLoader) -> None:
@@ -61,6 +68,28 @@ def check_mixing(args: IDTrainingArguments, train_dataset: Dataset | None, gener
         value, default = getattr(args, name), IDTrainingArguments.__dataclass_fields__[name].default
         if value != default:
             raise ValueError(f"{name}={value!r} has no effect without general_dataset; pass one, or leave it out.")
+
+
+def check_general_data(model: nn.Module, general_dataset: Dataset | None) -> None:
+    """Refuse general data if only an attached ID-Former is trained, which images without references do not use."""
+    is_attached = any(image_features_with_identities(module) is not None for module in model.modules())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if general_dataset is not None and is_attached and all("id_former" in name.split(".") for name in trained):
+        raise ValueError(
+            f"general_dataset trains nothing: only the attached id_former of {type(model).__name__} is trained, and "
+            f"general data does not use it; {TRAIN_MORE} (leave general_dataset out)."
+        )
+
+
+def check_trains(loss: Tensor, sample_ids: list[str]) -> None:
+    """Check that a training loss depends on a trained parameter."""
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        ids = ", ".join(map(str, sample_ids)) or "without ids"
+        raise ValueError(
+            f"a batch trains nothing ({ids}). Its loss depends on no parameter that is trained; an "
+            "attached id_former trains on samples with references only. Remove "
+            f"records without identities, or {TRAIN_MORE}."
+        )
 
 
 def check_stage(model: nn.Module, args: IDTrainingArguments, general_dataset: Dataset | None) -> None:

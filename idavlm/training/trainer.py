@@ -29,7 +29,15 @@ from idavlm.training.checkpoints import (
     load_weights,
     read_run_state,
 )
-from idavlm.training.checks import check_inherited, check_loader, check_mixing, check_pretraining_batch, check_stage
+from idavlm.training.checks import (
+    check_general_data,
+    check_inherited,
+    check_loader,
+    check_mixing,
+    check_pretraining_batch,
+    check_stage,
+    check_trains,
+)
 from idavlm.training.losses import (
     LossAverages,
     LossCounts,
@@ -134,6 +142,7 @@ class IDTrainer(Trainer):
         self._has_trained = False
         self._settings: dict[str, Any] = {}
         _freeze(model, args)
+        check_general_data(model, general_dataset)
         if data_collator is None:
             data_collator = getattr(processing_class, "collate", None)
         elif processing_class is None and isinstance(getattr(data_collator, "__self__", None), ProcessorMixin):
@@ -282,6 +291,8 @@ class IDTrainer(Trainer):
             # Only identity samples have boxes of identities with references.
             terms.append(weights["identity"] * total.share_of_scenes(counts) * auxiliary_loss)
         loss = sum(terms)
+        if model.training:
+            check_trains(loss, sample_ids)
         if is_share:
             # Data parallelism averages gradients over processes, but the shares of all processes are to be summed.
             loss = loss * self.accelerator.num_processes
