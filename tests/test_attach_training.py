@@ -107,7 +107,7 @@ def general_file(data, root, *, number=4):
     path = root.parent / f"{root.name}-general.jsonl"
     turns = [
         {"role": "user", "content": [{"type": "image", "image": "other.png"}, {"type": "text", "text": "What is it?"}]},
-        {"role": "assistant", "content": "A picture."},
+        {"role": "assistant", "content": "A hat."},
     ]
     records = [{"id": f"general-{index}", "source": "general", "messages": turns} for index in range(number)]
     path.write_text("\n".join(map(json.dumps, records)))
