@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -163,3 +165,50 @@ def test_sft_on_prompts_and_completions(family, tmp_path):
         assert found.isfinite().all()
         return
     torch.testing.assert_close(found, losses_of_id_trainer(other, processor, rows(), tmp_path), atol=1e-5, rtol=0)
+
+
+def test_grpo_passes_the_identities_to_our_class(tmp_path, monkeypatch):
+    """The rows that are scored have the references and names of the rows that were generated."""
+    model, processor = build(OWN, pack_identities=True)
+    seen = []
+    forward = model.id_former.forward
+
+    def recorded(features, image_roles, sample_index, identity_index=None, **options):
+        names = options["name_embeddings"][0].detach()
+        seen.append((image_roles, sample_index, identity_index, names))
+        return forward(features, image_roles, sample_index, identity_index, **options)
+
+    monkeypatch.setattr(model.id_former, "forward", recorded)
+    prompts = [{"prompt": row["messages"][:1], "images": row["images"]} for row in rows()[:2]]
+    args = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        num_generations=2,
+        max_completion_length=3,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        **{**OPTIONS, "max_steps": 1, "per_device_train_batch_size": 4},
+    )
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reward = [lambda completions, **_: [float(number) for number in range(len(completions))]]
+    trl.GRPOTrainer(model, reward, args, dataset(prompts), processing_class=processor).train()
+    generation, loss = seen  # rows are shuffled in between
+    assert sorted(generation[0].tolist()) == sorted(loss[0].tolist()) == [0] * 10 + [1] * 4
+    assert sorted(generation[2].tolist()) == sorted(loss[2].tolist())
+    rows_of = {3: None, 4: None}
+    for roles_and_names in (generation, loss):
+        for row, count in enumerate(roles_and_names[1].bincount().tolist()):
+            found, known = roles_and_names[3][row], rows_of[count]
+            assert known is None or torch.equal(found, known)
+            rows_of[count] = found
+    assert any(not torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_grpo_improves_the_rewards(monkeypatch, capsys):
+    """50 steps with the rewards for names and boxes, on a small LLaVA with an attached ID-Former."""
+    from benchmarks import grpo
+
+    monkeypatch.setattr(sys, "argv", ["grpo", "--model", "llava"])
+    grpo.main()
+    rewards = [float(line.split("|")[2]) for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d", line)]
+    assert len(rewards) == 5
+    assert rewards[-1] > rewards[0] + 0.2
