@@ -107,11 +107,7 @@ def general_file(data, root, *, number=4):
     path = root.parent / f"{root.name}-general.jsonl"
     turns = [
         {"role": "user", "content": [{"type": "image", "image": "other.png"}, {"type": "text", "text": "What is it?"}]},
-<<<<<<< HEAD
-        {"role": "assistant", "content": "A image."},
-=======
         {"role": "assistant", "content": "A hat."},
->>>>>>> w20-T
     ]
     records = [{"id": f"general-{index}", "source": "general", "messages": turns} for index in range(number)]
     path.write_text("\n".join(map(json.dumps, records)))
