@@ -128,9 +128,15 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     [
         (b"", "is not valid JSON"), (b"{", "is not valid JSON"), (b"[1]", "holds a JSON list, expected an object"),
         (b'"\xff"', "is not valid JSON"), (b"null", "holds a JSON NoneType"), (b"[" * 99999, "is not valid JSON"),
+        (rb'{"a": ["x\ud800"]}', "holds half a surrogate pair"), (rb'{"\uDFFF": 1}', "holds half a surrogate pair"),
     ],
 )  # fmt: skip
 def test_a_broken_json_file_is_named(tmp_path, content, message):
     (tmp_path / "facts.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"facts\.json {message}"):
         read_json_object(tmp_path / "facts.json")
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    (tmp_path / "facts.json").write_bytes(rb'{"a": "\ud83d\ude00 \\ud800"}')
+    assert read_json_object(tmp_path / "facts.json") == {"a": "\U0001f600 \\ud800"}

@@ -48,10 +48,16 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: with the path, for a file that is not UTF-8, not JSON, or holds another type.
+        ValueError: with the path, for a file that is not UTF-8, not JSON, holds another type, or escapes half a
+            surrogate pair, which is no character and could not be written to another file.
     """
+    text = Path(path).read_bytes()
     try:
-        content = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        content = json.loads(text.decode("utf-8-sig"))
+        if b"\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} holds half a surrogate pair, which is no character; repair or replace it.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); repair or replace it.") from None
     if not isinstance(content, dict):
