@@ -1,6 +1,7 @@
 """Grounding, MME, LLaVA's VQA and personalization: loading, scores against hand-computed values, commands."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -102,6 +103,9 @@ def test_mme_by_question_and_by_image(mme):
     }  # fmt: skip
     assert result.summary["mme"]["unparsed"] == 1
     assert result.summary["mme"]["chance"] == {"accuracy": 0.5, "accuracy_plus": 0.25}
+    assert [item.sample.id for item in TASKS["mme"].load(mme, Path("too long " * 1000))] == [
+        item.sample.id for item in items
+    ]
     (mme / "color" / "1.txt").write_text("Is 1 red? Yes\n")
     with pytest.raises(DataError, match=r"color/1.txt:1: 'Is 1 red\? Yes' is not a question, a tab, and Yes or No"):
         TASKS["mme"].load(mme, None)

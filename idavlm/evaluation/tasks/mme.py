@@ -31,7 +31,9 @@ def load_mme(data: Path, images: Path | None) -> list[Item]:
             continue  # for example a readme
         category = folder.relative_to(data).as_posix()
         image = f"{category}/images/{text.stem}" if separate else f"{category}/{text.stem}"
-        suffix = next((suffix for suffix in (".jpg", ".jpeg", ".png") if (root / (image + suffix)).is_file()), ".jpg")
+        # os.path: a root that cannot be a path, for example one that is too long, has no images either.
+        files = {suffix: os.path.isfile(root / (image + suffix)) for suffix in (".jpg", ".jpeg", ".png")}
+        suffix = next((suffix for suffix, is_there in files.items() if is_there), ".jpg")
         groups = {"ability": "cognition" if category in COGNITION else "perception", "category": category}
         try:
             content = text.read_bytes().decode("utf-8-sig")
