@@ -341,6 +341,9 @@ def test_a_field_of_another_type_is_an_error_of_its_line(tmp_path, task, record,
         text = items[0].sample.answer or "x"
         result = TASKS[task].score(items, answered(items, [text]), BoxFormat("pixels").parse)
         json.dumps(result.to_dict(), allow_nan=False)
+        if TASKS[task].boxes and items[0].image_size() is not None:
+            result = TASKS[task].score(items, answered(items, ["[1, 2, 300, 400]"]), BoxFormat("thousand").parse)
+            json.dumps(result.to_dict(), allow_nan=False)
         item_fingerprint(items[0].sample)
 
 

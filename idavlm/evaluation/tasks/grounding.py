@@ -42,8 +42,9 @@ def _size(record: dict, where: str) -> tuple[int, int] | None:
     size = [optional_field(record, (name,), where, kinds=(int,)) for name in ("height", "width")]
     if size == [None, None]:
         return None
-    if None in size or min(size) < 1:
-        raise DataError(f"height={size[0]} and width={size[1]} must both be pixels, at least 1.", where=where)
+    if None in size or not all(1 <= side <= MAX_EDGE for side in size):
+        height, width = map(quote, size)
+        raise DataError(f"height={height} and width={width} must both be pixels, from 1 to {MAX_EDGE}.", where=where)
     return size[0], size[1]
 
 
