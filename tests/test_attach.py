@@ -267,7 +267,7 @@ def test_a_model_is_pickled(llava):
     attach_id_former(fresh, num_heads=4, gate="none")
     loaded = pickle.loads(pickle.dumps(fresh))
     assert torch.equal(loaded(**llava.inputs).logits, fresh(**llava.inputs).logits)
-    assert loaded.forward.model is loaded
+    assert loaded.forward.owner is loaded
     assert expected.shape == loaded(**llava.inputs).logits.shape
     torch.save(loaded.state_dict(), io.BytesIO())
 

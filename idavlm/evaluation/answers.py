@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from idavlm.data.dataset import JsonRecords
 from idavlm.data.errors import DataError, quote, shorten
+from idavlm.data.json_records import JsonRecords
 from idavlm.data.schema import Sample
 from idavlm.evaluation.choices import CHOICE_TASKS, candidates
 from idavlm.evaluation.fingerprints import QUESTION_PARTS, changed_parts, item_fingerprint

@@ -10,6 +10,7 @@ from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.choices import CHOICE_TASKS, candidates, most_likely
 from idavlm.evaluation.results import EvaluationResult, Prediction
+from idavlm.models.boxes import box_iou
 from idavlm.utils.answer_parsing import parse_image_number
 
 MAX_EDGE = 1e9
@@ -25,16 +26,6 @@ _TITLES = (
 )  # fmt: skip
 _IMAGE_LABEL = re.compile(r"\s*(?:picture|image|photo)\s*#?\s*\w+\s*", re.IGNORECASE)
 _END_OF_CLAUSE = re.compile(r"[.;,!?\n]|\band\b")
-
-
-def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes ``[x1, y1, x2, y2]``; 0 if either is empty."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return width * height / (sum(areas) - width * height)
 
 
 def names_in(text: str, names: Iterable[str] | Mapping[str, str]) -> set[str]:

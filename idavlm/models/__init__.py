@@ -13,13 +13,14 @@ from idavlm.models.attach import (
 )
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
-from idavlm.models.identity_bank import IdentityBank, SelectedIdentities
+from idavlm.models.identity_bank import IdentityBank
 from idavlm.models.identity_processor import IdentityProcessor
 from idavlm.models.image_features import ImageFeatures
 from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
 from idavlm.models.placeholders import scatter_image_tokens
 from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig, QwenVisionModel
+from idavlm.models.stored_photos import SelectedIdentities
 
 AutoConfig.register("qwen_vl_vision", QwenVisionConfig, exist_ok=True)
 AutoModel.register(QwenVisionConfig, QwenVisionModel, exist_ok=True)

@@ -8,7 +8,7 @@ keeps its class, its weights and its processor.
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,9 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from idavlm._compat import cache_name
-from idavlm.models.fingerprint import check_fingerprint, model_fingerprint
 from idavlm.models.image_arguments import keep_images
 from idavlm.models.packed_identities import unpack_identities
+from idavlm.models.same_model import check_same_model, model_probe
+from idavlm.models.stored_photos import images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, token_targets
 from idavlm.models.token_grids import token_grids
 from idavlm.modules import ImageTokens, ResidualIDFormer
@@ -169,11 +170,14 @@ def attach_id_former(
     model.id_former = id_former.to(device=parameter_type.device, dtype=dtype or parameter_type.dtype)
     weights = {"identity_map_loss": identity_map_loss_weight, "contrastive_loss": contrastive_loss_weight}
     seam = ImageFeaturesWithIdentities(model, base, weights)
-    base.get_image_features = seam
-    base.forward = BaseForwardWithIdentities(model, base, seam)
-    model.forward = ForwardWithIdentities(model, seam, frozen)
-    model.prepare_inputs_for_generation = GenerationWithIdentities(model)
-    model.generate = GenerateWithIdentities(model)
+    for method in (
+        seam,
+        BaseForwardWithIdentities(model, base, seam),
+        ForwardWithIdentities(model, seam, frozen),
+        GenerationWithIdentities(model),
+        GenerateWithIdentities(model),
+    ):
+        method.install()
     return model
 
 
@@ -184,25 +188,23 @@ def detach_id_former(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: no ID-Former is attached, or something else has replaced ``forward`` since.
     """
     forward = _attached_forward(model)
-    base = forward.seam.base
-    methods = (
-        (model, "forward", ForwardWithIdentities),
-        (model, "prepare_inputs_for_generation", GenerationWithIdentities),
-        (model, "generate", GenerateWithIdentities),
-        (base, "forward", BaseForwardWithIdentities),
-        (base, "get_image_features", ImageFeaturesWithIdentities),
+    base = forward.seam.owner
+    kinds = (
+        (model, ForwardWithIdentities),
+        (model, GenerationWithIdentities),
+        (model, GenerateWithIdentities),
+        (base, BaseForwardWithIdentities),
+        (base, ImageFeaturesWithIdentities),
     )
-    for owner, name, kind in methods:
-        if not isinstance(owner.__dict__.get(name), kind):
+    methods = [owner.__dict__.get(kind.name) for owner, kind in kinds]
+    for method, (owner, kind) in zip(methods, kinds, strict=True):
+        if not isinstance(method, kind):
             raise ValueError(
-                f"{type(owner).__name__}.{name} was replaced after the ID-Former was attached; undo that first "
+                f"{type(owner).__name__}.{kind.name} was replaced after the ID-Former was attached; undo that first "
                 "(accelerate.hooks.remove_hook_from_module, peft's unload, ...)."
             )
-    for owner, name, _ in methods:
-        method = owner.__dict__[name]
-        delattr(owner, name)
-        if method.replaced is not None:
-            setattr(owner, name, method.replaced)
+    for method in methods:
+        method.restore()
     del model.id_former
     parameters = dict(model.named_parameters())
     for name in forward.frozen:
@@ -228,7 +230,7 @@ def save_id_former(model: nn.Module, folder: str | Path) -> None:
     content = {
         "id_former": id_former.to_config(),
         "loss_weights": forward.seam.loss_weights,
-        "model": model_fingerprint(model),
+        "model": model_probe(model),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2))
 
@@ -251,7 +253,7 @@ def load_id_former(
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder / CONFIG} does not exist; save_id_former(model, folder) writes it.")
     content = json.loads((folder / CONFIG).read_text())
-    check_fingerprint(content["model"], model_fingerprint(model), folder)
+    check_same_model(content["model"], model_probe(model), folder)
     options = dict(content["id_former"])
     if options.pop("num_deepstack_levels", 0):
         options["residual_on"] = "all_features"
@@ -268,29 +270,62 @@ def load_id_former(
     return model
 
 
-class ImageFeaturesWithIdentities:
-    """``get_image_features`` of a model, with the residual of its ID-Former.
+class ReplacedMethod:
+    """An object that takes the place of a method on one instance, as accelerate's hooks do.
 
-    An object of this class takes the place of the method on the instance. It holds the model and no closure, so the
-    model can be pickled and copied. The ID-Former is looked up by its name at each call, because peft may have wrapped
-    it. transformers' ``generate`` reads the signature to find out which inputs to pass.
+    It holds the instance and no closure, so the instance can be pickled and copied. Its signature is that of the
+    original with further keyword arguments; transformers reads it to find out which inputs a method takes.
     """
 
-    def __init__(self, model: PreTrainedModel, base: nn.Module, loss_weights: dict[str, float]):
-        self.model = model
-        self.base = base
-        self.loss_weights = loss_weights
-        self.replaced = base.__dict__.get("get_image_features")
-        self.call: _Call | None = None
-        self.is_checked = False
+    name: str
+    """Name of the method."""
+    added: tuple[str, ...] = IDENTITY_INPUTS
+    """Keyword arguments that the object takes besides those of the original."""
+
+    def __init__(self, owner: nn.Module):
+        self.owner = owner
+        self.replaced = owner.__dict__.get(self.name)
+
+    @property
+    def original(self) -> Callable:
+        """The method before it was replaced."""
+        return self.replaced or getattr(type(self.owner), self.name).__get__(self.owner)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return _with_identity_inputs(inspect.signature(self._original))
+        signature = inspect.signature(self.original)
+        names = [name for name in self.added if name not in signature.parameters]
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+        parameters = list(signature.parameters.values())
+        is_last = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        rest = [parameters.pop()] if is_last else []
+        return signature.replace(parameters=[*parameters, *added, *rest])
 
-    @property
-    def _original(self):
-        return self.replaced or type(self.base).get_image_features.__get__(self.base)
+    def install(self) -> None:
+        """Take the place of the method."""
+        setattr(self.owner, self.name, self)
+
+    def restore(self) -> None:
+        """Put the original back."""
+        delattr(self.owner, self.name)
+        if self.replaced is not None:
+            setattr(self.owner, self.name, self.replaced)
+
+
+class ImageFeaturesWithIdentities(ReplacedMethod):
+    """``get_image_features`` of a base model, with the residual of the ID-Former of its model.
+
+    The ID-Former is looked up by its name at each call, because peft may have wrapped it.
+    """
+
+    name = "get_image_features"
+
+    def __init__(self, model: PreTrainedModel, base: nn.Module, loss_weights: dict[str, float]):
+        super().__init__(base)
+        self.model = model
+        self.loss_weights = loss_weights
+        self.call: _Call | None = None
+        self.is_checked = False
 
     @contextmanager
     def calling(self, call: "_Call") -> Iterator[None]:
@@ -304,18 +339,18 @@ class ImageFeaturesWithIdentities:
     def __call__(self, *args, **kwargs):
         passed = IdentityInputs.pop_from(kwargs)
         call = self.call if passed is None else _Call(passed)
-        if call is None or call.inputs is None:
-            return self._original(*args, **kwargs)
+        if call is None:
+            return self.original(*args, **kwargs)
         as_dict = kwargs.get("return_dict")
-        arguments = inspect.signature(self._original).bind(*args, **kwargs).arguments
+        arguments = inspect.signature(self.original).bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         stored = {}
         if call.inputs.identities is not None:
             stored = call.inputs.identities.stored(*call.inputs.roles)
         lengths = call.inputs.num_image_tokens.tolist()
-        new = [image for image in range(len(lengths)) if image not in stored] or [0]
+        new = images_to_encode(len(lengths), stored)
         encoded = keep_images(self.model.config, arguments, lengths, new) if stored else arguments
-        output = self._original(**{**encoded, "return_dict": True})
+        output = self.original(**{**encoded, "return_dict": True})
         self._add_residual(output, call, arguments, stored, new)
         return output if as_dict or as_dict is None else output.to_tuple()
 
@@ -324,9 +359,9 @@ class ImageFeaturesWithIdentities:
 
         Without ``num_image_tokens``, which the processor makes if there are identities, all tokens are of one image.
         """
-        names = inspect.signature(self._original).parameters
+        names = inspect.signature(self.original).parameters
         passed = {name: arguments[name] for name in names if arguments.get(name) is not None}
-        output = self._original(**passed, return_dict=True)
+        output = self.original(**passed, return_dict=True)
         tokens = _flat(output.pooler_output)
         lengths = arguments["num_image_tokens"].tolist() if "num_image_tokens" in arguments else [len(tokens)]
         tokens = tokens.split(lengths)
@@ -406,43 +441,33 @@ class ImageFeaturesWithIdentities:
         return embedded.sum(2) / is_token.sum(2, keepdim=True).clamp(min=1)
 
 
-class ForwardWithIdentities:
-    """``forward`` of a model with an attached ID-Former; it takes the identity inputs as further keyword arguments.
+class ForwardWithIdentities(ReplacedMethod):
+    """``forward`` of a model with an attached ID-Former; it takes the identity inputs as further keyword arguments."""
 
-    An object of this class takes the place of the method on the instance, as accelerate's hooks do.
-    """
+    name = "forward"
+    added = (*IDENTITY_INPUTS, "teacher_forcing", "output_identity_maps")
 
     def __init__(self, model: PreTrainedModel, seam: ImageFeaturesWithIdentities, frozen: list[str]):
-        self.model = model
+        super().__init__(model)
         self.seam = seam
         self.frozen = frozen
-        self.replaced = model.__dict__.get("forward")
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        options = ("teacher_forcing", "output_identity_maps")
-        return _with_identity_inputs(inspect.signature(self._original), options)
-
-    @property
-    def _original(self):
-        return self.replaced or type(self.model).forward.__get__(self.model)
 
     def __call__(self, *args, teacher_forcing: bool = False, output_identity_maps: bool = False, **kwargs):
         unpack_identities(kwargs)
         inputs = IdentityInputs.pop_from(kwargs)
         if inputs is None:
-            return self._original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
-            _check_rows(self.model.config, kwargs["input_ids"], inputs)
+            _check_rows(self.owner.config, kwargs["input_ids"], inputs)
         call = _Call(inputs, teacher_forcing=teacher_forcing)
         with self.seam.calling(call):
             if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None and not args:
                 # Images alone: identity pretraining does not run the language model.
-                names = inspect.signature(self.seam._original).parameters
+                names = inspect.signature(self.seam.original).parameters
                 self.seam(**{name: kwargs[name] for name in names if kwargs.get(name) is not None})
                 output = ModelOutput()
             else:
-                output = self._original(*args, **kwargs)
+                output = self.original(*args, **kwargs)
         if call.result is None or not (output_identity_maps or inputs.boxes is not None):
             return output
         return self._with_identities(output, call)
@@ -473,25 +498,18 @@ class ForwardWithIdentities:
         )
 
 
-class BaseForwardWithIdentities:
+class BaseForwardWithIdentities(ReplacedMethod):
     """``forward`` of the base model. Trainers that compute the logits themselves (TRL) call it instead of the model's.
 
     It takes the identity inputs as keyword arguments, also packed into ``mm_token_type_ids``.
     """
 
+    name = "forward"
+
     def __init__(self, model: PreTrainedModel, base: nn.Module, seam: ImageFeaturesWithIdentities):
+        super().__init__(base)
         self.model = model
-        self.base = base
         self.seam = seam
-        self.replaced = base.__dict__.get("forward")
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return _with_identity_inputs(inspect.signature(self._original))
-
-    @property
-    def _original(self):
-        return self.replaced or type(self.base).forward.__get__(self.base)
 
     def __call__(self, *args, **kwargs):
         unpack_identities(kwargs)
@@ -507,68 +525,49 @@ class BaseForwardWithIdentities:
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
         # After a graph break, torch.compile would look a bound method up on the instance, and find this object.
-        return type(self.base).forward(self.base, *args, **kwargs)
+        return type(self.owner).forward(self.owner, *args, **kwargs)
 
 
-class GenerationWithIdentities:
+class GenerationWithIdentities(ReplacedMethod):
     """``prepare_inputs_for_generation`` of a model whose signature names the identity inputs.
 
     ``generate`` rejects arguments that neither this method nor ``forward`` takes, and trainers replace ``forward``.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.replaced = model.__dict__.get("prepare_inputs_for_generation")
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return _with_identity_inputs(inspect.signature(self._original))
-
-    @property
-    def _original(self):
-        return self.replaced or type(self.model).prepare_inputs_for_generation.__get__(self.model)
+    name = "prepare_inputs_for_generation"
 
     def __call__(self, *args, **kwargs):
-        return self._original(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
 
-class GenerateWithIdentities:
+class GenerateWithIdentities(ReplacedMethod):
     """``generate`` of a model. With identities it never writes the image token, which no image could replace.
 
     transformers' own ``generate`` fails after an image token without a cache, and goes on with a wrong embedding with
     one. Without identities that stays as it is.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.replaced = model.__dict__.get("generate")
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._original)
-
-    @property
-    def _original(self):
-        return self.replaced or type(self.model).generate.__get__(self.model)
+    name = "generate"
+    added = ()
 
     def __call__(self, *args, **kwargs):
         given = dict(kwargs)
         unpack_identities(given)
         if any(given.get(name) is not None for name in IDENTITY_INPUTS):
             bound = self.__signature__.bind(*args, **kwargs)
-            token = SuppressTokensLogitsProcessor([self.model.config.image_token_id], device=self.model.device)
+            token = SuppressTokensLogitsProcessor([self.owner.config.image_token_id], device=self.owner.device)
             bound.arguments["logits_processor"] = LogitsProcessorList(
                 [*(bound.arguments.get("logits_processor") or ()), token]
             )
             args, kwargs = bound.args, bound.kwargs
-        return self._original(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
 
 @dataclass(eq=False)
 class _Call:
     """One call of ``forward`` or ``generate``: its identity inputs, and what the ID-Former returned."""
 
-    inputs: IdentityInputs | None
+    inputs: IdentityInputs
     teacher_forcing: bool = False
     result: Any = None
 
@@ -614,16 +613,6 @@ def _attached_forward(model: nn.Module) -> ForwardWithIdentities:
     if forward is None:
         raise ValueError(f"{type(model).__name__} has no attached ID-Former; call attach_id_former(model) first.")
     return forward
-
-
-def _with_identity_inputs(signature: inspect.Signature, options: tuple[str, ...] = ()) -> inspect.Signature:
-    """The signature with the identity inputs and ``options`` as keyword arguments."""
-    names = [name for name in (*IDENTITY_INPUTS, *options) if name not in signature.parameters]
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-    parameters = list(signature.parameters.values())
-    is_last = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-    rest = [parameters.pop()] if is_last else []
-    return signature.replace(parameters=[*parameters, *added, *rest])
 
 
 def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs) -> None:
@@ -676,8 +665,7 @@ def _like(entries, tokens: Tensor, lengths: Sequence[int]):
 
 def _with_stored(flat: Tensor, lengths: Sequence[int], new: Sequence[int], stored: Mapping[int, Tensor]) -> Tensor:
     """Tokens of all images from those of the images ``new`` and the ``stored`` ones."""
-    encoded = dict(zip(new, flat.split([lengths[image] for image in new]), strict=True))
-    parts = [stored[image].to(flat) if image in stored else encoded[image] for image in range(len(lengths))]
+    parts = with_stored(flat.split([lengths[image] for image in new]), new, stored, len(lengths))
     for image, (part, length) in enumerate(zip(parts, lengths, strict=True)):
         if len(part) != length:
             raise ValueError(

@@ -157,6 +157,16 @@ class BoxFormat:
         return [side, side], [(side - width) / 2, (side - height) / 2]
 
 
+def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Intersection over union of two boxes ``[x1, y1, x2, y2]``; 0 if either is empty."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return width * height / (sum(areas) - width * height)
+
+
 def find_boxes(text: str, *, spaced: bool = False) -> list[tuple[str, tuple[float, ...]]]:
     """Find the four numbers of each box in the answer of a model, whatever the text around them.
 

@@ -2,74 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from idavlm.models.attach import image_features_with_identities
-from idavlm.models.fingerprint import check_fingerprint, model_fingerprint
-from idavlm.utils import ImageRole
+from idavlm.models.same_model import check_same_model, model_probe
+from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto
 
 FEATURES, INDEX = "identities.safetensors", "identities.json"
 """Files that :meth:`IdentityBank.save` writes."""
-
-
-@dataclass(frozen=True, eq=False)
-class StoredPhoto:
-    """Features of one reference photo, before the ID-Former.
-
-    Attributes:
-        features: ``[L, C]`` what the ID-Former reads: patches of the vision tower in an
-            :class:`idavlm.IDAVLMForConditionalGeneration`, image tokens in an attached model.
-        deepstack: DeepStack features ``[L, C]`` of the photo, one tensor per level (Qwen3-VL).
-    """
-
-    features: Tensor
-    deepstack: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class SelectedIdentities:
-    """Identities of a bank in the order in which the prompts introduce them. ``generate`` takes them as ``identities``.
-
-    Attributes:
-        names: the names.
-        photos: the photos of each identity.
-    """
-
-    names: tuple[str, ...]
-    photos: tuple[tuple[StoredPhoto, ...], ...]
-
-    def stored(self, image_roles: Tensor, sample_index: Tensor, identity_index: Tensor) -> dict[int, StoredPhoto]:
-        """Return the stored photo of each reference of a batch, by the number of the image.
-
-        Every sample that has references must introduce these identities, in this order and with all their photos.
-
-        Raises:
-            ValueError: a sample has other references.
-        """
-        references: dict[int, list[int]] = {}
-        roles, samples, identities = (tensor.tolist() for tensor in (image_roles, sample_index, identity_index))
-        for image, (role, sample) in enumerate(zip(roles, samples, strict=True)):
-            if role == ImageRole.REFERENCE:
-                references.setdefault(sample, []).append(image)
-        expected = [number for number, photos in enumerate(self.photos) for _ in photos]
-        photos = [photo for of_identity in self.photos for photo in of_identity]
-        found = {}
-        for sample, images in references.items():
-            if [identities[image] for image in images] != expected:
-                counts = ", ".join(f"{name} ({len(of)})" for name, of in zip(self.names, self.photos, strict=True))
-                raise ValueError(
-                    f"sample {sample} has references of identities {[identities[image] for image in images]}, but the "
-                    f"selected identities and their numbers of photos are {counts}; introduce the same identities, in "
-                    "this order and with all their photos, in every prompt."
-                )
-            found.update(zip(images, photos, strict=True))
-        return found
 
 
 class IdentityBank:
@@ -136,7 +80,7 @@ class IdentityBank:
         Raises:
             ValueError: a name is in both banks, or the other bank belongs to another model.
         """
-        check_fingerprint(model_fingerprint(other.model), model_fingerprint(self.model), "other")
+        check_same_model(model_probe(other.model), model_probe(self.model), "other")
         both = sorted(self._photos.keys() & other._photos.keys())
         if both:
             raise ValueError(f"both banks have {', '.join(both)}; remove them from one of the banks.")
@@ -161,7 +105,7 @@ class IdentityBank:
                 for level, features in enumerate(photo.deepstack):
                     tensors[f"{number}.{index}.{level}"] = features.cpu().contiguous()
         save_file(tensors, folder / FEATURES, metadata={"format": "pt"})
-        content = {"model": model_fingerprint(self.model), "identities": names}
+        content = {"model": model_probe(self.model), "identities": names}
         (folder / INDEX).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -176,7 +120,7 @@ class IdentityBank:
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"{folder / INDEX} does not exist; IdentityBank.save(folder) writes it.")
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        check_fingerprint(content["model"], model_fingerprint(model), folder)
+        check_same_model(content["model"], model_probe(model), folder)
         tensors = {name: tensor.to(model.device) for name, tensor in load_file(folder / FEATURES).items()}
         bank = cls(model, processor)
         for number, identity in enumerate(content["identities"]):

@@ -25,6 +25,22 @@ _ZERO_PADDED = ("pixel_values", "pixel_attention_mask", "pixel_mask")
 """Fields that transformers' processors pad with zeros to the largest image or number of tiles of a batch."""
 
 
+def image_fields(conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+    """``image_roles``, ``sample_index`` and ``identity_index`` of the images of a batch, ``[I]`` each."""
+    roles, samples, identities = [], [], []
+    for row, conversation in enumerate(conversations):
+        other = ImageRole.SCENE if conversation.identities else ImageRole.GENERAL
+        for photo in conversation.photos:
+            roles.append(other if photo.identity is None else ImageRole.REFERENCE)
+            samples.append(row)
+            identities.append(photo.identity or 0)
+    return {
+        "image_roles": torch.tensor(roles, dtype=torch.long),
+        "sample_index": torch.tensor(samples, dtype=torch.long),
+        "identity_index": torch.tensor(identities, dtype=torch.long),
+    }
+
+
 def identity_fields(
     conversations: list[Conversation],
     sizes: list[list[tuple[int, int]]],
@@ -32,17 +48,7 @@ def identity_fields(
     name_ids: list[list[list[int]]],
 ) -> dict[str, Tensor]:
     """The fields of :data:`IDENTITY_FIELDS` for a batch."""
-    roles, samples, identities = [], [], []
-    for row, conversation in enumerate(conversations):
-        other = ImageRole.SCENE if conversation.identities else ImageRole.GENERAL
-        for photo in conversation.photos:
-            roles.append(int(other if photo.identity is None else ImageRole.REFERENCE))
-            samples.append(row)
-            identities.append(photo.identity or 0)
-    return {
-        "image_roles": torch.tensor(roles, dtype=torch.long),
-        "sample_index": torch.tensor(samples, dtype=torch.long),
-        "identity_index": torch.tensor(identities, dtype=torch.long),
+    return image_fields(conversations) | {
         "num_image_tokens": torch.tensor(counts, dtype=torch.long),
         "identity_name_ids": _name_tensor(name_ids),
         "original_image_sizes": torch.tensor([size for row in sizes for size in row], dtype=torch.long).view(-1, 2),

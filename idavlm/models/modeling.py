@@ -20,11 +20,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from idavlm._compat import cache_name, takes_cache
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.identity_bank import SelectedIdentities, StoredPhoto
 from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
 from idavlm.models.image_batch import ImageBatch
 from idavlm.models.packed_identities import unpack_token_identities
 from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
+from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto, images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
 from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
@@ -395,10 +395,8 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         """Embed text and images: ``inputs_embeds``, image tokens, identity maps and the losses of these."""
         if mm_token_type_ids is not None:
             unpacked = unpack_token_identities(mm_token_type_ids)
-            image_roles, sample_index = (
-                unpacked.get("image_roles", image_roles),
-                unpacked.get("sample_index", sample_index),
-            )
+            image_roles = unpacked.get("image_roles", image_roles)
+            sample_index = unpacked.get("sample_index", sample_index)
             identity_index = unpacked.get("identity_index", identity_index)
             token_identity_index = unpacked.get("token_identity_index", token_identity_index)
             name_mask = unpacked.get("name_mask", name_mask)
@@ -497,14 +495,10 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         self, pixel_values: Tensor, stored: dict[int, StoredPhoto]
     ) -> tuple[Tensor, tuple[int, int] | None]:
         """Features of all images, of which the vision tower encodes those that are not ``stored``."""
-        new = [image for image in range(len(pixel_values)) if image not in stored] or [0]
+        new = images_to_encode(len(pixel_values), stored)
         features, grid_size = self.image_features(pixel_values[new])
-        encoded = dict(zip(new, features, strict=True))
-        parts = [
-            stored[image].features.to(features) if image in stored else encoded[image]
-            for image in range(len(pixel_values))
-        ]
-        return torch.stack(parts), grid_size
+        of_photos = {image: photo.features for image, photo in stored.items()}
+        return torch.stack(with_stored(features, new, of_photos, len(pixel_values))), grid_size
 
     def _encode(
         self,

@@ -1,6 +1,5 @@
 """The processor: from a sample of the schema to tensors, and from pairs of text and images to tensors."""
 
-import functools
 import re
 import string
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from idavlm.data.special_tokens import find_special_tokens, special_tokens
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.chat_rendering import ChatTemplate, Span, references_in_text, with_reference_lines
 from idavlm.models.crop_box import FULL_IMAGE, crop_box
+from idavlm.models.identity_batch import image_fields
 from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names, split_at_names
 from idavlm.models.packed_identities import FIELD, pack_token_identities
 from idavlm.models.resized_size import resized_size
@@ -202,9 +202,7 @@ class IDAVLMProcessor(ProcessorMixin):
             ]
             return texts if is_batch(conversation) else texts[0]
         options = _tokenize_options(kwargs)
-        loader = PhotoLoader(
-            image_root, allow_urls=allow_urls, resized_size=functools.partial(resized_size, self.image_processor)
-        )
+        loader = PhotoLoader(image_root, allow_urls=allow_urls, resized_size=self._resized_size)
         samples = []
         for messages in conversations:
             read = read_conversation(messages)
@@ -301,7 +299,7 @@ class IDAVLMProcessor(ProcessorMixin):
         references = self._references_in(texts, image_text)
         rows = images_of_texts(images, [len(row) for row in references])
         conversations = [conversation_of_text(*row) for row in zip(named, rows, references, strict=True)]
-        loader = PhotoLoader()
+        loader = PhotoLoader(resized_size=self._resized_size)
         photos = [
             loader.load(photo.image, field=photo.field or f"images[{place}]")
             for conversation in conversations
@@ -340,22 +338,16 @@ class IDAVLMProcessor(ProcessorMixin):
             return BatchFeature(dict(batch))
         self._check_placeholders(batch["input_ids"], conversations)
         batch["pixel_values"] = self._pixels(photos)
-        roles, samples, numbers = [], [], []
-        for row, conversation in enumerate(conversations):
-            other = ImageRole.SCENE if conversation.identities else ImageRole.GENERAL
-            for photo in conversation.photos:
-                roles.append(int(other if photo.identity is None else ImageRole.REFERENCE))
-                samples.append(row)
-                numbers.append(photo.identity or 0)
-        fields = {"image_roles": torch.tensor(roles), "sample_index": torch.tensor(samples)}
+        fields = image_fields(conversations)
         if has_identities:
-            fields["identity_index"] = torch.tensor(numbers)
             offsets = batch.pop("offset_mapping").tolist()
             names = [conversation.identities for conversation in conversations]
             fields |= self._token_fields(texts, names, answers, batch["input_ids"], batch["attention_mask"], offsets)
             if self.pack_identities:
                 ids, length = batch["input_ids"], self._num_image_tokens()
                 fields = {FIELD: pack_token_identities(ids, fields, self.image_token_id, length)}
+        else:
+            del fields["identity_index"]
         return BatchFeature({**batch, **fields})
 
     def _references_in(self, texts: list[str], image_text: str) -> list[list[str | None]]:
@@ -540,7 +532,7 @@ class IDAVLMProcessor(ProcessorMixin):
             raise DataError(
                 f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path
             )
-        image = ImageStore(root, resized_size=functools.partial(resized_size, self.image_processor)).open(path)
+        image = ImageStore(root, resized_size=self._resized_size).open(path)
         return self._prepare(path, image)
 
     def _load(self, root: Path | None, image: str | Image.Image) -> tuple[Tensor, tuple[int, int]]:
@@ -564,6 +556,9 @@ class IDAVLMProcessor(ProcessorMixin):
             raise self._refused(path, image, f"its output has shape {shapes}")
         return pixels, (image.height, image.width)
 
+    def _resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return resized_size(self.image_processor, size)
+
     def _refused(self, path: str, image: Image.Image, problem: str) -> DataError:
         return DataError(
             f"image {quote(path)} of {image.width} x {image.height} pixels cannot be prepared by "
@@ -584,7 +579,7 @@ class IDAVLMProcessor(ProcessorMixin):
         for number, image in enumerate(images):
             if isinstance(image, Image.Image):
                 size = (image.height, image.width)
-                problem = size_problem(size, resized_size=functools.partial(resized_size, self.image_processor))
+                problem = size_problem(size, resized_size=self._resized_size)
                 if problem:
                     raise ValueError(f"images[{number}] {problem}.")
         return self.image_processor(images, return_tensors="pt")["pixel_values"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from idavlm.models import BoxFormat
+from idavlm.models.boxes import box_iou as intersection_over_union
 from idavlm.utils.answer_parsing import parse_image_number, parse_yes_no
 
 Reward = Callable[..., list[float | None]]
@@ -81,10 +82,10 @@ def box_iou_reward(box_format: str = "thousand") -> Reward:
                 rewards.append(None)
                 continue
             found = boxes.parse(_text(completion), tuple(size), name=name if isinstance(name, str) else "")
-            rewards.append(0.0 if found is None else _iou(found, right))
+            rewards.append(0.0 if found is None else intersection_over_union(found, right))
         return rewards
 
-    return box_iou
+    return box_iou  # trainers log rewards by the name of the function
 
 
 def _text(completion: Any) -> str:
@@ -102,11 +103,3 @@ def _mentions(text: str, name: str) -> bool:
     """Whether the text has the name as a whole word, in any Unicode normal form and case."""
     text, name = (unicodedata.normalize("NFC", value).casefold() for value in (text, name))
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
-
-
-def _iou(a: Sequence[float], b: Sequence[float]) -> float:
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    intersection = width * height
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-    return intersection / union if union > 0 else 0.0

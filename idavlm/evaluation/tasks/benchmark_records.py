@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from idavlm.data.dataset import JsonRecords
 from idavlm.data.errors import DataError, quote
+from idavlm.data.json_records import JsonRecords
 from idavlm.data.parsing import parse_sample
 from idavlm.data.schema import Sample
 

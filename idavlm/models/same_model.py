@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def model_fingerprint(model) -> dict[str, Any]:
+def model_probe(model) -> dict[str, Any]:
     """Return the kind of a transformers model, the width of its language model, and some of its embeddings."""
     embeddings = model.get_input_embeddings().weight
     rows = torch.linspace(0, len(embeddings) - 1, 8).long()
@@ -17,8 +17,8 @@ def model_fingerprint(model) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(expected: dict[str, Any], found: dict[str, Any], source: str | Path) -> None:
-    """Raise ValueError if two fingerprints are not of the same model. Embeddings may differ by their precision."""
+def check_same_model(expected: dict[str, Any], found: dict[str, Any], source: str | Path) -> None:
+    """Raise ValueError if two probes are not of the same model. Embeddings may differ by their precision."""
     for name in ("model_type", "token_size"):
         if expected[name] != found[name]:
             raise ValueError(
