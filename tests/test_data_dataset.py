@@ -155,5 +155,5 @@ def test_other_errors_are_not_skipped(faulty):
 def test_options_are_checked(faulty):
     with pytest.raises(ValueError, match="on_error='ignore' is not known"):
         RecordDataset(faulty, on_error="ignore")
-    with pytest.raises(ValueError, match="reader='coco' is not known; choose one of 'idavlm'"):
+    with pytest.raises(ValueError, match="reader='coco' is not known; choose one of 'alpaca', 'idavlm'"):
         RecordDataset(faulty, reader="coco")

@@ -1,9 +1,9 @@
 """Records to batches: the sample schema, readers, chat labels, collation, mixing and sampling. Uses no model."""
 
 from idavlm.data.collator import Collator
-from idavlm.data.dataset import RecordDataset
+from idavlm.data.dataset import RecordDataset, RecordStream
 from idavlm.data.errors import DataError, ErrorLog
-from idavlm.data.images import ImageStore, open_image
+from idavlm.data.images import ImageStore, RecordImages, open_image
 from idavlm.data.json_records import JsonRecords
 from idavlm.data.messages import sample_to_messages
 from idavlm.data.mixing import DualDataLoader
@@ -30,6 +30,8 @@ __all__ = [
     "Message",
     "Part",
     "RecordDataset",
+    "RecordImages",
+    "RecordStream",
     "RenderedChat",
     "Sample",
     "Segment",

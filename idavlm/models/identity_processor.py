@@ -17,7 +17,7 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 from idavlm._compat import call_with_replacements
 from idavlm.data import DataError, Sample
 from idavlm.data.errors import quote
-from idavlm.data.images import MAX_PIXELS
+from idavlm.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
 from idavlm.data.messages import (
     IMAGE_KEYS,
     OTHER_PARTS,
@@ -29,7 +29,6 @@ from idavlm.data.messages import (
     is_batch,
     read_conversation,
     read_identities,
-    reads_as_name,
     sample_to_messages,
 )
 from idavlm.data.photos import PhotoLoader
@@ -91,6 +90,7 @@ class IdentityProcessor(ProcessorMixin):
             directory by default. It is not saved.
         allow_urls: whether URLs and base64 text are allowed as images.
         max_pixels: limit on width x height of an image.
+        max_aspect_ratio: limit on the long side of an image, relative to the short side.
         box_format: text form of boxes, see :class:`BoxFormat`.
         max_length: largest number of tokens of a sample for :meth:`encode`. A longer sample is an error and never cut.
         placeholder: token that stands for one image token in ``input_ids``, for a family where it is neither the
@@ -111,6 +111,7 @@ class IdentityProcessor(ProcessorMixin):
         image_root: str | Path | None = None,
         allow_urls: bool = False,
         max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: int = MAX_ASPECT_RATIO,
         box_format: str = "thousand",
         max_length: int | None = None,
         placeholder: str | None = None,
@@ -133,7 +134,7 @@ class IdentityProcessor(ProcessorMixin):
                 f"read_references=True reads lines of the form 'Kate is <image>', but identity_format="
                 f"{identity_format!r}; set read_references=False."
             )
-        check_positive(max_pixels=max_pixels, max_length=max_length)
+        check_positive(max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, max_length=max_length)
         BoxFormat(box_format)
         self.processor = processor
         self.identity_format = identity_format
@@ -141,6 +142,7 @@ class IdentityProcessor(ProcessorMixin):
         self.image_root = image_root
         self.allow_urls = allow_urls
         self.max_pixels = max_pixels
+        self.max_aspect_ratio = max_aspect_ratio
         self.box_format = box_format
         self.max_length = max_length
         self.placeholder = placeholder or _PLACEHOLDERS.get(type(processor).__name__)
@@ -200,8 +202,8 @@ class IdentityProcessor(ProcessorMixin):
 
     def options(self) -> dict[str, Any]:
         """The arguments of this processor without the wrapped processor and ``image_root``."""
-        names = ("identity_format", "read_references", "allow_urls", "max_pixels", "box_format", "max_length")
-        return {name: getattr(self, name) for name in (*names, "placeholder", "pack_identities")}
+        names = ("identity_format", "read_references", "allow_urls", "max_pixels", "max_aspect_ratio", "box_format")
+        return {name: getattr(self, name) for name in (*names, "max_length", "placeholder", "pack_identities")}
 
     def to_dict(self) -> dict[str, Any]:
         wrapped = self.processor.to_dict()
@@ -340,9 +342,7 @@ class IdentityProcessor(ProcessorMixin):
             texts = [self._with_image_token(entry, image_text) for entry in texts]
         special = special_tokens(self.tokenizer)
         references = [
-            references_in_text(
-                entry, image_text, self.image_token, header=header, special=special, reads_as_name=reads_as_name
-            )
+            references_in_text(entry, image_text, self.image_token, header=header, special=special)
             if self.read_references
             else [None] * entry.count(self.image_token)
             for entry in texts
@@ -396,10 +396,12 @@ class IdentityProcessor(ProcessorMixin):
         images = [loader.load(image, field=f"sample {sample.id!r}") for image in sample.images]
         sizes = [_size(image) for image in images]
         box_sizes = _scene_sizes(sample, sizes)
+        sample = sample.with_pixel_boxes(box_sizes)
+        _check_boxes(sample, box_sizes)
         form = BoxFormat(self.box_format)
 
         def box_text(part) -> str:
-            box = sample.box_of(part.name, part.image)
+            box = sample.box_of_part(part)
             return form.write(part.name, box.box, box_sizes[_key(box.image)])
 
         conversation = read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
@@ -597,6 +599,7 @@ class IdentityProcessor(ProcessorMixin):
             image_root,
             allow_urls=self.allow_urls,
             max_pixels=self.max_pixels,
+            max_aspect_ratio=self.max_aspect_ratio,
             resized_size=functools.partial(resized_size, self.image_processor),
         )
 
@@ -701,16 +704,19 @@ class IdentityProcessor(ProcessorMixin):
 
 
 def _scene_sizes(sample: Sample, sizes: list[tuple[int, int]]) -> dict[Any, tuple[int, int]]:
-    """Size of each image of the messages. Checks that the boxes lie in their images."""
-    scenes = dict(zip(map(_key, sample.message_images), sizes[len(sample.reference_images) :], strict=True))
-    for box in sample.boxes:
-        height, width = scenes[_key(box.image)]
+    """Size of each image of the messages."""
+    return dict(zip(map(_key, sample.message_images), sizes[len(sample.reference_images) :], strict=True))
+
+
+def _check_boxes(sample: Sample, sizes: dict[Any, tuple[int, int]]) -> None:
+    """Check that the boxes lie in their images."""
+    for box in sample.all_boxes:
+        height, width = sizes[_key(box.image)]
         if box.box[0] >= width or box.box[1] >= height:
             raise DataError(
                 f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside its image of {width} x {height} "
                 "pixels; boxes are in pixels of the original image."
             )
-    return scenes
 
 
 def _key(image: Any) -> Any:

@@ -24,7 +24,6 @@ from idavlm.data.messages import (
     is_batch,
     read_conversation,
     read_identities,
-    reads_as_name,
 )
 from idavlm.data.photos import PhotoLoader
 from idavlm.data.rendering import Segment
@@ -358,10 +357,7 @@ class IDAVLMProcessor(ProcessorMixin):
         header = "" if template is None else template.facts.header
         special = special_tokens(self.tokenizer)
         return [
-            references_in_text(
-                text, image_text, self.image_token, header=header, special=special, reads_as_name=reads_as_name
-            )
-            for text in texts
+            references_in_text(text, image_text, self.image_token, header=header, special=special) for text in texts
         ]
 
     def _template(self) -> ChatTemplate | None:
@@ -465,7 +461,8 @@ class IDAVLMProcessor(ProcessorMixin):
         # Boxes name their image by its path.
         in_messages = zip(sample.message_images, sizes[num_references:], strict=True)
         scene_sizes = {image: size for image, size in in_messages if isinstance(image, str)}
-        for box in sample.boxes:
+        sample = sample.with_pixel_boxes(scene_sizes)
+        for box in sample.all_boxes:
             height, width = scene_sizes[box.image]
             x1, y1, _, _ = _as_float32(box.box)
             if x1 >= width or y1 >= height:
@@ -638,9 +635,9 @@ class IDAVLMProcessor(ProcessorMixin):
                 yield image if field == "image" else Segment(name)
 
     def _box_text(self, sample: Sample, part: Part, image_sizes: dict[str, tuple[int, int]]) -> list[Segment]:
-        box, form = sample.box_of(part.name, part.image), BoxFormat(self.box_format)
-        before, after = form.around_name(box.box, image_sizes[box.image])
-        name = [Segment(before, is_markup=True), Segment(part.name)] if form.writes_name else []
+        box, form = sample.box_of_part(part), BoxFormat(self.box_format)
+        before, after = form.around_name(box.box, image_sizes[box.image], named=bool(part.name))
+        name = [Segment(before, is_markup=True), Segment(part.name)] if form.writes_name and part.name else []
         return [*name, Segment(after, is_markup=True)]
 
     def _labels_of_earlier_answers(
