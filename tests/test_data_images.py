@@ -449,9 +449,9 @@ DAMAGED = {
     "PNG, text that the file cuts off": encoded("PNG")[:-12] + struct.pack(">I", 999) + b"tEXtk\0text",
     "PNG, EXIF that is none": with_png_chunks((b"eXIf", b"MM\0*\0\0")),
     "PNG, a raw profile that is no hex": with_png_chunks((b"tEXt", b"Raw profile type exif\0\n\n\n\nxyz\n")),
-    "JPEG, EXIF that is none": with_jpeg_segment(0xE1, b"Exif\0\0no EXIF"),
 }
 FINE = {
+    "JPEG, EXIF that is none": with_jpeg_segment(0xE1, b"Exif\0\0no EXIF"),
     "JPEG, EXIF that is cut off": with_jpeg_segment(0xE1, b"Exif\0\0MM\0*\0\0"),
     "JPEG, an offset beyond the EXIF": with_jpeg_segment(0xE1, b"Exif\0\0MM\0*\x7f\xff\xff\xff"),
     "TIFF, an EXIF block beyond the file": encoded("TIFF", tiffinfo={34665: 2**31}),
@@ -546,8 +546,8 @@ def test_bytes_and_pil_images_are_read_as_files_are(root):
     record = RecordImages(None, {"a": data, "b": Image.open(root / "clear.png")})
     for name in ("a", "b"):
         assert np.array_equal(np.asarray(ImageStore(record).open(name)), expected)
-    opened = Image.open(io.BytesIO(DAMAGED["JPEG, EXIF that is none"]))
-    with pytest.warns(UserWarning, match="image 'a PIL image' has damaged metadata"):
+    opened = Image.open(io.BytesIO(DAMAGED["PNG, a raw profile that is no hex"]))
+    with pytest.warns(UserWarning, match="image 'x' has damaged metadata"):
         loader.load(opened, field="x")
 
 
@@ -577,5 +577,7 @@ def test_the_record_knows_its_images(root):
         False
     ] * 4
     assert store.size("good.png") == (30, 40)
-    with pytest.raises(DataError, match=r"'none.png' is not in the record, and there is no image root; pass image_root"):
+    with pytest.raises(
+        DataError, match=r"'none.png' is not in the record, and there is no image root; pass image_root"
+    ):
         ImageStore(RecordImages(None)).open("none.png")

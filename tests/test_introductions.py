@@ -39,6 +39,7 @@ LINES = {
     "The reference vehicle is <img>a</img>": {"The reference vehicle": ["a"]},
     "Person 1 is <img>a</img>": {"Person 1": ["a"]},
     ", Tom is <img>a</img>": {"Tom": ["a"]},
+    "Cathedral,_Mexico is <img>a</img>": {"Cathedral,_Mexico": ["a"]},
 }
 
 

@@ -271,9 +271,7 @@ def test_a_template_that_loses_an_image_is_an_error(root):
     processor = small_processor(chat_template=template)
     general = general_record(type="caption_single", answer="x")
     general["messages"].append({"role": "user", "content": "And now?"})
-    with pytest.raises(
-        DataError, match=r"has 1 images, but the chat template makes .* tokens with 0 placeholders"
-    ) as error:
+    with pytest.raises(DataError, match=r"the chat template does not write the content of messages\[0\]") as error:
         processor.encode(parsed(root, general), add_generation_prompt=True)
     assert error.value.kind == "template"
 

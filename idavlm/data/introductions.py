@@ -8,9 +8,9 @@ _SPACE = " \t\r\n\u00a0\u3000"
 _SEPARATORS = _SPACE + ",;.&，；、。"  # noqa: RUF001
 _CONJUNCTION = re.compile(r"(?:and\b|和|与|以及|及)\s*+", re.IGNORECASE)
 
-# What may end the text before an introduction on the same line.
-_BREAKS = ",;:!?，；：、。！？"  # noqa: RUF001
-_SENTENCE_END = re.compile(r"(?<!\w)\w{4,}+\.\s")  # "Hello. Kate", but not "Dr. Kate"
+# What may end the text before an introduction on the same line: not the comma in "Guadalajara,_Mexico" nor the dot in
+# "Dr. Kate".
+_BREAK = re.compile(r"[,;:!?]\s|[，；：、。！？]|(?<!\w)\w{4,}+\.\s")  # noqa: RUF001
 
 _MAX_WORDS = 8
 
@@ -85,8 +85,7 @@ def _split(text: str, *, is_first: bool) -> tuple[str, str | None]:
     else:
         return "", None
     stem = stem.strip(_SPACE)
-    start = max(stem.rfind(sign) for sign in _BREAKS) + 1
-    start = max([start, *(match.end() for match in _SENTENCE_END.finditer(stem))])
+    start = max((match.end() for match in _BREAK.finditer(f" {stem}")), default=1) - 1
     rest, name = stem[:start].rstrip(_SPACE), stem[start:].strip(_SPACE)
     rest = rest if rest.strip(_SEPARATORS) else ""
     if (rest or not is_first or start) and _CONJUNCTION.match(name):

@@ -60,15 +60,14 @@ class PhotoLoader:
         if isinstance(image, str) and isinstance(self.image_root, RecordImages) and image in self.image_root.images:
             return self._store().open(image)
         if isinstance(image, Image.Image):
-            return self._named(field, lambda: self._store().convert(image, "a PIL image"))
+            return self._store().convert(image, field)
         if isinstance(image, (bytes, bytearray)):
-            return self._named(field, lambda: self._store().decode(bytes(image), "bytes"))
+            return self._store().decode(bytes(image), field)
         if isinstance(image, Path):
             return self._open(str(image))
         if isinstance(image, str):
             if key == "base64" or "://" in image or image.startswith("data:"):
-                data = self._fetch(image, key, field)
-                return self._named(field, lambda: self._store().decode(data, image[:80]))
+                return self._store().decode(self._fetch(image, key, field), f"{field}={image[:80]}")
             return self._open(image)
         if image is None:
             raise DataError(f"{field} has no image; add a path, a PIL image or bytes.", kind="image")
@@ -92,13 +91,6 @@ class PhotoLoader:
             return ImageStore(file.anchor, **self.limits).open(str(file))
         return self._store().open(path)
 
-    @staticmethod
-    def _named(field: str, load: Callable[[], Image.Image]) -> Image.Image:
-        try:
-            return load()
-        except DataError as error:
-            raise DataError(f"{field}: {error}", kind="image") from error
-
     def _fetch(self, text: str, key: str, field: str) -> bytes:
         allowed = self.allow_urls or (isinstance(self.image_root, RecordImages) and self.image_root.allow_urls)
         if not allowed:
@@ -109,4 +101,4 @@ class PhotoLoader:
             )
         if key == "base64" and not text.startswith("data:"):
             return from_base64(text, field)
-        return download(text, field)
+        return download(text, f"{field}={text[:80]}")

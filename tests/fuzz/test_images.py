@@ -136,7 +136,8 @@ class Check:
 def metadata_files() -> dict[str, tuple[bytes, list[tuple[int, int]]]]:
     """Files with metadata of every kind, and start and end of the content of each piece of metadata."""
     exif = Image.Exif()
-    exif |= {0x0112: 6, 0x010F: "maker", 0x011A: (72, 1), 0x8769: {0x9003: "2020:01:01 00:00:00", 0x9286: b"comment"}}
+    for tag, value in {0x0112: 6, 0x010F: "maker", 0x011A: 72.0, 0x8769: {0x9003: "2020:01:01 00:00:00"}}.items():
+        exif[tag] = value
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
     icc = bytes(range(256)) * 2
     image, files = Image.fromarray(noise(17, 23, 3)), {}

@@ -27,7 +27,7 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
 
     ``NAME is <img>image_N</img>`` introduces an identity, as in Qwen-VL's format. All other images keep their position.
     The ``answer`` of a ``location`` item is a box in pixels of the last image, for the identity ``ground_target``. A
-    ``matching`` item asks for ``reference_target``, by default the first identity.
+    ``matching`` item asks for the first identity.
     ``false answers`` are separated by slashes, with or without spaces (the file has both). They are optional, because
     one item has none.
 
@@ -37,7 +37,8 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict) or "question" not in record or "type" not in record:
         raise DataError("not an item of MM-ID: 'question' or 'type' is missing; use another reader.", where=where)
     fields = Fields(record, where)
-    target, reference = fields.take("ground_target"), fields.take("reference_target")  # of location, of matching
+    target = fields.take("ground_target")  # of location items
+    fields.take("reference_target")  # of matching items: the name of the identity, cut off in one item
     kind = fields.take("type")
     if not isinstance(kind, str) or kind not in MMID_TYPES:
         raise DataError(f"type={quote(kind)} is not known; MM-ID has {', '.join(map(repr, MMID_TYPES))}.", where=where)
@@ -75,8 +76,7 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
             choices = shorten(", ".join(names))
             raise DataError(f"answer={quote(answer)} of a matching item; expected one of {choices}.", where=where)
         converted["false_answers"] = [name for name in names if name != answer]
-        name = converted["identities"][0]["name"] if converted["identities"] else None
-        converted["target"] = name if reference is None else text_of(reference, "reference_target", where).strip()
+        converted["target"] = converted["identities"][0]["name"] if converted["identities"] else None
     elif "false answers" in record:
         false = text_of(fields.take("false answers"), "false answers", where)
         converted["false_answers"] = [text.strip() for text in _SLASH.split(false) if text.strip()]
