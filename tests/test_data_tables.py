@@ -5,16 +5,20 @@ import http.server
 import io
 import json
 import pickle
+import shutil
 import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from idavlm.data import DataError, ImageStore, RecordDataset, RecordImages, RecordStream
 from idavlm.data.table_records import take_images
+from idavlm.training import IDTrainer, IDTrainingArguments
 from idavlm.training.checkpoints import describe_dataset
+from tests.small_models import IMAGES, draw_images, small_model, small_processor
 
 datasets = pytest.importorskip("datasets")
 
@@ -221,8 +225,6 @@ def test_a_broken_image_of_a_table_is_an_error_of_its_record():
 
 def test_opening_a_table_does_not_read_its_images(monkeypatch):
     """The bytes would otherwise be read once more than needed; here they are no image, and are not looked at."""
-    from idavlm.data import table_records
-
     seen = []
 
     def recorded(record):
@@ -233,7 +235,6 @@ def test_opening_a_table_does_not_read_its_images(monkeypatch):
     monkeypatch.setattr("idavlm.data.dataset.take_images", recorded)
     data = RecordDataset(datasets.Dataset.from_list(rows()), reader="messages")
     assert seen == [b""] * 3
-    assert table_records.TableRecords is not None
     data.sample(1)
     assert seen[3] == png((1, 0, 0))
 
@@ -357,3 +358,74 @@ def test_data_sets_of_tables_can_be_pickled():
     again = pickle.loads(pickle.dumps(data))
     assert [sample.id for sample in again] == ["r0", "r1", "r2"]
     assert np.array_equal(again._valid, data._valid)
+
+
+def table_of_training_records(folder):
+    """Eight records with their images."""
+    draw_images(folder, IMAGES)
+    photos = {name: {"bytes": (folder / name).read_bytes(), "path": name} for name in IMAGES}
+    rows = []
+    for number in range(8):
+        people = [("Kate", "Tom"), ("Tom",)][number % 2]
+        identities = [{"name": name, "images": [photos[f"{name.lower()}.png"]]} for name in people]
+        question, answer = f"<image>What is {people[0]} doing?", f"{people[0]} is reading."
+        rows.append(
+            {
+                "id": str(number),
+                "identities": identities,
+                "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+                "images": [photos["scene.png"]],
+                "boxes": [{"name": people[0], "image": "scene.png", "box": [10, 10, 35, 55]}],
+            }
+        )
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("kind", ["table", "stream"])
+def test_a_resumed_run_reads_the_samples_that_follow(tmp_path, kind):
+    table = table_of_training_records(tmp_path / "images")
+    processor = small_processor()
+
+    def train(folder, **resume):
+        if kind == "table":
+            data = RecordDataset(table, reader="messages", encode=processor.encode)
+        else:
+            shuffled = table.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=4)
+            data = RecordStream(shuffled, reader="messages", encode=processor.encode)
+        arguments = IDTrainingArguments(
+            str(tmp_path / folder), max_steps=6, save_steps=3, per_device_train_batch_size=2, logging_steps=1,
+            report_to=[], use_cpu=True, disable_tqdm=True, accelerator_config={"dispatch_batches": False},
+        )  # fmt: skip
+        trainer = IDTrainer(small_model(processor), arguments, train_dataset=data, processing_class=processor)
+        trainer.train(**resume)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, trainer.model.state_dict()
+
+    losses, weights = train("whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed, resumed_weights = train("resumed", resume_from_checkpoint=True)
+    assert resumed == losses
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_a_table_and_a_file_encode_to_the_same_tensors(tmp_path):
+    table = table_of_training_records(tmp_path / "images")
+    processor = small_processor()
+    rows = [
+        {
+            **row,
+            "identities": [
+                {"name": identity["name"], "images": [photo["path"] for photo in identity["images"]]}
+                for identity in row["identities"]
+            ],
+            "images": ["scene.png"],
+        }
+        for row in table.to_list()
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = RecordDataset(tmp_path / "r.jsonl", reader="messages", encode=processor.encode)
+    tables = RecordDataset(table, reader="messages", encode=processor.encode)
+    for one, two in zip(files, tables, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name], name

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -562,6 +563,18 @@ def test_boxes_are_written_and_read_in_the_same_form():
         own = processor("qwen2_5_vl", box_format=form)
         assert text in labelled(own, own.encode(sample())["labels"])[0]
         assert own.parse_box(text, (48, 64)) == pytest.approx([10, 10, 30, 40], abs=0.1)
+
+
+def test_relative_boxes_and_boxes_of_parts():
+    """As ms-swift's: the image has 64 x 48 pixels."""
+    own = processor("qwen2_5_vl", box_format="pixels")
+    one = sample()
+    part = Part("box", image=one.boxes[0].image, box=[0.5, 0, 1, 0.5], relative=True)
+    box = Box("Kate", one.boxes[0].image, [0.5, 0, 1, 0.5], relative=True)
+    messages = [*one.messages[:1], Message("assistant", [Part("text", text="At "), part])]
+    encoded = own.encode(replace(one, boxes=[box], messages=messages))
+    assert labelled(own, encoded["labels"])[0].startswith("At [32, 0, 64, 24]")
+    assert encoded["boxes"].tolist() == [[32, 0, 64, 24]]
 
 
 def test_errors_of_encode():

@@ -5,11 +5,12 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from idavlm.data import DataError, parse_sample
+from idavlm.data import DataError, RecordImages, parse_sample
 from idavlm.evaluation import evaluate, identity_maps
 from idavlm.experimental.small_models import small_image_processor
 from idavlm.models import ImageFeatures, image_features
@@ -72,6 +73,16 @@ def test_they_are_opened_again_from_disk(model, processor, stored, root):
     assert torch.equal(seen, stored.image_loader(root, "scene.png")[0])
     assert size == (60, 80)
     assert again.shape == (3, 64, 32)
+
+
+def test_images_within_records_have_no_features(model, processor, stored, root, tmp_path):
+    held = replace(sample(root), image_root=RecordImages(root))
+    for use in (
+        lambda: stored.encode(held),
+        lambda: ImageFeatures.write(tmp_path / "others", model, processor, [held]),
+    ):
+        with pytest.raises(DataError, match=r"'kate.png' is held by its record or is a URL; ImageFeatures needs image"):
+            use()
 
 
 def test_the_processor_is_saved_without_them(stored, tmp_path):

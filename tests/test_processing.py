@@ -179,6 +179,26 @@ def test_boxes_in_every_format(root, kind):
     assert processor.parse_box("Kate is reading.", (60, 80)) is None
 
 
+def test_relative_boxes_and_boxes_of_parts(root):
+    """As ms-swift's: a box without a name in the answer, in 0..1 of the image of 80 x 60."""
+    entry = record(people=("Kate",))
+    entry["boxes"] = [{"name": "Kate", "image": "scene.png", "box": [0.125, 0.5, 0.25, 1], "relative": True}]
+    part = {"type": "box", "image": "scene.png", "box": [0.125, 0.5, 0.25, 1], "relative": True}
+    entry["messages"][1]["content"] = [part, {"type": "text", "text": " and "}, part | {"name": "Kate"}]
+    for kind, text in {
+        "pixels": "[10, 30, 20, 60] and [10, 30, 20, 60]",
+        "qwen": "<box>(125,500),(250,999)</box> and <ref>Kate</ref><box>(125,500),(250,999)</box>",
+    }.items():
+        processor = small_processor(box_format=kind)
+        encoded = processor.encode(parsed(root, entry))
+        assert labelled(processor, encoded)[0].removesuffix("<|end|>") == text
+        assert encoded["boxes"].tolist() == [[10, 30, 20, 60]]
+    part |= {"box": [90, 0, 95, 5], "relative": False}
+    entry["messages"][1]["content"] = [part]
+    with pytest.raises(DataError, match=r"box \[90, 0, 95, 5\] of '' lies outside 'scene.png' of 80 x 60"):
+        processor.encode(parsed(root, entry))
+
+
 def test_a_box_outside_its_image_is_an_error_of_the_record(processor, root):
     entry = record()
     entry["boxes"][1]["box"] = [80, 10, 100, 30]  # the image ends at 80

@@ -148,14 +148,13 @@ class ImageStore:
             return (image.width, image.height) if is_turned else (image.height, image.width)
 
     def has(self, path: str) -> bool:
-        """Whether there is such an image. It may be damaged; a URL is not looked up."""
+        """Whether there is such an image. It may be damaged or outside the root; a URL is not looked up."""
         if path in self.record.images or (_is_url(path) and self.record.allow_urls):
             return True
         try:
-            self._locate(path)
-        except DataError:
+            return self.root is not None and (self.root / path).is_file()
+        except (OSError, ValueError):
             return False
-        return True
 
     def _open_file(self, path: str) -> BinaryIO:
         file = self._locate(path)

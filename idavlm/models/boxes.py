@@ -61,20 +61,19 @@ class BoxFormat:
         self.num_bins = int(bins[1]) if bins else None
 
     def write(self, name: str, box: Sequence[float], image_size: Sequence[int]) -> str:
-        """Return the text of ``box``, in pixels of an image of ``image_size`` (height, width). No name is ``""``."""
-        before, after = self.around_name(box, image_size, named=bool(name))
-        return before + name + after if self.writes_name else after
+        """Return the text of ``box``, in pixels of an image of ``image_size`` (height, width); no name is ``""``."""
+        before, after = self.around_name(box, image_size)
+        if not self.writes_name:
+            return after
+        return before + name + after if name else after.removeprefix("</ref>")
 
     @property
     def writes_name(self) -> bool:
         """Whether the text holds the name of the identity."""
         return self.kind == "qwen"
 
-    def around_name(self, box: Sequence[float], image_size: Sequence[int], *, named: bool = True) -> tuple[str, str]:
-        """Return the text of ``box`` before and after the name. All of it is after the name if it holds no name.
-
-        ``named`` is False for a box without a name.
-        """
+    def around_name(self, box: Sequence[float], image_size: Sequence[int]) -> tuple[str, str]:
+        """Return the text of ``box`` before and after the name. All of it is after the name if it holds no name."""
         size, shift = self._frame(image_size)
         unit = [(value + offset) / side for value, offset, side in zip(box, shift * 2, size * 2, strict=True)]
         unit = [min(max(value, 0.0), 1.0) for value in unit]
@@ -83,8 +82,7 @@ class BoxFormat:
         steps = size if self.kind == "pixels" else [self._steps] * 2
         x1, y1, x2, y2 = (round(value * number) for value, number in zip(unit, steps * 2, strict=True))
         if self.kind == "qwen":
-            text = f"<box>({x1},{y1}),({x2},{y2})</box>"
-            return ("<ref>", f"</ref>{text}") if named else ("", text)
+            return "<ref>", f"</ref><box>({x1},{y1}),({x2},{y2})</box>"
         return "", f"{x1} {y1} {x2} {y2}" if self.num_bins else f"[{x1}, {y1}, {x2}, {y2}]"
 
     def parse(self, text: str, image_size: Sequence[int] | None, *, name: str = "") -> list[float] | None:

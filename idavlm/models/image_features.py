@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from idavlm.data import DataError, Sample
+from idavlm.data import DataError, RecordImages, Sample
 from idavlm.data.errors import quote
 from idavlm.utils import check_positive
 
@@ -238,7 +238,14 @@ def _no_space(folder: Path, num_bytes: int, error: OSError) -> OSError:
     return OSError(error.errno, f"{reason}; free space or choose another folder")
 
 
-def _key(root: Path | None, path: str) -> str:
+def _key(root: "Path | RecordImages | None", path: str) -> str:
+    if isinstance(root, RecordImages):
+        raise DataError(
+            f"image {quote(path)} is held by its record or is a URL; ImageFeatures needs image files: write it to "
+            "a folder.",
+            kind="image",
+            file=path,
+        )
     return str(Path(root or "", path))
 
 

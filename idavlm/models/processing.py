@@ -636,8 +636,10 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def _box_text(self, sample: Sample, part: Part, image_sizes: dict[str, tuple[int, int]]) -> list[Segment]:
         box, form = sample.box_of_part(part), BoxFormat(self.box_format)
-        before, after = form.around_name(box.box, image_sizes[box.image], named=bool(part.name))
-        name = [Segment(before, is_markup=True), Segment(part.name)] if form.writes_name and part.name else []
+        if not part.name:
+            return [Segment(form.write("", box.box, image_sizes[box.image]), is_markup=True)]
+        before, after = form.around_name(box.box, image_sizes[box.image])
+        name = [Segment(before, is_markup=True), Segment(part.name)] if form.writes_name else []
         return [*name, Segment(after, is_markup=True)]
 
     def _labels_of_earlier_answers(

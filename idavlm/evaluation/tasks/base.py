@@ -1,14 +1,12 @@
 """Interface of a task of ``idavlm eval``: how to load its data and how to score answers."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from idavlm.data.errors import DataError, quote
+from idavlm.data import ImageStore
+from idavlm.data.errors import DataError
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import IdentityKey
@@ -42,21 +40,13 @@ class Item:
             return self.extra["size"]
         if self.sample.image_root is None or not self.sample.message_images:
             return None
-        path = self.sample.message_images[-1]
-        file = os.path.join(self.sample.image_root, path)
-        if not os.path.isfile(file):
+        store, path = ImageStore(self.sample.image_root), self.sample.message_images[-1]
+        if not store.has(path):
             return None
         try:
-            with Image.open(file) as image:
-                is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # width and height are exchanged
-                return (image.width, image.height) if is_turned else (image.height, image.width)
-        except Exception as error:  # decoders raise many types
-            raise DataError(
-                f"image {quote(path)} is not an image or is damaged ({error}); replace it.",
-                where=self.sample.where,
-                kind="image",
-                file=path,
-            ) from error
+            return store.size(path)
+        except DataError as error:
+            raise error.at(self.sample.where) from error
 
 
 Load = Callable[[Path, "Path | None"], "list[Item]"]
