@@ -546,9 +546,10 @@ def test_bytes_and_pil_images_are_read_as_files_are(root):
     record = RecordImages(None, {"a": data, "b": Image.open(root / "clear.png")})
     for name in ("a", "b"):
         assert np.array_equal(np.asarray(ImageStore(record).open(name)), expected)
-    opened = Image.open(io.BytesIO(DAMAGED["PNG, a raw profile that is no hex"]))
-    with pytest.warns(UserWarning, match="image 'x' has damaged metadata"):
-        loader.load(opened, field="x")
+    for kind in ("PNG, a raw profile that is no hex", "PNG, 2 MB of text after the pixels"):
+        opened = Image.open(io.BytesIO(DAMAGED[kind]))
+        with pytest.warns(UserWarning, match="image 'x' has damaged metadata"):
+            assert np.array_equal(np.asarray(loader.load(opened, field="x")), NOISE)
 
 
 def test_narrow_images_are_refused_by_every_way_in(root):

@@ -126,8 +126,15 @@ class ImageStore:
                 name, f"has the mode {image.mode!r}, whose range of brightness is unknown; convert it to 'RGB'"
             )
         self._check_size(image, name)
-        with _decoding(name):
-            image.load()  # an image that PIL has opened, but not read
+        try:
+            with _decoding(name):
+                image.load()  # an image that PIL has opened, but not read
+        except _DamagedImage:
+            stream = getattr(image, "fp", None)
+            if stream is None or stream.closed:
+                raise
+            stream.seek(0)
+            return self._read(stream, name)
         return _upright(_to_rgb(image), name, source=image)
 
     def size(self, path: str) -> tuple[int, int]:

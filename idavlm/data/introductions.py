@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 _SPACE = " \t\r\n\u00a0\u3000"
 _SEPARATORS = _SPACE + ",;.&，；、。"  # noqa: RUF001
-_CONJUNCTION = re.compile(r"(?:and\b|和|与|以及|及)\s*+", re.IGNORECASE)
+_AND = re.compile(r"and\b\s*+", re.IGNORECASE)
+_CHINESE_AND = re.compile(r"(?:和|与|以及|及)\s*+")  # a name may begin with 和 after a comma
 
 # What may end the text before an introduction on the same line: not the comma in "Guadalajara,_Mexico" nor the dot in
 # "Dr. Kate".
@@ -61,13 +62,14 @@ def read_introduction(texts: Sequence[str]) -> Introduction | None:
     names: list[str] = []
     if len(texts) < 2 or texts[-1].strip(_SEPARATORS + "!！"):  # noqa: RUF001
         return None
-    rest, name = _split(texts[0], is_first=True)
+    rest, name = _split(texts[0])
     for number, text in enumerate(texts[:-1]):
         if number:
-            text = text.strip(_SPACE).lstrip(_SEPARATORS)
-            text = _CONJUNCTION.sub("", text, count=1) if _CONJUNCTION.match(text) else text
+            text = text.strip(_SPACE)
+            and_ = _CHINESE_AND.match(text) or _AND.match(text.lstrip(_SEPARATORS))
+            text = text.lstrip(_SEPARATORS) if and_ is None else and_.string[and_.end() :]
             if text:
-                before, name = _split(text, is_first=False)
+                before, name = _split(text)
                 name = None if before else name
         if name is None:
             return None
@@ -75,7 +77,7 @@ def read_introduction(texts: Sequence[str]) -> Introduction | None:
     return Introduction(names, rest)
 
 
-def _split(text: str, *, is_first: bool) -> tuple[str, str | None]:
+def _split(text: str) -> tuple[str, str | None]:
     """Split "TEXT, NAME is" into the text and the name; the name is None if there is none."""
     text = text.rstrip(_SPACE)
     if text.endswith("是"):
@@ -88,8 +90,8 @@ def _split(text: str, *, is_first: bool) -> tuple[str, str | None]:
     start = max((match.end() for match in _BREAK.finditer(f" {stem}")), default=1) - 1
     rest, name = stem[:start].rstrip(_SPACE), stem[start:].strip(_SPACE)
     rest = rest if rest.strip(_SEPARATORS) else ""
-    if (rest or not is_first or start) and _CONJUNCTION.match(name):
-        name = _CONJUNCTION.sub("", name, count=1)
+    if start:
+        name = _AND.sub("", name, count=1) if _AND.match(name) else name
     if len(name.split()) > _MAX_WORDS or not reads_as_name(name) or not _NAME.fullmatch(name):
         return rest, None
     if rest and _DETERMINER.match(name):  # "In the second scene, the answer is <image>"
