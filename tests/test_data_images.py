@@ -478,6 +478,7 @@ def test_damaged_metadata_is_a_warning_and_the_image_stays_as_it_is(root, kind):
     with pytest.warns(UserWarning, match=r"image 'x' has damaged metadata \(.*\), which is ignored"):
         image = open_image(root, "x")
     assert np.array_equal(np.asarray(image), pixels_of(kind.split(",")[0]))
+    assert ImageStore(root).size("x") == (image.height, image.width)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # of PIL

@@ -404,7 +404,7 @@ def test_boxes_of_ms_swift_fill_their_placeholders():
     ]
     sample = read("ms_swift", swift(bbox=[[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], bbox_type="norm1"))
     assert boxes_of(sample.messages[1])[0] == ("", "a.jpg", [0.1, 0.2, 0.3, 0.4], True)
-    pixels = sample.with_pixel_boxes({"a.jpg": (100, 200)})
+    pixels = sample.with_pixel_boxes({"a.jpg": (100, 200)}.get)
     assert [part.box for part in pixels.messages[1].content if part.type == "box"] == [
         pytest.approx([20, 20, 60, 40]),
         [0, 0, 200, 100],
@@ -425,7 +425,7 @@ def test_boxes_of_identities_supervise_the_identity_map():
     relative = swift(ref=["Kate", "dog"], bbox=[[0.5, 0, 1, 1]] * 2, bbox_type="norm1")
     sample = read("ms_swift", relative | {"identities": record["identities"]})
     assert sample.boxes[0].relative
-    assert sample.with_pixel_boxes({"a.jpg": (10, 20)}).boxes[0].box == [10, 0, 20, 10]
+    assert sample.with_pixel_boxes({"a.jpg": (10, 20)}.get).boxes[0].box == [10, 0, 20, 10]
 
 
 @pytest.mark.parametrize(

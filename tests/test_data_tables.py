@@ -1,6 +1,7 @@
 """Records of tables: parquet files, datasets.Dataset, streams, and the images that they hold."""
 
 import base64
+import functools
 import http.server
 import io
 import json
@@ -209,6 +210,25 @@ def test_images_with_equal_or_foreign_paths_get_numbers():
     photo = Image.new("RGB", SIZE)
     assert take_images([photo]) == (["image 0"], {"image 0": photo})
     assert take_images({"a": {"path": "x"}, "b": {"path": "x", "c": 1}}) == ({"a": "x", "b": {"path": "x", "c": 1}}, {})
+
+
+def test_a_cache_of_loaded_images_finds_the_images_of_records_that_are_read_again():
+    data = RecordDataset(datasets.Dataset.from_list(rows()), reader="messages")
+    loads = []
+
+    @functools.cache
+    def load(root, path):
+        loads.append(path)
+        return first_pixel(ImageStore(root).open(path))
+
+    for _ in range(2):
+        assert [load(sample.image_root, "image 0")[0] for sample in data] == [0, 1, 2]
+    assert len(loads) == 3
+    photo = Image.new("RGB", SIZE)
+    assert RecordImages(None, {"a": photo}) == RecordImages(None, {"a": photo})
+    assert RecordImages(None, {"a": photo}) != RecordImages(None, {"a": photo.copy()})
+    assert RecordImages(None) != RecordImages(None, allow_urls=True)
+    assert RecordImages(None) != "a"
 
 
 def test_a_broken_image_of_a_table_is_an_error_of_its_record():

@@ -39,6 +39,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_SIZE, _TIFF_SAMPLE_FORMAT = 258, 262, 
 _TIFF_SIGNED_OR_FLOAT = {2, 3}
 _TIFF_WHITE_IS_ZERO = 0
 _NO_RANGE = ("F", "I")
+_MAX_REPAIRED = 256 * 2**20  # bytes of a file that is read once more without its metadata
 
 
 class _DamagedImage(DataError):
@@ -61,6 +62,16 @@ class RecordImages:
     root: Path | None
     images: Mapping[str, bytes | Image.Image] = field(default_factory=dict, repr=False)
     allow_urls: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the images are the same: a cache of loaded images finds them when a record is read again."""
+        if not isinstance(other, RecordImages):
+            return NotImplemented
+        same = (self.root, self.allow_urls, list(self.images)) == (other.root, other.allow_urls, list(other.images))
+        return same and all(_key(image) == _key(other.images[path]) for path, image in self.images.items())
+
+    def __hash__(self) -> int:
+        return hash((self.root, self.allow_urls, *self.images, *map(_key, self.images.values())))
 
 
 class ImageStore:
@@ -149,8 +160,13 @@ class ImageStore:
             return image.height, image.width
         with io.BytesIO(held) if held is not None else self._open_file(path) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _decoding(path):
-                image = _opened(stream)
+            try:
+                with _decoding(path):
+                    image = _opened(stream)
+            except _DamagedImage:  # its metadata may be
+                stream.seek(0)
+                image = self._read(stream, path)
+                return image.height, image.width
             is_turned = image.format != "TIFF" and _orientation(image, path) >= 5  # PIL turns TIFF files itself
             return (image.width, image.height) if is_turned else (image.height, image.width)
 
@@ -173,7 +189,8 @@ class ImageStore:
             return self._decode(stream, name)
         except _DamagedImage as damage:
             stream.seek(0)
-            data = without_metadata(stream.read())
+            data = stream.read(_MAX_REPAIRED + 1)
+            data = without_metadata(data) if len(data) <= _MAX_REPAIRED else None
             if data is None:
                 raise
             try:
@@ -302,6 +319,10 @@ def from_base64(text: str, name: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise _image_error(name, f"is not valid base64 text ({error})") from error
+
+
+def _key(image: bytes | Image.Image) -> bytes | int:
+    return image if isinstance(image, bytes) else id(image)
 
 
 def _is_url(path: str) -> bool:

@@ -1,6 +1,6 @@
 """The sample schema: dataclasses for checked records (:func:`idavlm.data.parse_sample` creates them from JSON)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,17 +142,13 @@ class Sample:
         parts = [part for message in self.messages for part in message.content]
         return [*self.boxes, *(self.box_of_part(part) for part in parts if part.box is not None)]
 
-    def with_pixel_boxes(self, sizes: Mapping[str, tuple[int, int]]) -> "Sample":
-        """Return the sample with all boxes in pixels.
-
-        Args:
-            sizes: (height, width) of the images that have boxes, by path.
-        """
+    def with_pixel_boxes(self, size_of: Callable[[str], tuple[int, int]]) -> "Sample":
+        """Return the sample with all boxes in pixels; ``size_of`` returns (height, width) of an image."""
 
         def in_pixels(box: Box | Part) -> Box | Part:
             if not box.relative:
                 return box
-            height, width = sizes[box.image]
+            height, width = size_of(box.image)
             x1, y1, x2, y2 = box.box
             return replace(box, box=[x1 * width, y1 * height, x2 * width, y2 * height], relative=False)
 

@@ -141,6 +141,8 @@ def _image_of(value: Any) -> tuple[str, bytes | Image.Image] | None:
         return "", value
     if isinstance(value, dict) and value.keys() <= _IMAGE_KEYS and isinstance(value.get("bytes"), bytes):
         path = value.get("path") or ""
+        if not isinstance(path, str):
+            return None
         parts = PureWindowsPath(path).parts
         if PurePosixPath(path).is_absolute() or PureWindowsPath(path).anchor or ".." in parts or "://" in path:
             path = parts[-1] if parts else ""  # of the machine on which the table was written

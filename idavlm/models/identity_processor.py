@@ -396,7 +396,7 @@ class IdentityProcessor(ProcessorMixin):
         images = [loader.load(image, field=f"sample {sample.id!r}") for image in sample.images]
         sizes = [_size(image) for image in images]
         box_sizes = _scene_sizes(sample, sizes)
-        sample = sample.with_pixel_boxes(box_sizes)
+        sample = sample.with_pixel_boxes(lambda image: box_sizes[_key(image)])
         _check_boxes(sample, box_sizes)
         form = BoxFormat(self.box_format)
 

@@ -461,7 +461,7 @@ class IDAVLMProcessor(ProcessorMixin):
         # Boxes name their image by its path.
         in_messages = zip(sample.message_images, sizes[num_references:], strict=True)
         scene_sizes = {image: size for image, size in in_messages if isinstance(image, str)}
-        sample = sample.with_pixel_boxes(scene_sizes)
+        sample = sample.with_pixel_boxes(scene_sizes.__getitem__)
         for box in sample.all_boxes:
             height, width = scene_sizes[box.image]
             x1, y1, _, _ = _as_float32(box.box)
