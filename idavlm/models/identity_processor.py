@@ -338,14 +338,11 @@ class IdentityProcessor(ProcessorMixin):
                 raise ValueError(f"identities need text, but text is {type(text).__name__}; pass strings.")
             return self.processor(images=images, text=text, **_given(videos=videos, audio=audio), **kwargs)
         image_text, header = self._image_and_header()
+        written = texts
         if images is not None or any(named):
             texts = [self._with_image_token(entry, image_text) for entry in texts]
-        special = special_tokens(self.tokenizer)
         references = [
-            references_in_text(entry, image_text, self.image_token, header=header, special=special)
-            if self.read_references
-            else [None] * entry.count(self.image_token)
-            for entry in texts
+            self._references(before, entry, image_text, header) for before, entry in zip(written, texts, strict=True)
         ]
         if not any(named) and not any(name is not None for row in references for name in row):
             text = texts[0] if single else texts
@@ -666,6 +663,15 @@ class IdentityProcessor(ProcessorMixin):
         if isinstance(images, (list, tuple)):
             return [self._load_nested(image, f"{field}[{number}]") for number, image in enumerate(images)]
         return images if images is None else self._loader(self.image_root).load(images, field=field)
+
+    def _references(self, written: str, text: str, image_text: str, header: str) -> list[str | None]:
+        """For each image of a text the name that it is a reference of; ``written`` is the text before replacements."""
+        if not self.read_references:
+            return [None] * text.count(self.image_token)
+        special = special_tokens(self.tokenizer)
+        if written != text:  # what takes the place of <image> may hold line breaks
+            return references_in_text(written, WRITTEN_IMAGE, WRITTEN_IMAGE, header=header, special=special)
+        return references_in_text(text, image_text, self.image_token, header=header, special=special)
 
     def _with_image_token(self, text: str, image_text: str) -> str:
         """Replace ``<image>``, if it is not the image token."""
