@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from typing import Any
+from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
@@ -29,10 +29,28 @@ _WEBP_FLAGS = 0x20 | 0x08 | 0x04
 _TIFF_METADATA = {700, 33723, 34377, 34665, 34675, 34853}
 
 
-def orientation(image: Image.Image) -> Any:
-    """Return the EXIF orientation of an opened image, 1 if it has none. Damaged metadata raises any exception."""
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+def orientation(image: Image.Image, *, decode: bool = True) -> int:
+    """Return the EXIF orientation of an opened image, 1 if it has none. Damaged metadata raises any exception.
+
+    With ``decode=False``, metadata after the pixels of a PNG is not looked for.
+    """
+    exif = image.getexif() if decode else Image.Image.getexif(image)
+    value = exif.get(ExifTags.Base.Orientation, 1)
     return value if value in ORIENTATIONS else 1
+
+
+def has_metadata_after_pixels(stream: BinaryIO) -> bool:
+    """Whether a PNG has text or EXIF after its pixels. The position in the stream stays."""
+    place, after = stream.tell(), False
+    stream.seek(len(_PNG_SIGNATURE))
+    while len(header := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if after and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            break
+        after |= kind == b"IDAT"
+        stream.seek(length + 4, 1)
+    stream.seek(place)
+    return len(header) == 8
 
 
 def without_metadata(data: bytes) -> bytes | None:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from idavlm.data.errors import DataError, quote, shorten
-from idavlm.data.image_metadata import ORIENTATIONS, orientation, without_metadata
+from idavlm.data.image_metadata import ORIENTATIONS, has_metadata_after_pixels, orientation, without_metadata
 from idavlm.utils import check_positive
 
 MAX_PIXELS = 64_000_000
@@ -167,7 +167,9 @@ class ImageStore:
                 stream.seek(0)
                 image = self._read(stream, path)
                 return image.height, image.width
-            is_turned = image.format != "TIFF" and _orientation(image, path) >= 5  # PIL turns TIFF files itself
+            # PIL turns TIFF files itself. Of a PNG, it decodes the pixels to find metadata after them.
+            decode = image.format == "PNG" and has_metadata_after_pixels(stream)
+            is_turned = image.format != "TIFF" and _orientation(image, path, decode=decode) >= 5
             return (image.width, image.height) if is_turned else (image.height, image.width)
 
     def has(self, path: str) -> bool:
@@ -333,10 +335,10 @@ def _opened(stream: BinaryIO) -> Image.Image:
     return Image.open(stream, formats=_FORMATS)
 
 
-def _orientation(image: Image.Image, name: str) -> int:
+def _orientation(image: Image.Image, name: str, *, decode: bool = True) -> int:
     """Return the EXIF orientation. If it cannot be read, the image stays as it is, with a warning."""
     try:
-        return orientation(image)
+        return orientation(image, decode=decode)
     except MemoryError:
         raise
     except Exception as error:  # any kind, as in _decoding

@@ -58,16 +58,16 @@ class PhotoLoader:
         if isinstance(image, dict):  # an undecoded image of datasets
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str) and isinstance(self.image_root, RecordImages) and image in self.image_root.images:
-            return self._store().open(image)
+            return self._open(image)
         if isinstance(image, Image.Image):
-            return self._store().convert(image, field)
+            return self._store()[0].convert(image, field)
         if isinstance(image, (bytes, bytearray)):
-            return self._store().decode(bytes(image), field)
+            return self._store()[0].decode(bytes(image), field)
         if isinstance(image, Path):
             return self._open(str(image))
         if isinstance(image, str):
             if key == "base64" or "://" in image or image.startswith("data:"):
-                return self._store().decode(self._fetch(image, key, field), f"{field}={image[:80]}")
+                return self._store()[0].decode(self._fetch(image, key, field), f"{field}={image[:80]}")
             return self._open(image)
         if image is None:
             raise DataError(f"{field} has no image; add a path, a PIL image or bytes.", kind="image")
@@ -81,15 +81,22 @@ class PhotoLoader:
             f"{field} is {type(image).__name__} {image!r:.80}; expected a path, a PIL image or bytes.", kind="image"
         )
 
-    def _store(self) -> ImageStore:
-        return ImageStore(Path.cwd() if self.image_root is None else self.image_root, **self.limits)
+    def size(self, path: str | Path) -> tuple[int, int]:
+        """Return the (height, width) of the image in a file, see :meth:`ImageStore.size`."""
+        store, path = self._store(str(path))
+        return store.size(path)
+
+    def _store(self, path: str = "") -> tuple[ImageStore, str]:
+        """The images that a path is looked up in, and the path in them."""
+        held = isinstance(self.image_root, RecordImages) and path in self.image_root.images
+        if Path(path).is_absolute() and not held:
+            file = Path(path).resolve()
+            return ImageStore(file.anchor, **self.limits), str(file)
+        return ImageStore(Path.cwd() if self.image_root is None else self.image_root, **self.limits), path
 
     def _open(self, path: str) -> Image.Image:
-        file = Path(path)
-        if file.is_absolute():
-            file = file.resolve()
-            return ImageStore(file.anchor, **self.limits).open(str(file))
-        return self._store().open(path)
+        store, path = self._store(path)
+        return store.open(path)
 
     def _fetch(self, text: str, key: str, field: str) -> bytes:
         allowed = self.allow_urls or (isinstance(self.image_root, RecordImages) and self.image_root.allow_urls)

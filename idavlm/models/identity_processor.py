@@ -395,13 +395,7 @@ class IdentityProcessor(ProcessorMixin):
         box_sizes = _scene_sizes(sample, sizes)
         sample = sample.with_pixel_boxes(lambda image: box_sizes[_key(image)])
         _check_boxes(sample, box_sizes)
-        form = BoxFormat(self.box_format)
-
-        def box_text(part) -> str:
-            box = sample.box_of_part(part)
-            return form.write(part.name, box.box, box_sizes[_key(box.image)])
-
-        conversation = read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
+        conversation = self._conversation(sample, sizes)
         self._check_texts(conversation)
         template = self._template(None, {})
         messages = template.messages_of(conversation, self.identity_format)
@@ -434,6 +428,18 @@ class IdentityProcessor(ProcessorMixin):
             "identity_name_ids": of_images["identity_name_ids"][0],
             **self._box_tensors(sample, box_sizes),
         }
+
+    def _conversation(self, sample: Sample, sizes: list[tuple[int, int]]) -> Conversation:
+        """The conversation of a sample whose images have the (height, width) ``sizes``."""
+        box_sizes = _scene_sizes(sample, sizes)
+        sample = sample.with_pixel_boxes(lambda image: box_sizes[_key(image)])
+        form = BoxFormat(self.box_format)
+
+        def box_text(part) -> str:
+            box = sample.box_of_part(part)
+            return form.write(part.name, box.box, box_sizes[_key(box.image)])
+
+        return read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
 
     def collate(self, encoded: Sequence[dict[str, Any]], *, padding_side: str = "right") -> dict[str, Any]:
         """Batch encoded samples. Use ``padding_side="left"`` for generation.
