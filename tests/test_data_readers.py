@@ -518,6 +518,16 @@ def test_identities_and_boxes_may_be_added_to_every_format(reader, image):
             read(reader, {**CASES[reader], "identities": KATE, "boxes": [{**box, "image": wrong}]})
 
 
+@pytest.mark.parametrize("reader", FOREIGN)
+@pytest.mark.parametrize("field", ["identities", "boxes"])
+def test_identities_and_boxes_that_are_no_lists_are_named(reader, field):
+    with pytest.raises(DataError, match=f"^f.json:3: {field} is int -1; expected a list"):
+        read(reader, {**CASES[reader], field: -1})
+    if field == "boxes":
+        with pytest.raises(DataError, match="^f.json:3: boxes is int -1; expected a list"):
+            read("mmid", {**MMID, "boxes": -1})
+
+
 def test_identities_of_the_text_follow_those_of_the_field():
     text = "Tom is <img>t.jpg</img>\n<img>s.jpg</img>Who?"
     sample = read("qwen_vl", {"identities": KATE, "conversations": turns(text, "Kate.")})

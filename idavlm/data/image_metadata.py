@@ -64,7 +64,7 @@ def without_metadata(data: bytes) -> bytes | None:
         kept = _jpeg(data)
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         kept = _webp(data)
-    elif data[:4] in (b"II*\0", b"MM\0*"):
+    elif data[:4] in (b"II*\0", b"MM\0*") and len(data) >= 8:
         kept = _tiff(data)
     else:
         return None

@@ -123,10 +123,10 @@ class Fields:
         names = [str(name) for name, value in self.record.items() if name not in self._used and value not in _EMPTY]
         return {"unused_fields": names + self._unused_parts} if names or self._unused_parts else {}
 
-    def _boxes(self, boxes: Any, images: list[str]) -> Any:
+    def _boxes(self, boxes: Any, images: list[str]) -> list[Any]:
         """Replace the number of an image by its path. A box without an image lies in the only one."""
         if not isinstance(boxes, list):
-            return boxes  # an error of the schema
+            raise DataError(f"boxes is {type(boxes).__name__} {quote(boxes)}; expected a list.", where=self.where)
         found = []
         for number, box in enumerate(boxes):
             if isinstance(box, dict) and not isinstance(box.get("image"), str):
