@@ -524,7 +524,7 @@ def test_identities_and_boxes_that_are_no_lists_are_named(reader, field):
     with pytest.raises(DataError, match=f"^f.json:3: {field} is int -1; expected a list"):
         read(reader, {**CASES[reader], field: -1})
     if field == "boxes":
-        with pytest.raises(DataError, match="^f.json:3: boxes is int -1; expected a list"):
+        with pytest.raises(DataError, match=r"^f.json:3: boxes is int -1; expected a list"):
             read("mmid", {**MMID, "boxes": -1})
 
 
