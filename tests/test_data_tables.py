@@ -101,8 +101,7 @@ def test_a_stream(table):
     assert [sample.id for sample in stream] == ["r0", "r1", "r2"], "a second pass"
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_divide_the_shards_of_a_stream(context):
+def test_workers_divide_the_shards_of_a_stream():
     table = datasets.Dataset.from_list(rows(6))
     stream = RecordStream(table.to_iterable_dataset(num_shards=2), reader="messages", encode=identifier)
     loader = DataLoader(
@@ -375,8 +374,10 @@ def test_the_description_of_a_data_set_follows_its_content(tmp_path):
 def test_data_sets_of_tables_can_be_pickled():
     """As for worker processes that are spawned."""
     data = RecordDataset(datasets.Dataset.from_list(rows()), reader="messages")
+    stream = RecordStream(datasets.Dataset.from_list(rows()).to_iterable_dataset(), reader="messages")
+    for again in (pickle.loads(pickle.dumps(data)), pickle.loads(pickle.dumps(stream))):
+        assert [sample.id for sample in again] == ["r0", "r1", "r2"]
     again = pickle.loads(pickle.dumps(data))
-    assert [sample.id for sample in again] == ["r0", "r1", "r2"]
     assert np.array_equal(again._valid, data._valid)
 
 
