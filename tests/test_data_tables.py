@@ -109,7 +109,7 @@ def test_workers_divide_the_shards_of_a_stream():
         batch_size=1,
         num_workers=2,
         collate_fn=list,
-        multiprocessing_context=context,
+        multiprocessing_context="fork",
     )
     assert sorted(entry["id"] for batch in loader for entry in batch) == [f"r{number}" for number in range(6)]
 
