@@ -566,6 +566,20 @@ def test_boxes_are_written_and_read_in_the_same_form():
         assert own.parse_box(text, (48, 64)) == pytest.approx([10, 10, 30, 40], abs=0.1)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_narrow_images_are_refused_before_any_resize(family):
+    """CLIP's processor would bring 2 x 8000 pixels to gigabytes."""
+    strip = Image.new("RGB", (2, 8000))
+    own = processor(family)
+    for image in (strip, np.asarray(strip)):
+        with pytest.raises(DataError, match=r"has 2 x 8000 pixels, an aspect ratio of 4000, more than 200"):
+            own(images=[image], text="<image> What?", return_tensors="pt")
+    with pytest.raises(ValueError, match="max_aspect_ratio=0 must be"):
+        processor(family, max_aspect_ratio=0)
+    with pytest.raises(DataError, match="an aspect ratio of 3, more than 2"):
+        processor(family, max_aspect_ratio=2)(images=[Image.new("RGB", (30, 10))], text="<image>", return_tensors="pt")
+
+
 def test_relative_boxes_and_boxes_of_parts():
     """As ms-swift's: the image has 64 x 48 pixels."""
     own = processor("qwen2_5_vl", box_format="pixels")
