@@ -44,15 +44,15 @@ def test_grounding_in_every_convention(tmp_path):
     assert items[0].sample.messages[0].content[-1].text == "\nWhere is the left man?"
     for kind in BoxFormat.KINDS:
         texts = [BoxFormat(kind).write("x", item.sample.target_box.box, (200, 400)) for item in items]
-        metrics = TASKS["grounding"].score(items, answered(items, texts), BoxFormat(kind).parse).summary["location"]
+        metrics = TASKS["grounding"].score(items, answered(items, texts), BoxFormat(kind).read).summary["location"]
         assert metrics["metrics"]["acc@0.5"] == 1, kind
         assert metrics["chance"] == {}
-    half = TASKS["grounding"].score(items, answered(items, ["[100, 50, 200, 99]", "no"]), BoxFormat("pixels").parse)
+    half = TASKS["grounding"].score(items, answered(items, ["[100, 50, 200, 99]", "no"]), BoxFormat("pixels").read)
     assert half.summary["location"]["metrics"] == {"mean_iou": pytest.approx(0.245), "acc@0.5": 0}
     assert half.summary["location"]["unparsed"] == 1
     # Square boxes refer to the image padded to 400 x 400: 100 rows above.
     square = TASKS["grounding"].score(
-        items[:1], answered(items[:1], ["[0.25, 0.375, 0.5, 0.625]"]), BoxFormat("square").parse
+        items[:1], answered(items[:1], ["[0.25, 0.375, 0.5, 0.625]"]), BoxFormat("square").read
     )
     assert square.predictions[0].box == [100, 50, 200, 150]
 
@@ -277,8 +277,8 @@ def test_every_scorer_takes_any_text(tmp_path, mme):
     for name, items in every_task(tmp_path, mme).items():
         for text in NASTY:
             for kind in BoxFormat.KINDS if TASKS[name].boxes else (None,):
-                parse_box = BoxFormat(kind).parse if kind else None
-                result = TASKS[name].score(items, answered(items, [text] * len(items)), parse_box)
+                read_box = BoxFormat(kind).read if kind else None
+                result = TASKS[name].score(items, answered(items, [text] * len(items)), read_box)
                 for prediction in result.predictions:
                     assert all(0 <= score <= 1 for score in prediction.scores.values()), (name, text, prediction)
                 json.dumps(result.to_dict(), allow_nan=False)
@@ -339,10 +339,10 @@ def test_a_field_of_another_type_is_an_error_of_its_line(tmp_path, task, record,
             assert len(message) < 500 + len(str(path))
             continue
         text = items[0].sample.answer or "x"
-        result = TASKS[task].score(items, answered(items, [text]), BoxFormat("pixels").parse)
+        result = TASKS[task].score(items, answered(items, [text]), BoxFormat("pixels").read)
         json.dumps(result.to_dict(), allow_nan=False)
         if TASKS[task].boxes and items[0].image_size() is not None:
-            result = TASKS[task].score(items, answered(items, ["[1, 2, 300, 400]"]), BoxFormat("thousand").parse)
+            result = TASKS[task].score(items, answered(items, ["[1, 2, 300, 400]"]), BoxFormat("thousand").read)
             json.dumps(result.to_dict(), allow_nan=False)
         item_fingerprint(items[0].sample)
 

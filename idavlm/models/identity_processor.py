@@ -34,7 +34,7 @@ from idavlm.data.messages import (
 )
 from idavlm.data.photos import PhotoLoader
 from idavlm.data.special_tokens import special_tokens
-from idavlm.models.boxes import BoxFormat
+from idavlm.models.boxes import BoxFormat, smart_resize
 from idavlm.models.chat_rendering import (
     ChatTemplate,
     Expansion,
@@ -396,7 +396,7 @@ class IdentityProcessor(ProcessorMixin):
         images = [loader.load(image, field=f"sample {sample.id!r}") for image in sample.images]
         sizes = [_size(image) for image in images]
         box_sizes = _scene_sizes(sample, sizes)
-        form = BoxFormat(self.box_format)
+        form = self._boxes()
 
         def box_text(part) -> str:
             box = sample.box_of(part.name, part.image)
@@ -473,7 +473,30 @@ class IdentityProcessor(ProcessorMixin):
 
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
-        return BoxFormat(self.box_format).parse(text, image_size, name=name)
+        return self.read_box(text, image_size, name=name)[0]
+
+    def read_box(
+        self, text: str, image_size: tuple[int, int] | None, *, name: str = ""
+    ) -> tuple[list[float] | None, str | None]:
+        """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
+        return self._boxes().read(text, image_size, name=name)
+
+    def _boxes(self) -> BoxFormat:
+        """The box format. ``"resized"`` without settings takes those of the wrapped image processor."""
+        image_processor = self.processor.image_processor
+        settings = [getattr(image_processor, name, None) for name in ("patch_size", "merge_size", "size")]
+        if self.box_format != "resized":
+            return BoxFormat(self.box_format)
+        if None in settings or not {"shortest_edge", "longest_edge"} <= dict(settings[2]).keys():
+            raise ValueError(
+                f"box_format='resized': {type(image_processor).__name__} does not resize as Qwen2.5-VL does; pass the "
+                "settings, for example 'resized:factor=28,min_pixels=3136,max_pixels=12845056', or another format."
+            )
+        patch_size, merge_size, size = settings
+        size = dict(size)
+        options = {"factor": patch_size * merge_size}
+        options |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return BoxFormat("resized", resized_size=functools.partial(smart_resize, **options))
 
     def _process(
         self,

@@ -520,7 +520,13 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
-        return BoxFormat(self.box_format).parse(text, image_size, name=name)
+        return self.read_box(text, image_size, name=name)[0]
+
+    def read_box(
+        self, text: str, image_size: tuple[int, int] | None, *, name: str = ""
+    ) -> tuple[list[float] | None, str | None]:
+        """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
+        return BoxFormat(self.box_format).read(text, image_size, name=name)
 
     def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
         """Load and prepare an image file: pixels ``[3, H, W]``, and the (height, width) of the original.
