@@ -6,6 +6,7 @@ import unicodedata
 import pytest
 
 from idavlm.evaluation import is_refusal, parse_image_number, parse_letter, parse_yes_no
+from idavlm.evaluation.judge import parse_score, parse_winner
 from idavlm.models import BoxFormat
 from idavlm.utils import contains_name
 
@@ -591,14 +592,16 @@ UNITS += ['{"', '{"a":[', "[{", "\\boxed{", "<answer>", "<think>", "</think>", "
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize(("before", "after"), [("", ""), ("image", "x"), ("1", "%"), ("the answer is 1", "not")])
+@pytest.mark.parametrize(("before", "after"), [("1", "%"), ("the answer is 1", "not")])
 def test_the_time_grows_with_the_length_of_the_answer(before, after, unit):
-    """Each answer has 40,000 characters. Patterns that go back over it take minutes."""
-    text = before + unit * (40_000 // len(unit)) + after
-    start = time.perf_counter()
+    """Each answer has 16,000 characters, which takes 0.2 s. Patterns that go back over it take several seconds."""
+    text = before + unit * (16_000 // len(unit)) + after
+    start = time.process_time()
     parse_image_number(text, name="Kate")
     parse_yes_no(text)
     is_refusal(text)
     contains_name(text, "Kate")
     BoxFormat("bins32").parse(text, (30, 50), name="Kate")
-    assert time.perf_counter() - start < 10
+    parse_score(text)
+    parse_winner(text)
+    assert time.process_time() - start < 2

@@ -303,7 +303,9 @@ def test_a_number_is_no_letter_and_no_reply_of_a_judge_ends_the_run(text):
 def test_a_number_as_answer_to_lettered_choices_is_wrong(tmp_path, text):
     items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
     result = TASKS["personal"].score(items, answered(items, [text] * len(items)), None)
-    assert result.summary["choice_t"] == {"n": 1, "unparsed": 1, "metrics": {"accuracy": 0.0}, "chance": {}}
+    summary = result.summary["choice_t"]
+    assert (summary["n"], summary["unparsed"], summary["refused"]) == (1, 1, 0)
+    assert summary["metrics"] == {"accuracy": 0.0}
     assert parse_letter("image f\u0131ve") == "E", "with the dotless i of Turkish"
 
 

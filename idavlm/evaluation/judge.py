@@ -43,11 +43,11 @@ _LABEL = (
     r"(?:score|rating|grade|mark|verdict|评分|得分|分数|打分|スコア|点数|評価|점수|평점|puntuaci[oó]n(?:\s+general)?|note(?:\s+globale)?"
     r"|nota|pontua[cç][aã]o|(?:gesamt)?bewertung|punkte|оценка)"
 )
-_VALUE = rf"[\s\"'|_\[(]*{_NUMBER}(?!\s*(?:-|to\b)\s*\d)"
+_VALUE = rf"[\s\"'|_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)"
 _SCORE_FORMS = (
     # The form that is most clearly a score of the whole answer comes first.
-    re.compile(rf"\b{_OVERALL}{_SCALE}[\s\"'|:=_\[(]*{_VALUE}|{_NUMBER}{_OF_TEN}?[ \t]+overall\b", re.IGNORECASE),
-    re.compile(rf"(?<!\w){_LABEL}{_SCALE}\s*(?:[\"']?\s*[:=|]|\n|\[|\()[\s:=]*{_VALUE}", re.IGNORECASE),
+    re.compile(rf"\b{_OVERALL}{_SCALE}[\s\"'|:=_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)|{_NUMBER}{_OF_TEN}?[ \t]+overall\b", re.IGNORECASE),
+    re.compile(rf"(?<!\w){_LABEL}{_SCALE}\s*(?:[\"']?\s*[:=|]|\n|\[|\()[\s:=]*+{_VALUE}", re.IGNORECASE),
     re.compile(
         rf"(?<!\w){_LABEL}\s+(?:is|of|as|would be|为|是)\s+{_VALUE}"
         rf"|\b(?:give|rate|score|grade)s?\s+(?:it|this|the answer)?\s*(?:as\s+)?(?:an?\s+)?{_NUMBER}"
@@ -56,7 +56,7 @@ _SCORE_FORMS = (
     ),
 )
 _OUT_OF_TEN = re.compile(_NUMBER + _OF_TEN, re.IGNORECASE)
-_ALONE = re.compile(rf"[\s\"'\[(<]*{_NUMBER}[\s\"'\])>]*(?:points?|分|점)?[\s.。]*", re.IGNORECASE)
+_ALONE = re.compile(rf"[\s\"'\[(<]*+{_NUMBER}[\s\"'\])>]*+(?:points?|分|점)?+[\s.。]*+", re.IGNORECASE)
 _SCORE_KEYS = (
     re.compile(r"(?:overall|total|final)(?:_?(?:score|rating|grade|verdict))?"),
     re.compile(r"score|rating|grade|mark|verdict|answer|评分|得分"),

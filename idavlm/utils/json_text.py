@@ -13,12 +13,12 @@ _TOKEN = re.compile(
     r'|"(?P<double>(?:[^"\\]|\\.)*+)(?:"|\\?\Z)'
     r"|'(?P<single>(?:[^'\\]|\\.)*+)(?:'|\\?\Z)"
     r"|(?P<number>[-+]?(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+]?\d++)?+)(?![\w%.])"
-    r"|(?P<word>[^\W\d]\w*+)",
+    r"|(?P<word>-?[^\W\d]\w*+)",
     re.DOTALL,
 )
 _CONSTANTS = {
     "true": True, "false": False, "null": None, "True": True, "False": False, "None": None, "NaN": float("nan"),
-    "Infinity": float("inf"),
+    "Infinity": float("inf"), "-Infinity": float("-inf"),
 }  # fmt: skip
 
 
