@@ -386,6 +386,7 @@ BOXES = [
     ("[120, 40, 630, 490] is Kate, [700, 100, 900, 400] is Tom.", KATE),
     ("[700, 100, 900, 400] - Tom\n[120, 40, 630, 490] - Kate", KATE),
     ("Here you are:\n[700, 100, 900, 400] - Tom\n[120, 40, 630, 490] - Kate", KATE),
+    ("The man at [700, 100, 900, 400] is Tom. The woman at [120, 40, 630, 490] is Kate.", KATE),
     ("Kate's bounding box coordinates are: x1: 120, y1: 40, x2: 630, y2: 490", KATE),
     ("(x1, y1, x2, y2) = (120, 40, 630, 490)", KATE),
     ("[x1, y1, x2, y2]: [120, 40, 630, 490]", KATE),
@@ -421,6 +422,9 @@ def test_the_box_of_each_identity_of_one_answer():
     for text in (BOTH, "Tom: [700, 100, 900, 400]; Kate: [120, 40, 630, 490]"):
         assert BoxFormat("pixels").parse(text, SIZE, name="Tom") == TOM
         assert BoxFormat("pixels").parse(text, SIZE, name="Kate") == KATE
+    assert BoxFormat("pixels").read(BOTH, SIZE, name="Mia", other_names=["Kate", "Tom"]) == (None, "none")
+    only_tom = "Kate: not visible\nTom: [700, 100, 900, 400]"
+    assert BoxFormat("pixels").read(only_tom, SIZE, name="Kate", other_names=["Tom"]) == (None, "none")
     names = '[{"bbox_2d": [700, 100, 900, 400], "label": "Joanna"}, {"bbox_2d": [120, 40, 630, 490], "label": "Ann"}]'
     assert BoxFormat("pixels").parse(names, SIZE, name="Ann") == KATE
     assert BoxFormat("pixels").parse(names, SIZE, name="Joanna") == TOM

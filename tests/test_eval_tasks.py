@@ -9,7 +9,14 @@ from PIL import Image
 from idavlm.cli.main import main
 from idavlm.data import DataError
 from idavlm.data.schema import TASK_TYPES
-from idavlm.evaluation import Answer, load_answers, parse_image_number, parse_letter, parse_yes_no
+from idavlm.evaluation import (
+    Answer,
+    interval_table,
+    load_answers,
+    parse_image_number,
+    parse_letter,
+    parse_yes_no,
+)
 from idavlm.evaluation.fingerprints import item_fingerprint
 from idavlm.evaluation.judge import parse_score, parse_winner
 from idavlm.evaluation.task_run import load_scores
@@ -184,6 +191,36 @@ def personal_records():
         base
         | {"id": "c", "kind": "caption", "text": "Describe.", "identities": [{"name": "Kate", "images": ["tom.png"]}]},
     ]
+
+
+REFUSALS = ["I cannot identify people in images.", "Not sure.", "对不起，我不知道", "<think>No?</think>I can't tell."]
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+def test_a_model_that_always_refuses_is_right_nowhere(tmp_path, mme, text):
+    """A refusal is neither yes nor no, and a row of every table has its share."""
+    for name, items in every_task(tmp_path, mme).items():
+        result = TASKS[name].score(items, answered(items, [text] * len(items)), BoxFormat("pixels").read)
+        for task, summary in result.summary.items():
+            assert summary["refused"] == summary["n"], (name, task)
+            assert not any(summary["metrics"].get(metric) for metric in summary["metrics"] if metric != "word_f1"), task
+        table = interval_table({"model": result}, lambda prediction: prediction.task)
+        assert table.count("| refused |") == len(result.summary)
+    items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
+    result = TASKS["personal"].score(items, answered(items, [text] * len(items)), None)
+    assert recognition_scores(result) == {"positive": 0, "negative": 0, "weighted": 0}
+    answers = ["Yes"] * len(items)
+    assert TASKS["personal"].score(items, answered(items, answers), None).summary["recognition"]["refused"] == 0
+
+
+def test_boxes_of_another_format_are_counted(tmp_path):
+    record = {"image": "a.png", "sent": "a man", "bbox": [100, 50, 200, 150], "height": 200, "width": 400}
+    items = TASKS["grounding"].load(lines(tmp_path / "g.jsonl", [record | {"id": n} for n in range(4)]), None)
+    texts = ["[250, 250, 500, 750]", "[0.25, 0.25, 0.5, 0.75]", "[100, 50, 200, 150]", "I cannot identify people."]
+    result = TASKS["grounding"].score(items, answered(items, texts), BoxFormat("pixels").read)
+    summary = result.summary["location"]
+    assert (summary["other box format"], summary["refused"], summary["unparsed"]) == (2, 1, 3)
+    assert "| other box format | 4 | 0.500 |" in interval_table({"model": result}, lambda prediction: "all")
 
 
 def test_personalization(tmp_path):

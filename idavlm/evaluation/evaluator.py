@@ -28,7 +28,7 @@ def evaluate(
 
     Args:
         model: as in :func:`generate_answers`.
-        processor: as in :func:`generate_answers`, with ``read_box(text, image_size, name=...)``.
+        processor: as in :func:`generate_answers`, with ``read_box(text, image_size, name=..., other_names=...)``.
         samples: evaluation samples: a list, or a :class:`idavlm.data.RecordDataset`. Ids may repeat.
         batch_size: samples per batch.
         max_new_tokens: maximum length of an answer.

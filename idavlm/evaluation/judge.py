@@ -46,24 +46,29 @@ _LABEL = (
 _VALUE = rf"[\s\"'|_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)"
 _SCORE_FORMS = (
     # The form that is most clearly a score of the whole answer comes first.
-    re.compile(rf"\b{_OVERALL}{_SCALE}[\s\"'|:=_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)|{_NUMBER}{_OF_TEN}?[ \t]+overall\b", re.IGNORECASE),
+    re.compile(
+        rf"\b{_OVERALL}{_SCALE}[\s\"'|:=_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)|{_NUMBER}{_OF_TEN}?[ \t]+overall\b",
+        re.IGNORECASE,
+    ),
     re.compile(rf"(?<!\w){_LABEL}{_SCALE}\s*(?:[\"']?\s*[:=|]|\n|\[|\()[\s:=]*+{_VALUE}", re.IGNORECASE),
     re.compile(
-        rf"(?<!\w){_LABEL}\s+(?:is|of|as|would be|为|是)\s+{_VALUE}"
-        rf"|\b(?:give|rate|score|grade)s?\s+(?:it|this|the answer)?\s*(?:as\s+)?(?:an?\s+)?{_NUMBER}"
+        rf"(?<!\w){_LABEL}(?:\s+[^\d.\n]{{0,30}}?(?:is|of|as|be)\s+|\s*[为是]\s*){_VALUE}"
+        rf"|\b(?:give|rate|score|grade)s?(?:\s+(?:it|this|the))?(?:\s+answer)?(?:\s+as)?(?:\s+an?)?\s+{_NUMBER}|给\s*{_NUMBER}\s*分"
         rf"|\b(?:deserves|gets|earns|worth)\s+(?:an?\s+)?{_NUMBER}",
         re.IGNORECASE,
     ),
 )
 _OUT_OF_TEN = re.compile(_NUMBER + _OF_TEN, re.IGNORECASE)
 _ALONE = re.compile(rf"[\s\"'\[(<]*+{_NUMBER}[\s\"'\])>]*+(?:points?|分|점)?+[\s.。]*+", re.IGNORECASE)
+_LEADING = re.compile(rf"\W*{_NUMBER}\s+-\s")
 _SCORE_KEYS = (
     re.compile(r"(?:overall|total|final)(?:_?(?:score|rating|grade|verdict))?"),
     re.compile(r"score|rating|grade|mark|verdict|answer|评分|得分"),
 )
 _WINNER = re.compile(
     r"\[\[\s*(A|B|C|tie)\s*\]\]|(?:winner|verdict|better(?: answer)?)[\"']*\s*(?:is)?\s*[\"':=]*\s*(A|B|tie)\b"
-    r"|\b(?:answer|response|assistant)\s+(A|B)\s+is\s+(?:\w+\s+)?better\b|(A|B)\s*更好|\bit(?:'s| is) a (tie)\b",
+    r"|\b((?-i:A|B))\s+is\s+(?:\w+\s+)?better\b|\b(?:choose|pick|prefer)\s+(?:answer\s+)?((?-i:A|B))\b|(A|B)\s*更好"
+    r"|\bit(?:'s| is) a (tie)\b|[.!\n]\s*(tie)\W*\Z",
     re.I,
 )
 _WINNER_ALONE = re.compile(r"[\s\"'\[(]*(A|B|tie)[\s\"'\]).]*", re.IGNORECASE)
@@ -346,10 +351,10 @@ def _map_concurrently(
 def parse_score(reply: str) -> float | None:
     """Parse a score from 1 to 10; None if ``reply`` contains none (a refusal) or one out of range.
 
-    The first of these that is there decides: a number in ``<score>`` or another tag of a verdict, the field of JSON, the
-    last overall score ("Overall: 7"), the last "Score: 7" or "7/10" after a label, the last "score of 7" or "I rate it
-    7", "7/10" if all such numbers agree, and a reply, or its first or last line, that consists of the number only.
-    Scores of single aspects beside an overall one do not count. "A scale of 1 to 10", "2 people" and "3/5" are no scores.
+    The first of these that is there decides: a number in ``<score>`` or another tag, the field of JSON, the last
+    overall score ("Overall: 7"), the last "Score: 7", the last "score of 7" or "I rate it 7", "7/10" if all such
+    numbers agree, and a first or last line that consists of the number. Scores of single aspects beside an overall one
+    do not count. "A scale of 1 to 10", "2 people" and "3/5" are no scores.
     """
     parts = answer_parts(without_markdown(plain_answer(reply)))
     values = [value for _, _, value in find_json(parts[-1]) if isinstance(value, dict)]
@@ -366,7 +371,7 @@ def parse_score(reply: str) -> float | None:
         return _in_range(found.pop()) if len(found) == 1 else None
     lines = [line for line in text.splitlines() if line.strip()]
     for line in (*lines[-1:], *lines[:1]):
-        if alone := _ALONE.fullmatch(line):
+        if alone := _ALONE.fullmatch(line) or _LEADING.match(line):
             return _in_range(alone[1])
     return None
 

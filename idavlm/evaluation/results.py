@@ -148,9 +148,10 @@ def summarize(predictions: Sequence[Prediction], mean: Callable[[list[float]], A
     """Summary of the predictions of a task.
 
     Returns:
-        ``{"n", "unparsed", "refused", "other box format", "metrics": {metric: mean(values)}, "chance": {metric: mean}}``.
-        The first four are numbers of predictions; those with a :attr:`Prediction.problem` are among the unparsed ones if
-        they hold no answer. Each metric is computed from the predictions that have it.
+        ``n``, ``unparsed``, and the problems ``refused`` and ``other box format``, which are numbers of predictions;
+        ``metrics``: metric -> ``mean(values)``; ``chance``: metric -> mean. Refusals and boxes of another format are
+        among the unparsed predictions too, where an answer is parsed. Each metric is computed from the predictions that
+        have it.
     """
     scores, chance = [found.scores for found in predictions], [found.chance for found in predictions]
     return {

@@ -18,8 +18,8 @@ MAX_EDGE = 1e9
 """Largest coordinate of a box in pixels; larger numbers are not a box."""
 
 ReadBox = Callable[..., "tuple[list[float] | None, str | None]"]
-"""``read_box(text, image_size, name=...)``: pixels ``[x1, y1, x2, y2]``, or None and the reason why there is no box, see
-:meth:`idavlm.models.BoxFormat.read`."""
+"""``read_box(text, image_size, name=..., other_names=...)``: pixels and None, or None and the reason why there is no
+box, see :meth:`idavlm.models.BoxFormat.read`."""
 
 _TOKEN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")
 _TITLES = (
@@ -33,8 +33,9 @@ _END_OF_CLAUSE = re.compile(r"[.;,!?\n]|\band\b")
 def names_in(text: str, names: Iterable[str] | Mapping[str, str]) -> set[str]:
     """The ``names`` that occur in ``text`` as whole words; "Elvish Ranger" does not count as "Ranger".
 
-    The search is case-sensitive: "Rose" is a name, "rose" is not. Unicode normal forms do not matter. If ``names`` is a mapping of spellings to names
-    (:func:`name_spellings`), spellings are searched and the corresponding names are returned.
+    The search is case-sensitive: "Rose" is a name, "rose" is not. Unicode normal forms do not matter. If ``names`` is a
+    mapping of spellings to names (:func:`name_spellings`), spellings are searched and the corresponding names are
+    returned.
     """
     spellings = names if isinstance(names, Mapping) else {name: name for name in names}
     return {spellings[spelling] for spelling in name_matches(text, spellings, ignore_case=False)}
@@ -153,8 +154,8 @@ def score_answers(
     Args:
         samples: evaluation samples.
         answers: from :func:`generate_answers` or :func:`load_answers`.
-        read_box: reads the boxes that the model writes: ``processor.read_box``, or ``BoxFormat(kind).read``. May be None
-            if no sample asks for a box.
+        read_box: reads the boxes that the model writes: ``processor.read_box``, or ``BoxFormat(kind).read``. May be
+            None if no sample asks for a box.
         prose: whether the right descriptions are free prose (MM-ID). Then ``clause_recall`` is not computed, and parts
             of names count as names.
         names: names that count in descriptions; by default the names of all samples.
@@ -239,7 +240,8 @@ def score_answer(
 
 
 def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | None, read_box: ReadBox) -> Prediction:
-    (box, reason), gold = read_box(text, image_size, name=sample.target), sample.target_box
+    others = [identity.name for identity in sample.identities if identity.name != sample.target]
+    (box, reason), gold = read_box(text, image_size, name=sample.target, other_names=others), sample.target_box
     if box is not None and not all(abs(edge) < MAX_EDGE for edge in box):
         box = None  # without the size of the image, boxes of any numbers are parsed
     boxes = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]

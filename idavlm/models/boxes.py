@@ -3,10 +3,11 @@
 import math
 import re
 import string
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from idavlm.utils.answer_text import answer_parts, contains_name, normal_name, plain_answer, without_markdown
+from idavlm.utils.answer_text import answer_parts, name_matches, normal_name, plain_answer, without_markdown
 from idavlm.utils.json_text import find_json
 
 _NUMBER = r"-?(?:\d++(?:\.\d++)?+|\.\d++)"
@@ -42,6 +43,8 @@ _LABEL_KEY = re.compile(
 _ANSWER_KEY = re.compile(r"(?:final_)?answer")
 _TOP_LEFT, _BOTTOM_RIGHT = re.compile(r"(?:top|upper)_?left"), re.compile(r"(?:bottom|lower)_?right")
 _LETTER = re.compile(r"[^\W\d_]")
+_BOX_WORD = re.compile(r"\w*box\w*|coordinates|json", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.;!?](?=\s|\Z)|[\n。;]")
 _BINS = re.compile(r"bins([1-9]\d*)")
 _RESIZE_OPTIONS = {"factor": 28, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}
 _OUTSIDE = 0.1
@@ -54,8 +57,8 @@ ResizedSize = Callable[[int, int], "tuple[int, int]"]
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width to which the image processors of Qwen2-VL, Qwen2.5-VL and Qwen3-VL resize an image.
 
-    Both are multiples of ``factor``, their product is between ``min_pixels`` and ``max_pixels``, and the aspect ratio is
-    kept as far as that allows.
+    Both are multiples of ``factor``, their product is between ``min_pixels`` and ``max_pixels``, and the aspect ratio
+    is kept as far as that allows.
     """
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -78,7 +81,7 @@ class BoxFormat:
     - ``"unit"``: ``[0.120, 0.040, 0.630, 0.980]``, 0..1 of width and height (LLaVA)
     - ``"square"``: ``[0.120, 0.245, 0.630, 0.715]``, 0..1 of the image padded to a centred square (IAA)
     - ``"pixels"``: ``[77, 19, 403, 470]``, pixels of the image (ground truth of MM-ID)
-    - ``"resized"``: ``[76, 18, 404, 468]``, pixels of the image as :func:`smart_resize` resizes it (Qwen2.5-VL)
+    - ``"resized"``: ``[77, 19, 406, 466]``, pixels of the image as :func:`smart_resize` resizes it (Qwen2.5-VL)
     - ``"gemini"``: ``[40, 120, 980, 630]``, ``[y1, x1, y2, x2]``, 0..1000 of height and width (Gemini)
     - ``"bins32"``: ``4 1 20 31``, 0..31 of width and height; any number of bins (quantised coordinates, Pix2Seq)
 
@@ -145,7 +148,7 @@ class BoxFormat:
         return self.read(text, image_size, name=name)[0]
 
     def read(
-        self, text: str, image_size: Sequence[int] | None, *, name: str = ""
+        self, text: str, image_size: Sequence[int] | None, *, name: str = "", other_names: Sequence[str] = ()
     ) -> tuple[list[float] | None, str | None]:
         """Find a box in ``text``, and say why there is none.
 
@@ -157,6 +160,7 @@ class BoxFormat:
             text: the answer of a model; see :func:`find_boxes` for the forms that are recognised.
             image_size: height and width of the image. None is allowed for ``"pixels"``; the box is not cut off then.
             name: identity that the question is about.
+            other_names: names of other identities. A box that the answer assigns to one of them does not count.
 
         Returns:
             ``[x1, y1, x2, y2]`` in pixels and None; or None and the reason: ``"none"`` (no box in text), ``"empty"``
@@ -171,7 +175,7 @@ class BoxFormat:
                 "width."
             )
         found = find_boxes(text, spaced=self.num_bins is not None, y_first=self.y_first)
-        numbers = _of_name(found, name)
+        numbers = _of_name(found, name, other_names)
         if numbers is None:
             return None, "none"
         if not all(map(math.isfinite, numbers)) or not self._is_plausible(numbers, image_size):
@@ -249,11 +253,11 @@ def find_boxes(text: str, *, spaced: bool = False, y_first: bool = False) -> lis
     """Find the four numbers of each box in the answer of a model, whatever the text around them.
 
     JSON is read as JSON: boxes are lists of four numbers (a fifth one below 1 is a score), pairs of corners, and named
-    numbers (``x1, y1, x2, y2``; ``x, y, width, height``), and their label is next to them. In other text, recognised are
+    numbers (``x1, y1, x2, y2``; ``x, y, width, height``); their label is next to them. Other text may hold
     ``<box>(1,2),(3,4)</box>`` and the tags of other models, ``[1, 2, 3, 4]``, ``(1, 2) to (3, 4)``, ``1, 2, 3, 4``,
-    ``[1 2 3 4]``, rows of tables, and named numbers. If the text has box tags, only their content counts. What
-    :func:`idavlm.utils.answer_parts` finds counts before the rest of the text, if it holds a box. "not [1, 2, 3, 4]" does
-    not count if there is another box, nor does what is before "wait" or "correction".
+    ``[1 2 3 4]``, rows of tables, and named numbers. If it has box tags, only their content counts. If a final answer
+    (``<answer>``, "the answer is") holds a box, the rest of the text does not count. "not [1, 2, 3, 4]" does not count
+    if there is another box, nor does what is before "wait" or "correction".
 
     Args:
         text: the answer of a model.
@@ -270,12 +274,13 @@ def find_boxes(text: str, *, spaced: bool = False, y_first: bool = False) -> lis
     return []
 
 
-def _of_name(found: Sequence[tuple[str, Numbers]], name: str) -> Numbers | None:
-    """The box whose label is the name, otherwise the first one whose label contains it, otherwise the first one."""
+def _of_name(found: Sequence[tuple[str, Numbers]], name: str, other_names: Sequence[str]) -> Numbers | None:
+    """The box whose label is the name, otherwise the first whose label contains it, otherwise the first without any."""
     wanted = normal_name(name)
+    names = [set(name_matches(label, [name, *other_names])) for label, _ in found]
     exact = [numbers for label, numbers in found if name and normal_name(label) == wanted]
-    named = exact or [numbers for label, numbers in found if name and contains_name(label, name)]
-    return next(iter(named or [numbers for _, numbers in found]), None)
+    named = exact or [numbers for (_, numbers), of in zip(found, names, strict=True) if name in of]
+    return next(iter(named or [numbers for (_, numbers), of in zip(found, names, strict=True) if not of]), None)
 
 
 def _json_boxes(text: str, y_first: bool) -> list[tuple[str, Numbers]]:
@@ -395,18 +400,30 @@ def _text_boxes(text: str, spaced: bool, y_first: bool) -> list[tuple[str, Numbe
 
 
 def _labels(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """The text that belongs to the box at each span: what follows it up to the next box, or what is before it.
+    """The text that belongs to the box at each span.
 
-    It follows if the line of the first box starts with the box, up to words such as "bbox:", and text follows the last
-    box.
+    That is the sentence or line of the box if no other box is in it and it has words. Otherwise it is the text between
+    the boxes: what follows if the line of the first box starts with the box and words follow the last box, what is
+    before otherwise. Words such as "bbox:" do not count.
     """
     if not spans:
         return []
     ends, starts = [0, *(end for _, end in spans)], [*(start for start, _ in spans), len(text)]
     gaps = [text[end:start] for end, start in zip(ends, starts, strict=True)]
-    words = [re.sub(r"\w*box\w*|coordinates|json", "", without_markdown(gap), flags=re.IGNORECASE) for gap in gaps]
+    words = [_BOX_WORD.sub("", without_markdown(gap)) for gap in gaps]
     follows = not _LETTER.search(words[0].rpartition("\n")[2]) and _LETTER.search(words[-1]) is not None
-    return gaps[1:] if follows else gaps[:-1]
+    labels = gaps[1:] if follows else gaps[:-1]
+    marks = [0, *(mark.end() for mark in _SENTENCE_END.finditer(text)), len(text)]
+    sentences = [(bisect_right(marks, start), bisect_left(marks, end)) for start, end in spans]
+    for number, (first, last) in enumerate(sentences):
+        if number > 0 and sentences[number - 1][1] >= first:
+            continue
+        if number + 1 < len(spans) and sentences[number + 1][0] <= last:
+            continue
+        around = text[marks[first - 1] : spans[number][0]] + " " + text[spans[number][1] : marks[last]]
+        if _LETTER.search(_BOX_WORD.sub("", around)):
+            labels[number] = around
+    return labels
 
 
 def _is_denied(before: str) -> bool:

@@ -476,10 +476,10 @@ class IdentityProcessor(ProcessorMixin):
         return self.read_box(text, image_size, name=name)[0]
 
     def read_box(
-        self, text: str, image_size: tuple[int, int] | None, *, name: str = ""
+        self, text: str, image_size: tuple[int, int] | None, *, name: str = "", other_names: Sequence[str] = ()
     ) -> tuple[list[float] | None, str | None]:
         """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
-        return self._boxes().read(text, image_size, name=name)
+        return self._boxes().read(text, image_size, name=name, other_names=other_names)
 
     def _boxes(self) -> BoxFormat:
         """The box format. ``"resized"`` without settings takes those of the wrapped image processor."""

@@ -41,7 +41,8 @@ _MENTION = re.compile(
     rf"(?P<noun>{_CARDINAL}(?![^\W_])|{_LETTER})"
     rf"|\b(?P<ordinal>{'|'.join(_ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))\b(?!\s+(?:reference|person|woman|man|character))"
     + "".join(rf"|\b(?P<ordinal{number}>{words})\s+{_NOUN}" for number, words in _FOREIGN_ORDINALS.items())
-    + rf"|(?:图片?|图像|照片|选项|画像|写真|写眞|이미지|사진|第)\s*+[#:(]?+\s*+(?P<asian>\d{{1,2}}|[{_HAN}两])(?!\d)"
+    + rf"|(?:图片?|图像|照片|选项|画像|写真|写眞|이미지|사진|第)\s*+[#:(]?+\s*+"
+    rf"(?P<asian>\d{{1,2}}|[{_HAN}两]|(?-i:[A-H]))(?![\da-z])"
     rf"|(?P<counted>\d{{1,2}}|[{_HAN}两])\s*+(?:枚目|番目|番|张|번째|번)"
     rf"|(?P<option>[A-H])\s*+(?:选项|项)"
     rf"|(?P<hash>#\s*+\d{{1,2}})(?!\w)"
@@ -55,7 +56,7 @@ _MENTION = re.compile(
 # of the words that follow a verdict.
 _BARE = re.compile(
     r"(?:(?:^|[.;:,!?(\n]|\b(?:is|be|it's|choose|pick|select|say|go with|guess|prefer|than|not|nor|neither|either|both"
-    r"|between|and|or|so|but|definitely|probably|es|est|ist|la|el|le|é)(?=\s))\s*+(?:[\"'(\[]|option\s|letter\s)?+"
+    r"|between|and|or|so|but|definitely|probably|elijo|choisis|wähle|escolho|scelgo|выбираю|es|est|ist|la|el|le|é)(?=\s))\s*+(?:[\"'(\[]|option\s|letter\s)?+"
     r"|(?:选|选择|是|应为|为|는|은|は)\s*+)"
     rf"(?P<value>{_CARDINAL}|(?-i:[A-H])|[{_HAN}])[)\]\"']?"
     r"(?=\s*(?:[.,;:!?)\n]|\Z|\b(?:because|since|as|is|are|was|and|or|nor|rather|but|not|seems|instead)\b)"
@@ -157,7 +158,7 @@ def parse_letter(text: str, *, count: int | None = None) -> str | None:
 
 def _parts(text: str, keys: re.Pattern) -> list[str]:
     """The parts of an answer in which to look for a verdict, without markup."""
-    parts = answer_parts(without_markdown(plain_answer(text)))
+    parts = answer_parts(without_markdown(plain_answer(text)).translate(_TICKS))
     field = json_field(parts[-1], keys)
     return parts if field is None else answer_parts(json_text(field))
 
@@ -201,7 +202,7 @@ def _choice(text: str, name: str) -> int | None:
     if name and len(groups) > 1:
         groups = _in_sentences_with(name, text, groups) or groups
     if len({mention.value for group in groups for mention in group}) > 1:
-        groups = _with_cue(text, groups)[-1:] or groups
+        groups = _with_cue(text, groups, sorted(mention.start for mention in mentions))[-1:] or groups
     values = {mention.value for group in groups for mention in group}
     return values.pop() if len(values) == 1 else None
 
@@ -219,7 +220,11 @@ def _mentions(text: str, pattern: re.Pattern) -> list[_Mention]:
         while more := _MORE.match(text, end):
             values.append((_value(more[1]), more.start(1), more.start(1), more.end()))
             end = more.end()
-        joined = bool(found) and _JOINED.fullmatch(text, found[-1].end, match.start(group) if pattern is _BARE else match.start()) is not None
+        joined = (
+            bool(found)
+            and _JOINED.fullmatch(text, found[-1].end, match.start(group) if pattern is _BARE else match.start())
+            is not None
+        )
         # "not image 1" or "image 1 is not her", within the clause
         clause = _last_before(match.start(group), clauses)
         negation = _last_before(match.start(group), negations)
@@ -250,10 +255,17 @@ def _in_sentences_with(name: str, text: str, groups: list[list[_Mention]]) -> li
     return [group for group, span in zip(groups, spans, strict=True) if has_name[span]]
 
 
-def _with_cue(text: str, groups: list[list[_Mention]]) -> list[list[_Mention]]:
-    """The groups of mentions in a clause that says which image it is, or that consists of them."""
+def _with_cue(text: str, groups: list[list[_Mention]], starts: list[int]) -> list[list[_Mention]]:
+    """The groups of mentions in a clause that says which image it is, or that consists of them.
+
+    What follows in the sentence, up to the next mention, belongs to the clause. ``starts`` are those of all mentions.
+    """
     marks = [match.start() for match in _CLAUSE.finditer(text)]
-    spans = [_between(marks, group, len(text)) for group in groups]
+    ends = sorted([match.start() for match in re.finditer(r"[.;!?\n。]", text)] + starts)
+    spans = []
+    for group in groups:
+        after = bisect_left(ends, group[-1].end)
+        spans.append((_between(marks, group, len(text))[0], ends[after] if after < len(ends) else len(text)))
     has_cue = {span: _CUE.search(text, *span) is not None for span in set(spans)}
     found = []
     for group, (start, end) in zip(groups, spans, strict=True):
@@ -277,22 +289,30 @@ def _value(text: str) -> int:
 
 
 _YES = (
-    "yes|yeah|yep|yup|true|correct|affirmative|absolutely|definitely|certainly|indeed|of course|sure|是|是的|对|对的|有|在"
-    "|はい|ええ|네|예|그렇습니다|sí|si|oui|ja|да|sim|sì|نعم|हाँ|हां|जी हाँ|ใช่|có|evet|ya"
+    "yes|yeah|yep|yup|true|correct|affirmative|absolutely|definitely|certainly|indeed|of course|sure"
+    "|是|是的|对|对的|有|在|はい|ええ|네|예|그렇습니다|sí|si|oui|ja|да|sim|sì|نعم|हाँ|हां|जी हाँ|ใช่|có|evet|ya"
 )
 _NO = (
-    "no|nope|nah|false|incorrect|negative|不|不是|不是的|没有|没|否|不对|不在|いいえ|違います|아니요|아니오|아닙니다|non|nein|нет|não"
-    "|لا|नहीं|जी नहीं|ไม่|ไม่ใช่|không|hayır|tidak"
+    "no|nope|nah|false|incorrect|negative|不|不是|不是的|没有|没|否|不对|不在|いいえ|違います|아니요|아니오|아닙니다"
+    "|non|nein|нет|não|لا|नहीं|जी नहीं|ไม่|ไม่ใช่|không|hayır|tidak"
 )
-_LEAD = r"(?:that's|that is|it's|it is|this is|so|but|and|well|hmm|ok|okay|then|answer)\s+"
+_LEAD = (
+    r"(?:that's|that is|it's|it is|this is|the (?:statement|claim|answer) is|so|but|and|well|hmm|ok|okay|then|answer)"
+    r"\s+"
+)
 _YES_CLAUSE = re.compile(
     rf"\W*(?:{_LEAD})*(?:{_YES})\W*|\W*(?:yes|yeah|yep)\b.*|.*\b(?:yes|yeah|yep)\W*", re.IGNORECASE | re.DOTALL
 )
 _NO_CLAUSE = re.compile(rf"\W*(?:{_LEAD})*(?:{_NO})\W*|.*\b(?:no|nope)\W*", re.IGNORECASE | re.DOTALL)
-_YES_OR_NO = re.compile(r"\byes\s*(?:or|and|/|nor)\s*no\b|\bno\s*(?:or|and|/)\s*yes\b|是否|是不是|有没有", re.IGNORECASE)
+_TICKS = str.maketrans(dict.fromkeys("✅✔☑✓", ": yes") | dict.fromkeys("❌✗✘❎✖", ": no"))
+_YES_OR_NO = re.compile(
+    r"\byes\s*(?:or|and|/|nor)\s*no\b|\bno\s*(?:or|and|/)\s*yes\b|是否|是不是|有没有", re.IGNORECASE
+)
 _CLAUSES = re.compile(r"[.,;:!?\n。、।()]+|\s-\s")
 _SENTENCES = re.compile(r"[.!?\n。।]+")
-_CONCLUSION = re.compile(r"\W*(?:so|therefore|thus|hence|in conclusion|overall|in summary|所以|因此|总之)\b", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    r"\W*(?:so|therefore|thus|hence|in conclusion|overall|in summary|所以|因此|总之)\b", re.IGNORECASE
+)
 _THAT = re.compile(
     r"(?P<head>.*?)\b(?P<word>true|correct|false|incorrect|wrong|untrue|no doubt|no question|clear|obvious|evident)"
     r"\s+that\s(?P<rest>.*)",
@@ -306,43 +326,59 @@ _NEGATION = re.compile(
 )
 _AFFIRMATION = re.compile(
     r"\b(?:is|are|was)\s+(?:\w+\s+)?(?:in|on|at|here|there|visible|present|shown|depicted|pictured)\b"
-    r"|\bappears\b|\bi (?:can )?(?:see|spot)\b|\bi think so\b|看到|看见|出现|在(?:图|照|画|里|这|左|右|中)",
+    r"|\bappears\b|\bcan be (?:seen|found)\b|\bi (?:can )?(?:see|spot)\b|\bi think so\b"
+    r"|看到|看见|出现|在(?:图|照|画|里|这|左|右|中)",
     re.IGNORECASE,
 )
 _PRESENCE_KEYS = re.compile(
-    r"(?:is_)?(?:present|visible|found|match|exists|contains|included|recognized|there|here|same_person|result|decision)"
-    r"|答案"
+    r"(?:is_)?(?:present|visible|found|match|exists|contains|included|recognized|there|here|same_person|result"
+    r"|decision)|答案"
 )
-_REFUSAL = re.compile(
-    # I cannot identify, I don't know, unable to determine, ...
-    r"\b(?:can't|cannot|can not|couldn't|could not|(?:un|not )able|impossible|not possible|don't|do not|doesn't|does not"
-    r"|won't|will not|would rather not|refuse|decline|difficult|hard|not allowed|not permitted)"
-    r"(?:\s+(?!but\b)\w+){0,3}?\s+(?:identify|identified|identifying|recogni[sz]e|tell|say|determined?|know|confirm"
-    r"|verify|verified|assist|help|answer|provide|disclose|discern|judge|comply|be sure|be certain|comfortable"
-    r"|enough information|sufficient information)\b"
-    r"|\bnot\s+(?:\w+\s+)?(?:sure|certain|comfortable)\b|\b(?:unsure|unclear|uncertain|undetermined|indeterminate)\b"
-    r"|\A\W*(?:it is |it's )?(?:unknown|n/a|not applicable)\W*\Z|\bis unknown\b|\bno idea\b|\binsufficient information\b"
-    # Chinese, Japanese, Korean
-    r"|不知道|不清楚|不确定|不能确定|无法(?!看到|看见|找到)|不能(?:识别|辨认|判断|回答)|看不清|看不出|难以(?:判断|确定|辨认|识别)"
-    r"|(?:分かり|わかり)ません|(?:分から|わから)ない|(?:特定|判断|識別|お答え)(?:する(?:こと)?は)?でき(?:ません|ない)"
-    r"|特定することはできません|모르겠|알 수 없|(?:확인|식별|판단|답변)할 수 없"
-    # Spanish, Portuguese, Italian, French, German, Russian, Arabic, Hindi, Vietnamese, Thai
-    r"|\bno\s+(?:lo\s+)?sé\b|\bno estoy segur|\bno (?:puedo|es posible)\s+(?:identificar|determinar|saber|decir|reconocer"
-    r"|responder|ayudar)|\bnão sei\b|\bnão tenho certeza|\bnão (?:posso|consigo)\s+(?:identificar|determinar|dizer)"
-    r"|\bnon (?:lo )?so\b|\bnon sono sicur|\bne sais pas\b|\bne suis pas sûr|\bne (?:peux|puis) pas\s+(?:identifier|dire"
-    r"|déterminer|reconnaître|répondre)|\bwei(?:ß|ss)\s+(?:\w+\s+)?nicht\b|\bnicht sicher\b"
-    r"|\bkann\s+(?:\w+\s+){0,4}?(?:identifizieren|erkennen|beurteilen|bestimmen)\b|\bне знаю\b|\bне уверен"
-    r"|\bне могу\s+(?:определить|сказать|опознать|идентифицировать)|لا أعرف|لا أعلم|لست متأكد|नहीं पता|पता नहीं"
-    r"|नहीं जानता|không biết|không thể xác định|ไม่ทราบ|ไม่รู้|ไม่แน่ใจ|ไม่สามารถระบุ",
-    re.IGNORECASE,
+_UNABLE = (
+    r"can't|cannot|can not|couldn't|could not|(?:un|not )able|impossible|not possible|don't|do not|doesn't|does not"
+    r"|won't|will not|would rather not|refuse|decline|difficult|hard|not allowed|not permitted"
 )
+_TO_KNOW = (
+    r"identify|identified|identifying|recogni[sz]e|tell|say|determined?|know|confirm|verify|verified|assist|help|answer"
+    r"|provide|disclose|discern|judge|comply|be sure|be certain|comfortable|ability"
+)
+_ENOUGH = r"(?:enough|sufficient) (?:information|context|detail|evidence)"
+_REFUSALS = (
+    # English
+    rf"\b(?:{_UNABLE})(?:\s+(?!but\b)\w+){{0,3}}?\s+(?:{_TO_KNOW}|{_ENOUGH})\b",
+    rf"\bnot\s+(?:\w+\s+)?(?:sure|certain|comfortable|{_ENOUGH})\b",
+    r"\b(?:unsure|unclear|uncertain|undetermined|indeterminate|no idea|insufficient information|is unknown)\b",
+    r"\A\W*(?:it is |it's )?(?:unknown|n/a|not applicable)\W*\Z",
+    # Chinese
+    r"不知道|不清楚|不确定|不能确定|无法(?!看到|看见|找到)|不能(?:识别|辨认|判断|回答)|看不清|看不出",
+    r"难以(?:判断|确定|辨认|识别)",
+    # Japanese
+    r"(?:分かり|わかり)ません|(?:分から|わから)ない|(?:特定|判断|識別|お答え)(?:することは|は)?でき(?:ません|ない)",
+    # Korean
+    r"모르겠|알 수 없|(?:확인|식별|판단|답변)할 수 없",
+    # Spanish
+    r"\bno\s+(?:lo\s+)?sé\b|\bno estoy segur",
+    r"\bno (?:puedo|es posible)\s+(?:identificar|determinar|saber|decir(?:lo)?|reconocer|responder|ayudar)",
+    # Portuguese, Italian
+    r"\bnão sei\b|\bnão tenho certeza|\bnão (?:posso|consigo)\s+(?:identificar|determinar|dizer)",
+    r"\bnon (?:lo )?so\b|\bnon sono sicur",
+    # French
+    r"\bne sais pas\b|\bne suis pas sûr|\bne (?:peux|puis) pas\s+(?:identifier|dire|déterminer|reconnaître|répondre)",
+    # German
+    r"\bwei(?:ß|ss)\s+(?:\w+\s+)?nicht\b|\bnicht sicher\b",
+    r"\bkann\s+(?:\w+\s+){0,4}?(?:identifizieren|erkennen|beurteilen|bestimmen)\b",
+    # Russian, Arabic, Hindi, Vietnamese, Thai
+    r"\bне знаю\b|\bне уверен|\bне могу\s+(?:определить|сказать|опознать|идентифицировать)",
+    r"لا أعرف|لا أعلم|لست متأكد|नहीं पता|पता नहीं|नहीं जानता|không biết|không thể xác định|ไม่ทราบ|ไม่รู้|ไม่แน่ใจ|ไม่สามารถระบุ",
+)
+_REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 
 def parse_yes_no(text: str) -> bool | None:
     r"""True for yes, False for no, None if ``text`` says neither.
 
     The text that counts is found as in :func:`parse_image_number`. The last clause that is a verdict decides: "yes",
-    "no", "that is correct", 是的, nein, ... Without one, a refusal (:func:`is_refusal`) is neither yes nor no. Otherwise
+    "no", "that is correct", 是的, nein. Without one, a refusal (:func:`is_refusal`) is neither yes nor no. Otherwise
     the first sentence that says or denies something decides, a conclusion ("So it is not Kate") before others: "I don't
     see her" and "It is true that she is not here" are no.
     """

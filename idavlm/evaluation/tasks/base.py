@@ -103,6 +103,4 @@ def score_items(
     """Score samples of the six tasks of the schema by :func:`idavlm.evaluation.score_answers`; ``options`` are its."""
     size_of = {item.sample.id: item.image_size for item in items}
     samples = [item.sample for item in items]
-    return score_answers(
-        samples, answers, read_box=read_box, image_size=lambda sample: size_of[sample.id](), **options
-    )
+    return score_answers(samples, answers, read_box=read_box, image_size=lambda sample: size_of[sample.id](), **options)

@@ -63,9 +63,7 @@ def score_personal(items: Sequence[Item], answers: Sequence[Answer], read_box: R
             scores = {metric: float(parsed and predicted == right)}
             chance = {metric: 0.5} if kind == "recognition" else {}
         problem = "refused" if not has_answer and is_refusal(text) else ""
-        predictions.append(
-            Prediction(item.sample.id, kind, text, gold, scores, chance, parsed=parsed, problem=problem)
-        )
+        predictions.append(Prediction(item.sample.id, kind, text, gold, scores, chance, parsed=parsed, problem=problem))
     return EvaluationResult(predictions)
 
 
