@@ -16,6 +16,7 @@ _EXPORTS = {
     "idavlm.models": (
         "IDAVLMConfig",
         "IDAVLMForConditionalGeneration",
+        "IDAVLMModel",
         "IDAVLMProcessor",
         "IdentityBank",
         "IdentityProcessor",
@@ -50,6 +51,7 @@ __all__ = [
     "DualDataLoader",
     "IDAVLMConfig",
     "IDAVLMForConditionalGeneration",
+    "IDAVLMModel",
     "IDAVLMProcessor",
     "IDFormer",
     "IDTrainer",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from idavlm.models import (
         IDAVLMConfig,
         IDAVLMForConditionalGeneration,
+        IDAVLMModel,
         IDAVLMProcessor,
         IdentityBank,
         IdentityProcessor,

@@ -99,7 +99,9 @@ def test_cut_weights_are_named(checkpoint, size):
 @pytest.mark.parametrize("name", ["config", "generation_config", "processor_config", "tokenizer_config", "tokenizer"])
 def test_a_file_that_is_no_json_object_is_named(checkpoint, name, content):
     (checkpoint / f"{name}.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"model/{name}\.json (is not valid JSON|holds a JSON|holds half a surrogate pair)"):
+    with pytest.raises(
+        ValueError, match=rf"model/{name}\.json (is not valid JSON|holds a JSON|holds half a surrogate pair)"
+    ):
         load_checkpoint(checkpoint)
 
 

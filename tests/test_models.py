@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from idavlm.data import parse_sample
-from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, scatter_image_tokens
+from idavlm.models import IDAVLMConfig, IDAVLMForConditionalGeneration, IDAVLMModel, scatter_image_tokens
 from idavlm.models.image_batch import ImageBatch
 from idavlm.models.supervision import count_supervised_scenes, supervised_scenes, target_identity_map
 from tests.small_models import record, sample, small_model
@@ -145,6 +146,33 @@ def test_saved_and_loaded_logits_are_bit_equal(model, processor, root, tmp_path)
     for name, value in prompts(processor, root).items():
         assert torch.equal(encoded[name], value), name
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "saved"), IDAVLMConfig)
+
+
+def test_the_model_without_head_loads_the_same_checkpoint(model, processor, root, tmp_path):
+    """AutoModel builds the base model; the head of the language model maps its hidden states to the logits."""
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(base) is IDAVLMModel
+    assert base.state_dict().keys() == model.state_dict().keys()
+    assert base.base_model is base
+    assert not base.can_generate()
+    batch = processor.collate([processor.encode(sample(root))])
+    batch.pop("source", None)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        expected = model.eval()(**batch, labels=labels, output_hidden_states=True)
+        outputs = base(**batch, output_hidden_states=True)
+        logits = base.get_output_embeddings()(outputs.last_hidden_state)
+    assert torch.equal(logits, expected.logits)
+    for one, other in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(one, other)
+    for name in ("identity_map_loss", "auxiliary_loss", "image_hidden_states"):
+        assert torch.equal(outputs[name], expected[name]), name
+    assert torch.equal(outputs.identity_maps[0], expected.identity_maps[0])
+    with torch.no_grad():
+        images_alone = base(pixel_values=batch["pixel_values"])
+    assert images_alone.last_hidden_state is None
+    assert len(images_alone.image_hidden_states) == len(batch["pixel_values"])
 
 
 def test_loading_options(model, processor, root, tmp_path):

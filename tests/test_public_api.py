@@ -13,6 +13,7 @@ TOP_LEVEL = [
     "DualDataLoader",
     "IDAVLMConfig",
     "IDAVLMForConditionalGeneration",
+    "IDAVLMModel",
     "IDAVLMProcessor",
     "IDFormer",
     "IDTrainer",

@@ -16,7 +16,12 @@ from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.identity_bank import IdentityBank
 from idavlm.models.identity_processor import IdentityProcessor
 from idavlm.models.image_features import ImageFeatures
-from idavlm.models.modeling import IDAVLMForConditionalGeneration, IDAVLMOutput
+from idavlm.models.modeling import (
+    IDAVLMForConditionalGeneration,
+    IDAVLMModel,
+    IDAVLMModelOutput,
+    IDAVLMOutput,
+)
 from idavlm.models.placeholders import scatter_image_tokens
 from idavlm.models.processing import IDAVLMProcessor
 from idavlm.models.qwen_vision import QwenVisionConfig, QwenVisionModel
@@ -25,6 +30,7 @@ from idavlm.models.stored_photos import SelectedIdentities
 AutoConfig.register("qwen_vl_vision", QwenVisionConfig, exist_ok=True)
 AutoModel.register(QwenVisionConfig, QwenVisionModel, exist_ok=True)
 AutoConfig.register("idavlm", IDAVLMConfig, exist_ok=True)
+AutoModel.register(IDAVLMConfig, IDAVLMModel, exist_ok=True)
 AutoModelForImageTextToText.register(IDAVLMConfig, IDAVLMForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(IDAVLMConfig, IDAVLMProcessor, exist_ok=True)
 
@@ -33,6 +39,8 @@ __all__ = [
     "BoxFormat",
     "IDAVLMConfig",
     "IDAVLMForConditionalGeneration",
+    "IDAVLMModel",
+    "IDAVLMModelOutput",
     "IDAVLMOutput",
     "IDAVLMProcessor",
     "IdentityBank",

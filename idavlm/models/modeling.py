@@ -62,13 +62,29 @@ class IDAVLMOutput(CausalLMOutputWithPast):
     identity_maps: tuple[Tensor, ...] | None = None
 
 
-class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, WorkflowMixin):
-    """An identity-aware vision-language model for training and generation.
+@dataclass
+class IDAVLMModelOutput(BaseModelOutputWithPast):
+    """Output of :class:`IDAVLMModel`.
 
-    Parts: ``vision_tower`` (any transformers vision model), ``id_former`` or ``connector``, ``image_index_embedding``
-    (if ``max_images`` is set) and ``language_model`` (any transformers causal language model with its head). If the
-    configuration has inner adaptors, the language model has them, and ``forward`` and ``generate`` take ``workflow=``.
-    Build a model from a configuration, from parts (:meth:`from_parts`) or from a checkpoint (``from_pretrained``).
+    Attributes:
+        last_hidden_state: ``[B, T, C]``; None if only images were passed.
+        cache, hidden_states, attentions: those of the language model.
+        identity_map_loss, contrastive_loss, auxiliary_loss, image_hidden_states, identity_maps: see
+            :class:`IDAVLMOutput`.
+    """
+
+    identity_map_loss: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
+    image_hidden_states: Tensor | None = None
+    identity_maps: tuple[Tensor, ...] | None = None
+
+
+class IDAVLMModel(PreTrainedModel, WorkflowMixin):
+    """An identity-aware vision-language model up to the hidden states that the head of its language model reads.
+
+    It has the parts and the parameter names of :class:`IDAVLMForConditionalGeneration`, and loads its checkpoints.
+    ``language_model`` keeps its head, because scaling and capping of logits differ between language models.
 
     Args:
         config: the configuration. Building a model does not change it.
@@ -133,7 +149,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         image_token_id: int | None = None,
         connector: str = "id_former",
         **options,
-    ) -> "IDAVLMForConditionalGeneration":
+    ) -> "IDAVLMModel":
         """Join a vision tower and a language model by a new ID-Former or connector.
 
         Args:
@@ -201,12 +217,7 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
     def get_decoder(self):
         return self.language_model.get_decoder()
 
-    @property
-    def base_model(self) -> "ModelWithoutHead":
-        """The model without its head. Trainers that compute the logits themselves (TRL) call it."""
-        return ModelWithoutHead(self)
-
-    def train(self, mode: bool = True) -> "IDAVLMForConditionalGeneration":
+    def train(self, mode: bool = True) -> "IDAVLMModel":
         """Set the training mode. A frozen vision tower stays in evaluation mode, so its batch statistics stay."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
@@ -270,102 +281,35 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
         position_ids: Tensor | None = None,
         cache=None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        token_identity_index: Tensor | None = None,
-        name_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
-        image_roles: Tensor | None = None,
-        sample_index: Tensor | None = None,
-        identity_index: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        boxes: Tensor | None = None,
-        box_image: Tensor | None = None,
-        box_identity: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        teacher_forcing: bool = False,
-        output_identity_maps: bool = False,
-        identities: SelectedIdentities | None = None,
         **kwargs,
-    ) -> IDAVLMOutput:
-        """Process text and images. With ``labels`` also compute the losses. Images alone skip the language model.
+    ) -> IDAVLMModelOutput:
+        """Process text and images. Images alone skip the language model.
 
         Args:
-            input_ids: ``[B, T]`` with ``image_token_id`` in the place of each image token.
-            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding.
-            position_ids: ``[B, T]``.
-            cache: a transformers cache; named ``past_key_values`` before transformers 5.24.
-            inputs_embeds: ``[B, T, C]`` instead of ``input_ids``. It includes the image tokens; none are inserted.
-            labels: ``[B, T]``, -100 where there is no target. In training mode the logits are then computed for
-                labelled tokens only, which saves most of their memory, and are not returned.
-            token_identity_index: ``[B, T]`` identity that a token is about, -1 for none. With a learned identity
-                embedding, the embedding is added to these tokens.
-            name_mask: ``[B, T]`` whether a token spells a name; needed with ``identity_embedding="name"``.
-            pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
-            image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
-            boxes: ``[N, 4]`` pixels of identities that have references; they supervise the identity attention.
-            box_image: ``[N]`` image of each box, counted over the batch.
-            box_identity: ``[N]`` identity of each box within its sample.
-            mm_token_type_ids: ``[B, T]`` with the fields of the identities, from a processor with ``pack_identities``.
-            teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
-            output_identity_maps: also return the identity maps.
-            identities: identities of an :class:`IdentityBank`. The vision tower does not encode their photos again.
-            kwargs: arguments of the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
-
-        Raises:
-            ValueError: arguments that do not fit each other, with the argument and the remedy.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds: see
+                :meth:`IDAVLMForConditionalGeneration.forward`.
+            kwargs: its inputs of images and identities, and arguments of the language model without its head.
         """
+        names = inspect.signature(self._embed).parameters
+        of_images = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
         inputs_embeds, image_tokens, maps, losses = self._embed(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            cache=cache,
-            token_identity_index=token_identity_index,
-            name_mask=name_mask,
-            pixel_values=pixel_values,
-            image_features=image_features,
-            image_roles=image_roles,
-            sample_index=sample_index,
-            identity_index=identity_index,
-            image_sizes=image_sizes,
-            boxes=boxes,
-            box_image=box_image,
-            box_identity=box_identity,
-            mm_token_type_ids=mm_token_type_ids,
-            teacher_forcing=teacher_forcing,
-            output_identity_maps=output_identity_maps,
-            identities=identities,
+            input_ids=input_ids, inputs_embeds=inputs_embeds, cache=cache, **of_images
         )
-        if inputs_embeds is None:
-            loss = losses.get("auxiliary_loss")
-            return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
-
-        targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
-        # As with a fused loss: in training mode there are no logits beside the loss.
-        skip_logits = self.training and labels is not None
-        head = self.get_output_embeddings()
-        with head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
-            outputs = self.language_model(
+        outputs = {}
+        if inputs_embeds is not None:
+            outputs = self.get_decoder()(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 **{CACHE: cache},
                 **kwargs,
             )
-        loss, logits = None, outputs.logits
-        if labels is not None:
-            # The logits may be those of the labelled tokens only.
-            shift_labels = targets if logits.shape[:2] == targets.shape else targets[targets != IGNORE_INDEX]
-            losses["language_loss"] = self.loss_function(
-                logits, labels=None, shift_labels=shift_labels.to(logits.device), vocab_size=logits.shape[-1]
-            )
-            loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
-        return IDAVLMOutput(
-            loss=loss,
-            **losses,
-            logits=None if skip_logits else logits,
+        return IDAVLMModelOutput(
+            last_hidden_state=outputs.get("last_hidden_state"),
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            **losses,
             image_hidden_states=image_tokens,
             identity_maps=maps,
         )
@@ -597,22 +541,148 @@ class IDAVLMForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Work
                 tensor.copy_(initial[name])
 
 
-class ModelWithoutHead:
-    """An :class:`IDAVLMForConditionalGeneration` up to the hidden states that its head reads.
+class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
+    """An identity-aware vision-language model for training and generation.
 
-    It takes the arguments of the model's ``forward`` except those of losses, and is called without a cache.
+    Parts: ``vision_tower`` (any transformers vision model), ``id_former`` or ``connector``, ``image_index_embedding``
+    (if ``max_images`` is set) and ``language_model`` (any transformers causal language model with its head). If the
+    configuration has inner adaptors, the language model has them, and ``forward`` and ``generate`` take ``workflow=``.
+    Build a model from a configuration, from parts (:meth:`from_parts`) or from a checkpoint (``from_pretrained``).
+
+    Args:
+        config: the configuration. Building a model does not change it.
+        vision_tower: instance to use; built from the configuration if None.
+        language_model: instance to use; built from the configuration if None.
+
+    Raises:
+        ValueError: the configuration is incomplete or does not fit the parts.
     """
+
+    @property
+    def base_model(self) -> "WithoutHead":
+        """This model as an :class:`IDAVLMModel`. Trainers that apply the head themselves (TRL) call it."""
+        return WithoutHead(self)
+
+    @takes_workflow
+    @takes_cache
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_identity_index: Tensor | None = None,
+        name_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_roles: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        identity_index: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        boxes: Tensor | None = None,
+        box_image: Tensor | None = None,
+        box_identity: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        teacher_forcing: bool = False,
+        output_identity_maps: bool = False,
+        identities: SelectedIdentities | None = None,
+        **kwargs,
+    ) -> IDAVLMOutput:
+        """Process text and images. With ``labels`` also compute the losses. Images alone skip the language model.
+
+        Args:
+            input_ids: ``[B, T]`` with ``image_token_id`` in the place of each image token.
+            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding.
+            position_ids: ``[B, T]``.
+            cache: a transformers cache; named ``past_key_values`` before transformers 5.24.
+            inputs_embeds: ``[B, T, C]`` instead of ``input_ids``. It includes the image tokens; none are inserted.
+            labels: ``[B, T]``, -100 where there is no target. In training mode the logits are then computed for
+                labelled tokens only, which saves most of their memory, and are not returned.
+            token_identity_index: ``[B, T]`` identity that a token is about, -1 for none. With a learned identity
+                embedding, the embedding is added to these tokens.
+            name_mask: ``[B, T]`` whether a token spells a name; needed with ``identity_embedding="name"``.
+            pixel_values, image_features, image_roles, sample_index, identity_index: see :meth:`encode_images`.
+            image_sizes: ``[I, 2]`` height and width of the original images; needed with boxes.
+            boxes: ``[N, 4]`` pixels of identities that have references; they supervise the identity attention.
+            box_image: ``[N]`` image of each box, counted over the batch.
+            box_identity: ``[N]`` identity of each box within its sample.
+            mm_token_type_ids: ``[B, T]`` with the fields of the identities, from a processor with ``pack_identities``.
+            teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
+            output_identity_maps: also return the identity maps.
+            identities: identities of an :class:`IdentityBank`. The vision tower does not encode their photos again.
+            kwargs: arguments of the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
+
+        Raises:
+            ValueError: arguments that do not fit each other, with the argument and the remedy.
+        """
+        inputs_embeds, image_tokens, maps, losses = self._embed(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache=cache,
+            token_identity_index=token_identity_index,
+            name_mask=name_mask,
+            pixel_values=pixel_values,
+            image_features=image_features,
+            image_roles=image_roles,
+            sample_index=sample_index,
+            identity_index=identity_index,
+            image_sizes=image_sizes,
+            boxes=boxes,
+            box_image=box_image,
+            box_identity=box_identity,
+            mm_token_type_ids=mm_token_type_ids,
+            teacher_forcing=teacher_forcing,
+            output_identity_maps=output_identity_maps,
+            identities=identities,
+        )
+        if inputs_embeds is None:
+            loss = losses.get("auxiliary_loss")
+            return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
+
+        targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
+        # As with a fused loss: in training mode there are no logits beside the loss.
+        skip_logits = self.training and labels is not None
+        head = self.get_output_embeddings()
+        with head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE: cache},
+                **kwargs,
+            )
+        loss, logits = None, outputs.logits
+        if labels is not None:
+            # The logits may be those of the labelled tokens only.
+            shift_labels = targets if logits.shape[:2] == targets.shape else targets[targets != IGNORE_INDEX]
+            losses["language_loss"] = self.loss_function(
+                logits, labels=None, shift_labels=shift_labels.to(logits.device), vocab_size=logits.shape[-1]
+            )
+            loss = losses["language_loss"] + losses.get("auxiliary_loss", 0.0)
+        return IDAVLMOutput(
+            loss=loss,
+            **losses,
+            logits=None if skip_logits else logits,
+            **{CACHE: outputs.get(CACHE)},
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_tokens,
+            identity_maps=maps,
+        )
+
+
+class WithoutHead:
+    """Calls :meth:`IDAVLMModel.forward` of a model that overrides it."""
 
     _tp_plan = _pp_plan = None  # transformers asks the base model for them
 
     def __init__(self, model: IDAVLMForConditionalGeneration):
         self.model = model
 
-    def __call__(self, input_ids: Tensor | None = None, **kwargs) -> BaseModelOutputWithPast:
-        names = inspect.signature(self.model._embed).parameters
-        of_images = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
-        inputs_embeds, *_ = self.model._embed(input_ids=input_ids, **of_images)
-        return self.model.get_decoder()(inputs_embeds=inputs_embeds, **kwargs)
+    def __call__(self, *args, **kwargs) -> IDAVLMModelOutput:
+        return IDAVLMModel.forward(self.model, *args, **kwargs)
 
 
 @contextmanager
