@@ -204,7 +204,7 @@ class BoxFormat:
         steps = self._steps(image_size)
         if not all(-_OUTSIDE <= number / side <= 1 + _OUTSIDE for number, side in zip(numbers, steps * 2, strict=True)):
             return False
-        is_unit = 0 < max(numbers) <= 1 and (min(steps) > 10 or any(not number.is_integer() for number in numbers))
+        is_unit = 0 < max(numbers) <= 1 and (min(steps) > 100 or any(not number.is_integer() for number in numbers))
         return self.kind in ("unit", "square") or not is_unit
 
     def _to_pixels(self, numbers: Sequence[float], image_size: Sequence[int] | None) -> list[float]:

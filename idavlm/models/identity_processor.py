@@ -134,7 +134,6 @@ class IdentityProcessor(ProcessorMixin):
                 f"{identity_format!r}; set read_references=False."
             )
         check_positive(max_pixels=max_pixels, max_length=max_length)
-        BoxFormat(box_format)
         self.processor = processor
         self.identity_format = identity_format
         self.read_references = read_references
@@ -142,6 +141,7 @@ class IdentityProcessor(ProcessorMixin):
         self.allow_urls = allow_urls
         self.max_pixels = max_pixels
         self.box_format = box_format
+        self._boxes()
         self.max_length = max_length
         self.placeholder = placeholder or _PLACEHOLDERS.get(type(processor).__name__)
         self.pack_identities = pack_identities
