@@ -221,10 +221,10 @@ def score_answer(
         scores = score_matching(text, sample.answer, count=count, name=sample.target or "")
     elif sample.task in CHOICE_TASKS:
         scores = {}
+        refused = is_refusal(text) and not any(map(is_refusal, candidates(sample)))
         if answer.likelihoods and sample.false_answers:
             scores["accuracy"] = float(most_likely(sample, answer.likelihoods) == sample.answer)
         if answer.prediction is not None and sample.false_answers:
-            refused = is_refusal(text) and not any(map(is_refusal, candidates(sample)))
             scores["closest_accuracy"] = float(not refused and closest(text, candidates(sample)) == sample.answer)
         if answer.prediction is None:
             text = most_likely(sample, answer.likelihoods)
