@@ -592,6 +592,17 @@ def test_relative_boxes_and_boxes_of_parts():
     assert encoded["boxes"].tolist() == [[32, 0, 64, 24]]
 
 
+def test_boxes_of_the_resized_image_follow_the_wrapped_image_processor():
+    own = processor("qwen2_5_vl", box_format="resized")
+    image_processor = own.processor.image_processor
+    grid = image_processor(images=[Image.new("RGB", (90, 70))], return_tensors="pt")["image_grid_thw"][0]
+    height, width = (grid[1:] * image_processor.patch_size).tolist()
+    assert own.parse_box(f"[0, 0, {width}, {height}]", (70, 90)) == [0, 0, 90, 70]
+    assert own.read_box(f"[0, 0, {2 * width}, {height}]", (70, 90)) == (None, "convention")
+    with pytest.raises(ValueError, match=r"box_format='resized': \w+ does not resize as Qwen2\.5-VL does"):
+        processor("llava", box_format="resized")
+
+
 def test_errors_of_encode():
     with pytest.raises(DataError, match=r"sample '0' has \d+ tokens, more than max_length=20") as caught:
         processor("qwen2_5_vl", max_length=20).encode(sample())

@@ -33,7 +33,7 @@ from idavlm.data.messages import (
 )
 from idavlm.data.photos import PhotoLoader
 from idavlm.data.special_tokens import special_tokens
-from idavlm.models.boxes import BoxFormat
+from idavlm.models.boxes import BoxFormat, smart_resize
 from idavlm.models.chat_rendering import (
     ChatTemplate,
     Expansion,
@@ -135,7 +135,6 @@ class IdentityProcessor(ProcessorMixin):
                 f"{identity_format!r}; set read_references=False."
             )
         check_positive(max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, max_length=max_length)
-        BoxFormat(box_format)
         self.processor = processor
         self.identity_format = identity_format
         self.read_references = read_references
@@ -144,6 +143,7 @@ class IdentityProcessor(ProcessorMixin):
         self.max_pixels = max_pixels
         self.max_aspect_ratio = max_aspect_ratio
         self.box_format = box_format
+        self._boxes()
         self.max_length = max_length
         self.placeholder = placeholder or _PLACEHOLDERS.get(type(processor).__name__)
         self.pack_identities = pack_identities
@@ -433,7 +433,7 @@ class IdentityProcessor(ProcessorMixin):
         """The conversation of a sample whose images have the (height, width) ``sizes``."""
         box_sizes = _scene_sizes(sample, sizes)
         sample = sample.with_pixel_boxes(lambda image: box_sizes[_key(image)])
-        form = BoxFormat(self.box_format)
+        form = self._boxes()
 
         def box_text(part) -> str:
             box = sample.box_of_part(part)
@@ -478,7 +478,30 @@ class IdentityProcessor(ProcessorMixin):
 
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
-        return BoxFormat(self.box_format).parse(text, image_size, name=name)
+        return self.read_box(text, image_size, name=name)[0]
+
+    def read_box(
+        self, text: str, image_size: tuple[int, int] | None, *, name: str = "", other_names: Sequence[str] = ()
+    ) -> tuple[list[float] | None, str | None]:
+        """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
+        return self._boxes().read(text, image_size, name=name, other_names=other_names)
+
+    def _boxes(self) -> BoxFormat:
+        """The box format. ``"resized"`` without settings takes those of the wrapped image processor."""
+        image_processor = self.processor.image_processor
+        settings = [getattr(image_processor, name, None) for name in ("patch_size", "merge_size", "size")]
+        if self.box_format != "resized":
+            return BoxFormat(self.box_format)
+        if None in settings or not {"shortest_edge", "longest_edge"} <= dict(settings[2]).keys():
+            raise ValueError(
+                f"box_format='resized': {type(image_processor).__name__} does not resize as Qwen2.5-VL does; pass the "
+                "settings, for example 'resized:factor=28,min_pixels=3136,max_pixels=12845056', or another format."
+            )
+        patch_size, merge_size, size = settings
+        size = dict(size)
+        options = {"factor": patch_size * merge_size}
+        options |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return BoxFormat("resized", resized_size=functools.partial(smart_resize, **options))
 
     def _process(
         self,

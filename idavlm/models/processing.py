@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -517,7 +517,13 @@ class IDAVLMProcessor(ProcessorMixin):
 
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
-        return BoxFormat(self.box_format).parse(text, image_size, name=name)
+        return self.read_box(text, image_size, name=name)[0]
+
+    def read_box(
+        self, text: str, image_size: tuple[int, int] | None, *, name: str = "", other_names: Sequence[str] = ()
+    ) -> tuple[list[float] | None, str | None]:
+        """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
+        return BoxFormat(self.box_format).read(text, image_size, name=name, other_names=other_names)
 
     def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
         """Load and prepare an image file: pixels ``[3, H, W]``, and the (height, width) of the original.

@@ -11,7 +11,7 @@ from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import IdentityKey
 from idavlm.evaluation.results import EvaluationResult
-from idavlm.evaluation.scoring import ParseBox, score_answers
+from idavlm.evaluation.scoring import ReadBox, score_answers
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Item:
 Load = Callable[[Path, "Path | None"], "list[Item]"]
 """``load(data, images)``: items of a file or folder; paths are relative to ``images`` (None: default of the task)."""
 
-Score = Callable[[Sequence[Item], Sequence[Answer], "ParseBox | None"], EvaluationResult]
-"""``score(items, answers, parse_box)``; ``parse_box`` is None if the box format of the model is not specified."""
+Score = Callable[[Sequence[Item], Sequence[Answer], "ReadBox | None"], EvaluationResult]
+"""``score(items, answers, read_box)``; ``read_box`` is None if the box format of the model is not specified."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,9 @@ class EvaluationTask:
 
 
 def score_items(
-    items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None, **options
+    items: Sequence[Item], answers: Sequence[Answer], read_box: ReadBox | None, **options
 ) -> EvaluationResult:
     """Score samples of the six tasks of the schema by :func:`idavlm.evaluation.score_answers`; ``options`` are its."""
     size_of = {item.sample.id: item.image_size for item in items}
     samples = [item.sample for item in items]
-    return score_answers(
-        samples, answers, parse_box=parse_box, image_size=lambda sample: size_of[sample.id](), **options
-    )
+    return score_answers(samples, answers, read_box=read_box, image_size=lambda sample: size_of[sample.id](), **options)
