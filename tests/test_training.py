@@ -145,7 +145,7 @@ def test_mixed_batches_are_weighted_by_sample(data, tmp_path):
     ]
     expected = 0.5 * alone[0].loss + 3 * alone[1].language_loss
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    means = language_loss_by_source(outputs.logits, mixed["labels"], mixed["sample_source"])
+    means = language_loss_by_source(outputs.logits, mixed["labels"], mixed["sample_source"][:, None])
     torch.testing.assert_close(means["general"], alone[1].language_loss, rtol=1e-4, atol=1e-5)
 
 

@@ -87,6 +87,31 @@ class RecordDataset(Dataset):
         number = int(self._valid[index])
         return self._parse(self._records[number], number)
 
+    def token_counts(self) -> list[int]:
+        """The number of tokens of each encoded sample. No image is decoded.
+
+        With ``on_error="skip"``, a sample that cannot be encoded counts 0.
+
+        Raises:
+            ValueError: ``encode`` is not a method of a processor that counts tokens.
+        """
+        count = getattr(getattr(self.encode, "__self__", None), "num_tokens", None)
+        if count is None:
+            raise ValueError(
+                f"encode={self.encode!r} is not the method of a processor that counts tokens; pass processor.encode of "
+                "an IDAVLMProcessor or IdentityProcessor."
+            )
+        counts = []
+        for index in range(len(self)):
+            sample = self.sample(index)
+            try:
+                counts.append(count(sample))
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise error.at(sample.where) from error
+                counts.append(0)
+        return counts
+
     @property
     def errors(self) -> ErrorLog:
         """Log of the samples skipped until now, in this process and in worker processes."""

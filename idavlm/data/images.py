@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from idavlm.data.errors import DataError, quote, shorten
 from idavlm.utils import check_positive
@@ -19,6 +19,9 @@ MAX_ASPECT_RATIO = 200
 
 # Formats that PIL decodes itself. For others (EPS, PDF ...) it starts external programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+_LYING = (5, 6, 7, 8)
+"""EXIF orientations of images whose width and height are exchanged."""
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_SIZE, _TIFF_SAMPLE_FORMAT = 258, 262, (322, 323), 339
 _TIFF_SIGNED_OR_FLOAT = {2, 3}
@@ -79,6 +82,19 @@ class ImageStore:
                 ImageOps.exif_transpose(image, in_place=True)
                 image.load()
                 return _to_rgb(_to_eight_bits(path, image, raw_mode, sample_bits))
+
+    def size(self, path: str) -> tuple[int, int]:
+        """Return the (height, width) of the upright image, from the header of the file alone.
+
+        Raises:
+            DataError: as :meth:`open`, if the file is missing, outside the root, a URL or not an image.
+        """
+        file = self._locate(path)
+        with _decoding(path), Image.open(file, formats=_FORMATS) as image:
+            # PIL decodes a PNG in search for an orientation that its header lacks.
+            has_orientation = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_orientation else 1
+            return (image.width, image.height) if orientation in _LYING else (image.height, image.width)
 
     def _locate(self, path: str) -> Path:
         if "://" in path or path.startswith("data:"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+from transformers.image_utils import get_image_size
 
 from idavlm.data.errors import DataError
 from idavlm.data.images import MAX_PIXELS, ImageStore, _to_rgb, size_problem
@@ -77,13 +78,25 @@ class PhotoLoader:
             f"{field} is {type(image).__name__} {image!r:.80}; expected a path, a PIL image or bytes.", kind="image"
         )
 
+    def size(self, image: Any, *, field: str) -> tuple[int, int]:
+        """Return the (height, width) of an image; of a file, only the header is read (:meth:`ImageStore.size`)."""
+        if isinstance(image, Path) or (isinstance(image, str) and "://" not in image and not image.startswith("data:")):
+            store, path = self._store(str(image))
+            return store.size(path)
+        loaded = self.load(image, field=field)
+        return (loaded.height, loaded.width) if isinstance(loaded, Image.Image) else tuple(get_image_size(loaded))
+
     def _open(self, path: str) -> Image.Image:
+        store, path = self._store(path)
+        return store.open(path)
+
+    def _store(self, path: str) -> tuple[ImageStore, str]:
+        """The folder that a path is read from, and the path in it."""
         file = Path(path)
         if file.is_absolute():
             file = file.resolve()
-            return ImageStore(file.anchor, **self.limits).open(str(file))
-        root = Path.cwd() if self.image_root is None else self.image_root
-        return ImageStore(root, **self.limits).open(path)
+            return ImageStore(file.anchor, **self.limits), str(file)
+        return ImageStore(Path.cwd() if self.image_root is None else self.image_root, **self.limits), path
 
     def _decode(self, data: bytes, field: str) -> Image.Image:
         with tempfile.TemporaryDirectory() as folder:
