@@ -90,6 +90,13 @@ def test_runs_with_workers_and_accumulation_resume_bit_equal(data, tmp_path):
 
 
 @pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("general", [True, False])
+def test_packed_runs_grouped_by_length_resume_bit_equal(data, tmp_path, general):
+    options = {"train_sampling_strategy": "group_by_length", "packing": True, "max_length": 200}
+    check_resumption(data, tmp_path, general=general, **options)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("stage", ["instruction_tuning", "identity_pretraining"])
 def test_runs_on_identity_data_alone_resume_bit_equal(data, tmp_path, stage):
     check_resumption(data, tmp_path, general=False, stage=stage)
@@ -489,3 +496,41 @@ def test_evaluation_during_training(data, tmp_path):
     seen = [entry for entry in trainer.state.log_history if "eval_matching" in entry]
     assert [entry["eval_matching"] for entry in seen] == [0.0, 0.0]
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_batches_grouped_by_length_come_from_both_sources(data, tmp_path):
+    """The lengths of records are known without reading images, and both loaders follow them in every epoch."""
+    options = {"train_sampling_strategy": "group_by_length"}
+    trainer = build_trainer(data, tmp_path, **options)
+    counts = {
+        dataset[index]["id"]: length
+        for dataset in (trainer.train_dataset, trainer.general_dataset)
+        for index, length in enumerate(dataset.token_counts())
+    }
+    assert len(set(counts.values())) > 4
+    seen = {"identity": [], "general": []}
+    loader = trainer.get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            lengths = batch["attention_mask"].sum(1).tolist()
+            assert lengths == [counts[name] for name in batch["sample_ids"]]
+            seen[batch["source"]].append(lengths)
+    random = build_trainer(data, tmp_path).get_train_dataloader()
+    unordered = [batch["attention_mask"].sum(1).tolist() for batch in random if batch["source"] == "identity"]
+    grouped = seen["identity"][: len(unordered)]
+    assert sum(max(pair) - min(pair) for pair in grouped) < sum(max(pair) - min(pair) for pair in unordered)
+    assert seen["general"]
+
+
+def test_group_by_length_without_lengths_is_an_error(data, tmp_path):
+    trainer = build_trainer(data, tmp_path, train_sampling_strategy="group_by_length")
+    trainer.train_dataset = RecordDataset(data / "train.jsonl", encode=lambda sample: {})
+    with pytest.raises(ValueError, match="is not the method of a processor that counts tokens"):
+        trainer.train()
+
+
+def test_a_run_with_other_rows_is_not_resumed(data, tmp_path):
+    build_trainer(data, tmp_path, packing=True, max_length=200).train()
+    with pytest.raises(ValueError, match="max_length was 200 and is 300"):
+        build_trainer(data, tmp_path, packing=True, max_length=300).train(resume_from_checkpoint=True)

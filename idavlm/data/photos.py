@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
-from transformers.image_utils import get_image_size
 
 from idavlm.data.errors import DataError
 from idavlm.data.images import MAX_PIXELS, ImageStore, _to_rgb, size_problem
@@ -78,13 +77,10 @@ class PhotoLoader:
             f"{field} is {type(image).__name__} {image!r:.80}; expected a path, a PIL image or bytes.", kind="image"
         )
 
-    def size(self, image: Any, *, field: str) -> tuple[int, int]:
-        """Return the (height, width) of an image; of a file, only the header is read (:meth:`ImageStore.size`)."""
-        if isinstance(image, Path) or (isinstance(image, str) and "://" not in image and not image.startswith("data:")):
-            store, path = self._store(str(image))
-            return store.size(path)
-        loaded = self.load(image, field=field)
-        return (loaded.height, loaded.width) if isinstance(loaded, Image.Image) else tuple(get_image_size(loaded))
+    def size(self, path: str | Path) -> tuple[int, int]:
+        """Return the (height, width) of the image in a file, see :meth:`ImageStore.size`."""
+        store, path = self._store(str(path))
+        return store.size(path)
 
     def _open(self, path: str) -> Image.Image:
         store, path = self._store(path)

@@ -159,8 +159,8 @@ def token_counts(dataset: Dataset | Sequence, length_column: str = "length") -> 
     if isinstance(dataset, (list, tuple)):
         return [len(sample["input_ids"]) for sample in dataset]
     raise ValueError(
-        f"the lengths of the samples of {type(dataset).__name__} are not known; use a RecordDataset, a datasets.Dataset "
-        f"with a column {length_column!r}, or another train_sampling_strategy than 'group_by_length'."
+        f"the lengths of the samples of {type(dataset).__name__} are not known; use a RecordDataset, a "
+        f"datasets.Dataset with a column {length_column!r}, or another train_sampling_strategy than 'group_by_length'."
     )
 
 

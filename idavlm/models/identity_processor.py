@@ -397,13 +397,7 @@ class IdentityProcessor(ProcessorMixin):
         images = [loader.load(image, field=f"sample {sample.id!r}") for image in sample.images]
         sizes = [_size(image) for image in images]
         box_sizes = _scene_sizes(sample, sizes)
-        form = BoxFormat(self.box_format)
-
-        def box_text(part) -> str:
-            box = sample.box_of(part.name, part.image)
-            return form.write(part.name, box.box, box_sizes[_key(box.image)])
-
-        conversation = read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
+        conversation = self._conversation(sample, sizes)
         self._check_texts(conversation)
         template = self._template(None, {})
         messages = template.messages_of(conversation, self.identity_format)
@@ -437,14 +431,8 @@ class IdentityProcessor(ProcessorMixin):
             **self._box_tensors(sample, box_sizes),
         }
 
-    def num_tokens(self, sample: Sample) -> int:
-        """Number of tokens of :meth:`encode`, without decoding an image: for grouping samples by length.
-
-        The headers of the images are read. The number of tokens of an image is found by processing a blank one of the
-        same size, once per size. Text that the wrapped processor adds to a sample is not counted.
-        """
-        loader = self._loader(sample.image_root if sample.image_root is not None else self.image_root)
-        sizes = [loader.size(image, field=f"sample {sample.id!r}") for image in sample.images]
+    def _conversation(self, sample: Sample, sizes: list[tuple[int, int]]) -> Conversation:
+        """The conversation of a sample whose images have the (height, width) ``sizes``."""
         box_sizes = _scene_sizes(sample, sizes)
         form = BoxFormat(self.box_format)
 
@@ -452,7 +440,17 @@ class IdentityProcessor(ProcessorMixin):
             box = sample.box_of(part.name, part.image)
             return form.write(part.name, box.box, box_sizes[_key(box.image)])
 
-        conversation = read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
+        return read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
+
+    def num_tokens(self, sample: Sample) -> int:
+        """Number of tokens of :meth:`encode`, without decoding an image: for grouping samples by length.
+
+        The headers of the images are read. The number of tokens of an image is found by processing a blank one of the
+        same size, once per size. Text that the wrapped processor adds to a sample is not counted.
+        """
+        loader = self._loader(sample.image_root if sample.image_root is not None else self.image_root)
+        sizes = [_size(image) if isinstance(image, Image.Image) else loader.size(image) for image in sample.images]
+        conversation = self._conversation(sample, sizes)
         template = self._template(None, {})
         text, _ = template.render(template.messages_of(conversation, self.identity_format))
         bos = self.tokenizer.bos_token

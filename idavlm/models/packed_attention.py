@@ -75,7 +75,7 @@ def packed_rows(
     if arguments.get("position_ids") is None:
         raise ValueError("token_sample_index needs position_ids, which start again with each sample.")
     for name in ("attention_mask", "cache", "past_key_values", "use_cache"):
-        if arguments.get(name) not in (None, False):
+        if arguments.get(name) is not None and arguments[name] is not False:
             raise ValueError(f"{name} cannot be combined with token_sample_index; leave it out.")
     check_packable(decoder, max_length=None if len(token_sample_index) == 1 else token_sample_index.shape[1])
     with _checked_layers(decoder, token_sample_index):

@@ -40,6 +40,8 @@ class IDTrainingArguments(TrainingArguments):
             :class:`idavlm.data.PackingCollator`. Losses and gradients stay the same.
         max_length: largest number of tokens of a packed row; by default all samples of a batch are in one row, which
             is what flash attention needs. With other attention set it to the length of a few samples.
+        image_features: folder for the features of a frozen vision tower. They are written at the first use and read in
+            place of images, see :class:`idavlm.models.ImageFeatures`.
         non_finite_loss: what happens if a loss or a gradient is NaN or infinite. ``"stop"`` raises
             :class:`NonFiniteLossError` before the optimizer uses it. ``"skip"`` leaves out the step, logs the number of
             steps left out since the last entry as ``skipped_steps``, and stops after ten in a row.
@@ -75,6 +77,9 @@ class IDTrainingArguments(TrainingArguments):
     )
     packing: bool = field(default=False, metadata={"help": "Pack the samples of a batch into rows without padding."})
     max_length: int | None = field(default=None, metadata={"help": "Largest number of tokens of a packed row."})
+    image_features: str | None = field(
+        default=None, metadata={"help": "Folder for features of the frozen vision tower, read in place of images."}
+    )
     non_finite_loss: str = field(
         default="stop",
         metadata={"help": "What happens if a loss is NaN or infinite.", "choices": list(ON_NON_FINITE_LOSS)},

@@ -42,6 +42,7 @@ from idavlm.training.checks import (
     check_stage,
     check_trains,
 )
+from idavlm.training.frozen_tower import use_image_features
 from idavlm.training.losses import (
     LossAverages,
     LossCounts,
@@ -154,8 +155,13 @@ class IDTrainer(Trainer):
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
         super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
+        inner_model = _without_wrappers(self.accelerator, model)
         if args.packing:
-            check_packing(_without_wrappers(self.accelerator, model), args, self.processing_class)
+            check_packing(inner_model, args, self.processing_class)
+        if args.image_features is not None:
+            evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            datasets = [train_dataset, general_dataset, *(dataset for dataset in evaluated if dataset)]
+            use_image_features(inner_model, self.processing_class, args, datasets)
         if args.non_finite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "non_finite_loss='skip' has no effect with DeepSpeed, which updates the weights right after the "
