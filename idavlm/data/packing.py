@@ -162,7 +162,7 @@ def tokens_of_samples(token_sample_index: Tensor) -> Tensor:
     ends = counts.cumsum(0)
     first, last = tokens[(ends - counts).clamp(max=len(tokens) - 1)], tokens[ends - 1]
     row_length = token_sample_index.shape[1]
-    is_whole = (last - first + 1 == counts) & (last // row_length == first // row_length)
+    is_whole = (counts > 0) & (last - first + 1 == counts) & (last // row_length == first // row_length)
     if not (is_whole.all() and (samples.diff() >= 0).all()):
         raise ValueError(
             "token_sample_index does not number the samples 0, 1, ... in the order of the rows, each in one piece; "

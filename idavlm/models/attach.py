@@ -465,7 +465,7 @@ class ForwardWithIdentities(ReplacedMethod):
         if token_sample_index is None:
             return self._forward(args, kwargs, teacher_forcing, output_identity_maps, None)
         kwargs["position_ids"] = packed_positions(self.owner, token_sample_index, kwargs)
-        with packed_rows(self.owner.get_decoder(), token_sample_index, kwargs) as of_rows:
+        with packed_rows(self.owner, token_sample_index, kwargs) as of_rows:
             tokens = tokens_of_samples(token_sample_index)
             return self._forward(args, kwargs | of_rows, teacher_forcing, output_identity_maps, tokens)
 

@@ -300,7 +300,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         outputs = {}
         if inputs_embeds is not None:
             arguments = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, **kwargs}
-            with packed_rows(self.get_decoder(), of_images.get("token_sample_index"), arguments) as of_rows:
+            with packed_rows(self.language_model, of_images.get("token_sample_index"), arguments) as of_rows:
                 outputs = self.get_decoder()(inputs_embeds=inputs_embeds, **arguments | of_rows)
         return IDAVLMModelOutput(
             last_hidden_state=outputs.get("last_hidden_state"),
@@ -670,7 +670,7 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
         skip_logits = self.training and labels is not None
         head = self.get_output_embeddings()
         at_labels = head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext()
-        with at_labels, packed_rows(self.get_decoder(), token_sample_index, arguments) as of_rows:
+        with at_labels, packed_rows(self.language_model, token_sample_index, arguments) as of_rows:
             outputs = self.language_model(inputs_embeds=inputs_embeds, **arguments | of_rows)
         loss, logits = None, outputs.logits
         if labels is not None:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from idavlm._compat import cache_name
+from idavlm._compat import cache_name, loses_image_blocks
 from idavlm.data.packing import tokens_of_samples, unpack
 
 _REMEDY = "train it without packing (packing=False)"
@@ -20,19 +20,25 @@ _CHECKED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Decoders whose layers were checked, with their attention implementation."""
 
 
-def check_packable(decoder: PreTrainedModel, *, max_length: int | None) -> None:
+def check_packable(model: PreTrainedModel, *, max_length: int | None) -> None:
     """Refuse language models that cannot process packed rows, as far as their classes say so.
 
     :func:`packed_rows` checks the rest when the first packed rows are computed.
 
     Args:
-        decoder: the language model without its head.
+        model: a language model or an image-text model of transformers.
         max_length: largest number of tokens of a row, None if all samples of a batch are in one row.
 
     Raises:
         ValueError: the message names the class and the reason.
     """
+    decoder = model.get_decoder()
     name = type(decoder).__name__
+    if loses_image_blocks(model):
+        raise ValueError(
+            f"packing: in packed rows, transformers loses the attention between the tokens of an image in the "
+            f"sliding-window layers of {type(model).__name__}; {_REMEDY}."
+        )
     if getattr(decoder, "_is_stateful", False):
         raise ValueError(
             f"packing: {name} has recurrent layers, whose state would pass from one sample to the next; {_REMEDY}."
@@ -50,20 +56,20 @@ def check_packable(decoder: PreTrainedModel, *, max_length: int | None) -> None:
 
 @contextmanager
 def packed_rows(
-    decoder: PreTrainedModel, token_sample_index: Tensor | None, arguments: Mapping[str, Any]
+    model: PreTrainedModel, token_sample_index: Tensor | None, arguments: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Within the block, check that each layer of ``decoder`` keeps the samples of a row apart, the first time it runs.
+    """Within the block, check that each layer of the language model keeps the samples apart, the first time it runs.
 
     transformers derives the mask of packed rows from ``position_ids``, if a model passes them on and has no cache. A
     model that does not would let tokens attend to other samples without an error.
 
     Args:
-        decoder: the language model without its head.
+        model: a language model or an image-text model of transformers.
         token_sample_index: ``[R, L]`` sample of each token; None for rows that are not packed: nothing is checked.
-        arguments: arguments of ``decoder``.
+        arguments: arguments of the model.
 
     Yields:
-        Further arguments for ``decoder``. The cache is switched off.
+        Further arguments for the model. The cache is switched off.
 
     Raises:
         ValueError: arguments or a language model that cannot be combined with packed rows; or, within the block, a
@@ -77,8 +83,8 @@ def packed_rows(
     for name in ("attention_mask", "cache", "past_key_values", "use_cache"):
         if arguments.get(name) is not None and arguments[name] is not False:
             raise ValueError(f"{name} cannot be combined with token_sample_index; leave it out.")
-    check_packable(decoder, max_length=None if len(token_sample_index) == 1 else token_sample_index.shape[1])
-    with _checked_layers(decoder, token_sample_index):
+    check_packable(model, max_length=None if len(token_sample_index) == 1 else token_sample_index.shape[1])
+    with _checked_layers(model.get_decoder(), token_sample_index):
         yield {"use_cache": False}
 
 

@@ -85,7 +85,7 @@ def check_packing(model: nn.Module, args: IDTrainingArguments, processing_class:
             f"packing=True needs a model of idavlm or transformers, but model is {type(model).__name__}; use "
             "packing=False."
         )
-    check_packable(model.get_decoder(), max_length=args.max_length)
+    check_packable(model, max_length=args.max_length)
 
 
 def check_general_data(model: nn.Module, general_dataset: Dataset | None) -> None:

@@ -389,7 +389,7 @@ class IDTrainer(Trainer):
             return model(**batch)
         batch = {name: value for name, value in batch.items() if name != "token_sample_index"}
         batch["position_ids"] = packed_positions(unwrapped, token_sample_index, batch)
-        with packed_rows(unwrapped.get_decoder(), token_sample_index, batch) as of_rows:
+        with packed_rows(unwrapped, token_sample_index, batch) as of_rows:
             return model(**batch, **of_rows)
 
     def _check_supervision(self, total: LossCounts) -> None:
