@@ -796,7 +796,7 @@ def test_grpo_passes_the_identities_to_the_model(family, tmp_path, monkeypatch):
     assert generation[2] is loss[2] is True
 
 
-@pytest.mark.parametrize("family", CHAT_FAMILIES)
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "smolvlm", "internvl", "gemma3"])
 def test_tokens_are_counted_without_decoding_images(family, tmp_path, monkeypatch):
     """Images of several sizes, which most families give different numbers of tokens."""
     sizes = {"kate.png": (80, 60), "tom.png": (30, 70), "scene.png": (120, 40), "wide.png": (60, 20)}
@@ -816,6 +816,7 @@ def test_tokens_are_counted_without_decoding_images(family, tmp_path, monkeypatc
     records = [
         {"id": "0", "source": "identity", "identities": people, "messages": turns, "boxes": boxes},
         {"id": "1", "source": "general", "messages": general},
+        {"id": "2", "source": "general", "messages": [{"role": "user", "content": turns[0]["content"]}, general[1]]},
     ]
     samples = [parse_sample(entry, where="x:1", image_root=tmp_path) for entry in records]
     expected = [len(one.encode(sample)["input_ids"]) for sample in samples]

@@ -456,18 +456,20 @@ class IdentityProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token
         with_special = bos is None or not text.startswith(bos)
         ids = self.tokenizer(text, add_special_tokens=with_special)["input_ids"]
-        return len(ids) + sum(self._num_image_tokens(size) - 1 for size in sizes)
+        return len(ids) + sum(self._num_image_tokens(size, is_single=len(sizes) == 1) - 1 for size in sizes)
 
-    def _num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Number of tokens that an image of (height, width) takes in a text."""
-        key = size, self.image_processor.to_json_string()
+    def _num_image_tokens(self, size: tuple[int, int], *, is_single: bool) -> int:
+        """Number of tokens that an image of (height, width) takes in a text, alone or among others."""
+        key = size, is_single, self.image_processor.to_json_string()
         if key not in self._image_lengths:
             blank = Image.new("RGB", (size[1], size[0]))
-            one, two = (
-                self._run([self.image_token * number], [[blank] * number], {"return_tensors": "pt"})[0]
-                for number in (1, 2)
-            )
-            self._image_lengths[key] = two["input_ids"].shape[1] - one["input_ids"].shape[1]
+
+            def length(number: int) -> int:
+                output, _ = self._run([self.image_token * number], [[blank] * number], {"return_tensors": "pt"})
+                return output["input_ids"].shape[1]
+
+            special = len(self.tokenizer("")["input_ids"])
+            self._image_lengths[key] = length(1) - special if is_single else length(3) - length(2)
         return self._image_lengths[key]
 
     def collate(self, encoded: Sequence[dict[str, Any]], *, padding_side: str = "right") -> dict[str, Any]:
