@@ -15,6 +15,7 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     Qwen3NextConfig,
+    masking_utils,
     modeling_flash_attention_utils,
 )
 
@@ -70,11 +71,11 @@ def losses_and_gradients(model, batch):
     return losses | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(found, expected):
+def assert_equal(found, expected, *, tolerance=1e-10):
     assert found.keys() == expected.keys()
     assert max(value.abs().max() for value in expected.values()) > 0.01
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
@@ -243,8 +244,9 @@ def test_no_token_sees_another_sample(root, processor):
 
 REFUSED = {
     "qwen3_5": "packing: Qwen3_5TextModel has recurrent layers, whose state would pass",
-    "gemma3": "loses the attention between the tokens of an image .* Gemma3ForConditionalGeneration",
 }
+if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # not in transformers 5.17, which packs Gemma 3
+    REFUSED["gemma3"] = "loses the attention between the tokens of an image .* Gemma3ForConditionalGeneration"
 
 
 def family_samples(processor, root):
@@ -277,7 +279,8 @@ def test_attached_families_on_packed_rows(family, root):
         ordered = [samples[number] for number in collator.order(samples)]  # identity maps are summed in float32
         expected = losses_and_gradients(model, processor.collate(ordered))
         assert any("id_former" in name for name in expected)
-        assert_equal(losses_and_gradients(model, collator(samples)), expected)
+        tolerance = 1e-7 if family == "gemma3" else 1e-10  # its norms compute in float32
+        assert_equal(losses_and_gradients(model, collator(samples)), expected, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -427,7 +430,8 @@ def flash_attention(monkeypatch):
     def options(*, softmax_scale, **_):
         return {"softmax_scale": softmax_scale}
 
-    functions = (plain, varlen, None, None, None), (options, None)
+    has_paged = hasattr(modeling_flash_attention_utils, "_process_with_kvcache_kwargs_fn")  # not in transformers 5.17
+    functions = (plain, varlen, None, None, None), (options, None) if has_paged else options
     monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_: functions)
     return calls
 

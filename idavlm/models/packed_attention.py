@@ -130,9 +130,8 @@ def _positions_with_mrope(compute: Callable, token_sample_index: Tensor, argumen
 
 @contextmanager
 def _checked_layers(decoder: PreTrainedModel, token_sample_index: Tensor) -> Iterator[None]:
-    has_several = bool((token_sample_index != token_sample_index[:, :1]).any())
     implementation = decoder.config._attn_implementation
-    if not has_several or _CHECKED.get(decoder) == implementation:
+    if _CHECKED.get(decoder) == implementation or not (token_sample_index != token_sample_index[:, :1]).any():
         yield
         return
     seen = []

@@ -384,8 +384,10 @@ class IDTrainer(Trainer):
     def _forward(self, model, batch: dict[str, Any]) -> Mapping[str, Any]:
         """Run the model. A model of transformers gets the positions and the mask of packed rows from outside."""
         token_sample_index = batch.get("token_sample_index")
+        if token_sample_index is None:
+            return model(**batch)
         unwrapped = _without_wrappers(self.accelerator, model)
-        if token_sample_index is None or "token_sample_index" in inspect.signature(unwrapped.forward).parameters:
+        if "token_sample_index" in inspect.signature(unwrapped.forward).parameters:
             return model(**batch)
         batch = {name: value for name, value in batch.items() if name != "token_sample_index"}
         batch["position_ids"] = packed_positions(unwrapped, token_sample_index, batch)
