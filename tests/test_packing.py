@@ -220,6 +220,14 @@ def test_inner_adaptors_on_packed_rows(root, processor, adaptors):
             assert_equal(losses_and_gradients(model, packing(processor, max_length)(samples)), expected)
 
 
+def test_gradient_checkpointing_on_packed_rows(root, processor):
+    samples = encoded(processor, records(root))
+    model = own_model(processor, identity_embedding="learned", max_identities=2)
+    expected = losses_and_gradients(model, processor.collate(samples))
+    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_equal(losses_and_gradients(model, packing(processor, row_lengths(samples)[1])(samples)), expected)
+
+
 def test_no_token_sees_another_sample(root, processor):
     """Bit by bit: other tokens and other pixels in one sample change no logit of the others."""
     samples = encoded(processor, records(root))

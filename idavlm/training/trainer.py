@@ -195,8 +195,9 @@ class IDTrainer(Trainer):
         """``Trainer._get_dataloader``; batches of training are packed if ``args.packing`` is set."""
         collator = self.data_collator
         if is_training and self.args.packing:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             self.data_collator = PackingCollator(
-                collator, pad_token_id=self.processing_class.tokenizer.pad_token_id, max_length=self.args.max_length
+                collator, pad_token_id=tokenizer.pad_token_id, max_length=self.args.max_length
             )
         try:
             loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
