@@ -9,6 +9,7 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`loses_image_blocks` | transformers 5.24: in packed rows, Gemma 3 and 4 lose the attention within an image |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 """
 
@@ -174,6 +175,23 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
 
 def _shapes(name: str, saved: torch.Size, expected: torch.Size) -> str:
     return f"{name} has shape {list(saved)} instead of {list(expected)}"
+
+
+def loses_image_blocks(model: Any) -> bool:
+    """Whether the mask of an image-text model is wrong in packed rows, without an error.
+
+    transformers 5.24 (5.17 not yet) counts the positions of packed rows within each sample, but the blocks of images
+    that Gemma 3 and Gemma 4 add to the mask of sliding-window layers are found by the position in the row.
+    """
+    from transformers import masking_utils
+
+    config = model.config
+    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
+    return (
+        config.model_type in ("gemma3", "gemma4", "gemma4_unified")
+        and "sliding_attention" in layer_types
+        and hasattr(masking_utils, "remap_positions_for_packed_sequence")
+    )
 
 
 def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[list[dict[str, Any]]]]:

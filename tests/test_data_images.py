@@ -583,3 +583,29 @@ def test_the_record_knows_its_images(root):
         DataError, match=r"'none.png' is not in the record, and there is no image root; pass image_root"
     ):
         ImageStore(RecordImages(None)).open("none.png")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.bmp", "x.gif", "x.webp", "x.tif", "x.ppm"])
+def test_the_size_is_that_of_the_opened_image(root, name, monkeypatch):
+    Image.new("RGB", (9, 7)).save(root / name)
+    opened = open_image(root, name)
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "load", lambda self: pytest.fail("the image was decoded"))
+        assert ImageStore(root).size(name) == (opened.height, opened.width) == (7, 9)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_follows_the_exif_orientation(root, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("x.jpg", "x.png", "x.webp"):
+        Image.new("RGB", (9, 7)).save(root / name, exif=exif)
+        opened = open_image(root, name)
+        assert ImageStore(root).size(name) == (opened.height, opened.width), name
+
+
+def test_the_size_of_a_file_that_cannot_be_used(root):
+    (root / "broken.png").write_bytes(b"no image")
+    for name, problem in (("broken.png", "is not an image"), ("none.png", "does not exist"), ("../x.png", "leads out")):
+        with pytest.raises(DataError, match=problem):
+            ImageStore(root).size(name)

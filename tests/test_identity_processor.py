@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from transformers import AutoProcessor, ProcessorMixin, pipeline
 
 from idavlm import IdentityProcessor, RecordDataset, parse_sample
@@ -832,3 +833,31 @@ def test_grpo_passes_the_identities_to_the_model(family, tmp_path, monkeypatch):
     assert sorted(generation[1].count(row) for row in range(4)) == [2, 2, 4, 4]
     assert sorted(loss[1].count(row) for row in range(4)) == [2, 2, 4, 4]
     assert generation[2] is loss[2] is True
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "smolvlm", "internvl", "gemma3"])
+def test_tokens_are_counted_without_decoding_images(family, tmp_path, monkeypatch):
+    """Images of several sizes, which most families give different numbers of tokens."""
+    sizes = {"kate.png": (80, 60), "tom.png": (30, 70), "scene.png": (120, 40), "wide.png": (60, 20)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        image(seed, *size).save(tmp_path / name)
+    one = processor(family)
+    turns = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "scene.png"}, {"type": "text", "text": "Where is Kate?"}],
+        },
+        {"role": "assistant", "content": [{"type": "box", "name": "Kate"}]},
+    ]
+    people = [{"name": "Kate", "images": ["kate.png"]}, {"name": "Tom", "images": ["tom.png", "kate.png"]}]
+    boxes = [{"name": "Kate", "image": "scene.png", "box": [10, 5, 60, 38]}]
+    general = [{"role": "user", "content": "What is Tom doing?"}, {"role": "assistant", "content": "Tom is waving."}]
+    records = [
+        {"id": "0", "source": "identity", "identities": people, "messages": turns, "boxes": boxes},
+        {"id": "1", "source": "general", "messages": general},
+        {"id": "2", "source": "general", "messages": [{"role": "user", "content": turns[0]["content"]}, general[1]]},
+    ]
+    samples = [parse_sample(entry, where="x:1", image_root=tmp_path) for entry in records]
+    expected = [len(one.encode(sample)["input_ids"]) for sample in samples]
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("an image was decoded"))
+    assert [one.num_tokens(sample) for sample in samples] == expected

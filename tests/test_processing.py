@@ -756,3 +756,21 @@ def test_faults_are_skipped_and_counted_and_the_rest_trains(faulty, tmp_path, mo
         assert any(f"train.jsonl:{places[fault]}: " in line and message in line for line in records.errors.messages), (
             fault
         )
+
+
+@pytest.mark.parametrize("template", ["chatml", "generation"])
+def test_tokens_are_counted_without_decoding_images(root, monkeypatch, template):
+    processor = small_processor()
+    if template == "generation":
+        marked = "{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
+        processor.chat_template = (
+            "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+            + marked
+            + "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+        )
+    text = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Nothing."}]
+    entries = [record(), record(1, people=("Tom",)), general_record(), general_record(messages=text)]
+    samples = [parsed(root, entry) for entry in entries]
+    expected = [len(processor.encode(one)["input_ids"]) for one in samples]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("an image was decoded"))
+    assert [processor.num_tokens(one) for one in samples] == expected

@@ -182,6 +182,31 @@ class RecordDataset(Dataset):
         number, place = self._valid[index].tolist()
         return self._reader.sample(self._records[number], place, self._records.where(number))
 
+    def token_counts(self) -> list[int]:
+        """The number of tokens of each encoded sample. No image is decoded.
+
+        With ``on_error="skip"``, a sample that cannot be encoded counts 0.
+
+        Raises:
+            ValueError: ``encode`` is not a method of a processor that counts tokens.
+        """
+        count = getattr(getattr(self.encode, "__self__", None), "num_tokens", None)
+        if count is None:
+            raise ValueError(
+                f"encode={self.encode!r} is not the method of a processor that counts tokens; pass processor.encode of "
+                "an IDAVLMProcessor or IdentityProcessor."
+            )
+        counts = []
+        for index in range(len(self)):
+            sample = self.sample(index)
+            try:
+                counts.append(count(sample))
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise error.at(sample.where) from error
+                counts.append(0)
+        return counts
+
     @property
     def encode(self) -> Callable[[Sample], dict[str, Any]] | None:
         """The function that encodes a sample, or None."""

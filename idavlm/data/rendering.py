@@ -117,6 +117,14 @@ def render_chat(
     return RenderedChat(ids, labels, chat.identities(text, encoding, add_generation_prompt=add_generation_prompt))
 
 
+def count_chat_tokens(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]], *, chat_template: str | None = None
+) -> int:
+    """Number of tokens of :func:`render_chat`, without labels."""
+    chat = _Chat(tokenizer, messages, chat_template or tokenizer.chat_template)
+    return len(chat.tokenize([chat.render()])["input_ids"][0])
+
+
 class _Chat:
     """A conversation and its template. In all rendered text, the special tokens of the messages are hidden."""
 

@@ -22,7 +22,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from idavlm._compat import cache_name
+from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.image_arguments import keep_images
+from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.models.packed_identities import unpack_identities
 from idavlm.models.same_model import check_same_model, model_probe
 from idavlm.models.stored_photos import images_to_encode, with_stored
@@ -445,20 +447,38 @@ class ForwardWithIdentities(ReplacedMethod):
     """``forward`` of a model with an attached ID-Former; it takes the identity inputs as further keyword arguments."""
 
     name = "forward"
-    added = (*IDENTITY_INPUTS, "teacher_forcing", "output_identity_maps")
+    added = (*IDENTITY_INPUTS, "token_sample_index", "teacher_forcing", "output_identity_maps")
 
     def __init__(self, model: PreTrainedModel, seam: ImageFeaturesWithIdentities, frozen: list[str]):
         super().__init__(model)
         self.seam = seam
         self.frozen = frozen
 
-    def __call__(self, *args, teacher_forcing: bool = False, output_identity_maps: bool = False, **kwargs):
+    def __call__(
+        self,
+        *args,
+        token_sample_index: Tensor | None = None,
+        teacher_forcing: bool = False,
+        output_identity_maps: bool = False,
+        **kwargs,
+    ):
+        if token_sample_index is None:
+            return self._forward(args, kwargs, teacher_forcing, output_identity_maps, None)
+        kwargs["position_ids"] = packed_positions(self.owner, token_sample_index, kwargs)
+        with packed_rows(self.owner, token_sample_index, kwargs) as of_rows:
+            tokens = tokens_of_samples(token_sample_index)
+            return self._forward(args, kwargs | of_rows, teacher_forcing, output_identity_maps, tokens)
+
+    def _forward(
+        self, args, kwargs: dict[str, Any], teacher_forcing: bool, output_identity_maps: bool, tokens: Tensor | None
+    ):
+        """The forward pass. ``tokens``: where the tokens of each sample are in packed rows, or None."""
         unpack_identities(kwargs)
         inputs = IdentityInputs.pop_from(kwargs)
         if inputs is None:
             return self.original(*args, **kwargs)
         if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
-            _check_rows(self.owner.config, kwargs["input_ids"], inputs)
+            _check_rows(self.owner.config, kwargs["input_ids"], inputs, tokens)
         call = _Call(inputs, teacher_forcing=teacher_forcing)
         with self.seam.calling(call):
             if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None and not args:
@@ -615,9 +635,10 @@ def _attached_forward(model: nn.Module) -> ForwardWithIdentities:
     return forward
 
 
-def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs) -> None:
-    """Check that each row holds the placeholders of the images that ``sample_index`` assigns to it."""
-    placeholders = (input_ids == config.image_token_id).sum(1).tolist()
+def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs, tokens: Tensor | None = None) -> None:
+    """Check that each sample holds the placeholders of the images that ``sample_index`` assigns to it."""
+    is_image = input_ids == config.image_token_id
+    placeholders = (is_image if tokens is None else unpack(is_image, tokens, False)).sum(1).tolist()
     tokens = [0] * len(placeholders)
     for sample, count in zip(inputs.sample_index.tolist(), inputs.num_image_tokens.tolist(), strict=True):
         if not 0 <= sample < len(tokens):

@@ -147,6 +147,7 @@ class IdentityProcessor(ProcessorMixin):
         self.max_length = max_length
         self.placeholder = placeholder or _PLACEHOLDERS.get(type(processor).__name__)
         self.pack_identities = pack_identities
+        self._image_lengths: dict[tuple, int] = {}
         if self.placeholder is None:
             self.placeholder = getattr(processor.tokenizer, "image_token", None) or processor.image_token
         if self.placeholder_id is None or self.placeholder_id == processor.tokenizer.unk_token_id:
@@ -440,6 +441,36 @@ class IdentityProcessor(ProcessorMixin):
             return form.write(part.name, box.box, box_sizes[_key(box.image)])
 
         return read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
+
+    def num_tokens(self, sample: Sample) -> int:
+        """Number of tokens of :meth:`encode`, without decoding an image: for grouping samples by length.
+
+        The headers of the images are read. The number of tokens of an image is found by processing a blank one of the
+        same size, once per size. Text that the wrapped processor adds to a sample is not counted.
+        """
+        loader = self._loader(sample.image_root if sample.image_root is not None else self.image_root)
+        sizes = [_size(image) if isinstance(image, Image.Image) else loader.size(image) for image in sample.images]
+        conversation = self._conversation(sample, sizes)
+        template = self._template(None, {})
+        text, _ = template.render(template.messages_of(conversation, self.identity_format))
+        bos = self.tokenizer.bos_token
+        with_special = bos is None or not text.startswith(bos)
+        ids = self.tokenizer(text, add_special_tokens=with_special)["input_ids"]
+        return len(ids) + sum(self._num_image_tokens(size, is_single=len(sizes) == 1) - 1 for size in sizes)
+
+    def _num_image_tokens(self, size: tuple[int, int], *, is_single: bool) -> int:
+        """Number of tokens that an image of (height, width) takes in a text, alone or among others."""
+        key = size, is_single, self.image_processor.to_json_string()
+        if key not in self._image_lengths:
+            blank = Image.new("RGB", (size[1], size[0]))
+
+            def length(number: int) -> int:
+                output, _ = self._run([self.image_token * number], [[blank] * number], {"return_tensors": "pt"})
+                return output["input_ids"].shape[1]
+
+            special = len(self.tokenizer("")["input_ids"])
+            self._image_lengths[key] = length(1) - special if is_single else length(3) - length(2)
+        return self._image_lengths[key]
 
     def collate(self, encoded: Sequence[dict[str, Any]], *, padding_side: str = "right") -> dict[str, Any]:
         """Batch encoded samples. Use ``padding_side="left"`` for generation.

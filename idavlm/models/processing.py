@@ -26,7 +26,7 @@ from idavlm.data.messages import (
     read_identities,
 )
 from idavlm.data.photos import PhotoLoader
-from idavlm.data.rendering import Segment
+from idavlm.data.rendering import Segment, count_chat_tokens
 from idavlm.data.schema import Part
 from idavlm.data.special_tokens import find_special_tokens, special_tokens
 from idavlm.models.boxes import BoxFormat
@@ -515,6 +515,22 @@ class IDAVLMProcessor(ProcessorMixin):
         """Batch encoded samples. Use ``padding_side="left"`` for generation."""
         return Collator(self.tokenizer.pad_token_id, padding_side=padding_side)(encoded)
 
+    def num_tokens(self, sample: Sample) -> int:
+        """Number of tokens of :meth:`encode`, without decoding an image.
+
+        Of images with boxes in the messages, the header is read. The EXIF orientation of a PNG may be overlooked.
+        """
+        size_in_file = getattr(self.image_loader, "size", None) or self._size_in_file
+
+        def size_of(image: str | Image.Image) -> tuple[int, int]:
+            return size_in_file(sample.image_root, image)
+
+        sample = sample.with_pixel_boxes(size_of)
+        located = {part.image for message in sample.messages for part in message.content if part.type == "box"}
+        messages = self._messages(sample, {image: size_of(image) for image in located})
+        text = count_chat_tokens(self.tokenizer, messages, chat_template=self.chat_template)
+        return text + (len(sample.images) * (self._num_image_tokens() - 1) if sample.images else 0)
+
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
         return self.read_box(text, image_size, name=name)[0]
@@ -537,6 +553,11 @@ class IDAVLMProcessor(ProcessorMixin):
             )
         image = ImageStore(root, resized_size=self._resized_size).open(path)
         return self._prepare(path, image)
+
+    def _size_in_file(self, root: Path | None, image: str | Image.Image) -> tuple[int, int]:
+        if isinstance(image, Image.Image):
+            return image.height, image.width
+        return ImageStore(root or Path.cwd(), resized_size=self._resized_size).size(image)
 
     def _load(self, root: Path | None, image: str | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         if isinstance(image, Image.Image):

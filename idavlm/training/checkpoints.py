@@ -160,6 +160,10 @@ def data_settings(
         settings[f"accelerator_config.{name}"] = getattr(args.accelerator_config, name)
     if not args.auto_find_batch_size:  # otherwise the Trainer restores the batch size that was found
         settings["per_device_train_batch_size"] = args.per_device_train_batch_size
+    if args.image_features is not None:
+        settings["image_features"] = True
+    if args.packing:
+        settings |= {"packing": True, "max_length": args.max_length}
     if general_dataset is not None:
         settings |= {"mixing_mode": args.mixing_mode, "mixing_ratio": args.mixing_ratio}
     return settings
