@@ -97,8 +97,7 @@ def test_parts_that_are_quantised_in_different_ways_are_an_error(base):
         )
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize(("rank", "is_saved"), [(2, False), (2, True), (None, True)])
 def test_a_checkpoint_with_inner_adaptors(base, root, data, tmp_path, rank, is_saved):  # noqa: F811
     """The adaptors are trained on a quantised base without peft; nothing else moves."""
     options = {"inner_adaptors": {"every": 1, "rank": rank}}
@@ -199,6 +198,8 @@ def test_adaptors_on_a_quantised_language_model(base, data):  # noqa: F811
     model = LlamaForCausalLM.from_pretrained(base / "language", quantization_config=config)
     with pytest.raises(ValueError, match="is quantised and cannot be trained; set a rank"):
         add_inner_adaptors(model, every=1)
+    with pytest.raises(ValueError, match="is quantised and cannot be trained; set a rank"):
+        load(base / "whole", inner_adaptors={"every": 1})
     assert add_inner_adaptors(model, every=1, rank=2).inner_adaptor is not None
 
 
@@ -218,7 +219,7 @@ def test_wrong_arguments(options, message):
 
 def test_a_part_without_linear_layers(monkeypatch):
     model = small_model(small_processor())
-    with pytest.raises(ValueError, match="'vision_tower', but ResNetModel has no linear layers"):
+    with pytest.raises(ValueError, match="'vision_tower', but its ResNetModel has no linear layers"):
         quantization_config(QuantizationArguments(), model.config)
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match=r"idavlm\[qlora\]"):
