@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "convert": "convert a released checkpoint to idavlm",
+    "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from idavlm._compat import cache_name, takes_cache
+from idavlm._compat import cache_name, keep_4bit_layout, takes_cache
 from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
@@ -26,10 +26,11 @@ from idavlm.models.image_batch import ImageBatch
 from idavlm.models.packed_attention import packed_rows
 from idavlm.models.packed_identities import unpack_token_identities
 from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
+from idavlm.models.quantized_parts import adopt_quantization
 from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto, images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
-from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
+from idavlm.modules import IDFormer, ImageIndexEmbedding, add_inner_adaptors, build_connector
 from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes_workflow
 from idavlm.utils import IGNORE_INDEX, ImageRole
 
@@ -202,6 +203,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             if part is not None:
                 part.to(device=language_model.device, dtype=language_model.dtype)
         model.generation_config = language_model.generation_config
+        adopt_quantization(model, {"vision_tower": vision_tower, "language_model": language_model})
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -235,6 +237,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         super().initialize_weights()
         if self._joint_was_built_empty:
             self._initialise_missing()
+        keep_4bit_layout(self)
 
     def encode_images(
         self,
@@ -423,7 +426,8 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             features, grid_size = self.image_features(pixel_values)
         else:
             features, grid_size = image_features, None
-        dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
+        parameters = (parameter for parameter in self._joint.parameters() if parameter.is_floating_point())
+        dtype = next((parameter.dtype for parameter in parameters), self.dtype)  # others are quantised
         needs_samples = self.id_former is not None and image_roles is not None
         if sample_index is None and (needs_samples or self.image_index_embedding is not None):
             raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
@@ -466,7 +470,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             )
             if output_identity_maps:
                 image_tokens, maps = image_tokens
-        elif isinstance(self.connector, Resampler):
+        elif self.config.connector == "resampler":  # its class may be hidden by a wrapper, for example of peft
             image_tokens = self.connector(images.features, grid_size=images.grid_size)
         else:
             image_tokens = self.connector(images.features)
@@ -547,12 +551,17 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         if self.config.inner_adaptors is not None:
             parts[self.language_model.inner_adaptor] = new_adaptors
             self.language_model.requires_grad_(False)  # from_pretrained has replaced the frozen parameters
-            self.language_model.inner_adaptor.requires_grad_(True)
+            inner_adaptor = self.language_model.inner_adaptor
+            inner_adaptor.share_base_layers(self.language_model)  # they may have been replaced by quantised ones
+            for parameter in inner_adaptor.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())  # others are quantised
         for part, build in parts.items():
+            quantized = [name for name, parameter in part.named_parameters() if not parameter.is_floating_point()]
             missing = {
                 name: tensor
                 for name, tensor in part.state_dict(keep_vars=True).items()
-                if not getattr(tensor, "_is_hf_initialized", False)
+                # 4-bit weights have further entries, such as weight.absmax
+                if not getattr(tensor, "_is_hf_initialized", False) and not name.startswith(tuple(quantized))
             }
             initial = build().state_dict() if missing else {}
             for name, tensor in missing.items():

@@ -14,6 +14,7 @@ from transformers import ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available, logging
 
+from idavlm._compat import keep_4bit_layout, quantized_base_may_train
 from idavlm.data import DualDataLoader, LengthGroupedSampler, PackingCollator, token_counts
 from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.modules import train_workflow, use_workflow
@@ -43,6 +44,7 @@ from idavlm.training.checks import (
     check_trains,
 )
 from idavlm.training.frozen_tower import use_image_features
+from idavlm.training.lora import check_adapter, save_beside_adapter
 from idavlm.training.losses import (
     LossAverages,
     LossCounts,
@@ -154,7 +156,9 @@ class IDTrainer(Trainer):
             processing_class = data_collator.__self__
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
-        super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
+        keep_4bit_layout(model)
+        with quantized_base_may_train(model):
+            super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
         inner_model = _without_wrappers(self.accelerator, model)
         if args.packing:
             check_packing(inner_model, args, self.processing_class)
@@ -237,6 +241,7 @@ class IDTrainer(Trainer):
         self._scenes_before = 0
         if _is_peft_model(self.model):
             check_saved_by_adapter(self.model)
+            check_adapter(self.model)
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
             if not self.args.ignore_data_skip:
@@ -449,6 +454,11 @@ class IDTrainer(Trainer):
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             begin_checkpoint(folder, self.args, self._settings, supervised_scenes=self._supervised_scenes)
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and _is_peft_model(self.model):
+            save_beside_adapter(self.model, self.args.output_dir if output_dir is None else output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load weights by the names under which ``save_pretrained`` wrote them. All of them must be there."""
