@@ -421,7 +421,9 @@ class IDFormer(nn.Module):
         query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
         null = keys.new_zeros(0, keys.shape[-1]) if self.null_token is None else self.null_token
         # Numbered over the batch: the same identity index in different samples gives different numbers.
-        num_identities = int(torch.cat([identity_index[is_reference], targets.flatten()]).max()) + 1 if len(image) else 1
+        num_identities = (
+            int(torch.cat([identity_index[is_reference], targets.flatten()]).max()) + 1 if len(image) else 1
+        )
         owner = (sample_index * num_identities + identity_index)[is_reference]
         loss = identity_contrastive_loss(
             attention.queries(patches[image, patch], query_bias[patch]),

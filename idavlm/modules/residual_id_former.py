@@ -417,7 +417,8 @@ class ResidualIDFormer(nn.Module):
     ) -> Tensor:
         num_identities = shares.shape[-1]
         if num_identities == 0:
-            return shares.new_zeros(len(shares), self.token_size)
+            nothing = shares.new_zeros(len(shares), self.token_size)
+            return nothing if name_embeddings is None else nothing + name_embeddings[:, :0].sum().to(nothing)
         samples = sample_index.tolist()
         if name_embeddings is None or name_embeddings.shape[1] < num_identities or len(name_embeddings) <= max(samples):
             raise ValueError(

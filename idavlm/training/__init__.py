@@ -2,7 +2,15 @@
 
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.checkpoints import last_complete_checkpoint
+from idavlm.training.distributed import fsdp_wrap_classes, fully_shard_model
 from idavlm.training.non_finite import NonFiniteLossError
 from idavlm.training.trainer import IDTrainer
 
-__all__ = ["IDTrainer", "IDTrainingArguments", "NonFiniteLossError", "last_complete_checkpoint"]
+__all__ = [
+    "IDTrainer",
+    "IDTrainingArguments",
+    "NonFiniteLossError",
+    "fsdp_wrap_classes",
+    "fully_shard_model",
+    "last_complete_checkpoint",
+]

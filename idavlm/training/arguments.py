@@ -36,6 +36,9 @@ class IDTrainingArguments(TrainingArguments):
         teacher_forcing_steps: number of steps at the start of training in which image tokens get the identity
             embeddings of the ground-truth boxes instead of those that the identity attention predicts. It needs an
             ID-Former with ``identity_embedding``.
+        gather_references: compute the contrastive loss over the references of all processes, as CLIP compares with the
+            texts of all processes. Then two processes with one batch each have the loss of one process with both. False
+            saves communication and memory; each process then compares with the references of its own batch.
         non_finite_loss: what happens if a loss or a gradient is NaN or infinite. ``"stop"`` raises
             :class:`NonFiniteLossError` before the optimizer uses it. ``"skip"`` leaves out the step, logs the number of
             steps left out since the last entry as ``skipped_steps``, and stops after ten in a row.
@@ -69,6 +72,9 @@ class IDTrainingArguments(TrainingArguments):
     teacher_forcing_steps: int = field(
         default=0, metadata={"help": "Steps in which image tokens get the identity embeddings of the boxes."}
     )
+    gather_references: bool = field(
+        default=True, metadata={"help": "Compute the contrastive loss over the references of all processes."}
+    )
     non_finite_loss: str = field(
         default="stop",
         metadata={"help": "What happens if a loss is NaN or infinite.", "choices": list(ON_NON_FINITE_LOSS)},
@@ -78,6 +84,10 @@ class IDTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            # Some parameters get no gradient on any process: poolers and layers after vision_feature_layer; in identity
+            # pretraining the language model. With gradient checkpointing, transformers would not look for them.
+            self.ddp_find_unused_parameters = True
         self._check_inherited()
         self._check_stage()
         check_choice("non_finite_loss", self.non_finite_loss, ON_NON_FINITE_LOSS)
@@ -163,6 +173,3 @@ class IDTrainingArguments(TrainingArguments):
                 f"neftune_noise_alpha={self.neftune_noise_alpha} has no effect with stage='identity_pretraining', "
                 "which does not run the language model; leave it out."
             )
-        if self.ddp_find_unused_parameters is None:
-            # The parameters of the language model and of the resampler get no gradient in this stage.
-            self.ddp_find_unused_parameters = True

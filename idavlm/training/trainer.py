@@ -37,7 +37,9 @@ from idavlm.training.checks import (
     check_pretraining_batch,
     check_stage,
     check_trains,
+    has_contrastive_loss,
 )
+from idavlm.training.distributed import check_engine, check_optimizer, set_wrap_classes
 from idavlm.training.losses import (
     LossAverages,
     LossCounts,
@@ -83,8 +85,8 @@ class IDTrainer(Trainer):
     optimizer step on all processes. What is minimised is the sum over the sources, times ``loss_weights``, plus the
     auxiliary loss of the model, which is a mean over the supervised scenes of the global batch, times the weight of
     "identity". The split of the global batch into micro-batches and over processes does not change it, except for the
-    contrastive loss, which compares the identities of one micro-batch. The losses of an evaluation are means over the
-    whole data set.
+    contrastive loss, which compares the identities of one micro-batch on all processes (``gather_references``). The
+    losses of an evaluation are means over the whole data set.
 
     Log entries have ``loss_identity`` and ``loss_general``, the language loss of each source since the last entry
     without loss weights, and ``identity_map_loss``. Any transformers model can be trained: where the outputs have no
@@ -150,6 +152,10 @@ class IDTrainer(Trainer):
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
         super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
+        check_engine(args, self.accelerator)
+        check_optimizer(self.optimizer, self.accelerator)
+        set_wrap_classes(self.accelerator, model)
+        self._gathers_references = args.gather_references and has_contrastive_loss(model)
         if args.non_finite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "non_finite_loss='skip' has no effect with DeepSpeed, which updates the weights right after the "
@@ -266,6 +272,13 @@ class IDTrainer(Trainer):
         # Of a step that is skipped, the Trainer's own sum must not become NaN.
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
+    def _prepare_input(self, data):
+        """Boxes keep their precision, which DeepSpeed would reduce to that of the model."""
+        if not isinstance(data, Mapping) or data.get("boxes") is None:
+            return super()._prepare_input(data)
+        boxes = data["boxes"].to(self.args.device)
+        return super()._prepare_input({**data, "boxes": None}) | {"boxes": boxes}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The share of a micro-batch in the loss of the global batch.
 
@@ -280,6 +293,8 @@ class IDTrainer(Trainer):
         if self.args.stage == "identity_pretraining":
             check_pretraining_batch(batch, sample_ids)
         sources, sample_source = batch.pop("source", "identity"), batch.pop("sample_source", None)
+        if model.training and self._gathers_references and self.accelerator.num_processes > 1:
+            batch["gather_references"] = True
         if self.args.stage == "identity_pretraining":
             losses, outputs = {}, self._identity_pretraining_outputs(model, batch)
         else:

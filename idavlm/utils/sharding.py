@@ -1,5 +1,8 @@
 """Parameters that are partitioned over processes by ZeRO-3 or FSDP2, and the number of processes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +23,11 @@ def is_zero3_parameter(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether this process has a part of the elements of a tensor only."""
+    return is_zero3_parameter(tensor) or hasattr(tensor, "full_tensor")
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all of its elements, on the CPU. All processes must call this function for it."""
     if is_zero3_parameter(tensor):
@@ -37,14 +45,16 @@ def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return {name: whole_tensor(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
-def writes_files() -> bool:
-    """Whether this process writes what all processes have: the first one does."""
-    return process_index() == 0
+@contextmanager
+def writing_once(module: nn.Module) -> Iterator[bool]:
+    """Within the block, files with the whole tensors of ``module`` are written if the yielded value is True.
 
-
-def wait_for_files() -> None:
-    """Wait until the process that :func:`writes_files` has written them."""
-    if num_processes() > 1:
+    If its parameters are partitioned, all processes enter the block to gather them. The first one writes, and the
+    others wait for it. Whole parameters are written by every process that enters.
+    """
+    partitioned = any(is_partitioned(parameter) for parameter in module.parameters())
+    yield not partitioned or process_index() == 0
+    if partitioned and num_processes() > 1:
         dist.barrier()
 
 
