@@ -23,9 +23,14 @@ def is_zero3_parameter(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_sharded_by_fsdp(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``, as FSDP2 makes of parameters."""
+    return hasattr(tensor, "full_tensor")
+
+
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether this process has a part of the elements of a tensor only."""
-    return is_zero3_parameter(tensor) or hasattr(tensor, "full_tensor")
+    return is_zero3_parameter(tensor) or is_sharded_by_fsdp(tensor)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -35,9 +40,22 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
         with GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
-    if hasattr(tensor, "full_tensor"):  # a DTensor
+    if is_sharded_by_fsdp(tensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu()
+
+
+@contextmanager
+def gathered_for_copy(module: nn.Module) -> Iterator[None]:
+    """Within the block, the parameters of ``module`` that ZeRO-3 partitions are whole, so that it can be copied."""
+    parameters = [parameter for parameter in module.parameters() if is_zero3_parameter(parameter)]
+    if not parameters:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(parameters):
+        yield
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:

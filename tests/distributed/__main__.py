@@ -1,6 +1,7 @@
 """All models, kinds of batches and ways of distributed training: ``python -m tests.distributed``.
 
-Two processes on the CPU. ``--write`` writes the table of docs/howto/distributed.md, and ends with an error if a case fails.
+Two processes on the CPU. ``--write`` writes the table of docs/howto/distributed.md. A case that fails ends
+the program with an error.
 """
 
 import argparse
@@ -12,23 +13,22 @@ from pathlib import Path
 from idavlm.utils import describe_machine, markdown_table
 from tests.distributed import cases
 from tests.distributed.compare import differences, fault
-from tests.distributed.launch import ROOT, run_cases
+from tests.distributed.launch import ROOT, Case, run_cases
 from tests.distributed.runs import STRATEGIES
 
 PAGE = ROOT / "docs" / "howto" / "distributed.md"
 BEGIN, END = "<!-- table of make test-distributed -->\n", "<!-- end of the table -->\n"
 
 
-def table(results: dict[str, dict[tuple, dict]], strategies: list[str], pairs: list[tuple[str, str]]) -> str:
-    rows, expected = [], results["one process"]
-    for name in dict.fromkeys(name for name, _ in pairs):
-        for kind in dict.fromkeys(kind for model, kind in pairs if model == name):
-            pair, cells = (name, kind), []
-            for strategy in strategies:
-                found = results[strategy][pair]
-                wrong = fault(strategy, found, expected[pair])
-                cells.append("fails" if wrong else f"{differences(found, expected[pair])['losses']:.0e}")
-            rows.append([name, kind, *cells])
+def table(results: dict[Case, dict], strategies: list[str], pairs: list[tuple[str, str]]) -> str:
+    rows = []
+    for pair in pairs:
+        expected, cells = results[("one process", *pair)], []
+        for strategy in strategies:
+            found = results[(strategy, *pair)]
+            wrong = fault(strategy, found, expected)
+            cells.append("fails" if wrong else f"{differences(found, expected)['losses']:.0e}")
+        rows.append([*pair, *cells])
     return markdown_table(["model", "batches", *strategies], rows)
 
 
@@ -52,13 +52,13 @@ def main() -> None:
         cases.draw(folder / "images")
         start, results, faults = time.time(), {}, []
         for strategy in ["one process", *options.strategies]:
-            log = folder / f"{strategy.replace(' ', '_')}.log"
-            results[strategy] = run_cases(strategy, folder, pairs, log)
+            chosen = [(strategy, *pair) for pair in pairs]
+            results |= run_cases(folder, chosen, processes=1 if strategy == "one process" else 2)
             print(f"{strategy}: {len(pairs)} cases, {time.time() - start:.0f} s", flush=True)
-            for pair, found in results[strategy].items():
-                wrong = fault(strategy, found, results["one process"][pair])
+            for case in chosen:
+                wrong = fault(strategy, results[case], results[("one process", *case[1:])])
                 if strategy != "one process" and wrong:
-                    faults.append(f"{strategy}, {pair[0]}, {pair[1]}: {wrong}")
+                    faults.append(f"{', '.join(case)}: {wrong}")
                     print(faults[-1], flush=True)
         text = table(results, options.strategies, pairs)
         print(text)

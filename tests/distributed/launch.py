@@ -13,6 +13,9 @@ import torch
 
 from tests.distributed.worker import result_file
 
+Case = tuple[str, str, str]
+"""Strategy, model and kind of batches."""
+
 ROOT = Path(__file__).parent.parent.parent
 PROCESSES = 2
 
@@ -48,37 +51,34 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
         process.wait()
 
 
-def run_cases(strategy: str, folder: Path, pairs: Sequence[tuple[str, str]], log: Path) -> dict[tuple, dict[str, Any]]:
-    """Run cases and return their results; a case that hung or failed has an ``error`` and does not end the others."""
-    results: dict[tuple, dict[str, Any]] = {}
-    processes = 1 if strategy == "one process" else PROCESSES
-    while waiting := [pair for pair in pairs if pair not in results]:
-        with log.open("a") as output:
-            cases = [f"{name}:{kind}" for name, kind in waiting]
+def run_cases(folder: Path, cases: Sequence[Case], *, processes: int = PROCESSES) -> dict[Case, dict[str, Any]]:
+    """Run cases and return their results; a case that hung or failed has an ``error`` and does not end the others.
+
+    What the processes print is in ``folder/log``.
+    """
+    results: dict[Case, dict[str, Any]] = {}
+    while waiting := [case for case in cases if case not in results]:
+        with (folder / "log").open("a") as log:
+            arguments = [":".join(case) for case in waiting]
             workers = start(
-                "tests.distributed.worker",
-                strategy,
-                str(folder),
-                *cases,
-                processes=processes,
-                stderr=output,
-                stdout=output,
+                "tests.distributed.worker", str(folder), *arguments, processes=processes, stderr=log, stdout=log
             )
             try:
                 failed = _wait(workers)
             finally:
                 end(workers)
-        for pair in waiting:
-            files = [result_file(folder, strategy, *pair, rank) for rank in range(processes)]
-            if failed and not all(file.exists() for file in files):
-                results[pair] = {"error": "hung", "seconds": 0.0}
+        for case in waiting:
+            files = [result_file(folder, case, rank) for rank in range(processes)]
             found = [torch.load(file) for file in files if file.exists()]
             errors = [result["error"] for result in found if "error" in result]
             if errors:
-                results[pair] = {"error": "; ".join(errors), "seconds": 0.0}
-            if pair in results:
-                break
-            results[pair] = found[0]
+                results[case] = {"error": "; ".join(errors), "seconds": 0.0}
+            elif failed and len(found) < processes:
+                results[case] = {"error": "hung", "seconds": 0.0}
+            else:
+                results[case] = found[0]
+                continue
+            break  # the processes ended with this case
     return results
 
 

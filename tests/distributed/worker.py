@@ -1,8 +1,8 @@
-"""One process of a distributed run: ``python -m tests.distributed.worker STRATEGY FOLDER NAME:KIND ...``.
+"""One process of a distributed run: ``python -m tests.distributed.worker FOLDER STRATEGY:MODEL:KIND ...``.
 
 The environment variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun does; without
 them it is a run of one process. All cases share one process group, since a start takes longer than a case. Every
-process writes the result of every case to ``FOLDER/STRATEGY-NAME-KIND-RANK.pt``. A case that takes longer than
+process writes the result of every case to ``FOLDER/STRATEGY-MODEL-KIND-RANK.pt``. A case that takes longer than
 :data:`TIME_LIMIT` ends the process with the traceback of where it hangs.
 """
 
@@ -24,32 +24,31 @@ FIRST_TIME_LIMIT = 300
 """Seconds for the first case, in which DeepSpeed compiles its operators."""
 
 
-def result_file(folder: Path, strategy: str, name: str, kind: str, rank: int) -> Path:
-    return folder / f"{strategy}-{name}-{kind}-{rank}.pt".replace(" ", "_")
+def result_file(folder: Path, case: tuple[str, str, str], rank: int) -> Path:
+    return folder / f"{'-'.join(case)}-{rank}.pt".replace(" ", "_")
 
 
 def main() -> None:
-    strategy, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     rank, images = int(os.environ.get("RANK", 0)), folder / "images"
-    compiles = strategy.startswith("ZeRO")
-    for number, case in enumerate(sys.argv[3:]):
-        name, kind = case.split(":")
-        limit = FIRST_TIME_LIMIT if compiles and number == 0 else TIME_LIMIT
+    for number, text in enumerate(sys.argv[2:]):
+        case = tuple(text.split(":"))
+        limit = FIRST_TIME_LIMIT if number == 0 else TIME_LIMIT
         faulthandler.dump_traceback_later(limit, exit=True)
-        start, part = time.time(), folder / "runs" / f"{strategy}-{name}-{kind}"
+        start, part = time.time(), folder / "runs" / text
         try:
-            found = runs.run(part, strategy, name, kind, images)
+            found = runs.run(part, *case, images)
         except BaseException as error:  # the other process may wait for this one
             found = {"error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
         faulthandler.cancel_dump_traceback_later()
         found["seconds"] = time.time() - start
-        torch.save(found, result_file(folder, strategy, name, kind, rank))
+        torch.save(found, result_file(folder, case, rank))
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         if "error" in found:
-            print(f"rank {rank}: {case} failed: {found['error']}", flush=True)
+            print(f"rank {rank}: {text} failed: {found['error']}", flush=True)
             os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
