@@ -31,8 +31,8 @@ from tests.small_models import TOWERS
 class Run:
     """Child processes that train from the last complete checkpoint in ``folder``, or from the start.
 
-    They are copies of this process, which saves the time of all imports. This process has no threads, which a copy would
-    lack.
+    They are copies of this process, which saves the time of all imports. This process has no threads, which a copy
+    would lack.
     """
 
     def __init__(self, data: Path, folder: Path, tower: str, processes: int) -> None:
@@ -86,7 +86,7 @@ class Run:
         return False
 
     def moment(self) -> str:
-        """What the run is doing: a ``"checkpoint"`` that has begun and not ended, an ``"evaluation"`` or a ``"step"``."""
+        """What the run is doing: ``"checkpoint"`` if one has begun and not ended, ``"evaluation"`` or ``"step"``."""
         for begun in self.folder.glob("checkpoint-*/run_state.json"):
             with contextlib.suppress(FileNotFoundError):
                 if begun.stat().st_mtime > self.start and not (begun.parent / "trainer_state.json").exists():
@@ -108,7 +108,7 @@ class Run:
 
 
 def losses(folder: Path) -> dict[tuple[int, bool], dict]:
-    """Losses by step, and those of evaluations. A step that was repeated has several lines; the last of these counts."""
+    """Losses by step, and those of evaluations. A step that was repeated has several lines; the last one counts."""
     lines = []
     for line in (folder / "losses.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):  # the process was killed while it wrote the line

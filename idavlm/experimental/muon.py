@@ -30,10 +30,10 @@ def muon_adamw(
 
         IDTrainer(model, args, optimizers=(muon_adamw(model, learning_rate=6e-3), None), ...)
 
-    Parameters that ``IDTrainingArguments.freeze`` freezes get no gradient and are not updated. It works with DDP and, in
-    a loop of your own, with FSDP2 (call it after :func:`idavlm.training.fully_shard_model`). It does not work with
-    DeepSpeed, whose ZeRO stages join all matrices to one vector; ``IDTrainer`` refuses that. transformers accepts no
-    ``optimizers`` together with FSDP.
+    Parameters that ``IDTrainingArguments.freeze`` freezes get no gradient and are not updated. It works with DDP
+    and, in a loop of your own, with FSDP2 (call it after :func:`idavlm.training.fully_shard_model`). It does not work
+    with DeepSpeed, whose ZeRO stages join all matrices to one vector; ``IDTrainer`` refuses that. transformers accepts
+    no ``optimizers`` together with FSDP.
 
     Args:
         model: the model.
