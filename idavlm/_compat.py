@@ -9,6 +9,7 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`encodes_images_before_generation` | transformers < 5.24 encodes images in the first pass of ``generate`` |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 """
 
@@ -174,6 +175,12 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
 
 def _shapes(name: str, saved: torch.Size, expected: torch.Size) -> str:
     return f"{name} has shape {list(saved)} instead of {list(expected)}"
+
+
+def encodes_images_before_generation(model: Any) -> bool:
+    """Whether ``generate`` of a model encodes its images before the first forward pass, from transformers 5.24 on."""
+    supports = getattr(model, "_supports_mm_encoder_outputs", None)
+    return supports is not None and bool(supports())
 
 
 def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[list[dict[str, Any]]]]:

@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLog
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from idavlm._compat import cache_in, cache_name
+from idavlm._compat import cache_in, cache_name, encodes_images_before_generation
 from idavlm.models.dummy_image import dummy_image_arguments, runs_all_modules, statistics_kept
 from idavlm.models.image_arguments import keep_images
 from idavlm.models.packed_identities import unpack_identities
@@ -38,6 +38,8 @@ WEIGHTS, CONFIG = "id_former.safetensors", "id_former.json"
 """Files that :func:`save_id_former` writes."""
 
 CACHE = cache_name()
+ENCODED_IMAGES = "mm_encoder_outputs"
+"""Keyword argument in which transformers' ``generate`` passes images that it has encoded before the first pass."""
 
 
 @dataclass(eq=False)
@@ -178,7 +180,7 @@ def attach_id_former(
         BaseForwardWithIdentities(model, base, seam),
         ForwardWithIdentities(model, seam, frozen),
         GenerationWithIdentities(model),
-        GenerateWithIdentities(model),
+        GenerateWithIdentities(model, seam),
     ):
         method.install()
     return model
@@ -348,7 +350,9 @@ class ImageFeaturesWithIdentities(ReplacedMethod):
         passed = IdentityInputs.pop_from(kwargs)
         call = self.call if passed is None else _Call(passed)
         if call is None:
-            return self.original(*args, **kwargs)
+            if not runs_all_modules(self.model):
+                return self.original(*args, **kwargs)
+            call = _Call(None)
         as_dict = kwargs.get("return_dict")
         arguments = inspect.signature(self.original).bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
@@ -424,9 +428,9 @@ class ImageFeaturesWithIdentities(ReplacedMethod):
         Returns:
             0, which depends on the parameters of these modules.
         """
-        names = inspect.signature(self.original).parameters
+        arguments = dummy_image_arguments(self.model.config, self.original, device)
         with statistics_kept(self.owner):
-            output = self.original(**dummy_image_arguments(self.model, set(names), device), return_dict=True)
+            output = self.original(**arguments, return_dict=True)
         flat = _flat(output.pooler_output)[:0]
         levels = [_flat(level)[:0] for level in output.get("deepstack_features") or ()]
         self._run_id_former(call, ImageTokens(flat, (), ()), _general_roles(0), levels)
@@ -591,7 +595,11 @@ class BaseForwardWithIdentities(ReplacedMethod):
         if call is None:
             return self._forward(*args, **kwargs)
         with self.seam.calling(call):
-            if runs_all and kwargs.get("pixel_values") is None and not _is_continued(cache_in(args, kwargs)):
+            # generate encodes images before the first pass, see GenerateWithIdentities.
+            has_images = any(
+                name in kwargs for name in ("pixel_values", ENCODED_IMAGES) if kwargs.get(name) is not None
+            )
+            if runs_all and not has_images and not _is_continued(cache_in(args, kwargs)):
                 return self._forward_with_dummy_image(call, *args, **kwargs)
             return self._forward(*args, **kwargs)
 
@@ -636,12 +644,22 @@ class GenerateWithIdentities(ReplacedMethod):
 
     transformers' own ``generate`` fails after an image token without a cache, and goes on with a wrong embedding with
     one. Without identities that stays as it is.
+
+    Where all modules have to run, a prompt without images runs a dummy image where others encode theirs.
     """
 
     name = "generate"
     added = ()
 
+    def __init__(self, owner: nn.Module, seam: ImageFeaturesWithIdentities):
+        super().__init__(owner)
+        self.seam = seam
+
     def __call__(self, *args, **kwargs):
+        has_images = kwargs.get("pixel_values") is not None
+        if not has_images and encodes_images_before_generation(self.owner) and runs_all_modules(self.owner):
+            with torch.no_grad():
+                self.seam.run_on_dummy_image(_Call(None), self.owner.device)
         given = dict(kwargs)
         unpack_identities(given)
         if any(given.get(name) is not None for name in IDENTITY_INPUTS):

@@ -1,14 +1,15 @@
 """The dummy image of a batch without images: every process runs the same modules, whatever its batch holds.
 
 ZeRO-3 and FSDP gather the parameters of a module when it runs, which all processes have to do together. If the batch of
-one process has no images, it runs the vision tower on one black image and uses none of its tokens: the outputs are
+one process has no images, it runs the vision tower on one white image and uses none of its tokens: the outputs are
 bit-identical to those without it, and the gradients of the tower are zeros.
 
 This happens where parameters are partitioned or where there are several processes, in training, evaluation and
 generation. In one process with whole parameters it would only take time.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,35 +31,36 @@ def runs_all_modules(model: nn.Module) -> bool:
 
 
 def dummy_pixels(vision_tower: nn.Module, device: torch.device) -> Tensor:
-    """One black image ``[1, 3, H, W]`` for a vision tower."""
+    """One white image ``[1, 3, H, W]`` for a vision tower."""
     size = _image_size(vision_tower.config, getattr(vision_tower, "timm_model", None))
-    return torch.zeros(1, getattr(vision_tower.config, "num_channels", 3), *size, device=device)
+    return torch.ones(1, getattr(vision_tower.config, "num_channels", 3), *size, device=device)
 
 
-def dummy_image_arguments(model: nn.Module, names: set[str], device: torch.device) -> dict[str, Any]:
-    """Arguments of ``get_image_features`` of a transformers model for one black image.
+def dummy_image_arguments(config, method: Callable, device: torch.device) -> dict[str, Any]:
+    """Arguments of ``get_image_features`` of a transformers model for one white image.
 
     Args:
-        model: the model.
-        names: the parameters of its ``get_image_features``.
+        config: configuration of the model.
+        method: its ``get_image_features``.
         device: the device of the arguments.
     """
-    config = model.config
+    parameters = inspect.signature(method).parameters
     vision_config = getattr(config, "vision_config", config)
-    if "image_grid_thw" in names:  # Qwen-VL, GLM-V: one row per patch
+    if "image_grid_thw" in parameters:  # Qwen-VL, GLM-V: one row per patch
         side = vision_config.spatial_merge_size
         channels = getattr(vision_config, "in_channels", getattr(vision_config, "in_chans", 3))
         width = channels * vision_config.temporal_patch_size * vision_config.patch_size**2
         return {
-            "pixel_values": torch.zeros(side**2, width, device=device),
+            "pixel_values": torch.ones(side**2, width, device=device),
             "image_grid_thw": torch.tensor([[1, side, side]], device=device),
         }
     height, width = _image_size(vision_config)
-    pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), height, width, device=device)
-    if "pixel_attention_mask" in names:  # Idefics 3, SmolVLM: samples of tiles
+    pixels = torch.ones(1, getattr(vision_config, "num_channels", 3), height, width, device=device)
+    if "pixel_attention_mask" in parameters:  # Idefics 3, SmolVLM: samples of tiles
         mask = torch.ones(1, 1, height, width, dtype=torch.bool, device=device)
         return {"pixel_values": pixels[None], "pixel_attention_mask": mask}
-    if "image_sizes" not in names:
+    sizes = parameters.get("image_sizes")
+    if sizes is None or sizes.default is not inspect.Parameter.empty:  # LLaVA takes them for another tower
         return {"pixel_values": pixels}
     sizes = torch.tensor([[height, width]], device=device)
     if getattr(config, "image_grid_pinpoints", None) is None:

@@ -140,7 +140,7 @@ def identity_map_loss(
         reduction: ``"mean"`` over the images that count and have a labelled patch, 0 if there are none; or ``"none"``.
 
     Returns:
-        float32 scalar; with ``reduction="none"`` the loss of each image ``[I]``, 0 for images without one.
+        Scalar, at least float32; with ``reduction="none"`` the loss of each image ``[I]``, 0 for images without one.
 
     Raises:
         ValueError: shapes that do not fit, or a target identity that has no reference in the sample of the image.
@@ -170,7 +170,8 @@ def identity_map_loss(
             "the patch out."
         )
     column = targets.where(is_identity, num_identities)
-    share = identity_map.float().gather(-1, column[..., None]).squeeze(-1)
+    dtype = torch.promote_types(identity_map.dtype, torch.float32)
+    share = identity_map.to(dtype).gather(-1, column[..., None]).squeeze(-1)
     nll = -share.clamp(min=torch.finfo(torch.float32).tiny).log()
     counted = labelled & has_reference.any(-1, keepdim=True)
     per_image = (nll * counted).sum(1) / counted.sum(1).clamp(min=1)

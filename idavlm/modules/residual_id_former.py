@@ -317,6 +317,8 @@ class ResidualIDFormer(nn.Module):
         identity_index: Tensor | None,
     ) -> Tensor:
         """Mean over layers of the loss of each image, ``[I]``; see :meth:`IDFormer.identity_map_loss`."""
+        if not lengths:
+            return torch.stack([identity_map.sum(-1) for identity_map in identity_maps]).mean(0)
         if self.null_token is None:
             targets = targets.masked_fill(targets == NULL, IGNORE_INDEX)
         num_identities = identity_maps[0].shape[-1] - 1

@@ -136,7 +136,7 @@ def samples(letters: str, processor, images: Path) -> list[dict[str, Any]]:
 
 def prompt(letter: str, processor, images: Path) -> dict[str, Any]:
     """A batch of one prompt for ``generate``."""
-    entry = _record(letter, 0)
+    entry = _record(letter, 0) | {"type": "caption_single", "answer": "Tom."}
     entry["messages"] = entry["messages"][:1]
     parsed = parse_sample(entry, where="prompt", image_root=images)
     batch = processor.collate([processor.encode(parsed, add_generation_prompt=True)], padding_side="left")
