@@ -12,6 +12,7 @@ from transformers import ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available, logging
 
+from idavlm._compat import optimizer_state_may_lack_parameters
 from idavlm.data import DualDataLoader
 from idavlm.modules import train_workflow, use_workflow
 from idavlm.training.arguments import IDTrainingArguments
@@ -433,7 +434,8 @@ class IDTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         options = group_options(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with optimizer_state_may_lack_parameters() if self.is_fsdp_enabled else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
         check_same_options(checkpoint, group_options(self.optimizer), options)
 
     def _load_best_model(self):

@@ -50,16 +50,16 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         cases.draw(folder / "images")
-        start, results, faults = time.time(), {}, []
-        for strategy in ["one process", *options.strategies]:
-            chosen = [(strategy, *pair) for pair in pairs]
-            results |= run_cases(folder, chosen, processes=1 if strategy == "one process" else 2)
-            print(f"{strategy}: {len(pairs)} cases, {time.time() - start:.0f} s", flush=True)
-            for case in chosen:
-                wrong = fault(strategy, results[case], results[("one process", *case[1:])])
-                if strategy != "one process" and wrong:
-                    faults.append(f"{', '.join(case)}: {wrong}")
-                    print(faults[-1], flush=True)
+        start, faults = time.time(), []
+        results = run_cases(folder, [("one process", *pair) for pair in pairs], processes=1)
+        chosen = [(strategy, *pair) for strategy in options.strategies for pair in pairs]
+        results |= run_cases(folder, chosen)
+        print(f"{len(results)} runs, {time.time() - start:.0f} s", flush=True)
+        for case in chosen:
+            wrong = fault(case[0], results[case], results[("one process", *case[1:])])
+            if wrong:
+                faults.append(f"{', '.join(case)}: {wrong}")
+                print(faults[-1], flush=True)
         text = table(results, options.strategies, pairs)
         print(text)
     if options.write:

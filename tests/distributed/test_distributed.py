@@ -6,7 +6,7 @@ from tests.distributed import cases, runs
 from tests.distributed.compare import fault
 from tests.distributed.launch import run_cases
 
-PAIRS = [("ID-Former", "mixed"), ("attached", "mixed"), ("inner adaptors", "mixed"), ("ID-Former", "no boxes")]
+PAIRS = [("ID-Former", "mixed"), ("attached", "mixed"), ("inner adaptors", "mixed")]
 CASES = [(strategy, *pair) for strategy in ("DDP", "FSDP2 by hand") for pair in PAIRS]
 
 
