@@ -36,9 +36,9 @@ def is_partitioned(tensor: Tensor) -> bool:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor with all of its elements, on the CPU. All processes must call this function for it."""
     if is_zero3_parameter(tensor):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([tensor]):
+        with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
     if is_sharded_by_fsdp(tensor):
         tensor = tensor.full_tensor()
@@ -52,9 +52,9 @@ def gathered_for_copy(module: nn.Module) -> Iterator[None]:
     if not parameters:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters):
         yield
 
 
