@@ -1,4 +1,4 @@
-"""Workarounds for versions of transformers and bitsandbytes. No other file of the package asks for a version.
+"""Workarounds for versions of other packages. No other file of the package asks for a version.
 
 Each function names the versions that it is for; when ``pyproject.toml`` excludes them, the function can go.
 
@@ -10,6 +10,8 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
 | :func:`loses_image_blocks` | transformers 5.24: in packed rows, Gemma 3 and 4 lose the attention within an image |
+| :func:`encodes_images_before_generation` | transformers < 5.24 encodes images in the first pass of ``generate`` |
+| :func:`optimizer_state_may_lack_parameters` | accelerate 1: FSDP2 cannot resume with unused parameters |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 | :func:`keep_4bit_layout` | bitsandbytes 0.49 and 0.50: on a CPU, an evaluation changes the layout of 4-bit weights |
 | :func:`quantized_base_may_train` | transformers 5: ``Trainer`` refuses new modules on a quantised model |
@@ -21,7 +23,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -195,6 +197,37 @@ def loses_image_blocks(model: Any) -> bool:
         and "sliding_attention" in layer_types
         and hasattr(masking_utils, "remap_positions_for_packed_sequence")
     )
+
+
+def encodes_images_before_generation(model: Any) -> bool:
+    """Whether ``generate`` of a model encodes its images before the first forward pass, from transformers 5.24 on."""
+    supports = getattr(model, "_supports_mm_encoder_outputs", None)
+    return supports is not None and bool(supports())
+
+
+@contextmanager
+def optimizer_state_may_lack_parameters() -> Iterator[None]:
+    """Within the block, accelerate loads the state of an FSDP2 optimizer that has none for some parameters.
+
+    A parameter that never got a gradient, such as that of a pooler, has no state. accelerate 1 saves the optimizer so,
+    and then refuses to load it, because it does not pass ``strict=False`` to torch.
+    """
+    from accelerate.utils import fsdp_utils
+
+    prepare = getattr(fsdp_utils, "_prepare_sd_options", None)
+    if prepare is None:  # another version of accelerate
+        yield
+        return
+
+    def not_strict(plugin: Any) -> Any:
+        options = prepare(plugin)
+        return None if options is None else replace(options, strict=False)
+
+    fsdp_utils._prepare_sd_options = not_strict
+    try:
+        yield
+    finally:
+        fsdp_utils._prepare_sd_options = prepare
 
 
 def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[list[dict[str, Any]]]]:

@@ -377,8 +377,8 @@ def test_steps_without_boxes_are_counted_in_the_log(data, tmp_path):
     assert json.loads((tmp_path / "checkpoint-2" / "run_state.json").read_text())["supervised_scenes"] == 1
 
 
-def test_identity_pretraining_tells_ddp_of_unused_parameters(tmp_path):
-    assert arguments(tmp_path).ddp_find_unused_parameters is None
+def test_ddp_looks_for_parameters_without_gradient(tmp_path):
+    assert arguments(tmp_path).ddp_find_unused_parameters is True
     assert pretraining(tmp_path).ddp_find_unused_parameters is True
     assert pretraining(tmp_path, ddp_find_unused_parameters=False).ddp_find_unused_parameters is False
 

@@ -20,8 +20,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from idavlm._compat import cache_name, keep_4bit_layout, takes_cache
 from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.dummy_image import dummy_pixels, runs_all_modules, statistics_kept
 from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
+from idavlm.models.identity_names import (
+    NO_IDENTITY,
+    add_learned_embeddings,
+    count_identities,
+    mean_name_embeddings,
+)
 from idavlm.models.image_batch import ImageBatch
 from idavlm.models.packed_attention import packed_rows
 from idavlm.models.packed_identities import unpack_token_identities
@@ -268,10 +274,15 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
     def image_features(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
         """Return features ``[I, P, Cv]`` of the vision tower and their grid. A frozen tower runs without gradient.
 
-        For zero images (a batch of text only) the result is ``[0, 1, Cv]`` and None.
+        For zero images (a batch of text only) the result is ``[0, P, Cv]``. The tower then runs on a dummy image if
+        :func:`idavlm.models.dummy_image.runs_all_modules`.
         """
         if pixel_values.shape[0] == 0:
-            return no_features(self.vision_tower, self.config), None
+            if not runs_all_modules(self):
+                return no_features(self.vision_tower, self.config), None
+            with statistics_kept(self.vision_tower):
+                features, grid_size = self.image_features(dummy_pixels(self.vision_tower, pixel_values.device))
+            return features[:0], grid_size
         is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         layer, select = self.config.vision_feature_layer, self.config.vision_feature_select
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
@@ -335,10 +346,15 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         mm_token_type_ids: Tensor | None = None,
         token_sample_index: Tensor | None = None,
         teacher_forcing: bool = False,
+        gather_references: bool = False,
         output_identity_maps: bool = False,
         identities: SelectedIdentities | None = None,
+        with_losses: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...] | None, dict[str, Tensor]]:
-        """Embed text and images: ``inputs_embeds``, image tokens, identity maps and the losses of these."""
+        """Embed text and images: ``inputs_embeds``, image tokens, identity maps and the losses of these.
+
+        ``with_losses`` says that the losses of this batch are computed, with or without boxes.
+        """
         if mm_token_type_ids is not None:
             unpacked = unpack_token_identities(mm_token_type_ids)
             image_roles = unpacked.get("image_roles", image_roles)
@@ -363,6 +379,12 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         is_image_by_sample = is_image if tokens is None or is_image is None else unpack(is_image, tokens, False)
         images = image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
+        runs_all = runs_all_modules(self)
+        if runs_all and not has_images and input_ids is not None and not _is_continued(cache):
+            self._check_no_placeholders(is_image)
+            has_images = True  # zero images: a dummy image runs the modules that encode images
+            pixel_values = torch.zeros(0, 3, 0, 0, device=input_ids.device)
+            image_roles = sample_index = identity_index = torch.zeros(0, dtype=torch.long)
 
         if has_images:
             images = self._image_batch(
@@ -374,7 +396,10 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                 is_image=is_image_by_sample,
                 identities=identities,
             )
-            is_supervised = self.id_former is not None and boxes is not None
+            # Where all modules have to run, the losses are computed without boxes, too, and are then 0.
+            is_supervised = self.id_former is not None and (
+                boxes is not None or (runs_all and (self.training or with_losses))
+            )
             if is_supervised:
                 targets = target_identity_map(images, boxes, box_image, box_identity, image_sizes)
             image_tokens, maps = self._encode(
@@ -389,14 +414,19 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                     images,
                     maps,
                     targets,
-                    num_scenes=int(supervised_scenes(*images.roles, box_image, box_identity).sum()),
+                    num_scenes=(
+                        0 if boxes is None else int(supervised_scenes(*images.roles, box_image, box_identity).sum())
+                    ),
                     identity_map_loss_weight=self.config.identity_map_loss_weight,
                     contrastive_loss_weight=self.config.contrastive_loss_weight,
+                    gather_references=gather_references,
                 )
 
         if input_ids is not None:
             learned = None if self.id_former is None else self.id_former.identity_embedding
-            if learned is not None and token_identity_index is not None:
+            if learned is not None and (token_identity_index is not None or runs_all):
+                if token_identity_index is None:
+                    token_identity_index = torch.full_like(input_ids, NO_IDENTITY)
                 text = add_learned_embeddings(text, token_identity_index, learned.table())
             inputs_embeds = self._insert_image_tokens(is_image, is_image_by_sample, text, image_tokens, images, cache)
         return inputs_embeds, image_tokens, maps, losses
@@ -525,17 +555,20 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         the cache; the others have been read.
         """
         if images is None:
-            if is_image.any():
-                raise ValueError(
-                    f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
-                )
+            self._check_no_placeholders(is_image)
             return text
-        is_continued = cache is not None and cache.get_seq_length() > 0
+        is_continued = _is_continued(cache)
         if is_continued and self.id_former is not None:
             check_references(images.image_roles, images.sample_index)
         num_queries = image_tokens.shape[1]
         unread = unread_images(is_image_by_sample, images.sample_index, num_queries, is_continued=is_continued)
         return scatter_image_tokens(text, is_image, image_tokens if unread is None else image_tokens[unread])
+
+    def _check_no_placeholders(self, is_image: Tensor) -> None:
+        if is_image.any():
+            raise ValueError(
+                f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
+            )
 
     def _initialise_missing(self) -> None:
         """Copy initial values into parameters that a checkpoint does not have, part by part."""
@@ -614,6 +647,7 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
         mm_token_type_ids: Tensor | None = None,
         token_sample_index: Tensor | None = None,
         teacher_forcing: bool = False,
+        gather_references: bool = False,
         output_identity_maps: bool = False,
         identities: SelectedIdentities | None = None,
         **kwargs,
@@ -641,6 +675,7 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
                 have this shape, ``position_ids`` start again with each sample, and there is no ``attention_mask``;
                 :class:`idavlm.data.PackingCollator` makes such batches.
             teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
+            gather_references: see :meth:`idavlm.IDFormer.contrastive_loss`.
             output_identity_maps: also return the identity maps.
             identities: identities of an :class:`IdentityBank`. The vision tower does not encode their photos again.
             kwargs: arguments of the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
@@ -666,8 +701,10 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             token_sample_index=token_sample_index,
             teacher_forcing=teacher_forcing,
+            gather_references=gather_references,
             output_identity_maps=output_identity_maps,
             identities=identities,
+            with_losses=labels is not None,
         )
         if inputs_embeds is None:
             loss = losses.get("auxiliary_loss")
@@ -711,6 +748,11 @@ class WithoutHead:
 
     def __call__(self, *args, **kwargs) -> IDAVLMModelOutput:
         return IDAVLMModel.forward(self.model, *args, **kwargs)
+
+
+def _is_continued(cache) -> bool:
+    """Whether a cache holds the start of the conversation."""
+    return cache is not None and cache.get_seq_length() > 0
 
 
 @contextmanager

@@ -42,6 +42,9 @@ class IDTrainingArguments(TrainingArguments):
             is what flash attention needs. With other attention set it to the length of a few samples.
         image_features: folder for the features of a frozen vision tower. They are written at the first use and read in
             place of images, see :class:`idavlm.models.ImageFeatures`.
+        gather_references: compute the contrastive loss over the references of all processes, as CLIP compares with the
+            texts of all processes. Then two processes with one batch each have the loss of one process with both. False
+            saves communication and memory; each process then compares with the references of its own batch.
         non_finite_loss: what happens if a loss or a gradient is NaN or infinite. ``"stop"`` raises
             :class:`NonFiniteLossError` before the optimizer uses it. ``"skip"`` leaves out the step, logs the number of
             steps left out since the last entry as ``skipped_steps``, and stops after ten in a row.
@@ -80,6 +83,9 @@ class IDTrainingArguments(TrainingArguments):
     image_features: str | None = field(
         default=None, metadata={"help": "Folder for features of the frozen vision tower, read in place of images."}
     )
+    gather_references: bool = field(
+        default=True, metadata={"help": "Compute the contrastive loss over the references of all processes."}
+    )
     non_finite_loss: str = field(
         default="stop",
         metadata={"help": "What happens if a loss is NaN or infinite.", "choices": list(ON_NON_FINITE_LOSS)},
@@ -89,6 +95,10 @@ class IDTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            # Some parameters get no gradient on any process: poolers and layers after vision_feature_layer; in identity
+            # pretraining the language model. With gradient checkpointing, transformers would not look for them.
+            self.ddp_find_unused_parameters = True
         self._check_inherited()
         self._check_stage()
         check_choice("non_finite_loss", self.non_finite_loss, ON_NON_FINITE_LOSS)
@@ -185,6 +195,3 @@ class IDTrainingArguments(TrainingArguments):
                 f"neftune_noise_alpha={self.neftune_noise_alpha} has no effect with stage='identity_pretraining', "
                 "which does not run the language model; leave it out."
             )
-        if self.ddp_find_unused_parameters is None:
-            # The parameters of the language model and of the resampler get no gradient in this stage.
-            self.ddp_find_unused_parameters = True

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
+from idavlm.models import IDAVLMForConditionalGeneration
 from idavlm.models.attach import image_features_with_identities
 from idavlm.models.packed_attention import check_packable
 from idavlm.training.arguments import IDTrainingArguments
@@ -97,6 +98,17 @@ def check_general_data(model: nn.Module, general_dataset: Dataset | None) -> Non
             f"general_dataset trains nothing: only the attached id_former of {type(model).__name__} is trained, and "
             f"general data does not use it; {TRAIN_MORE} (leave general_dataset out)."
         )
+
+
+def has_contrastive_loss(model: nn.Module) -> bool:
+    """Whether a model computes the contrastive loss of an ID-Former."""
+    for module in model.modules():
+        attached = image_features_with_identities(module)
+        if attached is not None:
+            return bool(attached.loss_weights["contrastive_loss"])
+        if isinstance(module, IDAVLMForConditionalGeneration):
+            return module.id_former is not None and bool(module.config.contrastive_loss_weight)
+    return False
 
 
 def check_trains(loss: Tensor, sample_ids: list[str]) -> None:

@@ -14,7 +14,7 @@ from transformers import ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available, logging
 
-from idavlm._compat import keep_4bit_layout, quantized_base_may_train
+from idavlm._compat import keep_4bit_layout, optimizer_state_may_lack_parameters, quantized_base_may_train
 from idavlm.data import DualDataLoader, LengthGroupedSampler, PackingCollator, token_counts
 from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.modules import train_workflow, use_workflow
@@ -42,7 +42,9 @@ from idavlm.training.checks import (
     check_pretraining_batch,
     check_stage,
     check_trains,
+    has_contrastive_loss,
 )
+from idavlm.training.distributed import check_engine, check_optimizer, set_wrap_classes
 from idavlm.training.frozen_tower import use_image_features
 from idavlm.training.lora import check_adapter, save_beside_adapter
 from idavlm.training.losses import (
@@ -90,8 +92,8 @@ class IDTrainer(Trainer):
     optimizer step on all processes. What is minimised is the sum over the sources, times ``loss_weights``, plus the
     auxiliary loss of the model, which is a mean over the supervised scenes of the global batch, times the weight of
     "identity". The split of the global batch into micro-batches and over processes does not change it, except for the
-    contrastive loss, which compares the identities of one micro-batch. The losses of an evaluation are means over the
-    whole data set.
+    contrastive loss, which compares the identities of one micro-batch on all processes (``gather_references``). The
+    losses of an evaluation are means over the whole data set.
 
     Log entries have ``loss_identity`` and ``loss_general``, the language loss of each source since the last entry
     without loss weights, and ``identity_map_loss``. Any transformers model can be trained: where the outputs have no
@@ -159,6 +161,10 @@ class IDTrainer(Trainer):
         keep_4bit_layout(model)
         with quantized_base_may_train(model):
             super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
+        check_engine(args, self.accelerator)
+        check_optimizer(self.optimizer, self.accelerator)
+        set_wrap_classes(self.accelerator, model)
+        self._gathers_references = args.gather_references and has_contrastive_loss(model)
         inner_model = _without_wrappers(self.accelerator, model)
         if args.packing:
             check_packing(inner_model, args, self.processing_class)
@@ -308,6 +314,13 @@ class IDTrainer(Trainer):
         # Of a step that is skipped, the Trainer's own sum must not become NaN.
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
+    def _prepare_input(self, data):
+        """Boxes keep their precision, which DeepSpeed would reduce to that of the model."""
+        if not isinstance(data, Mapping) or data.get("boxes") is None:
+            return super()._prepare_input(data)
+        boxes = data["boxes"].to(self.args.device)
+        return super()._prepare_input({**data, "boxes": None}) | {"boxes": boxes}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The share of a micro-batch in the loss of the global batch.
 
@@ -322,6 +335,8 @@ class IDTrainer(Trainer):
         if self.args.stage == "identity_pretraining":
             check_pretraining_batch(batch, sample_ids)
         sources, sample_source = batch.pop("source", "identity"), batch.pop("sample_source", None)
+        if model.training and self._gathers_references and self.accelerator.num_processes > 1:
+            batch["gather_references"] = True
         if self.args.stage == "identity_pretraining":
             losses, outputs = {}, self._identity_pretraining_outputs(model, batch)
         else:
@@ -478,7 +493,8 @@ class IDTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         options = group_options(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with optimizer_state_may_lack_parameters() if self.is_fsdp_enabled else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
         check_same_options(checkpoint, group_options(self.optimizer), options)
 
     def _load_best_model(self):
