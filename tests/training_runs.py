@@ -1,0 +1,65 @@
+"""Tiny checkpoints and data on disk for ``idavlm train``."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+from transformers import AutoProcessor, LlavaProcessor
+
+from tests.released import FIXTURES, IMAGE, language_model, llava_tokenizer, tower, transformers_llava
+from tests.small_models import IMAGES, draw_images, record
+
+QUICK = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_num_workers": 0,
+}
+"""Options of a run that takes a second."""
+
+
+def overrides(**options) -> list[str]:
+    """``key=value`` of the command line."""
+    return [f"{key}={json.dumps(value)}" for key, value in options.items()]
+
+
+def write_records(folder: Path, *, count: int = 4) -> Path:
+    """Identity, general and evaluation records, also in LLaVA's format, with images."""
+    draw_images(folder / "images", IMAGES)
+    question = [{"type": "image", "image": "other.png"}, {"type": "text", "text": "What is it?"}]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A hat."}]
+    llava = [{"from": "human", "value": "<image>\nWho is this?"}, {"from": "gpt", "value": "Kate, who likes tea."}]
+    files = {
+        "train.jsonl": [record(number) for number in range(count)],
+        "general.jsonl": [{"id": f"g{n}", "source": "general", "messages": turns} for n in range(count)],
+        "test.jsonl": [{**record(number, answer=False), "id": f"t{number}"} for number in range(2)],
+        "llava.jsonl": [{"id": f"l{n}", "image": "kate.png", "conversations": llava} for n in range(count)],
+    }
+    for name, records in files.items():
+        (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in records))
+    return folder
+
+
+def write_parts(folder: Path) -> tuple[Path, Path]:
+    """Folders of a vision tower and of a language model, as on the hub."""
+    vision, language = folder / "tower", folder / "language"
+    tower().save_pretrained(vision)
+    preprocessor = FIXTURES / "llava-1.5-tiny" / "clip-vision-tiny" / "preprocessor_config.json"
+    (vision / preprocessor.name).write_text(preprocessor.read_text().replace("56", "28"))
+    language_model().save_pretrained(language)
+    llava_tokenizer().save_pretrained(language)
+    return vision, language
+
+
+def write_llava(folder: Path) -> Path:
+    """A LLaVA of transformers with its processor, as llava-Qwen2-7B-Instruct-Chinese-CLIP is released."""
+    transformers_llava(folder)
+    return folder
+
+
+
