@@ -4,7 +4,9 @@
 
 Part 1 asks for four identities of two photos each in 100 scenes, one prompt per scene, with the photos in every prompt
 and with a bank, and compares the answers. Part 2 fills a bank with the whole cast and ranks it for every scene. The
-recall at k is the share of identities of a scene that are among the first k. The cast is drawn; no model has seen it.
+recall at k is the share of identities of a scene that are among the first k. The cast is drawn (--data-set
+characters), or it is units of Battle for Wesnoth (--data-set wesnoth, for a checkpoint that was trained on them). No
+model has seen the identities of the scenes. Wesnoth has 78 of them; identities of the training data fill up the cast.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 
 from idavlm import IdentityBank, RecordDataset, ask
-from idavlm.datasets import build_characters
+from idavlm.datasets import build_characters, build_wesnoth
 from idavlm.evaluation import load_checkpoint
 from idavlm.utils import describe_machine, markdown_table
 
@@ -22,45 +24,55 @@ from idavlm.utils import describe_machine, markdown_table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint with an ID-Former")
-    parser.add_argument("--data", type=Path, default=Path("runs/identity_bank"), help="folder of the drawn cast")
+    parser.add_argument("--data-set", choices=["characters", "wesnoth"], default="characters")
+    parser.add_argument("--data", type=Path, default=Path("runs/identity_bank"), help="folder of the data")
     parser.add_argument("--cast", type=int, default=200, help="number of identities")
     parser.add_argument("--scenes", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=7, help="seed of the drawn cast")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the data")
     arguments = parser.parse_args()
 
     model, processor = load_checkpoint(arguments.model)
-    folder = build_characters(
-        arguments.data,
-        num_train=8,
-        num_test=arguments.cast,
-        num_train_scenes=8,
-        num_test_scenes=arguments.scenes,
-        num_train_records=8,
-        num_test_records=4 * arguments.scenes,
-        num_general=4,
-        num_general_records=4,
-        seed=arguments.seed,
-    )
-    photos, scenes = cast_of(folder)
+    if arguments.data_set == "wesnoth":
+        folder = build_wesnoth(arguments.data / "wesnoth", num_train_records=4000, seed=arguments.seed)
+    else:
+        folder = build_characters(
+            arguments.data / "characters",
+            num_train=8,
+            num_test=arguments.cast,
+            num_train_scenes=8,
+            num_test_scenes=arguments.scenes,
+            num_train_records=8,
+            num_test_records=4 * arguments.scenes,
+            num_general=4,
+            num_general_records=4,
+            seed=arguments.seed,
+        )
+    photos, scenes = cast_of(folder, arguments.cast)
+    scenes = dict(list(scenes.items())[: arguments.scenes])
     print(describe_machine(model.device))
-    compare_with_photos(model, processor, photos, list(scenes)[: arguments.scenes])
+    compare_with_photos(model, processor, photos, list(scenes))
     rank_the_cast(model, processor, photos, scenes)
 
 
-def cast_of(folder: Path) -> tuple[dict[str, list[Path]], dict[Path, set[str]]]:
-    """Two photos of each test identity, and the identities in each test scene, by the folder of their photos."""
+def cast_of(folder: Path, count: int) -> tuple[dict[str, list[Path]], dict[Path, set[str]]]:
+    """Two photos of each of ``count`` identities, and the identities in each test scene, by the names of their photos.
+
+    The identities of the test records come first, then those of validation and training records.
+    """
     root = folder / "images"
     photos: dict[str, list[Path]] = {}
     scenes: dict[Path, set[str]] = {}
-    for sample in RecordDataset(folder / "test.jsonl"):
-        identity_of = {}
-        for identity in sample.identities:
-            key = Path(identity.images[0]).name.split("-")[0]
-            identity_of[identity.name] = key
-            photos.setdefault(key, [root / image for image in identity.images[:2]])
-        for box in sample.boxes:
-            if box.name in identity_of and "scenes" in box.image:
-                scenes.setdefault(root / box.image, set()).add(identity_of[box.name])
+    for split in ("test", "validation", "train"):
+        for sample in RecordDataset(folder / f"{split}.jsonl"):
+            identity_of = {}
+            for identity in sample.identities:
+                key = Path(identity.images[0]).stem.rpartition("-")[0]  # photos are <identity>-<number>.jpg
+                identity_of[identity.name] = key
+                if len(photos) < count:
+                    photos.setdefault(key, [root / image for image in identity.images[:2]])
+            for box in sample.boxes if split == "test" else ():
+                if box.name in identity_of and "scenes" in box.image:
+                    scenes.setdefault(root / box.image, set()).add(identity_of[box.name])
     return photos, scenes
 
 
