@@ -1,4 +1,4 @@
-"""Workarounds for versions of transformers. No other file of the package asks for a version.
+"""Workarounds for versions of transformers and bitsandbytes. No other file of the package asks for a version.
 
 Each function names the versions that it is for; when ``pyproject.toml`` excludes them, the function can go.
 
@@ -10,13 +10,16 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
+| :func:`keep_4bit_layout` | bitsandbytes 0.49 and 0.50: on a CPU, an evaluation changes the layout of 4-bit weights |
+| :func:`quantized_base_may_train` | transformers 5: ``Trainer`` refuses new modules on a quantised model |
 """
 
 import copy
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -195,3 +198,38 @@ def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[
         replacements = output.pop(name)
         return BatchFeature(dict(output), tensor_type=tensor_type), replacements
     return output, output.pop(name, [])
+
+
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Let the 4-bit layers of bitsandbytes in ``model`` keep the layout of their weights.
+
+    bitsandbytes 0.49 and 0.50: on a CPU with AVX512-BF16, a forward pass in evaluation mode rearranges the weights in
+    place for a kernel that computes in bfloat16. Afterwards no gradient passes through the layer, and dequantisation
+    (of peft, for DoRA and merging) reads wrong values.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+
+
+@contextmanager
+def quantized_base_may_train(model: nn.Module) -> Iterator[None]:
+    """Within this context, ``Trainer(model)`` does not refuse a quantised model whose other modules are trained.
+
+    transformers 5: the Trainer refuses every quantised model that is no peft model, also if it has trainable modules
+    that are not quantised, such as inner adaptors or an ID-Former.
+    """
+    was_quantized = model.__dict__.get("is_quantized", False)
+    if was_quantized and any(parameter.requires_grad for parameter in model.parameters()):
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if was_quantized:
+            model.is_quantized = True

@@ -24,10 +24,11 @@ from idavlm.models.identity_names import add_learned_embeddings, count_identitie
 from idavlm.models.image_batch import ImageBatch
 from idavlm.models.packed_identities import unpack_token_identities
 from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
+from idavlm.models.quantized_parts import adopt_quantization
 from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto, images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
-from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
+from idavlm.modules import IDFormer, ImageIndexEmbedding, add_inner_adaptors, build_connector
 from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes_workflow
 from idavlm.utils import IGNORE_INDEX, ImageRole
 
@@ -200,6 +201,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             if part is not None:
                 part.to(device=language_model.device, dtype=language_model.dtype)
         model.generation_config = language_model.generation_config
+        adopt_quantization(model, {"vision_tower": vision_tower, "language_model": language_model})
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -421,7 +423,8 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             features, grid_size = self.image_features(pixel_values)
         else:
             features, grid_size = image_features, None
-        dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
+        parameters = (parameter for parameter in self._joint.parameters() if parameter.is_floating_point())
+        dtype = next((parameter.dtype for parameter in parameters), self.dtype)  # others are quantised
         needs_samples = self.id_former is not None and image_roles is not None
         if sample_index is None and (needs_samples or self.image_index_embedding is not None):
             raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
@@ -465,7 +468,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             )
             if output_identity_maps:
                 image_tokens, maps = image_tokens
-        elif isinstance(self.connector, Resampler):
+        elif self.config.connector == "resampler":  # its class may be hidden by a wrapper, for example of peft
             image_tokens = self.connector(images.features, grid_size=images.grid_size)
         else:
             image_tokens = self.connector(images.features)
@@ -529,7 +532,10 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         if self.config.inner_adaptors is not None:
             parts[self.language_model.inner_adaptor] = new_adaptors
             self.language_model.requires_grad_(False)  # from_pretrained has replaced the frozen parameters
-            self.language_model.inner_adaptor.requires_grad_(True)
+            inner_adaptor = self.language_model.inner_adaptor
+            inner_adaptor.share_base_layers(self.language_model)  # they may have been replaced by quantised ones
+            for parameter in inner_adaptor.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())  # others are quantised
         for part, build in parts.items():
             missing = {
                 name: tensor

@@ -2,7 +2,22 @@
 
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.checkpoints import last_complete_checkpoint
+from idavlm.training.lora import LoRAArguments, add_lora, load_lora, merge_lora, save_lora
 from idavlm.training.non_finite import NonFiniteLossError
+from idavlm.training.quantization import QuantizationArguments, dequantize, quantization_config
 from idavlm.training.trainer import IDTrainer
 
-__all__ = ["IDTrainer", "IDTrainingArguments", "NonFiniteLossError", "last_complete_checkpoint"]
+__all__ = [
+    "IDTrainer",
+    "IDTrainingArguments",
+    "LoRAArguments",
+    "NonFiniteLossError",
+    "QuantizationArguments",
+    "add_lora",
+    "dequantize",
+    "last_complete_checkpoint",
+    "load_lora",
+    "merge_lora",
+    "quantization_config",
+    "save_lora",
+]

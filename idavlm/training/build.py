@@ -1,7 +1,7 @@
 """Model, processor and data sets of a training run, from its configuration."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ from idavlm.models import (
 )
 from idavlm.models.modeling import CONFIG_OPTIONS
 from idavlm.training.config import DataArguments, ModelArguments, RecordFile, TrainConfig
+from idavlm.training.lora import LoRAArguments, add_lora
+from idavlm.training.quantization import QuantizationArguments, quantization_config
 from idavlm.utils import check_choice
 
 IMAGE_TOKEN = "<image>"
@@ -55,7 +57,7 @@ def build(config: TrainConfig, *, empty: bool = False) -> TrainingRun:
     arguments = config.model
     is_own = arguments.model is None or AutoConfig.from_pretrained(arguments.model).model_type == "idavlm"
     _check_kind(arguments, is_own)
-    processor = _build_processor(arguments, config.data, is_own)
+    processor = _build_processor(arguments, is_own)
     with torch.device("meta") if empty else nullcontext():
         if arguments.model is None:
             model = _join_parts(arguments, processor, empty=empty)
@@ -64,8 +66,6 @@ def build(config: TrainConfig, *, empty: bool = False) -> TrainingRun:
         else:
             model = _load_transformers(arguments, empty=empty)
         if arguments.lora:
-            from idavlm.training.lora import LoRAArguments, add_lora  # needs the extra peft
-
             parts = {part: LoRAArguments(**(options or {})) for part, options in arguments.lora.items()}
             model = add_lora(model, parts)
     return TrainingRun(model, processor, _build_datasets(config.data, processor))
@@ -85,12 +85,8 @@ def _check_kind(arguments: ModelArguments, is_own: bool) -> None:
 # --- Processors ------------------------------------------------------------------------------------------------------
 
 
-def _build_processor(
-    arguments: ModelArguments, data: DataArguments, is_own: bool
-) -> IDAVLMProcessor | IdentityProcessor:
+def _build_processor(arguments: ModelArguments, is_own: bool) -> IDAVLMProcessor | IdentityProcessor:
     options = dict(arguments.processor_options)
-    if data.max_length is not None:
-        options["max_length"] = data.max_length
     template = _chat_template(arguments.chat_template)
     source = arguments.processor or arguments.model
     if not is_own:
@@ -181,7 +177,10 @@ def _load_transformers(arguments: ModelArguments, *, empty: bool) -> PreTrainedM
     if arguments.id_former is not None:
         return load_id_former(model, arguments.id_former, freeze_model=arguments.freeze_model)
     if arguments.attach_id_former is not None:
-        return attach_id_former(model, freeze_model=arguments.freeze_model, **arguments.attach_id_former)
+        options = dict(arguments.attach_id_former)
+        if isinstance(options.get("dtype"), str):
+            options["dtype"] = getattr(torch, options["dtype"])
+        return attach_id_former(model, freeze_model=arguments.freeze_model, **options)
     return model
 
 
@@ -194,21 +193,15 @@ def _load(
         options["attn_implementation"] = arguments.attn_implementation
     if empty:
         return model_class.from_config(AutoConfig.from_pretrained(name), dtype=dtype, **options)
-    quantization = _quantization(arguments.quantization, part)
-    if quantization is not None:
-        options["quantization_config"] = quantization
+    if arguments.quantization is not None:
+        quantization = QuantizationArguments(**arguments.quantization)
+        if part == "model":
+            config = options.get("config") or AutoConfig.from_pretrained(name)
+            options["quantization_config"] = quantization_config(quantization, config)
+        elif part in quantization.parts:
+            options["quantization_config"] = quantization_config(quantization)
     options = {key: value for key, value in options.items() if value is not None}
     return model_class.from_pretrained(name, dtype=dtype, **options)
-
-
-def _quantization(quantization: Mapping[str, dict | None], part: str):
-    """The ``quantization_config`` of a model whose parts are to be quantised, or of one part."""
-    if not quantization or (part != "model" and part not in quantization):
-        return None
-    from idavlm.training.quantization import QuantizationArguments, quantization_config  # the extra bitsandbytes
-
-    parts = {name: QuantizationArguments(**(options or {})) for name, options in quantization.items()}
-    return quantization_config(parts)
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

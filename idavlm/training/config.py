@@ -11,15 +11,16 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from idavlm.data.readers import READERS
+from idavlm.models.model_parts import PARTS
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.config_file import OptionFile
+from idavlm.training.lora import LoRAArguments
+from idavlm.training.quantization import QuantizationArguments
 from idavlm.utils import check_choice, check_positive
 from idavlm.utils.checks import check_type
 
 RECORDS = ("train_data", "general_data", "eval_data", "task_data")
 """Keys whose values are files of records."""
-PARTS = ("language_model", "vision_tower")
-"""Parts of a model that can have LoRA adapters or be quantised."""
 
 
 @dataclass
@@ -38,12 +39,15 @@ class ModelArguments:
         id_former: folder of :func:`idavlm.save_id_former`, which is attached to a model of transformers.
         freeze_model: with an attached ID-Former, whether the parameters of the model are frozen.
         processor: folder of the processor; by default that of the model.
-        processor_options: options of :class:`idavlm.IDAVLMProcessor` or :class:`idavlm.IdentityProcessor`.
+        processor_options: options of :class:`idavlm.IDAVLMProcessor` or :class:`idavlm.IdentityProcessor`, for example
+            ``{"max_length": 2048}``: a longer sample is an error, or left out with ``on_error: skip``, and never cut.
         chat_template: name of a template in ``idavlm.data.chat_templates``; by default that of the tokenizer.
         dtype: type in which the weights are loaded. With ``float32`` and ``bf16: true``, small updates are not lost.
         attn_implementation: attention of the model, as in ``from_pretrained``.
-        lora: arguments of LoRA for each part, for example ``{"language_model": {"r": 16}}``.
-        quantization: arguments of quantisation for each part, for example ``{"language_model": {}}``.
+        lora: fields of :class:`idavlm.training.LoRAArguments` for each part, for example
+            ``{"language_model": {"r": 16}}``.
+        quantization: fields of :class:`idavlm.training.QuantizationArguments`, for example
+            ``{"parts": ["language_model"]}``; None for weights that are not quantised.
     """
 
     model: str | None = None
@@ -61,7 +65,7 @@ class ModelArguments:
     dtype: str = "float32"
     attn_implementation: str | None = None
     lora: dict = field(default_factory=dict)
-    quantization: dict = field(default_factory=dict)
+    quantization: dict | None = None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
@@ -77,6 +81,11 @@ class ModelArguments:
             )
         if not self.attaches and not self.freeze_model:
             raise ValueError("freeze_model=False has no effect without attach_id_former or id_former; leave it out.")
+        if self.lora and self.model is None:
+            raise ValueError(
+                "lora needs model=..., a checkpoint that the adapter can name. Train the new connector of the parts "
+                "first, and pass the output_dir of that run."
+            )
         if self.attaches and self.model is None:
             raise ValueError("an ID-Former is attached to a whole model; pass model=... in place of parts.")
 
@@ -123,8 +132,6 @@ class DataArguments:
         eval_data: records with answers; their losses are logged at every evaluation.
         task_data: evaluation records (with ``type``). At every evaluation the model answers them; the main score of
             each task is logged as ``eval_<task>``.
-        max_length: largest number of tokens of a sample. A longer sample is an error and never cut; with ``on_error:
-            skip`` it is left out.
         task_batch_size: number of records that are answered at once.
         max_new_tokens: maximum length of an answer.
         num_logged_samples: number of answers with images that are logged to the tracker at every evaluation.
@@ -134,7 +141,6 @@ class DataArguments:
     general_data: str | dict | list | None = None
     eval_data: str | dict | list | None = None
     task_data: str | dict | list | None = None
-    max_length: int | None = None
     task_batch_size: int = 16
     max_new_tokens: int = 64
     num_logged_samples: int = 8
@@ -144,9 +150,7 @@ class DataArguments:
             setattr(self, name, _record_files(name, getattr(self, name)))
         if not self.train_data:
             raise ValueError("train_data is not set; pass train_data=FILE.")
-        check_positive(
-            max_length=self.max_length, task_batch_size=self.task_batch_size, max_new_tokens=self.max_new_tokens
-        )
+        check_positive(task_batch_size=self.task_batch_size, max_new_tokens=self.max_new_tokens)
         if self.num_logged_samples < 0:
             raise ValueError(f"num_logged_samples={self.num_logged_samples} must be at least 0.")
 
@@ -232,23 +236,24 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def _check_nested(file: OptionFile) -> None:
-    """Check the parts of ``lora`` and ``quantization`` and their options."""
-    for key in ("lora", "quantization"):
-        if not file.values.get(key):
-            continue
-        file.check_keys(PARTS, key)
-        if key == "lora":
-            from idavlm.training.lora import LoRAArguments as arguments
-        else:
-            from idavlm.training.quantization import QuantizationArguments as arguments
-        hints = typing.get_type_hints(arguments)
-        for part, options in file.values[key].items():
-            check_type(f"{file.where(key, part)}: {key}.{part}", options, dict | None)
-            if options is None:
-                continue
-            file.check_keys([field.name for field in fields(arguments)], key, part)
-            for name, value in options.items():
-                check_type(f"{file.where(key, part, name)}: {key}.{part}.{name}", value, hints[name])
+    """Check the options of ``lora``, part by part, and of ``quantization``."""
+    for part, options in (file.values.get("lora") or {}).items():
+        file.check_keys(PARTS, "lora")
+        if options is not None:
+            check_type(f"{file.where('lora', part)}: lora.{part}", options, dict)
+            _check_options(file, LoRAArguments, "lora", part)
+    if file.values.get("quantization"):
+        _check_options(file, QuantizationArguments, "quantization")
+
+
+def _check_options(file: OptionFile, arguments: type, *outer: str) -> None:
+    """Check names and types of the options at ``outer``, which are fields of ``arguments``."""
+    file.check_keys([field.name for field in fields(arguments)], *outer)
+    options, hints = file.values, typing.get_type_hints(arguments)
+    for key in outer:
+        options = options[key]
+    for name, value in options.items():
+        check_type(f"{file.where(*outer, name)}: {'.'.join((*outer, name))}", value, hints[name])
 
 
 def _where_named(file: OptionFile, message: str) -> str:

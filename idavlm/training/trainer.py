@@ -12,6 +12,7 @@ from transformers import ProcessorMixin, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available, logging
 
+from idavlm._compat import keep_4bit_layout, quantized_base_may_train
 from idavlm.data import DualDataLoader
 from idavlm.models.attach import image_features_with_identities, save_id_former
 from idavlm.modules import train_workflow, use_workflow
@@ -39,6 +40,7 @@ from idavlm.training.checks import (
     check_stage,
     check_trains,
 )
+from idavlm.training.lora import check_adapter, save_beside_adapter
 from idavlm.training.losses import (
     LossAverages,
     LossCounts,
@@ -153,7 +155,9 @@ class IDTrainer(Trainer):
             processing_class = data_collator.__self__
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
-        super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
+        keep_4bit_layout(model)
+        with quantized_base_may_train(model):
+            super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
         if args.non_finite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "non_finite_loss='skip' has no effect with DeepSpeed, which updates the weights right after the "
@@ -204,6 +208,7 @@ class IDTrainer(Trainer):
         self._scenes_before = 0
         if _is_peft_model(self.model):
             check_saved_by_adapter(self.model)
+            check_adapter(self.model)
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
             if not self.args.ignore_data_skip:
@@ -414,8 +419,13 @@ class IDTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if any(image_features_with_identities(module) is not None for module in self.model.modules()):
-            save_id_former(self.model, self.args.output_dir if output_dir is None else output_dir)
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if _is_peft_model(self.model):
+            save_beside_adapter(self.model, folder)
+        elif any(image_features_with_identities(module) is not None for module in self.model.modules()):
+            save_id_former(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load weights by the names under which ``save_pretrained`` wrote them. All of them must be there."""

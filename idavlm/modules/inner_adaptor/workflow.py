@@ -169,13 +169,18 @@ def use_workflow(model: nn.Module, workflow: str) -> Iterator[nn.Module]:
 def train_workflow(model: nn.Module, workflow: str) -> None:
     """Make the parameters of this workflow trainable and freeze those of the others; ``"text"`` freezes all.
 
-    DDP would otherwise wait for gradients of the workflows that do not run. Args and errors are those of
+    DDP would otherwise wait for gradients of the workflows that do not run. Of a workflow that peft has wrapped, only
+    the parameters of the active adapter become trainable, because peft saves no others. Args and errors are those of
     :func:`use_workflow`.
     """
     inner_adaptor = find_inner_adaptor(model, workflow)
     check_choice("workflow", workflow, inner_adaptor.state.names)
-    for name, modules in inner_adaptor.items():
-        modules.requires_grad_(name == workflow)
+    inner_adaptor.requires_grad_(False)
+    if workflow == TEXT:
+        return
+    of_adapter = list(_adapter_parameters(inner_adaptor[workflow]))
+    for parameter in of_adapter or inner_adaptor[workflow].parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # others are quantised
 
 
 def takes_workflow(method: Callable) -> Callable:
@@ -215,6 +220,15 @@ def find_inner_adaptor(model: nn.Module, workflow: str) -> nn.Module:
             "add_inner_adaptors(language_model) first, or set IDAVLMConfig(inner_adaptors=...)."
         )
     return found
+
+
+def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the active peft adapter within ``module``: LoRA weights, and copies in ``modules_to_save``."""
+    for layer in module.modules():
+        for name in getattr(layer, "adapter_layer_names", ()):  # peft's name for the attributes with its parameters
+            for adapter, part in getattr(layer, name, {}).items():
+                if adapter in layer.active_adapters:
+                    yield from part.parameters() if isinstance(part, nn.Module) else (part,)
 
 
 def _in_backward() -> bool:
