@@ -1,6 +1,7 @@
 """``idavlm train CONFIG.yaml [key=value ...]``: train a model as a configuration file describes it."""
 
 import argparse
+from pathlib import Path
 
 from idavlm.cli.arguments import path
 
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from idavlm.training.callbacks import IMAGE_TRACKERS
     from idavlm.training.config import read_config
     from idavlm.training.dry_run import describe_run
+    from idavlm.utils import write_text
 
     config = read_config(arguments.config, arguments.overrides)
     args = config.training
@@ -53,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if task_evaluation is not None and set(IMAGE_TRACKERS) & set(args.report_to) and config.data.num_logged_samples:
         trainer.add_callback(_sample_logger(task_evaluation, config.data.num_logged_samples, trainer))
+    if args.should_save:
+        write_text(Path(args.output_dir) / "train_config.yaml", config.to_yaml())
     trainer.train(resume_from_checkpoint=_checkpoint(args, last_complete_checkpoint))
     trainer.save_model()
     trainer.save_state()

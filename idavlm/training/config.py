@@ -1,13 +1,15 @@
 """The configuration of ``idavlm train``: dataclasses, read from a YAML file and overrides of the command line."""
 
+import copy
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import HfArgumentParser
 
 from idavlm.data.readers import READERS
@@ -157,19 +159,21 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The resolved configuration of a training run."""
+    """The configuration of a training run.
+
+    Attributes:
+        model, data, training: the dataclasses.
+        values: what was set, by the file or by an override; everything else has its default.
+    """
 
     model: ModelArguments
     data: DataArguments
     training: IDTrainingArguments
+    values: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All values of model and data, and those of the training arguments that differ from their defaults."""
-        values = asdict(self.model) | asdict(self.data)
-        default = IDTrainingArguments(self.training.output_dir).to_dict()
-        changed = {name: value for name, value in self.training.to_dict().items() if value != default.get(name)}
-        values = {name: value for name, value in values.items() if value not in (None, {}, [])}
-        return {**values, "output_dir": self.training.output_dir, **changed}
+    def to_yaml(self) -> str:
+        """:attr:`values` as a file that :func:`read_config` reads."""
+        return yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -197,7 +201,7 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         _check_value(f"{file.where(name)}: {name}", value, hints[name])
     _check_nested(file)
     try:
-        return TrainConfig(*HfArgumentParser(groups).parse_dict(file.values))
+        return TrainConfig(*HfArgumentParser(groups).parse_dict(copy.deepcopy(file.values)), file.values)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{_where_named(file, str(error))}: {error}") from error
 

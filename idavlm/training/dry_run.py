@@ -1,10 +1,10 @@
 """What a training run would do: configuration, parameters, rendered samples, and memory."""
 
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-import yaml
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -26,7 +26,14 @@ from idavlm.utils.parameter_groups import module_of
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = 0.516
 """4 bit, 8 bit per block of 64 parameters, and 32 bit per 256 of these."""
-OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_32bit": 4}
+OPTIMIZER_BYTES = {
+    "sgd": 0,
+    "adafactor": 0,
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "lion_32bit": 4,
+}
 """Bytes of optimizer state per trained parameter; AdamW's for all others."""
 
 
@@ -37,7 +44,7 @@ def describe_run(config: TrainConfig, run: TrainingRun) -> str:
         ValueError: ``freeze`` or ``workflow`` does not fit the model, or a sample cannot be encoded.
     """
     freeze_modules(run.model, config.training)
-    parts = ["## Configuration", yaml.safe_dump(plain_values(config.to_dict()), sort_keys=False, allow_unicode=True).strip()]
+    parts = ["## Configuration", config.to_yaml() + _steps(config, run)]
     parts += ["## Parameters", parameter_table(run.model, config.training)]
     for name, dataset in run.datasets.items():
         parts.append(f"## {name}: {len(dataset)} records")
@@ -46,6 +53,15 @@ def describe_run(config: TrainConfig, run: TrainingRun) -> str:
     encoded = run.datasets["train"][0]
     parts += ["## Memory of one process", memory_table(run.model, config, encoded)]
     return "\n\n".join(parts)
+
+
+def _steps(config: TrainConfig, run: TrainingRun) -> str:
+    """Global batch and number of steps."""
+    args = config.training
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = math.ceil(len(run.datasets["train"]) / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    return f"# global batch of {batch} samples, {per_epoch} steps per epoch of the training data, {steps} steps"
 
 
 def parameter_table(model: nn.Module, args: IDTrainingArguments) -> str:
@@ -152,12 +168,3 @@ def _segments(encoded: dict[str, Any], tokenizer) -> Iterator[tuple[bool, str]]:
             ids = [token] if count > 3 else [token] * count  # only image tokens are repeated that often
             text += tokenizer.decode(ids) + (f"*{count} " if count > 3 else "")
         yield is_label, text
-
-
-def plain_values(value: Any) -> Any:
-    """``value`` with the types of YAML."""
-    if isinstance(value, dict):
-        return {str(key): plain_values(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_values(entry) for entry in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,136 @@
+"""Memory of training steps: the formulas of ``idavlm.training.memory`` against measured small models.
+
+    python -m benchmarks.training_memory
+
+Measured are the tensors that a step keeps between its forward and its backward pass, and the peak of a whole step with
+gradients and optimizer state. The models are a Llama and a ViT with random weights. With ``--device cuda`` the peak is
+that of the allocator.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+
+from benchmarks.measure import peak_megabytes
+from idavlm.training.memory import (
+    Strategy,
+    activation_memory,
+    layers_of,
+    logits_memory,
+    state_memory,
+)
+from idavlm.utils import describe_machine, markdown_table
+
+VOCAB_SIZE = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    args = parser.parse_args()
+    rows = []
+    for name, options in (
+        ("Llama, float32", {}),
+        ("Llama, grouped queries", {"num_key_value_heads": 1}),
+        ("Llama, bf16 autocast", {"bf16": True}),
+        ("Llama, checkpointing", {"checkpointing": True}),
+        ("Llama, bf16 and checkpointing", {"bf16": True, "checkpointing": True}),
+        ("ViT, float32", {"is_vit": True}),
+        ("ViT, bf16 autocast", {"is_vit": True, "bf16": True}),
+    ):
+        rows.append([name, *measure(args, **options)])
+    print(f"{describe_machine()}, torch {torch.__version__}\n")
+    header = ["model", "kept: formula", "measured", "ratio", "peak of a step: formula", "measured", "ratio"]
+    print(markdown_table(header, rows))
+
+
+def measure(
+    args: argparse.Namespace,
+    *,
+    bf16: bool = False,
+    checkpointing: bool = False,
+    is_vit: bool = False,
+    num_key_value_heads: int = 4,
+) -> list[str]:
+    """Formula, measured value and ratio of the kept tensors and of the peak, in MiB."""
+    model, inputs = build(args, is_vit=is_vit, num_key_value_heads=num_key_value_heads)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    strategy = Strategy(compute_bytes=2 if bf16 else 4, checkpointing=checkpointing)
+    num_tokens = args.batch_size * args.length
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    activations = activation_memory(layers_of(model.config), num_tokens, strategy)
+    logits = 0.0 if is_vit else logits_memory(num_tokens, VOCAB_SIZE, strategy)
+    state = state_memory(num_parameters, 0, 0, strategy)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def forward() -> Tensor:
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=bf16):
+            output = model(**inputs)
+        return output.last_hidden_state.float().pow(2).mean() if is_vit else output.loss
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    kept = kept_megabytes(forward, model)
+    peak = peak_megabytes(step, args.device)
+    # The peak counts what a step creates: not the weights, which are there before.
+    expected = activations + logits + state["gradients"] + state["optimizer state"]
+    found = []
+    for formula, measured in ((activations, kept), (expected, peak)):
+        found += [f"{formula / 2**20:.1f}", f"{measured:.1f}", f"{formula / 2**20 / measured:.2f}"]
+    return found
+
+
+def build(args: argparse.Namespace, *, is_vit: bool, num_key_value_heads: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model with random weights and a batch for it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": args.hidden_size, "num_hidden_layers": args.layers, "num_attention_heads": 4}
+    if is_vit:
+        side = int(args.length**0.5) * 4
+        config = ViTConfig(**sizes, intermediate_size=4 * args.hidden_size, image_size=side, patch_size=4)
+        model = ViTModel(config, add_pooling_layer=False)
+        inputs = {"pixel_values": torch.randn(args.batch_size, 3, side, side)}
+    else:
+        config = LlamaConfig(
+            **sizes,
+            intermediate_size=int(2.6875 * args.hidden_size),
+            num_key_value_heads=num_key_value_heads,
+            vocab_size=VOCAB_SIZE,
+        )
+        model = LlamaForCausalLM(config)
+        ids = torch.randint(0, VOCAB_SIZE, (args.batch_size, args.length))
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    inputs = {name: value.to(args.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return model.to(args.device).train(), inputs
+
+
+def kept_megabytes(forward: Callable[[], Tensor], model: nn.Module) -> float:
+    """MiB of the tensors that a forward pass keeps for the backward pass, without parameters and logits."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # a storage that is freed could be counted under the address of a later one
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and VOCAB_SIZE not in tensor.shape:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values()) / 2**20
+
+
+if __name__ == "__main__":
+    main()
