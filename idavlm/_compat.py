@@ -9,6 +9,7 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`keep_new_names` | transformers 5: ``save_pretrained`` reverts the ``key_mapping`` of ``from_pretrained`` |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 | :func:`keep_4bit_layout` | bitsandbytes 0.49 and 0.50: on a CPU, an evaluation changes the layout of 4-bit weights |
 | :func:`quantized_base_may_train` | transformers 5: ``Trainer`` refuses new modules on a quantised model |
@@ -233,3 +234,14 @@ def quantized_base_may_train(model: nn.Module) -> Iterator[None]:
     finally:
         if was_quantized:
             model.is_quantized = True
+
+
+def keep_new_names(model: nn.Module, key_mapping: dict[str, str]) -> None:
+    """Let a model that was loaded with ``key_mapping`` be saved under the names that its tensors have now.
+
+    ``save_pretrained`` of transformers 5 would write the old names, which belong to the old configuration.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        conversion for conversion in conversions if not set(conversion.source_patterns) & key_mapping.keys()
+    ]

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from idavlm._compat import auto_image_processor
+from idavlm._compat import auto_image_processor, keep_new_names
 from idavlm.data import RecordDataset, chat_templates
 from idavlm.models import (
     IDAVLMConfig,
@@ -90,8 +90,10 @@ def _build_processor(arguments: ModelArguments, is_own: bool) -> IDAVLMProcessor
     template = _chat_template(arguments.chat_template)
     source = arguments.processor or arguments.model
     if not is_own:
-        identity_inputs = {"identity_inputs": arguments.attaches}
-        processor = IdentityProcessor.from_pretrained(source, **identity_inputs, **options)
+        processor = IdentityProcessor.from_pretrained(source, identity_inputs=arguments.attaches, **options)
+        for name in options:  # AutoProcessor ignores what it does not know
+            if not hasattr(processor.image_processor, name):
+                check_choice("processor_options", name, _options_of(IdentityProcessor))
     elif source is not None:
         processor = IDAVLMProcessor.from_pretrained(source)
         for name, value in options.items():
@@ -102,12 +104,18 @@ def _build_processor(arguments: ModelArguments, is_own: bool) -> IDAVLMProcessor
         tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
         token = options.get("image_token", IMAGE_TOKEN)
         tokenizer.add_tokens([token], special_tokens=True)  # keeps a token that is there
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        _set_pad_token(tokenizer)
         return IDAVLMProcessor(image_processor, tokenizer, chat_template=template, **options)
+    _set_pad_token(processor.tokenizer)
     if template is not None:
         processor.chat_template = template
     return processor
+
+
+def _set_pad_token(tokenizer) -> None:
+    """Padding has no effect: it is masked, and has no labels. Some tokenizers name no token for it."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
 def _chat_template(name: str | None) -> str | None:
@@ -119,7 +127,7 @@ def _chat_template(name: str | None) -> str | None:
 
 
 def _options_of(processor_class: type) -> list[str]:
-    parts = ("self", "image_processor", "tokenizer", "kwargs")
+    parts = ("self", "processor", "image_processor", "tokenizer", "kwargs", "identity_inputs")
     return [name for name in inspect.signature(processor_class.__init__).parameters if name not in parts]
 
 
@@ -166,9 +174,12 @@ def _load_own(arguments: ModelArguments, *, empty: bool) -> PreTrainedModel:
     config = IDAVLMConfig.from_dict({**values, **of_config})
     if empty:
         return IDAVLMForConditionalGeneration(config)
-    return _load(
+    model = _load(
         IDAVLMForConditionalGeneration, arguments.model, arguments, "model", config=config, key_mapping=key_mapping
     )
+    if key_mapping is not None:
+        keep_new_names(model, key_mapping)
+    return model
 
 
 def _load_transformers(arguments: ModelArguments, *, empty: bool) -> PreTrainedModel:

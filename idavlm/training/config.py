@@ -226,7 +226,10 @@ def _record_files(name: str, value: str | dict | Sequence | None) -> list[Record
             check_type(f"{name}: {key}", option, known[key])
         if "path" not in options:
             raise ValueError(f"{name}: {entry!r} has no 'path'.")
-        files.append(RecordFile(**options))
+        try:
+            files.append(RecordFile(**options))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return files
 
 

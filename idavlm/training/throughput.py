@@ -19,8 +19,9 @@ class Throughput:
         self._started: float | None = None
 
     def start(self) -> None:
-        """Begin to count time."""
-        self._started = time.perf_counter()
+        """Begin to count time, unless it is counted already."""
+        if self._started is None:
+            self._started = time.perf_counter()
 
     def stop(self) -> None:
         """End to count time, until the next :meth:`start`."""

@@ -222,7 +222,6 @@ class IDTrainer(Trainer):
     def _inner_training_loop(self, *args, **kwargs):
         """The training loop. With ``auto_find_batch_size`` it may begin several times."""
         self._train_losses, self._throughput = LossAverages(), Throughput()
-        self._throughput.start()
         self._non_finite = NonFiniteGuard(self.args.non_finite_loss, self.args.output_dir)
         self._supervised_scenes, self._steps_without_boxes = self._scenes_before, 0
         self._has_trained = False
@@ -255,6 +254,7 @@ class IDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and in place of the number of items the counts of the global batch."""
+        self._throughput.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = count_losses(batches)
         for batch, count in zip(batches, counts, strict=True):
@@ -392,7 +392,6 @@ class IDTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self._throughput.stop()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._throughput.start()
 
     # --- Losses that are not finite ---------------------------------------------------------------------------------
 
