@@ -9,6 +9,7 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`with_present_names` | transformers < 5.24 calls ``activation_checkpointing`` ``gradient_checkpointing`` |
 | :func:`keep_new_names` | transformers 5: ``save_pretrained`` reverts the ``key_mapping`` of ``from_pretrained`` |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 | :func:`keep_4bit_layout` | bitsandbytes 0.49 and 0.50: on a CPU, an evaluation changes the layout of 4-bit weights |
@@ -245,3 +246,18 @@ def keep_new_names(model: nn.Module, key_mapping: dict[str, str]) -> None:
     model._weight_conversions = [
         conversion for conversion in conversions if not set(conversion.source_patterns) & key_mapping.keys()
     ]
+
+
+def with_present_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments in which ``gradient_checkpointing`` has its present name.
+
+    transformers 5.24 renamed it to ``activation_checkpointing``, and warns about the old name.
+    """
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments)}
+    renamed = {}
+    for name, value in options.items():
+        new = name.replace("gradient_checkpointing", "activation_checkpointing")
+        renamed[new if new in names else name] = value
+    return renamed

@@ -97,7 +97,7 @@ OPTIONS = {
         **stand.identity,
     },
     "iaa_align": lambda stand: {
-        "vision_tower": FIXTURES / "iaa-tiny" / "clip-vision-tiny",
+        "vision_tower": FIXTURES / "llava-1.5-tiny" / "clip-vision-tiny",
         "language_model": stand.llama_3,
         "model_options.image_seq_length": 16,
         **stand.llava_records,

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from idavlm._compat import with_present_names
 from idavlm.data.readers import READERS
 from idavlm.models.model_parts import PARTS
 from idavlm.training.arguments import IDTrainingArguments
@@ -201,7 +202,9 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         _check_value(f"{file.where(name)}: {name}", value, hints[name])
     _check_nested(file)
     try:
-        return TrainConfig(*HfArgumentParser(groups).parse_dict(copy.deepcopy(file.values)), file.values)
+        return TrainConfig(
+            *HfArgumentParser(groups).parse_dict(with_present_names(copy.deepcopy(file.values))), file.values
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{_where_named(file, str(error))}: {error}") from error
 
