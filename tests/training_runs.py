@@ -1,5 +1,6 @@
 """Tiny checkpoints and data on disk for ``idavlm train``."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def overrides(**options: Any) -> list[str]:
 
 def train(config: Path, *flags: str, **options: Any) -> int:
     """``idavlm train`` for a few steps; returns the exit status."""
+    gc.collect()
+    gc.freeze()  # accelerate collects garbage at each start, which would walk over all imported modules
     return main(["train", str(config), *overrides(**{**QUICK, **options}), *flags])
 
 

@@ -19,6 +19,7 @@ from idavlm.training.memory import (
     logits_memory,
     state_memory,
 )
+from idavlm.training.quantization import QuantizationArguments
 from idavlm.training.trainer import freeze_modules
 from idavlm.utils import IGNORE_INDEX, markdown_table
 from idavlm.utils.parameter_groups import module_of
@@ -91,7 +92,7 @@ def rendered_sample(dataset: Dataset, processor) -> str:
 
 def memory_table(model: nn.Module, config: TrainConfig, encoded: dict[str, Any]) -> str:
     """Estimate of the memory of one process, for micro-batches of samples such as ``encoded``."""
-    args, strategy = config.training, strategy_of(config)
+    args, strategy = config.training, strategy_of(config, model)
     batch = args.per_device_train_batch_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -107,15 +108,15 @@ def memory_table(model: nn.Module, config: TrainConfig, encoded: dict[str, Any])
     # Models of idavlm compute the logits of labelled tokens only.
     tokens = num_labels if model.config.model_type == "idavlm" else length
     found["logits"] = logits_memory(batch * tokens, text.vocab_size, strategy)
-    rows = [[name, f"{size / 2**30:.3f}"] for name, size in found.items() if size]
-    rows.append(["total", f"{sum(found.values()) / 2**30:.3f}"])
+    rows = [[name, f"{size / 2**30:.3g}"] for name, size in found.items() if size]
+    rows.append(["total", f"{sum(found.values()) / 2**30:.3g}"])
     return (
-        f"{strategy.num_ranks} processes, {batch} samples of {length} tokens per micro-batch; the longest sample of "
-        f"the data decides.\n\n{markdown_table(['', 'GiB'], rows)}"
+        f"Number of processes: {strategy.num_ranks}. A micro-batch has {batch} samples of {length} tokens, as the "
+        f"first one; longer samples need more.\n\n{markdown_table(['', 'GiB'], rows)}"
     )
 
 
-def strategy_of(config: TrainConfig) -> Strategy:
+def strategy_of(config: TrainConfig, model: nn.Module) -> Strategy:
     """How the training arguments split a run, and what it keeps in memory."""
     args, weight_bytes = config.training, BYTES[config.model.dtype]
     stage, has_master_weights = 0, False
@@ -125,17 +126,30 @@ def strategy_of(config: TrainConfig) -> Strategy:
         stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
         if args.bf16 or args.fp16:  # DeepSpeed converts the model
             weight_bytes, has_master_weights = 2, True
-    frozen_bytes = NF4_BYTES if config.model.quantization else weight_bytes
     return Strategy(
         num_ranks=args.world_size,
         stage=stage,
         weight_bytes=weight_bytes,
-        frozen_bytes=frozen_bytes,
+        frozen_bytes=_mean_frozen_bytes(model, config.model.quantization, weight_bytes),
         compute_bytes=2 if args.bf16 or args.fp16 else weight_bytes,
         has_master_weights=has_master_weights,
         optimizer_bytes=OPTIMIZER_BYTES.get(args.optim.value, ADAM_STATE),
         checkpointing=bool(args.gradient_checkpointing),
     )
+
+
+def _mean_frozen_bytes(model: nn.Module, quantization: dict | None, weight_bytes: float) -> float:
+    """Mean bytes of a frozen parameter, where the linear layers of some parts are quantised, but no head."""
+    parts = QuantizationArguments(**quantization).parts if quantization else []
+    head = model.get_output_embeddings()
+    sizes = {True: 0, False: 0}
+    for path, module in model.named_modules():
+        is_quantized = isinstance(module, nn.Linear) and module is not head and module_of(f"{path}.weight") in parts
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                sizes[is_quantized and name == "weight"] += parameter.numel()
+    total = sum(sizes.values())
+    return weight_bytes if not total else (sizes[True] * NF4_BYTES + sizes[False] * weight_bytes) / total
 
 
 def _largest_layer(model: nn.Module) -> int:

@@ -27,15 +27,21 @@ class Layers:
     kv_size: int
     is_gated: bool
 
-    def saved_values(self) -> int:
-        """Values per token that one layer keeps for the backward pass, with fused attention and without dropout."""
-        # Two norms keep input and output, which is the input of linear layers. Attention keeps q, k, v and its output,
-        # which the output projection keeps in another layout.
-        attention_and_norms = 7 * self.hidden_size + 2 * self.kv_size
+    def kept_bytes(self, strategy: "Strategy") -> float:
+        """Bytes per token that one layer keeps for the backward pass, with fused attention and without dropout."""
+        # Norms compute in float32 and keep their input. RMSNorm also keeps what it multiplies with its weight.
+        norms = 2 * self.hidden_size * (4 + (strategy.weight_bytes if self.is_gated else 0))
+        # Linear layers keep the outputs of both norms. Attention keeps q, k, v and its output, which the output
+        # projection keeps in another layout.
+        attention = 5 * self.hidden_size + 2 * self.kv_size
         # Gated: gate, its activation, up, and their product. Otherwise: before and after the activation.
-        if self.is_gated:
-            return attention_and_norms + 2 * self.hidden_size + 4 * self.intermediate_size
-        return attention_and_norms + 2 * self.intermediate_size
+        mlp = (4 if self.is_gated else 2) * self.intermediate_size
+        return norms + (attention + mlp) * strategy.compute_bytes
+
+    def num_weights(self) -> int:
+        """Weights of the linear layers of one layer."""
+        attention = 2 * self.hidden_size * (self.hidden_size + self.kv_size)
+        return attention + (3 if self.is_gated else 2) * self.hidden_size * self.intermediate_size
 
 
 def layers_of(config) -> Layers:
@@ -108,12 +114,20 @@ def state_memory(trained: int, frozen: int, largest_layer: int, strategy: Strate
 def activation_memory(layers: Layers, num_tokens: int, strategy: Strategy) -> float:
     """Bytes that the layers keep for the backward pass of ``num_tokens``, which include padding.
 
-    With checkpointing, each layer keeps its input, and one layer at a time everything.
+    Mixed precision also keeps the weights in the type of the computation. With checkpointing, each layer keeps its
+    input, and one layer at a time everything.
     """
-    all_of_one = layers.saved_values() * strategy.compute_bytes
-    if strategy.checkpointing:
-        return num_tokens * (layers.num_layers * layers.hidden_size * strategy.compute_bytes + all_of_one)
-    return num_tokens * layers.num_layers * all_of_one
+    has_copies = strategy.compute_bytes < strategy.weight_bytes
+    copies = layers.num_weights() * strategy.compute_bytes if has_copies else 0
+    of_one = num_tokens * layers.kept_bytes(strategy) + copies
+    if not strategy.checkpointing:
+        return layers.num_layers * of_one
+    return checkpoint_memory(layers, num_tokens, strategy) + of_one
+
+
+def checkpoint_memory(layers: Layers, num_tokens: int, strategy: Strategy) -> float:
+    """Bytes of the inputs of all layers, which checkpointing keeps. They have the type of the weights."""
+    return num_tokens * layers.num_layers * layers.hidden_size * strategy.weight_bytes
 
 
 def logits_memory(num_tokens: int, vocab_size: int, strategy: Strategy) -> float:
