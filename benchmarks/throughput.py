@@ -6,13 +6,15 @@
 All models have the same vision tower, language model and number of image tokens, and read the same batches:
 
 - base: ``LlavaForConditionalGeneration`` of transformers, in a bare loop and in TRL's ``SFTTrainer``;
+- attached: the same with an ID-Former from ``attach_id_former``, all weights trained, with and without identities;
 - own class, MLP: ``IDAVLMForConditionalGeneration`` with the same connector as base;
 - own class, ID-Former: with an ID-Former, once on batches with identities, once with the same images as general images.
 
-Both loops of a model take turns, and every model takes part in every round. A step of a trainer lasts from the start of
-one step to the start of the next. "Loop overhead" compares it with a step of the bare loop: forward, backward,
-clipping, optimizer and scheduler on batches from the same collator. The loss is that of the text alone, without boxes.
-Without TRL its rows are left out.
+Both loops of a model take turns, and every model takes part in every round. All of them read the same batches in the
+same order. A step of a trainer lasts from the start of one step to the start of the next. "Loop overhead" compares it
+with the step of the bare loop on the same batch: forward, backward, clipping, optimizer and scheduler. "Time" compares
+a step of the bare loop with that of base on the same batch. Both are medians over all pairs of steps. The loss is that
+of the text alone, without boxes. Without TRL its rows are left out.
 """
 
 import argparse
@@ -37,17 +39,25 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.generation import CHARACTERS, untrained
-from idavlm import IDAVLMForConditionalGeneration, IDTrainer, IDTrainingArguments, RecordDataset
+from idavlm import (
+    IDAVLMForConditionalGeneration,
+    IDTrainer,
+    IDTrainingArguments,
+    RecordDataset,
+    attach_id_former,
+)
 from idavlm.datasets import build_characters
 from idavlm.experimental.small_models import small_language_model, small_processor
 from idavlm.utils import ImageRole, describe_machine, markdown_table
 
 BASE = "base (LLaVA of transformers)"
+ATTACHED = "attached ID-Former, no identities"
+ATTACHED_WITH = "attached ID-Former, identities"
 MLP = "own class, MLP"
 WITHOUT = "own class, ID-Former, no identities"
 WITH = "own class, ID-Former, identities"
-# Next: the same for an ID-Former attached to base, once the library can attach one.
 LEARNING_RATE = 1e-4
+PADDING_ROUNDS = 3
 
 
 def build_models(processor, args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -66,25 +76,34 @@ def build_models(processor, args: argparse.Namespace) -> dict[str, nn.Module]:
             processor.tokenizer, hidden_size=args.hidden_size, num_hidden_layers=args.layers
         ).train()
 
-    torch.manual_seed(0)
-    base = LlavaForConditionalGeneration(
-        LlavaConfig(
+    def llava():
+        config = LlavaConfig(
             vision_config=vision,
             text_config=language_model().config,
             image_token_index=processor.image_token_id,
             vision_feature_layer=-1,
             tie_word_embeddings=True,
         )
-    )
-    identity = {"num_queries": 64, "num_heads": 4, "null_token": True, "gate": "none"}
+        return LlavaForConditionalGeneration(config)
+
+    torch.manual_seed(0)
+    identity = {"num_heads": 4, "null_token": True, "gate": "none"}
     identity |= {"identity_embedding": "learned", "max_identities": 8}
+    base, attached = llava(), attach_id_former(llava(), freeze_model=False, **identity)
     own = {
         connector: IDAVLMForConditionalGeneration.from_parts(
             CLIPVisionModel(vision), language_model(), processor=processor, connector=connector, **options
         )
-        for connector, options in (("mlp2x_gelu", {}), ("id_former", identity))
+        for connector, options in (("mlp2x_gelu", {}), ("id_former", {"num_queries": 64, **identity}))
     }
-    return {BASE: base, MLP: own["mlp2x_gelu"], WITHOUT: own["id_former"], WITH: own["id_former"]}
+    return {
+        BASE: base,
+        ATTACHED: attached,
+        ATTACHED_WITH: attached,
+        MLP: own["mlp2x_gelu"],
+        WITHOUT: own["id_former"],
+        WITH: own["id_former"],
+    }
 
 
 def as_general(batch: dict) -> dict:
@@ -97,14 +116,23 @@ def for_base(batch: dict) -> dict:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "pixel_values") if name in batch}
 
 
-def collators(processor) -> dict[str, Callable[[list], dict]]:
+def for_attached(batch: dict, num_image_tokens: int) -> dict:
+    """The part of the batch that LLaVA with an attached ID-Former takes."""
+    roles = {name: batch[name] for name in ("image_roles", "sample_index", "identity_index")}
+    return {**for_base(batch), **roles, "num_image_tokens": torch.full_like(batch["image_roles"], num_image_tokens)}
+
+
+def collators(processor, padding_side: str = "right") -> dict[str, Callable[[list], dict]]:
     """How the samples of a batch become the inputs of each model."""
 
     def collate(samples: list) -> dict:
-        return {name: x for name, x in processor.collate(samples).items() if "box" not in name}
+        batch = processor.collate(samples, padding_side=padding_side)
+        return {name: x for name, x in batch.items() if "box" not in name}
 
     return {
         BASE: lambda samples: for_base(collate(samples)),
+        ATTACHED: lambda samples: for_base(collate(samples)),
+        ATTACHED_WITH: lambda samples: for_attached(collate(samples), processor.image_seq_length),
         MLP: collate,
         WITHOUT: lambda samples: as_general(collate(samples)),
         WITH: collate,
@@ -114,7 +142,7 @@ def collators(processor) -> dict[str, Callable[[list], dict]]:
 def bare_steps(model: nn.Module, loader: DataLoader) -> Iterator[float]:
     """Seconds of each step of a plain training loop."""
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
     model.train()
     start = time.perf_counter()
@@ -147,10 +175,12 @@ def trainer_steps(trainer_class, arguments_class, model, dataset, collate, folde
     times = _StepTimes()
     arguments = arguments_class(
         output_dir=str(folder),
-        max_steps=args.steps + 1,
+        max_steps=args.steps + 2,
         per_device_train_batch_size=args.batch_size,
         learning_rate=LEARNING_RATE,
+        optim="adamw_torch_fused",
         lr_scheduler_type="linear",
+        train_sampling_strategy="sequential",
         max_grad_norm=1.0,
         logging_strategy="no",
         save_strategy="no",
@@ -166,7 +196,7 @@ def trainer_steps(trainer_class, arguments_class, model, dataset, collate, folde
         model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=[times]
     )
     trainer.train()
-    return times.seconds()
+    return times.seconds()[1:]  # the first step creates the state of the optimizer
 
 
 def sft_steps(model, dataset, collate, processor, folder, args) -> list[float]:
@@ -190,26 +220,33 @@ def sft_steps(model, dataset, collate, processor, folder, args) -> list[float]:
 
 
 def measure_training(models, dataset, processor, folder: Path, args) -> list[list[object]]:
-    """Rows: model, loop, samples per second, overhead."""
+    """Rows: model, loop, milliseconds, samples per second, time relative to base, overhead of the loop."""
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     collate = collators(processor)
     has_trl = _installed("trl")
     for _ in range(args.rounds):
         for name, model in models.items():
-            loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate[name], drop_last=True)
+            loader = DataLoader(dataset, args.batch_size, collate_fn=collate[name], drop_last=True)
             seconds[name, "bare loop"] += list(bare_steps(model, loader))[1 : args.steps + 1]
-            if name != BASE:
+            if name in (BASE, ATTACHED_WITH, WITH):
                 seconds[name, "IDTrainer"] += trainer_steps(
                     IDTrainer, IDTrainingArguments, model, dataset, collate[name], folder, args
                 )
-            elif has_trl:
+            if name == BASE and has_trl:
                 seconds[name, "SFTTrainer"] += sft_steps(model, dataset, collate[name], processor, folder, args)
     rows = []
     for (name, loop), values in seconds.items():
-        step, bare = statistics.median(values), statistics.median(seconds[name, "bare loop"])
-        overhead = "" if loop == "bare loop" else f"{step / bare - 1:+.1%}"
-        rows.append([name, loop, f"{1000 * step:.0f}", f"{args.batch_size / step:.1f}", overhead])
+        step, bare = statistics.median(values), loop == "bare loop"
+        time_ = _median_ratio(values, seconds[BASE, "bare loop"])
+        overhead = _median_ratio(values, seconds[name, "bare loop"]) - 1
+        row = [name, loop, f"{1000 * step:.0f}", f"{args.batch_size / step:.1f}"]
+        rows.append([*row, f"{time_:.2f}x" if bare else "", "" if bare else f"{overhead:+.1%}"])
     return rows
+
+
+def _median_ratio(values: list[float], others: list[float]) -> float:
+    """Median ratio of the times of the same steps."""
+    return statistics.median(value / other for value, other in zip(values, others, strict=True))
 
 
 class _Stopwatch:
@@ -237,29 +274,33 @@ class _Stopwatch:
             handle.remove()
 
 
-def measure_share(model, dataset, processor, args) -> list[list[object]]:
-    """Share of a training step that the whole ID-Former and its identity attention take."""
+def measure_share(models, dataset, processor, args) -> list[list[object]]:
+    """Share of a training step that the identity layers take, and the whole ID-Former of the own class."""
+    watched = {
+        (ATTACHED_WITH, "identity attention"): list(models[ATTACHED_WITH].id_former.identity_layers),
+        (WITH, "identity attention"): list(models[WITH].id_former.identity_layers),
+        (WITH, "whole ID-Former, resampler included"): [models[WITH].id_former],
+    }
     rows = []
-    parts = {"ID-Former": [model.id_former], "of it identity attention": list(model.id_former.identity_layers)}
-    for name, modules in parts.items():
+    for (name, part), modules in watched.items():
         loader = DataLoader(
-            dataset, args.batch_size, shuffle=True, collate_fn=collators(processor)[WITH], drop_last=True
+            dataset, args.batch_size, shuffle=True, collate_fn=collators(processor)[name], drop_last=True
         )
         watch, shares = _Stopwatch(modules), []
-        for number, step in enumerate(bare_steps(model, loader)):
+        for number, step in enumerate(bare_steps(models[name], loader)):
             shares += [watch.seconds / step] if number else []
             watch.seconds = 0.0
             if number == args.steps:
                 break
         watch.remove()
-        rows.append([name, f"{statistics.median(shares):.1%}"])
+        rows.append([name, part, f"{statistics.median(shares):.1%}"])
     return rows
 
 
 @torch.no_grad()
 def measure_generation(models, samples, processor, args) -> list[list[object]]:
     """Rows: model, samples per second of generating answers of a fixed length."""
-    collate, seconds = collators(processor), defaultdict(list)
+    collate, seconds = collators(processor, padding_side="left"), defaultdict(list)
     for round_ in range(args.rounds + 1):
         for name, model in models.items():
             batch = {key: value for key, value in collate[name](samples).items() if key != "labels"}
@@ -288,7 +329,7 @@ def measure_padding(samples: list, args) -> list[list[object]]:
         "grouped by length": [*grouped],
     }
     seconds = defaultdict(list)
-    for _ in range(args.rounds):
+    for _ in range(PADDING_ROUNDS):
         for name, order in orders.items():
             loader = DataLoader([encoded[i] for i in order], size, collate_fn=processor.collate, drop_last=True)
             seconds[name].append(sum(bare_steps(model, loader)) / (len(loader) * size))
@@ -327,8 +368,8 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=128, help="width of tower and language model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="layers of each (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="samples per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=6, help="steps per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="length of answers (default: %(default)s)")
     parser.add_argument("--padding-batch-size", type=int, default=16, help="batches of the demo (default: %(default)s)")
     parser.add_argument("--records", type=int, default=320, help="training records to draw (default: %(default)s)")
@@ -344,9 +385,9 @@ def main() -> None:
         print(describe_machine(next(models[BASE].parameters()).device), f"medians of {args.rounds} rounds", sep="; ")
         training = measure_training(models, dataset, processor, Path(folder) / "checkpoints", args)
         print("\nTraining\n")
-        print(markdown_table(["model", "loop", "ms per step", "samples/s", "loop overhead"], training))
+        print(markdown_table(["model", "loop", "ms per step", "samples/s", "time", "loop overhead"], training))
         print("\nShare of a training step (bare loop, identities)\n")
-        print(markdown_table(["part", "share"], measure_share(models[WITH], dataset, processor, args)))
+        print(markdown_table(["model", "part", "share"], measure_share(models, dataset, processor, args)))
         print(f"\nGeneration of {args.max_new_tokens} tokens, batch of {args.batch_size}\n")
         generation = measure_generation(models, questions, processor, args)
         print(markdown_table(["model", "samples/s", "relative to base"], generation))

@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from idavlm import add_inner_adaptors, build_connector, load_adaptors, save_adaptors
 from idavlm._compat import cache_name
-from idavlm.modules.inner_adaptor import train_workflow, use_workflow
+from idavlm.modules.inner_adaptor import takes_workflow, train_workflow, use_workflow
 from tests.inner_adaptor_models import FAMILIES, adapted, disturb, language_model, prompt
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -289,6 +289,24 @@ def test_compiled_in_every_workflow():
         token = {"input_ids": prompt(2, 1)}
         step = logits(compiled, "grounding", **{CACHE: caches[0]}, **token)
         torch.testing.assert_close(step, logits(model, "grounding", **{CACHE: caches[1]}, **token))
+
+
+def test_selecting_a_workflow_compiles_nothing_again():
+    class Doubled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.language_model = adapted()
+
+        @takes_workflow
+        def forward(self, x):
+            return 2 * x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Doubled(), backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for workflow in (None, "multimodal", "grounding", "text"):
+            for length in (2, 3, 4):
+                torch.testing.assert_close(compiled(torch.ones(length), workflow=workflow), torch.full((length,), 2.0))
 
 
 @pytest.mark.parametrize("captured_before", [False, True])

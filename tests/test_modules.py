@@ -73,6 +73,17 @@ def test_resizing_commutes_with_a_linear_map_and_keeps_a_constant():
     assert resize_positions(positions, (4, 4), (4, 4)) is positions
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [(8, 8), (5, 9), (2, 3), (4, 1)])
+def test_positions_are_resized_by_bicubic_interpolation(dtype, target):
+    positions = torch.randn(16, 6, dtype=dtype)
+    image = positions.to(torch.promote_types(dtype, torch.float32)).T.reshape(1, 6, 4, 4)
+    expected = torch.nn.functional.interpolate(image, size=target, mode="bicubic", align_corners=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which does not round the interpolation
+        resized = resize_positions(positions, (4, 4), target)
+    torch.testing.assert_close(resized, expected[0].flatten(1).T.to(dtype))
+
+
 def test_one_hot_positions_are_at_right_angles():
     positions = one_hot_positions_2d(22, (3, 4)).view(3, 4, 22)
     for row, column in itertools.product(range(3), range(4)):

@@ -113,7 +113,8 @@ def test_throughput_benchmark(monkeypatch, capsys):
     sizes = ["--hidden-size", "32", "--layers", "1", "--batch-size", "2", "--steps", "1", "--rounds", "1"]
     sizes += ["--records", "8", "--max-new-tokens", "1", "--padding-batch-size", "2"]
     out = run(monkeypatch, capsys, throughput.main, *sizes)
-    for name in (throughput.BASE, throughput.MLP, throughput.WITHOUT, throughput.WITH):
+    names = (throughput.BASE, throughput.ATTACHED, throughput.ATTACHED_WITH, throughput.MLP)
+    for name in (*names, throughput.WITHOUT, throughput.WITH):
         assert out.count(f"| {name} |") >= 2, name
     assert out.count("IDTrainer") == 3
     assert "grouped by length" in out

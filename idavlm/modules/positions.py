@@ -4,7 +4,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 
@@ -71,9 +70,20 @@ def resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[i
     if source == target:
         return positions
     dtype = torch.promote_types(positions.dtype, torch.float32)
-    image = rearrange(positions.to(dtype), "(h w) c -> 1 c h w", h=source[0])
-    image = F.interpolate(image, size=target, mode="bicubic", align_corners=False)
-    return rearrange(image, "1 c h w -> (h w) c").to(positions.dtype)
+    rows, columns = (
+        _interpolation(*sizes, dtype=dtype, device=positions.device) for sizes in zip(source, target, strict=True)
+    )
+    grid = positions.to(dtype).unflatten(0, source)
+    # As matrix products, along one axis after the other: on a CPU, interpolate takes ten times as long for wide rows.
+    with torch.autocast(positions.device.type, enabled=False):
+        resized = rows @ (columns @ grid).flatten(1)
+    return resized.view(-1, positions.shape[1]).to(positions.dtype)
+
+
+def _interpolation(source: int, target: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix ``[target, source]`` that interpolates along one axis."""
+    points = torch.eye(source, dtype=dtype, device=device)[None, :, None]
+    return F.interpolate(points, size=(1, target), mode="bicubic", align_corners=False)[0, :, 0].T
 
 
 def square_grid(name: str, count: int) -> tuple[int, int]:

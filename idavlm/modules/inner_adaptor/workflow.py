@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from idavlm._compat import cache_in
 from idavlm.modules.inner_adaptor.decoder import TEXT, DecoderParts, ensure_cache_layer, enter_cache
-from idavlm.utils import check_choice
+from idavlm.utils import check_choice, compile_callees_only
 
 
 class WorkflowState:
@@ -186,16 +186,13 @@ def train_workflow(model: nn.Module, workflow: str) -> None:
 def takes_workflow(method: Callable) -> Callable:
     """Let a method of a model with inner adaptors take ``workflow=``, which is active while the method runs."""
 
+    @compile_callees_only
     @functools.wraps(method)
     def run(self, *args, workflow: str | None = None, **kwargs):
         if workflow is None:
             return method(self, *args, **kwargs)
-        state = find_inner_adaptor(self, workflow).state  # no context manager: torch.compile traces this function
-        previous = state.activate(workflow)
-        try:
+        with find_inner_adaptor(self, workflow).workflow(workflow):
             return method(self, *args, **kwargs)
-        finally:
-            state.active = previous
 
     return run
 
