@@ -1,6 +1,7 @@
 """Memory of training steps: the formulas of ``idavlm.training.memory`` against measured small models.
 
     python -m benchmarks.training_memory
+    python -m benchmarks.training_memory --large      # 7B and 34B on 8 to 64 GPUs, from the formulas alone
 
 Measured are the tensors that a forward pass keeps for its backward pass, and the peak of two micro-batches with the
 gradients. Weights and optimizer state are there before. The models are a Llama and a ViT with random weights. With
@@ -16,16 +17,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 from benchmarks.measure import peak_megabytes
 from idavlm.training.memory import (
+    Layers,
     Strategy,
     activation_memory,
     checkpoint_memory,
     layers_of,
     logits_memory,
     state_memory,
+    step_communication,
 )
 from idavlm.utils import describe_machine, markdown_table
 
 VOCAB_SIZE = 1000
+LARGE = {
+    "7B (Qwen2-7B)": (Layers(28, 3584, 18944, 512, True), 7_600_000_000, 152_064),
+    "34B (Yi-34B)": (Layers(60, 7168, 20480, 1024, True), 34_400_000_000, 64_000),
+}
+"""Layers, parameters and vocabulary of large language models."""
 
 
 def main() -> None:
@@ -35,7 +43,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--large", action="store_true", help="print the table of large models, and measure nothing")
     args = parser.parse_args()
+    if args.large:
+        print(large_models())
+        return
     rows = []
     for name, options in (
         ("Llama, float32", {}),
@@ -50,6 +62,44 @@ def main() -> None:
     print(f"{describe_machine()}, torch {torch.__version__}\n")
     header = ["model", "kept: formula", "measured", "ratio", "peak with gradients: formula", "measured", "ratio"]
     print(markdown_table(header, rows))
+
+
+def large_models() -> str:
+    """Memory in GiB and communication in GB per optimizer step of one rank, on 8, 16, 32 and 64 ranks."""
+    rows = []
+    for name, (layers, num_parameters, vocab_size) in LARGE.items():
+        of_lora = 64 * layers.num_layers * _lora_width(layers)
+        for method, stage, trained, frozen, frozen_bytes in (
+            ("all parameters, ZeRO-2", 2, num_parameters, 0, 2),
+            ("all parameters, ZeRO-3", 3, num_parameters, 0, 2),
+            ("LoRA, DDP or ZeRO-2", 2, of_lora, num_parameters, 2),
+            ("LoRA, ZeRO-3", 3, of_lora, num_parameters, 2),
+            ("QLoRA, DDP or ZeRO-2", 2, of_lora, num_parameters, 0.55),
+        ):
+            memory, sent = [], []
+            for ranks in (8, 16, 32, 64):
+                strategy = Strategy(
+                    num_ranks=ranks,
+                    stage=stage,
+                    weight_bytes=2,
+                    frozen_bytes=frozen_bytes,
+                    compute_bytes=2,
+                    has_master_weights=True,
+                    checkpointing=True,
+                )
+                found = sum(state_memory(trained, frozen, layers.num_weights(), strategy).values())
+                found += activation_memory(layers, 2048, strategy) + logits_memory(512, vocab_size, strategy)
+                memory.append(f"{found / 2**30:.0f}")
+                sent.append(step_communication(trained, frozen, 8, strategy) / 1e9)
+            rows.append([name, method, *memory, f"{sent[0]:.1f}", f"{sent[-1]:.1f}"])
+    header = ["model", "method", "8 GPUs", "16", "32", "64", "sent, 8 GPUs", "64"]
+    return markdown_table(header, rows)
+
+
+def _lora_width(layers: Layers) -> int:
+    """Inputs and outputs of the seven linear layers of a layer, which a rank is multiplied with."""
+    attention = 4 * layers.hidden_size + 2 * (layers.hidden_size + layers.kv_size)
+    return attention + 3 * (layers.hidden_size + layers.intermediate_size)
 
 
 def measure(

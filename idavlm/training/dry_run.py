@@ -96,14 +96,18 @@ def memory_table(model: nn.Module, config: TrainConfig, encoded: dict[str, Any])
     batch = args.per_device_train_batch_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    unknown = ""
     found = state_memory(trained, frozen, _largest_layer(model), strategy)
     length = len(encoded["input_ids"])
     text = model.config.get_text_config()
     found["activations of the language model"] = activation_memory(layers_of(text), batch * length, strategy)
     if any(p.requires_grad for name, p in model.named_parameters() if module_of(name) == "vision_tower"):
         vision = model.config.vision_config
-        patches = _num_patches(encoded, vision)
-        found["activations of the vision tower"] = activation_memory(layers_of(vision), batch * patches, strategy)
+        try:
+            patches = _num_patches(encoded, vision)
+            found["activations of the vision tower"] = activation_memory(layers_of(vision), batch * patches, strategy)
+        except ValueError as error:  # a ResNet, for example
+            unknown = f" Without the activations of the vision tower: {error}"
     num_labels = int((encoded["labels"] != IGNORE_INDEX).sum())
     # Models of idavlm compute the logits of labelled tokens only.
     tokens = num_labels if model.config.model_type == "idavlm" else length
@@ -112,7 +116,7 @@ def memory_table(model: nn.Module, config: TrainConfig, encoded: dict[str, Any])
     rows.append(["total", f"{sum(found.values()) / 2**30:.3g}"])
     return (
         f"Number of processes: {strategy.num_ranks}. A micro-batch has {batch} samples of {length} tokens, as the "
-        f"first one; longer samples need more.\n\n{markdown_table(['', 'GiB'], rows)}"
+        f"first one; longer samples need more.{unknown}\n\n{markdown_table(['', 'GiB'], rows)}"
     )
 
 
@@ -168,6 +172,8 @@ def _num_patches(encoded: dict[str, Any], vision_config) -> int:
     pixels = encoded["pixel_values"]
     if pixels.dim() == 2:  # one row per patch
         return len(pixels)
+    if not isinstance(getattr(vision_config, "patch_size", None), int):
+        raise ValueError(f"{type(vision_config).__name__} names no patch_size.")
     height, width = pixels.shape[-2:]
     return pixels.shape[:-3].numel() * height * width // vision_config.patch_size**2
 
