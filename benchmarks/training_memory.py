@@ -21,8 +21,8 @@ from idavlm.training.memory import (
     Strategy,
     activation_memory,
     checkpoint_memory,
+    language_model_memory,
     layers_of,
-    logits_memory,
     state_memory,
     step_communication,
 )
@@ -88,7 +88,7 @@ def large_models() -> str:
                     checkpointing=True,
                 )
                 found = sum(state_memory(trained, frozen, layers.num_weights(), strategy).values())
-                found += activation_memory(layers, 2048, strategy) + logits_memory(512, vocab_size, strategy)
+                found += language_model_memory(layers, 2048, 512, vocab_size, strategy)
                 memory.append(f"{found / 2**30:.0f}")
                 sent.append(step_communication(trained, frozen, 8, strategy) / 1e9)
             rows.append([name, method, *memory, f"{sent[0]:.1f}", f"{sent[-1]:.1f}"])
@@ -118,7 +118,7 @@ def measure(
     layers, num_tokens = layers_of(model.config), args.batch_size * args.length
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     kept = (checkpoint_memory if checkpointing else activation_memory)(layers, num_tokens, strategy)
-    logits = 0.0 if is_vit else logits_memory(num_tokens, VOCAB_SIZE, strategy)
+    logits = 0 if is_vit else num_tokens
     gradients = state_memory(num_parameters, 0, 0, strategy)["gradients"]
 
     def forward() -> Tensor:
@@ -131,7 +131,7 @@ def measure(
             forward().backward()
         model.zero_grad()
 
-    expected = gradients + activation_memory(layers, num_tokens, strategy) + logits
+    expected = gradients + language_model_memory(layers, num_tokens, logits, VOCAB_SIZE, strategy)
     found = []
     for formula, measured in ((kept, kept_megabytes(forward, model)), (expected, peak_megabytes(step, args.device))):
         found += [f"{formula / 2**20:.1f}", f"{measured:.1f}", f"{formula / 2**20 / measured:.2f}"]

@@ -15,8 +15,8 @@ from idavlm.training.memory import (
     ADAM_STATE,
     Strategy,
     activation_memory,
+    language_model_memory,
     layers_of,
-    logits_memory,
     state_memory,
 )
 from idavlm.training.quantization import QuantizationArguments
@@ -100,7 +100,12 @@ def memory_table(model: nn.Module, config: TrainConfig, encoded: dict[str, Any])
     found = state_memory(trained, frozen, _largest_layer(model), strategy)
     length = len(encoded["input_ids"])
     text = model.config.get_text_config()
-    found["activations of the language model"] = activation_memory(layers_of(text), batch * length, strategy)
+    # Models of idavlm compute the logits of labelled tokens only.
+    num_labels = int((encoded["labels"] != IGNORE_INDEX).sum())
+    num_logits = num_labels if model.config.model_type == "idavlm" else length
+    found["activations and logits of the language model"] = language_model_memory(
+        layers_of(text), batch * length, batch * num_logits, text.vocab_size, strategy
+    )
     if any(p.requires_grad for name, p in model.named_parameters() if module_of(name) == "vision_tower"):
         vision = model.config.vision_config
         try:
@@ -108,10 +113,6 @@ def memory_table(model: nn.Module, config: TrainConfig, encoded: dict[str, Any])
             found["activations of the vision tower"] = activation_memory(layers_of(vision), batch * patches, strategy)
         except ValueError as error:  # a ResNet, for example
             unknown = f" Without the activations of the vision tower: {error}"
-    num_labels = int((encoded["labels"] != IGNORE_INDEX).sum())
-    # Models of idavlm compute the logits of labelled tokens only.
-    tokens = num_labels if model.config.model_type == "idavlm" else length
-    found["logits"] = logits_memory(batch * tokens, text.vocab_size, strategy)
     rows = [[name, f"{size / 2**30:.3g}"] for name, size in found.items() if size]
     rows.append(["total", f"{sum(found.values()) / 2**30:.3g}"])
     return (

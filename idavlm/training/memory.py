@@ -135,6 +135,18 @@ def logits_memory(num_tokens: int, vocab_size: int, strategy: Strategy) -> float
     return num_tokens * vocab_size * (strategy.compute_bytes + 4 + 4)
 
 
+def language_model_memory(
+    layers: Layers, num_tokens: int, num_logits: int, vocab_size: int, strategy: Strategy
+) -> float:
+    """Peak of activations and logits. With checkpointing, logits are freed before the first layer is computed again."""
+    logits = logits_memory(num_logits, vocab_size, strategy)
+    activations = activation_memory(layers, num_tokens, strategy)
+    if not strategy.checkpointing:
+        return activations + logits
+    inputs = checkpoint_memory(layers, num_tokens, strategy)
+    return inputs + max(activations - inputs, logits)
+
+
 def step_communication(trained: int, frozen: int, accumulation: int, strategy: Strategy) -> float:
     """Bytes that one rank sends in an optimizer step of ``accumulation`` micro-batches.
 

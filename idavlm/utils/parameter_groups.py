@@ -15,6 +15,7 @@ NAMES_OF_TRANSFORMERS = {
     "merger": "connector",
     "deepstack_merger_list": "connector",
     "image_newline": "connector",
+    "visual_embeddings_table": "connector",
     "text_model": "language_model",
     "lm_head": "language_model",
 }
