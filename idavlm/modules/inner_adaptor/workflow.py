@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from idavlm._compat import cache_in
 from idavlm.modules.inner_adaptor.decoder import TEXT, DecoderParts, ensure_cache_layer, enter_cache
-from idavlm.utils import check_choice, compile_callees_only
+from idavlm.utils import check_choice
 
 
 class WorkflowState:
@@ -186,7 +186,6 @@ def train_workflow(model: nn.Module, workflow: str) -> None:
 def takes_workflow(method: Callable) -> Callable:
     """Let a method of a model with inner adaptors take ``workflow=``, which is active while the method runs."""
 
-    @compile_callees_only
     @functools.wraps(method)
     def run(self, *args, workflow: str | None = None, **kwargs):
         if workflow is None:
@@ -194,7 +193,8 @@ def takes_workflow(method: Callable) -> Callable:
         with find_inner_adaptor(self, workflow).workflow(workflow):
             return method(self, *args, **kwargs)
 
-    return run
+    # torch.compile would compile this wrapper for every combination of arguments. It compiles the method only.
+    return torch.compiler.disable(run, recursive=False)
 
 
 class WorkflowMixin:
