@@ -206,15 +206,15 @@ def keep_4bit_layout(model: nn.Module) -> None:
     """Let the 4-bit layers of bitsandbytes in ``model`` keep the layout of their weights.
 
     bitsandbytes 0.49 and 0.50: on a CPU with AVX512-BF16, a forward pass in evaluation mode rearranges the weights in
-    place for a kernel that computes in bfloat16. Afterwards no gradient passes through the layer, and dequantisation
-    (of peft, for DoRA and merging) reads wrong values.
+    place for a kernel that computes in bfloat16, whatever the compute type. Afterwards no gradient passes through the
+    layer, and dequantisation (of peft, for DoRA and merging) reads wrong values.
     """
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         module.support_avx512bf16_for_cpu = False
         weight = module.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
             weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)

@@ -43,9 +43,17 @@ def run(arguments: argparse.Namespace) -> None:
     adapted = load_lora(arguments.adapter, arguments.model, **options)
     source = arguments.model or adapted.peft_config["default"].base_model_name_or_path
     save_merged(merge_lora(adapted), arguments.out)
-    if not _copy_processor(arguments.adapter, arguments.out) and not _copy_processor(Path(source), arguments.out):
-        _save_processor(source, arguments.out)
-    print(f"{arguments.out}: the merged model")
+    for folder in (arguments.adapter, Path(source)):
+        if _copy_processor(folder, arguments.out):
+            print(f"{arguments.out}: the merged model, with the processor of {folder}")
+            return
+    if Path(source).is_dir():
+        print(f"{arguments.out}: the merged model. Neither {arguments.adapter} nor {source} has a processor to copy.")
+        return
+    from transformers import AutoProcessor
+
+    AutoProcessor.from_pretrained(source).save_pretrained(arguments.out)
+    print(f"{arguments.out}: the merged model, with the processor of {source}")
 
 
 def _copy_processor(folder: Path, out: Path) -> bool:
@@ -54,10 +62,3 @@ def _copy_processor(folder: Path, out: Path) -> bool:
     for file in files:
         shutil.copy(file, out)
     return bool(files)
-
-
-def _save_processor(source: str, out: Path) -> None:
-    """Copy the processor of a model of the hub."""
-    from transformers import AutoProcessor
-
-    AutoProcessor.from_pretrained(source).save_pretrained(out)

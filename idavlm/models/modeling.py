@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from idavlm._compat import cache_name, takes_cache
+from idavlm._compat import cache_name, keep_4bit_layout, takes_cache
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.generation import ImageGenerationMixin
 from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
@@ -235,6 +235,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         super().initialize_weights()
         if self._joint_was_built_empty:
             self._initialise_missing()
+        keep_4bit_layout(self)
 
     def encode_images(
         self,
@@ -537,10 +538,12 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             for parameter in inner_adaptor.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())  # others are quantised
         for part, build in parts.items():
+            quantized = [name for name, parameter in part.named_parameters() if not parameter.is_floating_point()]
             missing = {
                 name: tensor
                 for name, tensor in part.state_dict(keep_vars=True).items()
-                if not getattr(tensor, "_is_hf_initialized", False)
+                # 4-bit weights have further entries, such as weight.absmax
+                if not getattr(tensor, "_is_hf_initialized", False) and not name.startswith(tuple(quantized))
             }
             initial = build().state_dict() if missing else {}
             for name, tensor in missing.items():

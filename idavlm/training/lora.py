@@ -319,8 +319,7 @@ def _target_pattern(model: PreTrainedModel, part: str, arguments: LoRAArguments,
         )
     target = arguments.target_modules
     if target == ALL_LINEAR:
-        linear = [name for name, layer in modules.items() if isinstance(layer, (nn.Linear, Conv1D))]
-        target = "|".join(dict.fromkeys(re.sub(r"(?<=\\.)\d+(?=\\.|$)", r"\\d+", re.escape(name)) for name in linear))
+        target = "|".join(_linear_patterns(modules))
     elif not isinstance(target, str):
         target = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, target))})"
     found = [name for name in modules if re.fullmatch(target, name)]
@@ -338,6 +337,18 @@ def _target_pattern(model: PreTrainedModel, part: str, arguments: LoRAArguments,
                 f"{part_path}.{inside[0]} gets LoRA, but modules_to_save trains {path} in full; choose one."
             )
     return pattern
+
+
+def _linear_patterns(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Regular expressions for the names of all linear layers; one for layers whose names differ in numbers only."""
+    linear = [name for name, layer in modules.items() if isinstance(layer, (nn.Linear, Conv1D))]
+    others = [name for name in modules if name not in set(linear)]
+    patterns = {}
+    for name in linear:
+        pattern = re.sub(r"(?<=\\.)\d+(?=\\.|$)", r"\\d+", re.escape(name))
+        is_exact = any(re.fullmatch(pattern, other) for other in others)
+        patterns[re.escape(name) if is_exact else pattern] = None
+    return list(patterns)
 
 
 def check_adapter(model: "PeftModel") -> None:
