@@ -12,6 +12,8 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`loses_image_blocks` | transformers 5.24: in packed rows, Gemma 3 and 4 lose the attention within an image |
 | :func:`encodes_images_before_generation` | transformers < 5.24 encodes images in the first pass of ``generate`` |
 | :func:`optimizer_state_may_lack_parameters` | accelerate 1: FSDP2 cannot resume with unused parameters |
+| :func:`with_present_names` | transformers < 5.24 calls ``activation_checkpointing`` ``gradient_checkpointing`` |
+| :func:`keep_new_names` | transformers 5: ``save_pretrained`` reverts the ``key_mapping`` of ``from_pretrained`` |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
 | :func:`keep_4bit_layout` | bitsandbytes 0.49 and 0.50: on a CPU, an evaluation changes the layout of 4-bit weights |
 | :func:`quantized_base_may_train` | transformers 5: ``Trainer`` refuses new modules on a quantised model |
@@ -284,3 +286,29 @@ def quantized_base_may_train(model: nn.Module) -> Iterator[None]:
     finally:
         if was_quantized:
             model.is_quantized = True
+
+
+def keep_new_names(model: nn.Module, key_mapping: dict[str, str]) -> None:
+    """Let a model that was loaded with ``key_mapping`` be saved under the names that its tensors have now.
+
+    ``save_pretrained`` of transformers 5 would write the old names, which belong to the old configuration.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        conversion for conversion in conversions if not set(conversion.source_patterns) & key_mapping.keys()
+    ]
+
+
+def with_present_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments in which ``gradient_checkpointing`` has its present name.
+
+    transformers 5.24 renamed it to ``activation_checkpointing``, and warns about the old name.
+    """
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments)}
+    renamed = {}
+    for name, value in options.items():
+        new = name.replace("gradient_checkpointing", "activation_checkpointing")
+        renamed[new if new in names else name] = value
+    return renamed

@@ -16,11 +16,13 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from idavlm import add_inner_adaptors
 from idavlm.data import RecordDataset
 from idavlm.models import IDAVLMProcessor
+from idavlm.models.model_parts import PARTS, find_part
 from idavlm.training import IDTrainer, IDTrainingArguments, last_complete_checkpoint
 from idavlm.training.trainer import MAX_STEPS_WITHOUT_BOXES, language_loss_by_source
 from idavlm.utils.parameter_groups import module_of
 from tests.interrupted_run import STEPS, build_trainer, write_data
 from tests.small_models import record, small_model, small_processor
+from tests.vlm_families import FAMILIES, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,20 @@ def test_the_image_index_embedding_is_a_module(data, tmp_path):
 )
 def test_the_module_of_a_parameter(name, module):
     assert module_of(name) == module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_transformers_have_the_same_module_names(family):
+    """Every parameter belongs to the tower, the language model with its head, or to the connector between them."""
+    model = tiny_model(family)
+    parts = {id(parameter): part for part in PARTS for parameter in find_part(model, part)[1].parameters()}
+    parts[id(model.get_output_embeddings().weight)] = "language_model"
+    found = {name: module_of(name) for name, _ in model.named_parameters()}
+    assert None not in found.values()
+    for name, parameter in model.named_parameters():
+        # The projection of some towers is inside of them, for example the merger of Qwen-VL.
+        assert found[name] in (parts.get(id(parameter), "connector"), "connector"), name
+    assert {"vision_tower", "connector", "language_model"} <= set(found.values())
 
 
 def test_a_connector_that_a_workflow_copies_belongs_to_its_inner_adaptor(data, tmp_path):

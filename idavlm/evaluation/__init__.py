@@ -21,6 +21,7 @@ from idavlm.evaluation.scoring import (
     score_description,
     score_matching,
 )
+from idavlm.evaluation.task_evaluation import TaskEvaluation
 from idavlm.utils.answer_parsing import is_refusal, parse_image_number, parse_letter, parse_yes_no
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Example",
     "Interval",
     "Prediction",
+    "TaskEvaluation",
     "bootstrap_mean",
     "box_iou",
     "check_wrong_references",

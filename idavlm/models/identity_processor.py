@@ -97,6 +97,8 @@ class IdentityProcessor(ProcessorMixin):
             ``image_token`` of the tokenizer nor that of the processor.
         pack_identities: ``__call__`` packs the identities into ``mm_token_type_ids``, see
             :mod:`idavlm.models.packed_identities`. TRL's ``GRPOTrainer`` passes no other field on to the model.
+        identity_inputs: whether outputs have the fields that an attached ID-Former takes. Use False for a model without
+            one; references are then images of the prompt like all others.
 
     Raises:
         ValueError: an argument that does not fit, with the remedy.
@@ -116,6 +118,7 @@ class IdentityProcessor(ProcessorMixin):
         max_length: int | None = None,
         placeholder: str | None = None,
         pack_identities: bool = False,
+        identity_inputs: bool = True,
     ):
         if isinstance(processor, IdentityProcessor):
             raise ValueError("processor is an IdentityProcessor already; pass the processor that it wraps.")
@@ -135,6 +138,8 @@ class IdentityProcessor(ProcessorMixin):
                 f"{identity_format!r}; set read_references=False."
             )
         check_positive(max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, max_length=max_length)
+        if pack_identities and not identity_inputs:
+            raise ValueError("pack_identities=True packs the fields that identity_inputs=False leaves out; use one.")
         self.processor = processor
         self.identity_format = identity_format
         self.read_references = read_references
@@ -148,6 +153,7 @@ class IdentityProcessor(ProcessorMixin):
         self.placeholder = placeholder or _PLACEHOLDERS.get(type(processor).__name__)
         self.pack_identities = pack_identities
         self._image_lengths: dict[tuple, int] = {}
+        self.identity_inputs = identity_inputs
         if self.placeholder is None:
             self.placeholder = getattr(processor.tokenizer, "image_token", None) or processor.image_token
         if self.placeholder_id is None or self.placeholder_id == processor.tokenizer.unk_token_id:
@@ -203,8 +209,9 @@ class IdentityProcessor(ProcessorMixin):
 
     def options(self) -> dict[str, Any]:
         """The arguments of this processor without the wrapped processor and ``image_root``."""
-        names = ("identity_format", "read_references", "allow_urls", "max_pixels", "max_aspect_ratio", "box_format")
-        return {name: getattr(self, name) for name in (*names, "max_length", "placeholder", "pack_identities")}
+        of_text = ("identity_format", "read_references", "box_format", "max_length", "placeholder", "pack_identities")
+        names = (*of_text, "allow_urls", "max_pixels", "max_aspect_ratio", "identity_inputs")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         wrapped = self.processor.to_dict()
@@ -476,7 +483,8 @@ class IdentityProcessor(ProcessorMixin):
         """Batch encoded samples. Use ``padding_side="left"`` for generation.
 
         The fields of the images are concatenated as the processors of transformers do: smaller images and missing tiles
-        are padded with zeros. A batch without identities has the fields of the wrapped processor and ``labels`` only.
+        are padded with zeros. A batch without identities, or with ``identity_inputs=False``, has the fields of the
+        wrapped processor and ``labels`` only.
         ``source`` and ``sample_ids`` are there if the samples have ``source`` and ``id``.
 
         Raises:
@@ -503,7 +511,7 @@ class IdentityProcessor(ProcessorMixin):
                 raise ValueError(f"{len(values)} of {len(encoded)} samples have {name!r}; set it in all or in none.")
             if values:
                 batch[batch_name] = values
-        if any(len(sample["identity_name_ids"]) for sample in encoded):
+        if self.identity_inputs and any(len(sample["identity_name_ids"]) for sample in encoded):
             batch.update(collate_identities(encoded))
         return batch
 
@@ -567,6 +575,8 @@ class IdentityProcessor(ProcessorMixin):
             output["assistant_masks"] = torch.tensor(masks) if isinstance(output["input_ids"], Tensor) else masks
             if not wants_offsets:
                 output.pop("offset_mapping")
+        if not self.identity_inputs:
+            return output
         sizes = [[_size(image) for image in row] for row in images]
         fields = identity_fields(conversations, sizes, expansion.counts, self._name_ids(conversations))
         for name, value in fields.items():

@@ -16,6 +16,7 @@ from transformers.utils import is_peft_available, logging
 
 from idavlm._compat import keep_4bit_layout, optimizer_state_may_lack_parameters, quantized_base_may_train
 from idavlm.data import DualDataLoader, LengthGroupedSampler, PackingCollator, token_counts
+from idavlm.models.attach import image_features_with_identities, save_id_former
 from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.modules import train_workflow, use_workflow
 from idavlm.training.arguments import IDTrainingArguments
@@ -57,6 +58,7 @@ from idavlm.training.losses import (
     without_repeated,
 )
 from idavlm.training.non_finite import NonFiniteGuard, TrainingStep
+from idavlm.training.throughput import Throughput
 from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
 
 logger = logging.get_logger(__name__)
@@ -96,8 +98,9 @@ class IDTrainer(Trainer):
     losses of an evaluation are means over the whole data set.
 
     Log entries have ``loss_identity`` and ``loss_general``, the language loss of each source since the last entry
-    without loss weights, and ``identity_map_loss``. Any transformers model can be trained: where the outputs have no
-    ``language_loss``, their ``loss`` is used, and taken as a mean over labelled tokens.
+    without loss weights, ``identity_map_loss``, and samples, tokens and images per second. Any transformers model can
+    be trained: where the outputs have no ``language_loss``, their ``loss`` is used, and taken as a mean over labelled
+    tokens. Checkpoints of a model with an attached ID-Former also have the files of :func:`idavlm.save_id_former`.
 
     Args:
         model: an :class:`idavlm.IDAVLMForConditionalGeneration` or any other transformers model.
@@ -145,12 +148,13 @@ class IDTrainer(Trainer):
         self._is_evaluating = False
         self._train_losses, self._eval_losses = LossAverages(), LossAverages()
         self._step = TrainingStep()
+        self._throughput = Throughput()
         self._non_finite = NonFiniteGuard(args.non_finite_loss, args.output_dir)
         self._steps_without_boxes = 0
         self._supervised_scenes = self._scenes_before = 0  # since the start of the run; when training was resumed
         self._has_trained = False
         self._settings: dict[str, Any] = {}
-        _freeze(model, args)
+        freeze_modules(model, args)
         check_general_data(model, general_dataset)
         if data_collator is None:
             data_collator = getattr(processing_class, "collate", None)
@@ -260,7 +264,7 @@ class IDTrainer(Trainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         """The training loop. With ``auto_find_batch_size`` it may begin several times."""
-        self._train_losses = LossAverages()
+        self._train_losses, self._throughput = LossAverages(), Throughput()
         self._non_finite = NonFiniteGuard(self.args.non_finite_loss, self.args.output_dir)
         self._supervised_scenes, self._steps_without_boxes = self._scenes_before, 0
         self._has_trained = False
@@ -293,12 +297,14 @@ class IDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and in place of the number of items the counts of the global batch."""
+        self._throughput.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = count_losses(batches)
         for batch, count in zip(batches, counts, strict=True):
             batch["loss_counts"] = count
         total = sum_counts(counts, self.accelerator)
         self._step = TrainingStep(batches)
+        self._throughput.add(batches)
         self._has_trained = True
         if batches:
             self._check_supervision(total)
@@ -441,11 +447,16 @@ class IDTrainer(Trainer):
             logs.update({name: round(mean, 6) for name, mean in means.items()})
             counts = {"skipped_steps": self._non_finite.skipped, "steps_without_boxes": self._steps_without_boxes}
             logs.update({name: count for name, count in counts.items() if count})
+            logs.update(self._throughput.compute(self.accelerator))
             self._train_losses = LossAverages()
             self._non_finite.skipped = self._steps_without_boxes = 0
         if not self._has_trained:  # a finished run that was resumed: the Trainer's mean over no steps is 0
             logs.pop("train_loss", None)
         super().log(logs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._throughput.stop()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # --- Losses that are not finite ---------------------------------------------------------------------------------
 
@@ -472,8 +483,13 @@ class IDTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if self.args.should_save and _is_peft_model(self.model):
-            save_beside_adapter(self.model, self.args.output_dir if output_dir is None else output_dir)
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if _is_peft_model(self.model):
+            save_beside_adapter(self.model, folder)
+        elif any(image_features_with_identities(module) is not None for module in self.model.modules()):
+            save_id_former(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load weights by the names under which ``save_pretrained`` wrote them. All of them must be there."""
@@ -587,7 +603,7 @@ def _without_auxiliary_loss(outputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in outputs.items() if name != "auxiliary_loss"}
 
 
-def _freeze(model: nn.Module, args: IDTrainingArguments) -> None:
+def freeze_modules(model: nn.Module, args: IDTrainingArguments) -> None:
     """Freeze the modules of ``args.freeze`` and the inner adaptors of all workflows but ``args.workflow``."""
     if args.workflow is not None:
         train_workflow(model, args.workflow)
