@@ -34,8 +34,8 @@ PIECES = [
     "wait ", "**", "| 3 |", "# ", "//",
 ]  # fmt: skip
 FORMATS = [*map(BoxFormat, BoxFormat.KINDS), BoxFormat("bins32")]
-SECONDS = 5
-"""Far more than an answer of 20,000 characters takes, and far less than a pattern that goes back over it."""
+SECONDS = 3
+"""Far more CPU time than an answer of 20,000 characters takes, and far less than a pattern that goes back over it."""
 
 
 def short_text(rng: random.Random) -> str:
@@ -50,7 +50,7 @@ def long_text(rng: random.Random) -> str:
 
 def check(text: str, name: str) -> str:
     """Parse an answer in every way and return what was found."""
-    start = time.perf_counter()
+    start = time.process_time()
     number = parse_image_number(text, count=4, name=name)
     assert number is None or 1 <= number <= 4
     letter = parse_letter(text)
@@ -70,7 +70,7 @@ def check(text: str, name: str) -> str:
             assert 0 <= box[0] < box[2] <= 50
             assert 0 <= box[1] < box[3] <= 30
             boxes += 1
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     length = max(len(unicodedata.normalize("NFKC", text)), 20_000)
     assert seconds < SECONDS * length / 20_000, f"{seconds:.1f} s for {text[:100]!r} ... {text[-100:]!r}"
     return " and ".join(["number"] * (number is not None) + ["box"] * bool(boxes)) or "nothing"
@@ -89,7 +89,7 @@ values = st.recursive(
 )
 
 
-@fuzz_settings(200)
+@fuzz_settings(100)
 @given(value=st.lists(values, min_size=1, max_size=4) | st.dictionaries(st.text(max_size=10), values, min_size=1))
 def test_valid_json_is_read_as_json_reads_it(value):
     for text in (json.dumps(value), json.dumps(value, indent=1, ensure_ascii=False)):
@@ -97,7 +97,7 @@ def test_valid_json_is_read_as_json_reads_it(value):
         assert find_json(f"Here: {text}. Done")[0][2] == value
 
 
-@fuzz_settings(200)
+@fuzz_settings(100)
 @given(value=st.lists(values, min_size=1, max_size=4), length=st.integers(0, 200))
 def test_json_that_ends_too_early_is_no_error(value, length):
     for _, _, found in find_json(json.dumps(value)[:length]):
