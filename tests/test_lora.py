@@ -58,7 +58,7 @@ def base(tmp_path_factory):
 
 def trainer_of(model, data, folder, **options) -> IDTrainer:
     processor = small_processor()
-    defaults = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "save_steps": 2, "seed": 1}
+    defaults = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 2, "save_steps": 1, "seed": 1}
     options = defaults | {"per_device_train_batch_size": 2, "learning_rate": 1e-2} | options
     records = RecordDataset(data / "train.jsonl", data / "images", encode=processor.encode)
     arguments = IDTrainingArguments(str(folder), **options)
@@ -120,7 +120,7 @@ def test_training_resumes_and_merges(base, data, root, tmp_path, kind, parts):
         assert any(f".{module}.modules_to_save." in name for name in moved), module
     assert all("lora_" in name or "modules_to_save" in name for name in moved)
 
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
     resumed = trainer_of(adapted(base, kind, parts, seed=5), data, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=True)
     after = resumed.model.state_dict()
@@ -128,8 +128,8 @@ def test_training_resumes_and_merges(base, data, root, tmp_path, kind, parts):
         assert torch.equal(tensor, after[name]), name
 
     expected = logits(whole.model, batch_of(root))
-    assert (expected - expected_before).abs().max() > 0.05
-    loaded = load_lora(tmp_path / "whole" / "checkpoint-4")
+    assert (expected - expected_before).abs().max() > 0.01
+    loaded = load_lora(tmp_path / "whole" / "checkpoint-2")
     torch.testing.assert_close(logits(loaded, batch_of(root)), expected, atol=1e-6, rtol=1e-6)
     merged = merge_lora(loaded)
     assert type(merged) is IDAVLMForConditionalGeneration
@@ -243,7 +243,7 @@ def test_lora_on_inner_adaptors_trains_what_is_saved(data, tmp_path):
     moved = {name for name, tensor in tuned.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved
     assert all("inner_adaptor.grounding" in name and "lora_" in name for name in moved)
-    saved = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
     assert {name.replace(".default", "") for name in moved} <= saved.keys()
 
 
@@ -287,7 +287,7 @@ def test_inner_adaptors_are_trained_in_full_beside_lora(data, root, tmp_path, op
 
     workflows = (*options.get("workflows", ("multimodal", "grounding")), "text")
     expected = {name: logits(model, batch_of(root), workflow=name) for name in workflows}
-    loaded = load_lora(tmp_path / "run" / "checkpoint-4", tmp_path / "base")
+    loaded = load_lora(tmp_path / "run" / "checkpoint-2", tmp_path / "base")
     merged = merge_lora(loaded)
     merged.save_pretrained(tmp_path / "merged")
     again = IDAVLMForConditionalGeneration.from_pretrained(tmp_path / "merged")
