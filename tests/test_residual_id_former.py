@@ -186,7 +186,7 @@ def test_losses_of_targets():
         nll = -layer.log()[torch.arange(start, start + 5), [1, 2, 0, 0, 0]]
         first.append(nll[:2].mean())
         second.append(nll[3:].mean())
-    expected = torch.zeros(8)
+    expected = torch.zeros(8, dtype=torch.float64)
     expected[2], expected[3] = torch.stack(first).mean(), torch.stack(second).mean()
     torch.testing.assert_close(output.map_losses, expected)
     # Contrastive: against the references of all samples, the null token once.
@@ -199,7 +199,7 @@ def test_losses_of_targets():
         query = x[image][cell] + position_of(module, GRIDS[image], cell)
         _, weights = attend(attention, query[None], keys)
         losses.append(-weights[0, owner == identity].sum().log())
-    torch.testing.assert_close(output.contrastive_loss, torch.stack(losses).mean())
+    torch.testing.assert_close(output.contrastive_loss, torch.stack(losses).sum())
 
 
 def test_deepstack_levels_have_residuals_of_their_own():

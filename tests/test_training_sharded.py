@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from idavlm import attach_id_former, load_adaptors, load_id_former, save_adaptors, save_id_former
 from idavlm.data import RecordDataset
 from idavlm.experimental.muon import muon_adamw
-from idavlm.training import IDTrainer, IDTrainingArguments, fsdp_wrap_classes, fully_shard_model
+from idavlm.training import IDTrainer, IDTrainingArguments, distributed, fsdp_wrap_classes, fully_shard_model
 from idavlm.training.distributed import check_engine, check_optimizer, set_wrap_classes
 from tests.interrupted_run import write_data
 from tests.small_models import small_model
@@ -76,7 +76,7 @@ def test_accelerate_gets_the_units_unless_they_are_set(processor):
 @pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
 def test_ddp_in_place_of_what_was_asked_for_is_refused(name):
     args = SimpleNamespace(**{"deepspeed": None, "fsdp": None, "use_cpu": True, name: "zero3.json"})
-    accelerator = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=1)
     with pytest.raises(ValueError, match=rf"{name}=zero3.json has no effect.*MULTI_CPU in its place \(use_cpu=True\)"):
         check_engine(args, accelerator)
     accelerator.distributed_type = DistributedType(name.upper())
@@ -87,7 +87,17 @@ def test_ddp_in_place_of_what_accelerate_launch_asked_for_is_refused(monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     args = SimpleNamespace(deepspeed=None, fsdp=None, use_cpu=True)
     with pytest.raises(ValueError, match=r"deepspeed=true \(accelerate launch\) has no effect"):
-        check_engine(args, SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
+        check_engine(args, SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=1))
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    args = SimpleNamespace(deepspeed="zero3.json", fsdp=None, use_cpu=False)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=1, device="cpu")
+    with pytest.raises(
+        ValueError, match=r"this process for one of 1, but there are 2, so each would train on the data"
+    ):
+        check_engine(args, accelerator)
 
 
 def test_muon_is_refused_where_matrices_are_joined_to_a_vector(processor):

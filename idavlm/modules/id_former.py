@@ -23,6 +23,7 @@ from idavlm.modules.identity_map import (
 from idavlm.modules.image_groups import ImageGroups, attention_segments, group_images, pack_keys, select_images
 from idavlm.modules.resampler import Resampler
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_choice, check_positive
+from idavlm.utils.sharding import reads_parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,6 +266,7 @@ class IDFormer(nn.Module):
             ValueError: ``image_features`` is not ``[I, P, Cv]``, a role is outside 0..2, ``sample_index`` decreases,
                 an index tensor does not have I entries, or a sample has more than ``max_identities`` identities.
         """
+        reads_parameter(self, self.resampler.query)
         grid_size = self.resampler.check_features(image_features, grid_size)
         groups = group_images(
             image_roles, sample_index, identity_index, num_images=len(image_features), device=image_features.device

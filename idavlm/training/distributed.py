@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from idavlm.modules import IDFormer, Resampler, ResidualIDFormer
 from idavlm.training.arguments import IDTrainingArguments
+from idavlm.utils.sharding import num_processes
 
 ENTERED_BY_METHODS = (IDFormer, ResidualIDFormer, Resampler)
 """Modules that other modules enter by other methods than ``forward``, where FSDP gathers no parameters."""
@@ -71,9 +72,19 @@ def set_wrap_classes(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def check_engine(args: IDTrainingArguments, accelerator: Accelerator) -> None:
-    """Refuse a run in which accelerate would use DDP in place of the DeepSpeed or FSDP that was asked for."""
+    """Refuse a run in which accelerate would use DDP in place of the DeepSpeed or FSDP that was asked for.
+
+    With DeepSpeed and without GPUs, accelerate takes each of several processes for the only one, so that all of them
+    would read all of the data.
+    """
+    if accelerator.num_processes != num_processes():
+        raise ValueError(
+            f"accelerate takes this process for one of {accelerator.num_processes}, but there are {num_processes()}, "
+            f"so each would train on the data of all (deepspeed={bool(args.deepspeed)}, device {accelerator.device}); "
+            "start one process, or use a machine with one GPU per process."
+        )
     remedies = {
-        "deepspeed": "leave use_cpu and ACCELERATE_USE_CPU unset; without a GPU, DeepSpeed then trains on the CPU",
+        "deepspeed": "leave use_cpu and ACCELERATE_USE_CPU unset",
         "fsdp": "on a CPU, shard the model with idavlm.training.fully_shard_model in a loop of your own",
     }
     for name, remedy in remedies.items():

@@ -45,6 +45,21 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
 
 
+def reads_parameter(user: nn.Module, parameter: Tensor) -> None:
+    """Gather a parameter of another module that the ``forward`` of ``user``, which is running, reads.
+
+    ZeRO-3 gathers the parameters of the module that is called. In training its engine notices others; in generation,
+    which does not call the engine, it does not.
+    """
+    if not is_zero3_parameter(parameter):
+        return
+    import deepspeed
+
+    deepspeed.zero.register_external_parameter(user, parameter)
+    if parameter.numel() == 0:
+        parameter.all_gather()
+
+
 @contextmanager
 def gathered_for_copy(module: nn.Module) -> Iterator[None]:
     """Within the block, the parameters of ``module`` that ZeRO-3 partitions are whole, so that it can be copied."""

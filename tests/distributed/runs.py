@@ -94,6 +94,8 @@ def strategy_environment(strategy: str) -> Iterator[None]:
         patch.delenv("ACCELERATE_USE_FSDP", raising=False)
         if strategy == "FSDP2":
             patch.setattr("transformers.trainer.Accelerator", FSDPOnCPU)
+        if strategy.startswith("ZeRO"):  # without GPUs, accelerate would take each process for the only one
+            patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_CPU))
         yield
     assert dist.is_initialized() or not group
 
@@ -238,6 +240,7 @@ def check_engine_class(trainer: IDTrainer, strategy: str) -> None:
         assert isinstance(trainer.model_wrapped, DistributedDataParallel), kind
     elif strategy.startswith("ZeRO"):
         assert kind == "DeepSpeedEngine", kind
+        assert trainer.accelerator.num_processes == num_processes()
         assert trainer.model_wrapped.zero_optimization_stage() == int(strategy[-1])
     elif strategy == "FSDP2":
         assert isinstance(trainer.model_wrapped, FSDPModule), kind
