@@ -8,6 +8,7 @@
 #   make bench        CPU benchmarks
 #   make fuzz         random inputs for an hour: records, images, texts, answers, configurations, predictions
 #   make resume       kill training runs at random moments, resume them, and compare bit for bit; a few minutes
+#   make test-distributed  all models and kinds of batches under DDP, ZeRO and FSDP2, two processes; minutes
 #   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU, in the environment of PYTHON
 #   make clean        remove environments, builds and caches
 #
@@ -26,7 +27,7 @@ PIP_INSTALL := -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
-.PHONY: test test-oldest lint docs format demo bench fuzz resume gpu clean
+.PHONY: test test-oldest test-distributed lint docs format demo bench fuzz resume gpu clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -52,6 +53,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.packing
 
 KILLS ?= 20
 # IDAVLM_FUZZ multiplies the number of examples of continuous integration.
@@ -60,6 +62,15 @@ fuzz: $(VENV)/installed
 
 resume: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killed_runs --kills $(KILLS)
+
+# DeepSpeed compiles its operators when it is installed or first used, against the torch that is there.
+test-distributed: $(VENV)/deepspeed
+	nice $(BIN)/python -m tests.distributed --write
+
+$(VENV)/deepspeed: $(VENV)/installed
+	$(PIP) setuptools wheel ninja py-cpuinfo
+	$(PIP) --no-build-isolation -e ".[deepspeed]"
+	touch $@
 
 # One program in stages: correctness, speed, tile sizes, training, memory accesses. See benchmarks/gpu.py.
 MINUTES ?= 8

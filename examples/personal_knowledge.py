@@ -97,7 +97,7 @@ class ExampleArguments:
     tiny: bool = field(default=False, metadata={"help": "Use few images and records."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds."})
     steps: list[int] = field(
-        default_factory=lambda: [1500, 200], metadata={"help": "Steps of the base model, and of fine-tuning."}
+        default_factory=lambda: [1500, 400], metadata={"help": "Steps of the base model, and of fine-tuning."}
     )
     variants: list[str] = field(default_factory=lambda: list(VARIANTS), metadata={"help": "Ways of fine-tuning."})
     resume: bool = field(default=False, metadata={"help": "Keep what an interrupted run has finished."})

@@ -1,4 +1,4 @@
-"""Workarounds for versions of transformers and bitsandbytes. No other file of the package asks for a version.
+"""Workarounds for versions of other packages. No other file of the package asks for a version.
 
 Each function names the versions that it is for; when ``pyproject.toml`` excludes them, the function can go.
 
@@ -9,6 +9,9 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`loses_image_blocks` | transformers 5.24: in packed rows, Gemma 3 and 4 lose the attention within an image |
+| :func:`encodes_images_before_generation` | transformers < 5.24 encodes images in the first pass of ``generate`` |
+| :func:`optimizer_state_may_lack_parameters` | accelerate 1: FSDP2 cannot resume with unused parameters |
 | :func:`with_present_names` | transformers < 5.24 calls ``activation_checkpointing`` ``gradient_checkpointing`` |
 | :func:`keep_new_names` | transformers 5: ``save_pretrained`` reverts the ``key_mapping`` of ``from_pretrained`` |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
@@ -22,7 +25,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -179,6 +182,54 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
 
 def _shapes(name: str, saved: torch.Size, expected: torch.Size) -> str:
     return f"{name} has shape {list(saved)} instead of {list(expected)}"
+
+
+def loses_image_blocks(model: Any) -> bool:
+    """Whether the mask of an image-text model is wrong in packed rows, without an error.
+
+    transformers 5.24 (5.17 not yet) counts the positions of packed rows within each sample, but the blocks of images
+    that Gemma 3 and Gemma 4 add to the mask of sliding-window layers are found by the position in the row.
+    """
+    from transformers import masking_utils
+
+    config = model.config
+    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
+    return (
+        config.model_type in ("gemma3", "gemma4", "gemma4_unified")
+        and "sliding_attention" in layer_types
+        and hasattr(masking_utils, "remap_positions_for_packed_sequence")
+    )
+
+
+def encodes_images_before_generation(model: Any) -> bool:
+    """Whether ``generate`` of a model encodes its images before the first forward pass, from transformers 5.24 on."""
+    supports = getattr(model, "_supports_mm_encoder_outputs", None)
+    return supports is not None and bool(supports())
+
+
+@contextmanager
+def optimizer_state_may_lack_parameters() -> Iterator[None]:
+    """Within the block, accelerate loads the state of an FSDP2 optimizer that has none for some parameters.
+
+    A parameter that never got a gradient, such as that of a pooler, has no state. accelerate 1 saves the optimizer so,
+    and then refuses to load it, because it does not pass ``strict=False`` to torch.
+    """
+    from accelerate.utils import fsdp_utils
+
+    prepare = getattr(fsdp_utils, "_prepare_sd_options", None)
+    if prepare is None:  # another version of accelerate
+        yield
+        return
+
+    def not_strict(plugin: Any) -> Any:
+        options = prepare(plugin)
+        return None if options is None else replace(options, strict=False)
+
+    fsdp_utils._prepare_sd_options = not_strict
+    try:
+        yield
+    finally:
+        fsdp_utils._prepare_sd_options = prepare
 
 
 def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[list[dict[str, Any]]]]:

@@ -48,10 +48,23 @@ class Exact(TrainerCallback):
         self.path = path
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        losses = {name: value for name, value in logs.items() if name.startswith(("loss", "identity"))}
-        if losses:
+        losses = {name: value for name, value in logs.items() if "loss" in name and name != "train_loss"}
+        if losses and state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **losses}) + "\n")
+
+
+class Watched(IDTrainer):
+    """Has the file ``evaluating`` in its folder while it evaluates."""
+
+    def evaluate(self, *args, **kwargs):
+        marker = Path(self.args.output_dir) / "evaluating"
+        if self.is_world_process_zero():
+            marker.touch()
+        metrics = super().evaluate(*args, **kwargs)
+        if self.is_world_process_zero():
+            marker.unlink(missing_ok=True)
+        return metrics
 
 
 class Kill(TrainerCallback):
@@ -87,10 +100,12 @@ def build_trainer(
         seed=3,
         **options,
     )
-    return IDTrainer(
+    identity = RecordDataset(data / "train.jsonl", encode=processor.encode)
+    return Watched(
         model,
         arguments,
-        train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
+        train_dataset=identity,
+        eval_dataset=identity if arguments.eval_strategy != "no" else None,
         general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode) if general else None,
         processing_class=processor,
         optimizers=(muon_adamw(model, learning_rate=1e-3), None),

@@ -121,10 +121,10 @@ def test_weights_that_cannot_be_copied():
     with pytest.raises(ValueError, match=r"rank=None.*'mlp.up_proj.weight' of LlamaDecoderLayer is quantised.*rank=16"):
         add_inner_adaptors(model, layers=[1])
     add_inner_adaptors(model, layers=[1], rank=2)
-    partitioned = language_model()
-    partitioned.lm_head.weight.ds_id = 1
-    with pytest.raises(ValueError, match=r"partitioned by ZeRO-3.*before"):
-        add_inner_adaptors(partitioned, every=2)
+    sharded = language_model()
+    sharded.lm_head.weight.full_tensor = None  # a method of DTensors
+    with pytest.raises(ValueError, match=r"sharded by FSDP.*before"):
+        add_inner_adaptors(sharded, every=2)
 
 
 def test_loading_into_another_model(tmp_path):

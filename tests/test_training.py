@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from idavlm import add_inner_adaptors
@@ -92,6 +93,13 @@ def test_runs_with_workers_and_accumulation_resume_bit_equal(data, tmp_path):
 
 
 @pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("general", [True, False])
+def test_packed_runs_grouped_by_length_resume_bit_equal(data, tmp_path, general):
+    options = {"train_sampling_strategy": "group_by_length", "packing": True, "max_length": 200}
+    check_resumption(data, tmp_path, general=general, **options)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("stage", ["instruction_tuning", "identity_pretraining"])
 def test_runs_on_identity_data_alone_resume_bit_equal(data, tmp_path, stage):
     check_resumption(data, tmp_path, general=False, stage=stage)
@@ -147,7 +155,7 @@ def test_mixed_batches_are_weighted_by_sample(data, tmp_path):
     ]
     expected = 0.5 * alone[0].loss + 3 * alone[1].language_loss
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    means = language_loss_by_source(outputs.logits, mixed["labels"], mixed["sample_source"])
+    means = language_loss_by_source(outputs.logits, mixed["labels"], mixed["sample_source"][:, None])
     torch.testing.assert_close(means["general"], alone[1].language_loss, rtol=1e-4, atol=1e-5)
 
 
@@ -385,8 +393,8 @@ def test_steps_without_boxes_are_counted_in_the_log(data, tmp_path):
     assert json.loads((tmp_path / "checkpoint-2" / "run_state.json").read_text())["supervised_scenes"] == 1
 
 
-def test_identity_pretraining_tells_ddp_of_unused_parameters(tmp_path):
-    assert arguments(tmp_path).ddp_find_unused_parameters is None
+def test_ddp_looks_for_parameters_without_gradient(tmp_path):
+    assert arguments(tmp_path).ddp_find_unused_parameters is True
     assert pretraining(tmp_path).ddp_find_unused_parameters is True
     assert pretraining(tmp_path, ddp_find_unused_parameters=False).ddp_find_unused_parameters is False
 
@@ -505,3 +513,46 @@ def test_evaluation_during_training(data, tmp_path):
     seen = [entry for entry in trainer.state.log_history if "eval_matching" in entry]
     assert [entry["eval_matching"] for entry in seen] == [0.0, 0.0]
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_batches_grouped_by_length_come_from_both_sources(data, tmp_path):
+    """The lengths of records are known without reading images, and both loaders follow them in every epoch."""
+    options = {"train_sampling_strategy": "group_by_length"}
+    trainer, shuffled = (build_trainer(data, tmp_path, **given) for given in (options, {}))
+    counts = {
+        dataset[index]["id"]: length
+        for dataset in (trainer.train_dataset, trainer.general_dataset)
+        for index, length in enumerate(dataset.token_counts())
+    }
+    assert len(set(counts.values())) > 4
+    for one in (trainer, shuffled):
+        one.train_dataset = ConcatDataset([one.train_dataset] * 4)
+    seen = {"identity": [], "general": []}
+    loader = trainer.get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            lengths = batch["attention_mask"].sum(1).tolist()
+            assert lengths == [counts[name] for name in batch["sample_ids"]]
+            seen[batch["source"]].append(lengths)
+    unordered = [
+        batch["attention_mask"].sum(1).tolist()
+        for batch in shuffled.get_train_dataloader()
+        if batch["source"] == "identity"
+    ]
+    grouped = seen["identity"][: len(unordered)]
+    assert sum(max(pair) - min(pair) for pair in grouped) < sum(max(pair) - min(pair) for pair in unordered) / 2
+    assert seen["general"]
+
+
+def test_group_by_length_without_lengths_is_an_error(data, tmp_path):
+    trainer = build_trainer(data, tmp_path, train_sampling_strategy="group_by_length")
+    trainer.train_dataset = RecordDataset(data / "train.jsonl", encode=lambda sample: {})
+    with pytest.raises(ValueError, match="is not the method of a processor that counts tokens"):
+        trainer.train()
+
+
+def test_a_run_with_other_rows_is_not_resumed(data, tmp_path):
+    build_trainer(data, tmp_path, packing=True, max_length=200).train()
+    with pytest.raises(ValueError, match="max_length was 200 and is 300"):
+        build_trainer(data, tmp_path, packing=True, max_length=300).train(resume_from_checkpoint=True)

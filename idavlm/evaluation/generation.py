@@ -18,6 +18,7 @@ from idavlm.evaluation.baselines import IdentityKey, with_wrong_references, with
 from idavlm.evaluation.choices import CHOICE_TASKS, candidates
 from idavlm.evaluation.fingerprints import item_fingerprint, model_fingerprint
 from idavlm.utils import IGNORE_INDEX, check_choice, check_positive, lock_file
+from idavlm.utils.sharding import is_partitioned
 
 REFERENCES = ("right", "none", "wrong")
 
@@ -210,7 +211,13 @@ def answer_likelihoods(model: nn.Module, processor, samples: Sequence[Sample], t
 
 
 def _encode_images_once(model: nn.Module, inputs: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Run the vision tower once per distinct image of the batch; the candidates of a question share their images."""
+    """Run the vision tower once per distinct image of the batch; the candidates of a question share their images.
+
+    FSDP gathers parameters in ``forward`` only, so the tower of a model that is sharded encodes every image there.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is not None and is_partitioned(parameter):
+        return inputs
     paths = [(sample.image_root, path) for sample in samples for path in sample.images]
     first = {path: number for number, path in reversed(list(enumerate(paths)))}
     if len(first) == len(paths) or "pixel_values" not in inputs or not hasattr(model, "image_features"):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from idavlm.utils import check_choice
@@ -29,8 +30,10 @@ def muon_adamw(
 
         IDTrainer(model, args, optimizers=(muon_adamw(model, learning_rate=6e-3), None), ...)
 
-    Parameters that ``IDTrainingArguments.freeze`` freezes get no gradient and are not updated. transformers does not
-    accept ``optimizers`` together with FSDP.
+    Parameters that ``IDTrainingArguments.freeze`` freezes get no gradient and are not updated. It works with DDP
+    and, in a loop of your own, with FSDP2 (call it after :func:`idavlm.training.fully_shard_model`). It does not work
+    with DeepSpeed, whose ZeRO stages join all matrices to one vector; ``IDTrainer`` refuses that. transformers accepts
+    no ``optimizers`` together with FSDP.
 
     Args:
         model: the model.
@@ -125,9 +128,17 @@ class MuonAdamW(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        update = orthogonal(torch.lerp(parameter.grad, buffer, group["momentum"]).float())
+        update = orthogonal_whole(torch.lerp(parameter.grad, buffer, group["momentum"]).float())
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.to(parameter), alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
+
+
+def orthogonal_whole(matrix: Tensor) -> Tensor:
+    """:func:`orthogonal` of a matrix whose rows FSDP2 may have sharded; each process computes it from the whole one."""
+    if not isinstance(matrix, DTensor):
+        return orthogonal(matrix)
+    whole = orthogonal(matrix.full_tensor())
+    return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:

@@ -21,20 +21,27 @@ from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLog
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from idavlm._compat import cache_name
+from idavlm._compat import cache_in, cache_name, encodes_images_before_generation
+from idavlm.data.packing import tokens_of_samples, unpack
+from idavlm.models.dummy_image import dummy_image_arguments, runs_all_modules, statistics_kept
 from idavlm.models.image_arguments import keep_images
+from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.models.packed_identities import unpack_identities
 from idavlm.models.same_model import check_same_model, model_probe
 from idavlm.models.stored_photos import images_to_encode, with_stored
-from idavlm.models.supervision import supervised_scenes, token_targets
+from idavlm.models.supervision import mean_contrastive_loss, supervised_scenes, token_targets
 from idavlm.models.token_grids import token_grids
 from idavlm.modules import ImageTokens, ResidualIDFormer
-from idavlm.utils import check_choice
+from idavlm.modules.residual_id_former import ResidualOutput
+from idavlm.utils import IGNORE_INDEX, ImageRole, check_choice
+from idavlm.utils.sharding import whole_state_dict, writing_once
 
 WEIGHTS, CONFIG = "id_former.safetensors", "id_former.json"
 """Files that :func:`save_id_former` writes."""
 
 CACHE = cache_name()
+ENCODED_IMAGES = "mm_encoder_outputs"
+"""Keyword argument in which transformers' ``generate`` passes images that it has encoded before the first pass."""
 
 
 @dataclass(eq=False)
@@ -175,7 +182,7 @@ def attach_id_former(
         BaseForwardWithIdentities(model, base, seam),
         ForwardWithIdentities(model, seam, frozen),
         GenerationWithIdentities(model),
-        GenerateWithIdentities(model),
+        GenerateWithIdentities(model, seam),
     ):
         method.install()
     return model
@@ -216,6 +223,9 @@ def detach_id_former(model: PreTrainedModel) -> PreTrainedModel:
 def save_id_former(model: nn.Module, folder: str | Path) -> None:
     """Write the attached ID-Former alone: ``id_former.safetensors`` and ``id_former.json``.
 
+    Parameters that are partitioned (ZeRO-3, FSDP2) are gathered. All processes then call this function, and the first
+    one writes.
+
     Args:
         model: a model with an attached ID-Former; peft models and other wrappers are looked through.
         folder: the folder; created if it does not exist.
@@ -224,15 +234,17 @@ def save_id_former(model: nn.Module, folder: str | Path) -> None:
     forward = _attached_forward(model)
     id_former = _active(model.id_former)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in id_former.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in whole_state_dict(id_former).items()}
     content = {
         "id_former": id_former.to_config(),
         "loss_weights": forward.seam.loss_weights,
         "model": model_probe(model),
     }
-    (folder / CONFIG).write_text(json.dumps(content, indent=2))
+    with writing_once(id_former) as writes:
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            (folder / CONFIG).write_text(json.dumps(content, indent=2))
 
 
 def load_id_former(
@@ -340,10 +352,16 @@ class ImageFeaturesWithIdentities(ReplacedMethod):
         passed = IdentityInputs.pop_from(kwargs)
         call = self.call if passed is None else _Call(passed)
         if call is None:
-            return self.original(*args, **kwargs)
+            if not runs_all_modules(self.model):
+                return self.original(*args, **kwargs)
+            call = _Call(None)
         as_dict = kwargs.get("return_dict")
         arguments = inspect.signature(self.original).bind(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
+        if call.inputs is None:
+            output = self.original(**{**arguments, "return_dict": True})
+            self._add_residual_of_general_images(output, call)
+            return output if as_dict or as_dict is None else output.to_tuple()
         stored = {}
         if call.inputs.identities is not None:
             stored = call.inputs.identities.stored(*call.inputs.roles)
@@ -396,23 +414,57 @@ class ImageFeaturesWithIdentities(ReplacedMethod):
                 for n, level in enumerate(levels)
             ]
         grids = token_grids(self.model.config, lengths, entries, arguments)
-        images = ImageTokens(flat, lengths, grids)
-        result = self.model.id_former(
+        self._run_id_former(call, ImageTokens(flat, lengths, grids), inputs.roles, levels)
+        self._replace(output, call.result, lengths)
+
+    def _add_residual_of_general_images(self, output: ModelOutput, call: "_Call") -> None:
+        """Add the residual to image tokens without identities. It is 0; all processes run the ID-Former."""
+        flat = _flat(output.pooler_output)
+        levels = [_flat(level) for level in output.get("deepstack_features") or ()]
+        self._run_id_former(call, ImageTokens(flat, (len(flat),), (None,)), _general_roles(1), levels)
+        self._replace(output, call.result, (len(flat),))
+
+    def run_on_dummy_image(self, call: "_Call", device: torch.device) -> Tensor:
+        """Run all modules of a batch without images on a dummy image, and the ID-Former on none of its tokens.
+
+        Returns:
+            0, which depends on the parameters of these modules.
+        """
+        arguments = dummy_image_arguments(self.model.config, self.original, device)
+        with statistics_kept(self.owner):
+            output = self.original(**arguments, return_dict=True)
+        flat = _flat(output.pooler_output)[:0]
+        levels = [_flat(level)[:0] for level in output.get("deepstack_features") or ()]
+        self._run_id_former(call, ImageTokens(flat, (), ()), _general_roles(0), levels)
+        return call.result.tokens.sum() + sum(level.sum() for level in call.result.deepstack_tokens)
+
+    def _run_id_former(
+        self, call: "_Call", images: ImageTokens, roles: tuple[Tensor, Tensor, Tensor | None], levels: list[Tensor]
+    ) -> None:
+        inputs, targets = call.inputs, None
+        if call.is_supervised:
+            targets = torch.full((len(images.tokens),), IGNORE_INDEX, device=images.tokens.device)
+            if inputs is not None and inputs.boxes is not None:
+                targets = _targets(images, inputs)
+            call.num_labelled = int((targets >= 0).sum())
+        call.result = self.model.id_former(
             images,
-            *inputs.roles,
-            name_embeddings=self._name_embeddings(inputs),
-            targets=None if inputs.boxes is None else _targets(images, inputs),
+            *roles,
+            name_embeddings=self._name_embeddings(inputs, images.tokens.device),
+            targets=targets,
             teacher_forcing=call.teacher_forcing,
             with_contrastive_loss=bool(self.loss_weights["contrastive_loss"]),
+            gather_references=call.gather_references,
             deepstack_tokens=levels,
         )
-        output.pooler_output = _like(entries, result.tokens, lengths)
-        if levels:
+
+    def _replace(self, output: ModelOutput, result: ResidualOutput, lengths: Sequence[int]) -> None:
+        output.pooler_output = _like(output.pooler_output, result.tokens, lengths)
+        if result.deepstack_tokens:
             output.deepstack_features = [
                 _like(level, tokens, lengths)
                 for level, tokens in zip(output.deepstack_features, result.deepstack_tokens, strict=True)
             ]
-        call.result = result
 
     def _warn_if_frozen(self) -> None:
         """Warn once if the model is trained but its ID-Former, which is new, is not: peft freezes all other modules."""
@@ -431,12 +483,17 @@ class ImageFeaturesWithIdentities(ReplacedMethod):
                 stacklevel=2,
             )
 
-    def _name_embeddings(self, inputs: IdentityInputs) -> Tensor | None:
+    def _name_embeddings(self, inputs: IdentityInputs | None, device: torch.device) -> Tensor | None:
         """The mean embedding of the tokens of each name, ``[num_samples, G, C]``."""
-        if inputs.identity_name_ids is None:
+        if _active(self.model.id_former).identity_embedding_type != "name":
             return None
-        is_token = inputs.identity_name_ids >= 0
-        embedded = self.model.get_input_embeddings()(inputs.identity_name_ids.clamp(min=0))
+        ids = None if inputs is None else inputs.identity_name_ids
+        if ids is None:
+            if not runs_all_modules(self.model):
+                return None
+            ids = torch.zeros(1, 0, 0, dtype=torch.long, device=device)  # embedded as the names of other processes are
+        is_token = ids >= 0
+        embedded = self.model.get_input_embeddings()(ids.clamp(min=0))
         embedded = embedded * is_token[..., None]
         return embedded.sum(2) / is_token.sum(2, keepdim=True).clamp(min=1)
 
@@ -445,21 +502,60 @@ class ForwardWithIdentities(ReplacedMethod):
     """``forward`` of a model with an attached ID-Former; it takes the identity inputs as further keyword arguments."""
 
     name = "forward"
-    added = (*IDENTITY_INPUTS, "teacher_forcing", "output_identity_maps")
+    added = (*IDENTITY_INPUTS, "token_sample_index", "teacher_forcing", "gather_references", "output_identity_maps")
 
     def __init__(self, model: PreTrainedModel, seam: ImageFeaturesWithIdentities, frozen: list[str]):
         super().__init__(model)
         self.seam = seam
         self.frozen = frozen
 
-    def __call__(self, *args, teacher_forcing: bool = False, output_identity_maps: bool = False, **kwargs):
+    def __call__(
+        self,
+        *args,
+        token_sample_index: Tensor | None = None,
+        teacher_forcing: bool = False,
+        gather_references: bool = False,
+        output_identity_maps: bool = False,
+        **kwargs,
+    ):
+        options = {
+            "teacher_forcing": teacher_forcing,
+            "gather_references": gather_references,
+            "output_identity_maps": output_identity_maps,
+        }
+        if token_sample_index is None:
+            return self._forward(args, kwargs, None, **options)
+        kwargs["position_ids"] = packed_positions(self.owner, token_sample_index, kwargs)
+        with packed_rows(self.owner, token_sample_index, kwargs) as of_rows:
+            return self._forward(args, kwargs | of_rows, tokens_of_samples(token_sample_index), **options)
+
+    def _forward(
+        self,
+        args,
+        kwargs: dict[str, Any],
+        tokens: Tensor | None,
+        *,
+        teacher_forcing: bool,
+        gather_references: bool,
+        output_identity_maps: bool,
+    ):
+        """The forward pass. ``tokens``: where the tokens of each sample are in packed rows, or None."""
         unpack_identities(kwargs)
         inputs = IdentityInputs.pop_from(kwargs)
-        if inputs is None:
+        runs_all = runs_all_modules(self.owner)
+        if inputs is None and not runs_all:
             return self.original(*args, **kwargs)
-        if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
-            _check_rows(self.owner.config, kwargs["input_ids"], inputs)
-        call = _Call(inputs, teacher_forcing=teacher_forcing)
+        if inputs is not None and kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
+            _check_rows(self.owner.config, kwargs["input_ids"], inputs, tokens)
+        has_boxes = inputs is not None and inputs.boxes is not None
+        # Where all modules have to run, the losses are computed without boxes, too, and are then 0.
+        computes_losses = runs_all and (self.owner.training or kwargs.get("labels") is not None)
+        call = _Call(
+            inputs,
+            teacher_forcing=teacher_forcing,
+            gather_references=gather_references,
+            is_supervised=has_boxes or computes_losses,
+        )
         with self.seam.calling(call):
             if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None and not args:
                 # Images alone: identity pretraining does not run the language model.
@@ -468,7 +564,7 @@ class ForwardWithIdentities(ReplacedMethod):
                 output = ModelOutput()
             else:
                 output = self.original(*args, **kwargs)
-        if call.result is None or not (output_identity_maps or inputs.boxes is not None):
+        if call.result is None or not (output_identity_maps or call.is_supervised):
             return output
         return self._with_identities(output, call)
 
@@ -477,12 +573,14 @@ class ForwardWithIdentities(ReplacedMethod):
         inputs, result, losses = call.inputs, call.result, {}
         language_loss = loss = output.get("loss")
         if result.map_losses is not None:
-            scenes = supervised_scenes(
-                inputs.image_roles, inputs.sample_index, inputs.identity_index, inputs.box_image, inputs.box_identity
-            )
-            losses["identity_map_loss"] = result.map_losses.sum() / max(int(scenes.sum()), 1)
+            num_scenes = 0
+            if inputs is not None and inputs.boxes is not None:
+                num_scenes = int(supervised_scenes(*inputs.roles, inputs.box_image, inputs.box_identity).sum())
+            losses["identity_map_loss"] = result.map_losses.sum() / max(num_scenes, 1)
             if result.contrastive_loss is not None:
-                losses["contrastive_loss"] = result.contrastive_loss
+                losses["contrastive_loss"] = mean_contrastive_loss(
+                    result.contrastive_loss, call.num_labelled, num_scenes, over_processes=call.gather_references
+                )
             weighted = (self.seam.loss_weights[name] * value for name, value in losses.items())
             losses["auxiliary_loss"] = sum(weighted)
             loss = losses["auxiliary_loss"] + (0 if loss is None else loss)
@@ -513,13 +611,39 @@ class BaseForwardWithIdentities(ReplacedMethod):
 
     def __call__(self, *args, **kwargs):
         unpack_identities(kwargs)
-        inputs = IdentityInputs.pop_from(kwargs)
-        if inputs is None:  # the model's forward has taken them, or there are none
-            return self._forward(*args, **kwargs)
-        if kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
+        inputs, runs_all = IdentityInputs.pop_from(kwargs), runs_all_modules(self.model)
+        if inputs is not None and kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
             _check_rows(self.model.config, kwargs["input_ids"], inputs)
-        with self.seam.calling(_Call(inputs)):
+        call = self.seam.call  # of the model's forward, which has taken the inputs
+        if call is None and (inputs is not None or runs_all):
+            call = _Call(inputs, is_supervised=runs_all and self.model.training)
+        if call is None:
             return self._forward(*args, **kwargs)
+        with self.seam.calling(call):
+            # generate encodes images before the first pass, see GenerateWithIdentities.
+            has_images = any(
+                name in kwargs for name in ("pixel_values", ENCODED_IMAGES) if kwargs.get(name) is not None
+            )
+            if runs_all and not has_images and not _is_continued(cache_in(args, kwargs)):
+                return self._forward_with_dummy_image(call, *args, **kwargs)
+            return self._forward(*args, **kwargs)
+
+    def _forward_with_dummy_image(self, call: "_Call", *args, **kwargs):
+        """Run the modules that encode images where a batch with images does: after the text was embedded."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None:
+            kwargs["inputs_embeds"] = embeds + self.seam.run_on_dummy_image(call, embeds.device).to(embeds)
+            return self._forward(*args, **kwargs)
+
+        def add_zero(module, inputs, embedded: Tensor) -> Tensor:
+            hook.remove()  # the names of identities are embedded by the same module
+            return embedded + self.seam.run_on_dummy_image(call, embedded.device).to(embedded)
+
+        hook = self.model.get_input_embeddings().register_forward_hook(add_zero)
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            hook.remove()
 
     def _forward(self, *args, **kwargs):
         if self.replaced is not None:
@@ -545,12 +669,22 @@ class GenerateWithIdentities(ReplacedMethod):
 
     transformers' own ``generate`` fails after an image token without a cache, and goes on with a wrong embedding with
     one. Without identities that stays as it is.
+
+    Where all modules have to run, a prompt without images runs a dummy image where others encode theirs.
     """
 
     name = "generate"
     added = ()
 
+    def __init__(self, owner: nn.Module, seam: ImageFeaturesWithIdentities):
+        super().__init__(owner)
+        self.seam = seam
+
     def __call__(self, *args, **kwargs):
+        has_images = kwargs.get("pixel_values") is not None
+        if not has_images and encodes_images_before_generation(self.owner) and runs_all_modules(self.owner):
+            with torch.no_grad():
+                self.seam.run_on_dummy_image(_Call(None), self.owner.device)
         given = dict(kwargs)
         unpack_identities(given)
         if any(given.get(name) is not None for name in IDENTITY_INPUTS):
@@ -565,11 +699,22 @@ class GenerateWithIdentities(ReplacedMethod):
 
 @dataclass(eq=False)
 class _Call:
-    """One call of ``forward`` or ``generate``: its identity inputs, and what the ID-Former returned."""
+    """One call of ``forward`` or ``generate``: its identity inputs, and what the ID-Former returned.
 
-    inputs: IdentityInputs
+    Attributes:
+        inputs: the identity inputs; None if the batch has no identities.
+        teacher_forcing, gather_references: see :meth:`idavlm.models.IDAVLMForConditionalGeneration.forward`.
+        is_supervised: whether the losses of the identity attention are computed. They are 0 without boxes.
+        result: output of the ID-Former.
+        num_labelled: number of image tokens that show an identity according to the boxes.
+    """
+
+    inputs: IdentityInputs | None
     teacher_forcing: bool = False
-    result: Any = None
+    gather_references: bool = False
+    is_supervised: bool = False
+    result: ResidualOutput | None = None
+    num_labelled: int = 0
 
 
 def image_features_with_identities(model: nn.Module) -> ImageFeaturesWithIdentities | None:
@@ -600,6 +745,17 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no attached ID-Former; call attach_id_former(model) first.")
 
 
+def _general_roles(num_images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``image_roles``, ``sample_index`` and ``identity_index`` of general images of one sample."""
+    zeros = torch.zeros(num_images, dtype=torch.long)
+    return torch.full_like(zeros, ImageRole.GENERAL), zeros, zeros
+
+
+def _is_continued(cache) -> bool:
+    """Whether a cache holds the start of the conversation."""
+    return cache is not None and cache.get_seq_length() > 0
+
+
 def _active(id_former: nn.Module) -> ResidualIDFormer:
     """The ID-Former that is trained, where peft's ``modules_to_save`` has wrapped it."""
     copies = getattr(id_former, "modules_to_save", None)
@@ -615,9 +771,10 @@ def _attached_forward(model: nn.Module) -> ForwardWithIdentities:
     return forward
 
 
-def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs) -> None:
-    """Check that each row holds the placeholders of the images that ``sample_index`` assigns to it."""
-    placeholders = (input_ids == config.image_token_id).sum(1).tolist()
+def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs, tokens: Tensor | None = None) -> None:
+    """Check that each sample holds the placeholders of the images that ``sample_index`` assigns to it."""
+    is_image = input_ids == config.image_token_id
+    placeholders = (is_image if tokens is None else unpack(is_image, tokens, False)).sum(1).tolist()
     tokens = [0] * len(placeholders)
     for sample, count in zip(inputs.sample_index.tolist(), inputs.num_image_tokens.tolist(), strict=True):
         if not 0 <= sample < len(tokens):

@@ -18,10 +18,18 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from idavlm._compat import cache_name, keep_4bit_layout, takes_cache
+from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.dummy_image import dummy_pixels, runs_all_modules, statistics_kept
 from idavlm.models.generation import ImageGenerationMixin
-from idavlm.models.identity_names import add_learned_embeddings, count_identities, mean_name_embeddings
+from idavlm.models.identity_names import (
+    NO_IDENTITY,
+    add_learned_embeddings,
+    count_identities,
+    mean_name_embeddings,
+)
 from idavlm.models.image_batch import ImageBatch
+from idavlm.models.packed_attention import packed_rows
 from idavlm.models.packed_identities import unpack_token_identities
 from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
 from idavlm.models.quantized_parts import adopt_quantization
@@ -266,10 +274,15 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
     def image_features(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
         """Return features ``[I, P, Cv]`` of the vision tower and their grid. A frozen tower runs without gradient.
 
-        For zero images (a batch of text only) the result is ``[0, 1, Cv]`` and None.
+        For zero images (a batch of text only) the result is ``[0, P, Cv]``. The tower then runs on a dummy image if
+        :func:`idavlm.models.dummy_image.runs_all_modules`.
         """
         if pixel_values.shape[0] == 0:
-            return no_features(self.vision_tower, self.config), None
+            if not runs_all_modules(self):
+                return no_features(self.vision_tower, self.config), None
+            with statistics_kept(self.vision_tower):
+                features, grid_size = self.image_features(dummy_pixels(self.vision_tower, pixel_values.device))
+            return features[:0], grid_size
         is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         layer, select = self.config.vision_feature_layer, self.config.vision_feature_select
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
@@ -300,13 +313,9 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         )
         outputs = {}
         if inputs_embeds is not None:
-            outputs = self.get_decoder()(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
-                **kwargs,
-            )
+            arguments = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, **kwargs}
+            with packed_rows(self.language_model, of_images.get("token_sample_index"), arguments) as of_rows:
+                outputs = self.get_decoder()(inputs_embeds=inputs_embeds, **arguments | of_rows)
         return IDAVLMModelOutput(
             last_hidden_state=outputs.get("last_hidden_state"),
             **{CACHE: outputs.get(CACHE)},
@@ -335,11 +344,17 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         box_image: Tensor | None = None,
         box_identity: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        token_sample_index: Tensor | None = None,
         teacher_forcing: bool = False,
+        gather_references: bool = False,
         output_identity_maps: bool = False,
         identities: SelectedIdentities | None = None,
+        with_losses: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...] | None, dict[str, Tensor]]:
-        """Embed text and images: ``inputs_embeds``, image tokens, identity maps and the losses of these."""
+        """Embed text and images: ``inputs_embeds``, image tokens, identity maps and the losses of these.
+
+        ``with_losses`` says that the losses of this batch are computed, with or without boxes.
+        """
         if mm_token_type_ids is not None:
             unpacked = unpack_token_identities(mm_token_type_ids)
             image_roles = unpacked.get("image_roles", image_roles)
@@ -359,8 +374,17 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                 "(TRL), build the processor with pack_identities=True."
             )
         text = None if input_ids is None else self.get_input_embeddings()(input_ids)
+        tokens = None if token_sample_index is None else tokens_of_samples(token_sample_index)
+        is_image = None if input_ids is None else input_ids == self.config.image_token_id
+        is_image_by_sample = is_image if tokens is None or is_image is None else unpack(is_image, tokens, False)
         images = image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
+        runs_all = runs_all_modules(self)
+        if runs_all and not has_images and input_ids is not None and not _is_continued(cache):
+            self._check_no_placeholders(is_image)
+            has_images = True  # zero images: a dummy image runs the modules that encode images
+            pixel_values = torch.zeros(0, 3, 0, 0, device=input_ids.device)
+            image_roles = sample_index = identity_index = torch.zeros(0, dtype=torch.long)
 
         if has_images:
             images = self._image_batch(
@@ -369,16 +393,19 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                 image_roles,
                 sample_index,
                 identity_index,
-                input_ids=input_ids,
+                is_image=is_image_by_sample,
                 identities=identities,
             )
-            is_supervised = self.id_former is not None and boxes is not None
+            # Where all modules have to run, the losses are computed without boxes, too, and are then 0.
+            is_supervised = self.id_former is not None and (
+                boxes is not None or (runs_all and (self.training or with_losses))
+            )
             if is_supervised:
                 targets = target_identity_map(images, boxes, box_image, box_identity, image_sizes)
             image_tokens, maps = self._encode(
                 images,
                 target_identity_map=targets if teacher_forcing else None,
-                name_embeddings=self._name_embeddings(text, token_identity_index, name_mask, images),
+                name_embeddings=self._name_embeddings(text, token_identity_index, name_mask, images, tokens),
                 output_identity_maps=output_identity_maps or is_supervised,
             )
             if is_supervised:
@@ -387,16 +414,21 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                     images,
                     maps,
                     targets,
-                    num_scenes=int(supervised_scenes(*images.roles, box_image, box_identity).sum()),
+                    num_scenes=(
+                        0 if boxes is None else int(supervised_scenes(*images.roles, box_image, box_identity).sum())
+                    ),
                     identity_map_loss_weight=self.config.identity_map_loss_weight,
                     contrastive_loss_weight=self.config.contrastive_loss_weight,
+                    gather_references=gather_references,
                 )
 
         if input_ids is not None:
             learned = None if self.id_former is None else self.id_former.identity_embedding
-            if learned is not None and token_identity_index is not None:
+            if learned is not None and (token_identity_index is not None or runs_all):
+                if token_identity_index is None:
+                    token_identity_index = torch.full_like(input_ids, NO_IDENTITY)
                 text = add_learned_embeddings(text, token_identity_index, learned.table())
-            inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, images, cache)
+            inputs_embeds = self._insert_image_tokens(is_image, is_image_by_sample, text, image_tokens, images, cache)
         return inputs_embeds, image_tokens, maps, losses
 
     def _image_batch(
@@ -407,7 +439,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         sample_index,
         identity_index,
         *,
-        input_ids=None,
+        is_image=None,
         identities=None,
     ) -> ImageBatch:
         if (pixel_values is None) == (image_features is None):
@@ -432,10 +464,9 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         if image_roles is None:
             image_roles = torch.full((len(features),), ImageRole.GENERAL)
         if sample_index is None:
-            if input_ids is None:
+            if is_image is None:
                 sample_index = torch.zeros(len(features), dtype=torch.long)
             else:
-                is_image = input_ids == self.config.image_token_id
                 sample_index = rows_of_images(is_image, len(features), self.config.image_seq_length)
         return ImageBatch(features.to(dtype), grid_size, image_roles, sample_index, identity_index)
 
@@ -479,45 +510,65 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         return image_tokens, maps
 
     def _name_embeddings(
-        self, text: Tensor | None, token_identity_index: Tensor | None, name_mask: Tensor | None, images: ImageBatch
+        self,
+        text: Tensor | None,
+        token_identity_index: Tensor | None,
+        name_mask: Tensor | None,
+        images: ImageBatch,
+        tokens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Return the ``name_embeddings`` of :meth:`idavlm.IDFormer.forward` for a prompt, or None without need."""
+        """Return the ``name_embeddings`` of :meth:`idavlm.IDFormer.forward` for a prompt, or None without need.
+
+        ``tokens``: where the tokens of each sample are in packed rows, or None.
+        """
         if text is None or self.id_former is None or self.id_former.identity_embedding_type != "name":
             return None
         null = None
         if self.config.null_name_token_id is not None:  # through the module: its weight may be partitioned
             token = torch.tensor([self.config.null_name_token_id], device=text.device)
             null = self.get_input_embeddings()(token)[0]
-        num_identities = count_identities(images)
+        num_identities, num_samples = count_identities(images), len(text if tokens is None else tokens)
         if num_identities == 0:
-            return text.new_zeros(len(text), 0, text.shape[-1]), null
+            return text.new_zeros(num_samples, 0, text.shape[-1]), null
         if token_identity_index is None or name_mask is None:
             raise ValueError(
                 "identity_embedding='name' needs token_identity_index and name_mask with identities; encode and "
                 "collate of the processor make both."
             )
+        if tokens is not None:
+            text = unpack(text, tokens, 0)
+            token_identity_index, name_mask = unpack(token_identity_index, tokens, -1), unpack(name_mask, tokens, False)
         return mean_name_embeddings(text, token_identity_index, name_mask, num_identities), null
 
     def _insert_image_tokens(
-        self, input_ids: Tensor, text: Tensor, image_tokens: Tensor | None, images: ImageBatch | None, cache
+        self,
+        is_image: Tensor,
+        is_image_by_sample: Tensor,
+        text: Tensor,
+        image_tokens: Tensor | None,
+        images: ImageBatch | None,
+        cache,
     ) -> Tensor:
-        """Put the image tokens of each row in the place of its placeholders.
+        """Put the image tokens of each sample in the place of its placeholders ``is_image``.
 
         If the cache holds the start of the conversation, the last images of a row are those whose placeholders follow
         the cache; the others have been read.
         """
-        is_image = input_ids == self.config.image_token_id
         if images is None:
-            if is_image.any():
-                raise ValueError(
-                    f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
-                )
+            self._check_no_placeholders(is_image)
             return text
-        is_continued = cache is not None and cache.get_seq_length() > 0
+        is_continued = _is_continued(cache)
         if is_continued and self.id_former is not None:
             check_references(images.image_roles, images.sample_index)
-        unread = unread_images(is_image, images.sample_index, image_tokens.shape[1], is_continued=is_continued)
+        num_queries = image_tokens.shape[1]
+        unread = unread_images(is_image_by_sample, images.sample_index, num_queries, is_continued=is_continued)
         return scatter_image_tokens(text, is_image, image_tokens if unread is None else image_tokens[unread])
+
+    def _check_no_placeholders(self, is_image: Tensor) -> None:
+        if is_image.any():
+            raise ValueError(
+                f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
+            )
 
     def _initialise_missing(self) -> None:
         """Copy initial values into parameters that a checkpoint does not have, part by part."""
@@ -594,7 +645,9 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
         box_image: Tensor | None = None,
         box_identity: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        token_sample_index: Tensor | None = None,
         teacher_forcing: bool = False,
+        gather_references: bool = False,
         output_identity_maps: bool = False,
         identities: SelectedIdentities | None = None,
         **kwargs,
@@ -618,7 +671,11 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
             box_image: ``[N]`` image of each box, counted over the batch.
             box_identity: ``[N]`` identity of each box within its sample.
             mm_token_type_ids: ``[B, T]`` with the fields of the identities, from a processor with ``pack_identities``.
+            token_sample_index: ``[R, L]`` sample of each token in packed rows, -1 at padding. All fields of tokens then
+                have this shape, ``position_ids`` start again with each sample, and there is no ``attention_mask``;
+                :class:`idavlm.data.PackingCollator` makes such batches.
             teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
+            gather_references: see :meth:`idavlm.IDFormer.contrastive_loss`.
             output_identity_maps: also return the identity maps.
             identities: identities of an :class:`IdentityBank`. The vision tower does not encode their photos again.
             kwargs: arguments of the language model (``use_cache``, ``output_attentions``, ``logits_to_keep``, ...).
@@ -642,26 +699,25 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
             box_image=box_image,
             box_identity=box_identity,
             mm_token_type_ids=mm_token_type_ids,
+            token_sample_index=token_sample_index,
             teacher_forcing=teacher_forcing,
+            gather_references=gather_references,
             output_identity_maps=output_identity_maps,
             identities=identities,
+            with_losses=labels is not None,
         )
         if inputs_embeds is None:
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
 
+        arguments = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, **kwargs}
         targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
         # As with a fused loss: in training mode there are no logits beside the loss.
         skip_logits = self.training and labels is not None
         head = self.get_output_embeddings()
-        with head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
-                **kwargs,
-            )
+        at_labels = head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext()
+        with at_labels, packed_rows(self.language_model, token_sample_index, arguments) as of_rows:
+            outputs = self.language_model(inputs_embeds=inputs_embeds, **arguments | of_rows)
         loss, logits = None, outputs.logits
         if labels is not None:
             # The logits may be those of the labelled tokens only.
@@ -692,6 +748,11 @@ class WithoutHead:
 
     def __call__(self, *args, **kwargs) -> IDAVLMModelOutput:
         return IDAVLMModel.forward(self.model, *args, **kwargs)
+
+
+def _is_continued(cache) -> bool:
+    """Whether a cache holds the start of the conversation."""
+    return cache is not None and cache.get_seq_length() > 0
 
 
 @contextmanager

@@ -5,10 +5,17 @@ from typing import Any
 
 import torch
 
+from idavlm.utils.sharding import is_partitioned, whole_tensor
+
 
 def model_probe(model) -> dict[str, Any]:
-    """Return the kind of a transformers model, the width of its language model, and some of its embeddings."""
+    """Return the kind of a transformers model, the width of its language model, and some of its embeddings.
+
+    If parameters are partitioned, all processes must call this function.
+    """
     embeddings = model.get_input_embeddings().weight
+    if is_partitioned(embeddings):
+        embeddings = whole_tensor(embeddings)
     rows = torch.linspace(0, len(embeddings) - 1, 8).long()
     return {
         "model_type": model.config.model_type,

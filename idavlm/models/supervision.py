@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from idavlm.models.image_batch import ImageBatch
@@ -42,12 +43,16 @@ def count_supervised_scenes(batch: Mapping[str, Any]) -> int:
 
 
 def target_identity_map(
-    images: ImageBatch, boxes: Tensor, box_image: Tensor | None, box_identity: Tensor | None, image_sizes: Tensor | None
+    images: ImageBatch,
+    boxes: Tensor | None,
+    box_image: Tensor | None,
+    box_identity: Tensor | None,
+    image_sizes: Tensor | None,
 ) -> Tensor:
     """Compute :func:`idavlm.identity_patch_targets` of a batch on the host.
 
     If a sample introduces an identity that has no box in it, the identity may be anywhere in its scenes. NULL is then
-    not a target in these scenes.
+    not a target in these scenes. Without boxes there are no targets.
 
     Returns:
         ``[I, P]`` identity, NULL or ``IGNORE_INDEX`` of each patch, on the device of the boxes.
@@ -55,6 +60,8 @@ def target_identity_map(
     Raises:
         ValueError: boxes without the tensors that describe them.
     """
+    if boxes is None:
+        return torch.full(images.features.shape[:2], IGNORE_INDEX, device=images.features.device)
     located = (boxes, box_image, box_identity, image_sizes)
     if any(tensor is None for tensor in (*located, *images.roles)):
         raise ValueError(
@@ -129,10 +136,12 @@ def supervision_losses(
     num_scenes: int,
     identity_map_loss_weight: float,
     contrastive_loss_weight: float,
+    gather_references: bool = False,
 ) -> dict[str, Tensor]:
     """Compute the losses that the ``targets`` of :func:`target_identity_map` define.
 
     ``identity_map_loss`` is the mean over ``num_scenes`` scenes, those that :func:`supervised_scenes` counts.
+    ``gather_references``: see :meth:`idavlm.IDFormer.contrastive_loss`.
 
     Returns:
         ``identity_map_loss``, ``contrastive_loss`` (only if its weight is not 0) and ``auxiliary_loss``, their weighted
@@ -144,8 +153,39 @@ def supervision_losses(
     losses = {"identity_map_loss": per_image.sum() / max(num_scenes, 1)}
     total = identity_map_loss_weight * losses["identity_map_loss"]
     if contrastive_loss_weight:
-        losses["contrastive_loss"] = id_former.contrastive_loss(
-            images.features, *images.roles, targets, grid_size=images.grid_size
+        identity_index = images.identity_index
+        summed = id_former.contrastive_loss(
+            images.features,
+            images.image_roles,
+            images.sample_index,
+            torch.zeros_like(images.sample_index) if identity_index is None else identity_index,
+            targets,
+            grid_size=images.grid_size,
+            reduction="sum",
+            gather_references=gather_references,
+        )
+        losses["contrastive_loss"] = mean_contrastive_loss(
+            summed, int((targets >= 0).sum()), num_scenes, over_processes=gather_references
         )
         total = total + contrastive_loss_weight * losses["contrastive_loss"]
     return losses | {"auxiliary_loss": total}
+
+
+def mean_contrastive_loss(summed: Tensor, num_labelled: int, num_scenes: int, *, over_processes: bool) -> Tensor:
+    """The contrastive loss of a batch: the mean over the patches or tokens that show an identity.
+
+    The loss of several processes is one number, too: ``over_processes`` makes that mean from the losses of the
+    processes, each with the share of its supervised scenes as its weight, as :class:`idavlm.IDTrainer` weights them.
+
+    Args:
+        summed: the sum over the patches of this process.
+        num_labelled: number of these patches.
+        num_scenes: number of supervised scenes of this process.
+        over_processes: take the mean over the patches of all processes. All of them must call this function.
+    """
+    if not over_processes:
+        return summed / max(num_labelled, 1)
+    counts = torch.tensor([num_labelled, num_scenes], device=summed.device)
+    dist.all_reduce(counts)
+    all_labelled, all_scenes = counts.tolist()
+    return summed * all_scenes / (max(num_scenes, 1) * max(all_labelled, 1))

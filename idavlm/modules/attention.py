@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from idavlm.ops import cross_attention
 from idavlm.ops.cross_attention import ATTN_IMPLEMENTATIONS
 from idavlm.utils import check_choice, check_positive
+from idavlm.utils.sharding import num_processes
 
 IMAGES_PER_CHUNK = 8
 """Segments whose keys and values are in memory at one time on a CPU without gradients."""
@@ -175,8 +176,10 @@ def _linear_part(projection: nn.Module, x: Tensor) -> Tensor:
 
 
 def saves_memory(x: Tensor) -> bool:
-    """Whether to compute in chunks: on a CPU without gradients.
+    """Whether to compute in chunks: on a CPU without gradients, in one process.
 
     Elsewhere the number of calls of a module must not depend on the batch, because ZeRO-3 gathers weights at each call.
     """
-    return not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return num_processes() == 1

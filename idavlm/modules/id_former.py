@@ -385,6 +385,8 @@ class IDFormer(nn.Module):
         targets: Tensor,
         *,
         grid_size: tuple[int, int] | None = None,
+        reduction: str = "mean",
+        gather_references: bool = False,
     ) -> Tensor:
         """Supervise the first identity layer over the references of the whole batch.
 
@@ -393,37 +395,45 @@ class IDFormer(nn.Module):
         from scratch learns several times as fast as from :meth:`identity_map_loss` alone. An individual that occurs in
         two samples of a batch counts as two identities.
 
+        All modules run whatever the batch holds, so that ZeRO-3 gathers the same parameters on every process.
+
         Args:
             image_features, image_roles, sample_index, identity_index, grid_size: see :meth:`forward`.
             targets: ``[I, P]``, for example from :func:`idavlm.identity_patch_targets`. Only identities count.
+            reduction: ``"mean"`` or ``"sum"`` over the patches that show an identity.
+            gather_references: attend to the references of all processes, as CLIP compares with the texts of all
+                processes. All of them must call this method, and the backward pass of all must reach its result.
 
         Returns:
             The loss; 0 if no patch is labelled with an identity.
         """
+        check_choice("reduction", reduction, ("mean", "sum"))
         grid_size = self.resampler.check_features(image_features, grid_size)
         patches = self.resampler.project_patches(image_features)
         image, patch = (targets >= 0).nonzero(as_tuple=True)
         sample_index, identity_index = sample_index.to(patches.device), identity_index.to(patches.device)
         is_reference = image_roles.to(patches.device) == ImageRole.REFERENCE
-        if len(image) == 0 or not is_reference.any():
-            return patches.sum() * 0
         references = patches[is_reference]
         key_bias = self.resampler.key_bias(grid_size)
         tokens = self.resampler.resample(references, key_bias) if self.identity_keys == "tokens" else None
-        keys = self._identity_keys(references, tokens).flatten(0, 1)
+        keys = self._identity_keys(references, tokens)
         attention = self.identity_layers[0].attention
         query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
-        null = keys[:0] if self.null_token is None else self.null_token
+        null = keys.new_zeros(0, keys.shape[-1]) if self.null_token is None else self.null_token
         # Numbered over the batch: the same identity index in different samples gives different numbers.
-        offset = sample_index * (int(max(identity_index[is_reference].max(), targets.max())) + 1)
-        owner = (offset + identity_index)[is_reference]
-        return identity_contrastive_loss(
-            attention.queries(patches[image, patch], query_bias[patch]),
-            attention.keys(torch.cat([null, keys])),
-            owner=owner.repeat_interleave(len(keys) // len(owner)),
-            target=offset[image] + targets[image, patch],
-            num_null=len(null),
+        num_identities = (
+            int(torch.cat([identity_index[is_reference], targets.flatten()]).max()) + 1 if len(image) else 1
         )
+        owner = (sample_index * num_identities + identity_index)[is_reference]
+        loss = identity_contrastive_loss(
+            attention.queries(patches[image, patch], query_bias[patch]),
+            attention.keys(torch.cat([null, keys.flatten(0, 1)])),
+            owner=owner.repeat_interleave(keys.shape[1]),
+            target=sample_index[image] * num_identities + targets[image, patch],
+            num_null=len(null),
+            gather_references=gather_references,
+        )
+        return loss / max(len(image), 1) if reduction == "mean" else loss
 
     def _project_patches(self, image_features: Tensor, groups: ImageGroups) -> tuple[Tensor, Callable[[], Tensor]]:
         """Patches of the images that are resampled independently, and a function that returns those of the scenes."""

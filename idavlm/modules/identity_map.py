@@ -10,6 +10,7 @@ from torch import Tensor
 
 from idavlm.modules.image_groups import ImageGroups, select_images
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_choice
+from idavlm.utils.sharding import gather_rows, process_index
 
 NULL = -1
 """Target of a patch that shows no reference. It indexes the last column of an identity map."""
@@ -139,7 +140,7 @@ def identity_map_loss(
         reduction: ``"mean"`` over the images that count and have a labelled patch, 0 if there are none; or ``"none"``.
 
     Returns:
-        float32 scalar; with ``reduction="none"`` the loss of each image ``[I]``, 0 for images without one.
+        Scalar, at least float32; with ``reduction="none"`` the loss of each image ``[I]``, 0 for images without one.
 
     Raises:
         ValueError: shapes that do not fit, or a target identity that has no reference in the sample of the image.
@@ -169,7 +170,8 @@ def identity_map_loss(
             "the patch out."
         )
     column = targets.where(is_identity, num_identities)
-    share = identity_map.float().gather(-1, column[..., None]).squeeze(-1)
+    dtype = torch.promote_types(identity_map.dtype, torch.float32)
+    share = identity_map.to(dtype).gather(-1, column[..., None]).squeeze(-1)
     nll = -share.clamp(min=torch.finfo(torch.float32).tiny).log()
     counted = labelled & has_reference.any(-1, keepdim=True)
     per_image = (nll * counted).sum(1) / counted.sum(1).clamp(min=1)
@@ -200,13 +202,15 @@ def identities_of_scenes(
     return introduced[samples] & (roles == ImageRole.SCENE)[:, None]
 
 
-def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tensor, *, num_null: int) -> Tensor:
-    """Mean negative log attention that patches pay to their identity among all identities of the batch, in float32.
+def identity_contrastive_loss(
+    q: Tensor, k: Tensor, owner: Tensor, target: Tensor, *, num_null: int, gather_references: bool = False
+) -> Tensor:
+    """Sum of the negative log attention that patches pay to their identity among all identities of the batch.
 
     :func:`identity_map_loss` compares a patch with the few identities of its sample. This loss compares it with the
     references of all samples, which is a harder task.
 
-    Attention is averaged over heads before the logarithm.
+    Attention is averaged over heads before the logarithm. The result is at least float32; 0 without patches.
 
     Args:
         q: ``[N, H, D]`` projected patches.
@@ -214,13 +218,19 @@ def identity_contrastive_loss(q: Tensor, k: Tensor, owner: Tensor, target: Tenso
         owner: ``[K]`` identity that each key belongs to, numbered over the batch.
         target: ``[N]`` identity that each patch shows. It has a reference in the batch.
         num_null: 0 or 1, number of null tokens.
+        gather_references: compare the patches with the references of all processes. All of them must call the function.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = torch.einsum("nhd,khd->hnk", q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype))
+        q, k = q.to(dtype), k.to(dtype)
+        if gather_references:
+            keys, process = gather_rows(k[num_null:])
+            k = torch.cat([k[:num_null], keys])
+            owner = gather_rows(owner)[0].masked_fill(process != process_index(), -1)  # targets are at least 0
+        scores = torch.einsum("nhd,khd->hnk", q * q.shape[-1] ** -0.5, k)
         correct = scores[..., num_null:].masked_fill(owner != target[:, None], -torch.inf).logsumexp(-1)
         log_share = correct - scores.logsumexp(-1)
-        return math.log(q.shape[1]) - log_share.logsumexp(0).mean()
+        return (math.log(q.shape[1]) - log_share.logsumexp(0)).sum()
 
 
 def attention_energies(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Tensor:

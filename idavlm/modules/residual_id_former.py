@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,15 +61,14 @@ class ImageTokens:
         return torch.cat([*positions, torch.zeros(0, dtype=torch.long)]).to(self.tokens.device, non_blocking=True)
 
 
-@dataclass(frozen=True, eq=False)
-class ResidualOutput:
-    """Output of :class:`ResidualIDFormer`.
+class ResidualOutput(NamedTuple):
+    """Output of :class:`ResidualIDFormer`. A tuple, in which DeepSpeed finds the tensors.
 
     Attributes:
         tokens: ``[N, C]`` tokens with the residual, in the order and dtype of the input.
         identity_maps: one identity map per identity layer, ``[N, G + 1]`` float32, see :meth:`IDFormer.forward`.
         map_losses: ``[I]`` loss of the identity map of each image; None without targets.
-        contrastive_loss: see :meth:`IDFormer.contrastive_loss`; None unless requested.
+        contrastive_loss: see :meth:`IDFormer.contrastive_loss`, sum over the labelled tokens; None unless requested.
         deepstack_tokens: the DeepStack features with their residuals, level by level.
     """
 
@@ -214,6 +213,7 @@ class ResidualIDFormer(nn.Module):
         targets: Tensor | None = None,
         teacher_forcing: bool = False,
         with_contrastive_loss: bool = False,
+        gather_references: bool = False,
         deepstack_tokens: Sequence[Tensor] = (),
     ) -> ResidualOutput:
         """Add the residual to the tokens of all images of a batch.
@@ -226,6 +226,7 @@ class ResidualIDFormer(nn.Module):
             targets: ``[N]`` identity, NULL or ``IGNORE_INDEX`` of each token. They supervise the identity maps.
             teacher_forcing: the identity embedding follows ``targets`` instead of the predicted map.
             with_contrastive_loss: also compute the contrastive loss of ``targets``.
+            gather_references: see :meth:`IDFormer.contrastive_loss`.
             deepstack_tokens: DeepStack features ``[N, token_size]``, one tensor per level. They are returned as they
                 are if ``num_deepstack_levels=0``.
 
@@ -271,7 +272,9 @@ class ResidualIDFormer(nn.Module):
         if targets is not None:
             losses["map_losses"] = self._map_losses(maps, targets, images.lengths, *roles)
             if with_contrastive_loss:
-                losses["contrastive_loss"] = self._contrastive_loss(normed, images, groups, sample_index, targets)
+                losses["contrastive_loss"] = self._contrastive_loss(
+                    normed, images, groups, sample_index, targets, gather_references
+                )
         levels = list(deepstack_tokens)
         if len(self.deepstack) not in (0, len(levels)):
             raise ValueError(
@@ -314,6 +317,8 @@ class ResidualIDFormer(nn.Module):
         identity_index: Tensor | None,
     ) -> Tensor:
         """Mean over layers of the loss of each image, ``[I]``; see :meth:`IDFormer.identity_map_loss`."""
+        if not lengths:
+            return torch.stack([identity_map.sum(-1) for identity_map in identity_maps]).mean(0)
         if self.null_token is None:
             targets = targets.masked_fill(targets == NULL, IGNORE_INDEX)
         num_identities = identity_maps[0].shape[-1] - 1
@@ -328,18 +333,24 @@ class ResidualIDFormer(nn.Module):
         return torch.stack(losses).mean(0)
 
     def _contrastive_loss(
-        self, normed: Tensor, images: ImageTokens, groups: ImageGroups, sample_index: Tensor, targets: Tensor
+        self,
+        normed: Tensor,
+        images: ImageTokens,
+        groups: ImageGroups,
+        sample_index: Tensor,
+        targets: Tensor,
+        gather_references: bool,
     ) -> Tensor:
+        """Sum over the tokens that show an identity; see :meth:`IDFormer.contrastive_loss`."""
         is_labelled = targets >= 0
-        if not groups.reference_images or not is_labelled.any():
-            return normed.sum() * 0
         keys, key_lengths = self._identity_keys(normed, images, groups)
         # Numbered over the batch: the same identity index in different samples gives different numbers.
-        num_identities = max(groups.identities) + 1
+        num_identities = max(groups.identities, default=0) + 1
         samples = sample_index.cpu()
-        owner = samples[list(groups.reference_images)] * num_identities + torch.tensor(groups.identities)
-        owner = owner.repeat_interleave(torch.tensor(key_lengths)).to(keys.device)
-        sample_of_token = samples.repeat_interleave(torch.tensor(images.lengths)).to(keys.device)
+        owner = samples[list(groups.reference_images)] * num_identities
+        owner = owner + torch.tensor(groups.identities, dtype=torch.long)
+        owner = owner.repeat_interleave(torch.tensor(key_lengths, dtype=torch.long)).to(keys.device)
+        sample_of_token = samples.repeat_interleave(torch.tensor(images.lengths, dtype=torch.long)).to(keys.device)
         attention = self.identity_layers[0].attention
         query_bias = attention.query_bias(self._token_positions(images)[is_labelled])
         null = keys[:0] if self.null_token is None else self.null_token
@@ -349,6 +360,7 @@ class ResidualIDFormer(nn.Module):
             owner=owner,
             target=(sample_of_token * num_identities + targets)[is_labelled],
             num_null=len(null),
+            gather_references=gather_references,
         )
 
     def _identity_keys(self, normed: Tensor, images: ImageTokens, groups: ImageGroups) -> tuple[Tensor, list[int]]:
@@ -407,7 +419,8 @@ class ResidualIDFormer(nn.Module):
     ) -> Tensor:
         num_identities = shares.shape[-1]
         if num_identities == 0:
-            return shares.new_zeros(len(shares), self.token_size)
+            nothing = shares.new_zeros(len(shares), self.token_size)
+            return nothing if name_embeddings is None else nothing + name_embeddings[:, :0].sum().to(nothing)
         samples = sample_index.tolist()
         if name_embeddings is None or name_embeddings.shape[1] < num_identities or len(name_embeddings) <= max(samples):
             raise ValueError(

@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
+from idavlm.models import IDAVLMForConditionalGeneration
 from idavlm.models.attach import image_features_with_identities
+from idavlm.models.packed_attention import check_packable
 from idavlm.training.arguments import IDTrainingArguments
 
 TRAIN_MORE = (
@@ -70,6 +73,22 @@ def check_mixing(args: IDTrainingArguments, train_dataset: Dataset | None, gener
             raise ValueError(f"{name}={value!r} has no effect without general_dataset; pass one, or leave it out.")
 
 
+def check_packing(model: nn.Module, args: IDTrainingArguments, processing_class: Any) -> None:
+    """Check that the model and the processor can be trained on packed rows."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        raise ValueError(
+            f"packing=True needs the padding token of a tokenizer, but processing_class={type(processing_class)} has "
+            "none; pass the processor as processing_class, with a tokenizer whose pad_token is set."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"packing=True needs a model of idavlm or transformers, but model is {type(model).__name__}; use "
+            "packing=False."
+        )
+    check_packable(model, max_length=args.max_length)
+
+
 def check_general_data(model: nn.Module, general_dataset: Dataset | None) -> None:
     """Refuse general data if only an attached ID-Former is trained, which images without references do not use."""
     is_attached = any(image_features_with_identities(module) is not None for module in model.modules())
@@ -79,6 +98,17 @@ def check_general_data(model: nn.Module, general_dataset: Dataset | None) -> Non
             f"general_dataset trains nothing: only the attached id_former of {type(model).__name__} is trained, and "
             f"general data does not use it; {TRAIN_MORE} (leave general_dataset out)."
         )
+
+
+def has_contrastive_loss(model: nn.Module) -> bool:
+    """Whether a model computes the contrastive loss of an ID-Former."""
+    for module in model.modules():
+        attached = image_features_with_identities(module)
+        if attached is not None:
+            return bool(attached.loss_weights["contrastive_loss"])
+        if isinstance(module, IDAVLMForConditionalGeneration):
+            return module.id_former is not None and bool(module.config.contrastive_loss_weight)
+    return False
 
 
 def check_trains(loss: Tensor, sample_ids: list[str]) -> None:

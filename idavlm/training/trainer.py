@@ -1,21 +1,24 @@
 """transformers' Trainer with two data sources, training stages and per-module learning rates."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import ProcessorMixin, ProgressCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available, logging
 
-from idavlm._compat import keep_4bit_layout, quantized_base_may_train
-from idavlm.data import DualDataLoader
+from idavlm._compat import keep_4bit_layout, optimizer_state_may_lack_parameters, quantized_base_may_train
+from idavlm.data import DualDataLoader, LengthGroupedSampler, PackingCollator, token_counts
 from idavlm.models.attach import image_features_with_identities, save_id_former
+from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.modules import train_workflow, use_workflow
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
@@ -37,18 +40,22 @@ from idavlm.training.checks import (
     check_inherited,
     check_loader,
     check_mixing,
+    check_packing,
     check_pretraining_batch,
     check_stage,
     check_trains,
+    has_contrastive_loss,
 )
+from idavlm.training.distributed import check_engine, check_optimizer, set_wrap_classes
+from idavlm.training.frozen_tower import use_image_features
 from idavlm.training.lora import check_adapter, save_beside_adapter
 from idavlm.training.losses import (
     LossAverages,
     LossCounts,
     count_losses,
     language_loss_by_source,
-    row_sources,
     sum_counts,
+    token_sources,
     without_repeated,
 )
 from idavlm.training.non_finite import NonFiniteGuard, TrainingStep
@@ -88,8 +95,8 @@ class IDTrainer(Trainer):
     optimizer step on all processes. What is minimised is the sum over the sources, times ``loss_weights``, plus the
     auxiliary loss of the model, which is a mean over the supervised scenes of the global batch, times the weight of
     "identity". The split of the global batch into micro-batches and over processes does not change it, except for the
-    contrastive loss, which compares the identities of one micro-batch. The losses of an evaluation are means over the
-    whole data set.
+    contrastive loss, which compares the identities of one micro-batch on all processes (``gather_references``). The
+    losses of an evaluation are means over the whole data set.
 
     Log entries have ``loss_identity`` and ``loss_general``, the language loss of each source since the last entry
     without loss weights, ``identity_map_loss``, and samples, tokens and images per second. Any transformers model can
@@ -159,6 +166,17 @@ class IDTrainer(Trainer):
         keep_4bit_layout(model)
         with quantized_base_may_train(model):
             super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
+        check_engine(args, self.accelerator)
+        check_optimizer(self.optimizer, self.accelerator)
+        set_wrap_classes(self.accelerator, model)
+        self._gathers_references = args.gather_references and has_contrastive_loss(model)
+        inner_model = _without_wrappers(self.accelerator, model)
+        if args.packing:
+            check_packing(inner_model, args, self.processing_class)
+        if args.image_features is not None:
+            evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            datasets = [train_dataset, general_dataset, *(dataset for dataset in evaluated if dataset)]
+            use_image_features(inner_model, self.processing_class, args, datasets)
         if args.non_finite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "non_finite_loss='skip' has no effect with DeepSpeed, which updates the weights right after the "
@@ -188,10 +206,35 @@ class IDTrainer(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        loader = super()._get_dataloader(dataset, *args, **kwargs)
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        """``Trainer._get_dataloader``; batches of training are packed if ``args.packing`` is set."""
+        collator = self.data_collator
+        if is_training and self.args.packing:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            self.data_collator = PackingCollator(
+                collator, pad_token_id=tokenizer.pad_token_id, max_length=self.args.max_length
+            )
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
         check_loader(loader)
         return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(
+            token_counts(dataset, self.args.length_column_name),
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(eval_dataset, "__len__"):
+            return super()._get_eval_sampler(eval_dataset)
+        return None if self.args.world_size > 1 else SequentialSampler(eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """``Trainer.train``; ``resume_from_checkpoint=True`` resumes from :func:`last_complete_checkpoint`.
@@ -278,6 +321,13 @@ class IDTrainer(Trainer):
         # Of a step that is skipped, the Trainer's own sum must not become NaN.
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
+    def _prepare_input(self, data):
+        """Boxes keep their precision, which DeepSpeed would reduce to that of the model."""
+        if not isinstance(data, Mapping) or data.get("boxes") is None:
+            return super()._prepare_input(data)
+        boxes = data["boxes"].to(self.args.device)
+        return super()._prepare_input({**data, "boxes": None}) | {"boxes": boxes}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The share of a micro-batch in the loss of the global batch.
 
@@ -292,6 +342,8 @@ class IDTrainer(Trainer):
         if self.args.stage == "identity_pretraining":
             check_pretraining_batch(batch, sample_ids)
         sources, sample_source = batch.pop("source", "identity"), batch.pop("sample_source", None)
+        if model.training and self._gathers_references and self.accelerator.num_processes > 1:
+            batch["gather_references"] = True
         if self.args.stage == "identity_pretraining":
             losses, outputs = {}, self._identity_pretraining_outputs(model, batch)
         else:
@@ -346,16 +398,29 @@ class IDTrainer(Trainer):
             raise ValueError("a batch of two sources needs 'labels', from which the loss of each source is computed.")
         if is_mixed or not any(counts.tokens.values()):  # the model's own mean over no tokens would be NaN
             labels = batch.pop("labels")  # without labels the model returns logits
-            outputs = model(**batch)
-            row_source = row_sources({"source": sources, "sample_source": sample_source}, len(labels), labels.device)
-            return language_loss_by_source(outputs["logits"], labels, row_source), outputs
-        outputs = model(**batch)
+            outputs = self._forward(model, batch)
+            token_source = token_sources({**batch, "source": sources, "sample_source": sample_source}, labels)
+            return language_loss_by_source(outputs["logits"], labels, token_source), outputs
+        outputs = self._forward(model, batch)
         language_loss = outputs.get("language_loss")
         if language_loss is None:  # a model that does not return its losses separately
             language_loss, outputs = outputs.get("loss"), _without_auxiliary_loss(outputs)
         if language_loss is None:
             raise ValueError("the model returned neither 'language_loss' nor 'loss'; does the batch have 'labels'?")
         return {distinct.pop(): language_loss}, outputs
+
+    def _forward(self, model, batch: dict[str, Any]) -> Mapping[str, Any]:
+        """Run the model. A model of transformers gets the positions and the mask of packed rows from outside."""
+        token_sample_index = batch.get("token_sample_index")
+        if token_sample_index is None:
+            return model(**batch)
+        unwrapped = _without_wrappers(self.accelerator, model)
+        if "token_sample_index" in inspect.signature(unwrapped.forward).parameters:
+            return model(**batch)
+        batch = {name: value for name, value in batch.items() if name != "token_sample_index"}
+        batch["position_ids"] = packed_positions(unwrapped, token_sample_index, batch)
+        with packed_rows(unwrapped, token_sample_index, batch) as of_rows:
+            return model(**batch, **of_rows)
 
     def _check_supervision(self, total: LossCounts) -> None:
         """Check that the global batch of a step trains something."""
@@ -447,7 +512,8 @@ class IDTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         options = group_options(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with optimizer_state_may_lack_parameters() if self.is_fsdp_enabled else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
         check_same_options(checkpoint, group_options(self.optimizer), options)
 
     def _load_best_model(self):
@@ -519,6 +585,12 @@ class IDTrainer(Trainer):
 
     def _workflow(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext() if self.args.workflow is None else use_workflow(model, self.args.workflow)
+
+
+def _without_wrappers(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of accelerate and PEFT."""
+    model = accelerator.unwrap_model(model)
+    return model.get_base_model() if _is_peft_model(model) else model
 
 
 def _is_peft_model(model: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Layer 0: small helpers that every layer may use."""
 
-from idavlm.utils.answer_text import last_answer, plain_answer
+from idavlm.utils.answer_text import contains_name, plain_answer
 from idavlm.utils.checks import check_arguments, check_choice, check_positive, check_type
 from idavlm.utils.compiling import mark_length_dynamic, outside_compile
 from idavlm.utils.files import append_lines, drop_torn_line, read_json_object, write_text
@@ -18,9 +18,9 @@ __all__ = [
     "check_choice",
     "check_positive",
     "check_type",
+    "contains_name",
     "describe_machine",
     "drop_torn_line",
-    "last_answer",
     "lock_file",
     "lock_folder",
     "mark_length_dynamic",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from idavlm.modules.inner_adaptor.decoder import TEXT, DecoderParts, find_decoder_parts
 from idavlm.modules.inner_adaptor.workflow import WorkflowState, register_hooks
 from idavlm.utils import check_choice, check_positive
+from idavlm.utils.sharding import gathered_for_copy, is_sharded_by_fsdp
 
 MODULES_TO_COPY = ("embeddings", "norm", "lm_head", "connector")
 
@@ -181,7 +182,7 @@ def add_inner_adaptors(
     Raises:
         ValueError: layers out of range, repeated or missing; unknown or repeated names; a decoder whose layers are not
             found; a module to copy that the model does not have; a model that has adaptors already; weights that are
-            partitioned by ZeRO-3, or quantised (without ``rank``).
+            sharded by FSDP, or quantised (without ``rank``).
     """
     if getattr(language_model, "inner_adaptor", None) is not None:
         present = ", ".join(map(repr, language_model.inner_adaptor))
@@ -216,10 +217,10 @@ def new_inner_adaptor(language_model: nn.Module, options: dict, connector: nn.Mo
         check_choice("modules_to_copy", name, MODULES_TO_COPY)
     if ("connector" in options["modules_to_copy"]) != (connector is not None):
         raise ValueError("modules_to_copy=('connector',) and connector=<module> belong together; pass both or neither.")
-    if any(hasattr(parameter, "ds_id") for parameter in language_model.parameters()):
+    if any(is_sharded_by_fsdp(parameter) for parameter in language_model.parameters()):
         raise ValueError(
-            "language_model is partitioned by ZeRO-3, so its layers cannot be copied; load it and add the adaptors "
-            "before TrainingArguments(deepspeed=...) is created. The Trainer then partitions both."
+            "language_model is sharded by FSDP, so its layers cannot be copied; add the adaptors before the model is "
+            "passed to the trainer or to fully_shard."
         )
     return InnerAdaptor(find_decoder_parts(language_model), options, language_model.dtype, connector)
 
@@ -254,7 +255,8 @@ def _copy(module: nn.Module, replacements: dict[int, nn.Module] | None = None) -
     for submodule in module.modules():
         for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
             memo[id(getattr(submodule, name))] = OrderedDict()
-    return copy.deepcopy(module, memo)
+    with gathered_for_copy(module):
+        return copy.deepcopy(module, memo)
 
 
 def _layer_indices(layers: Iterable[int] | None, every: int | None, parts: DecoderParts) -> list[int]:

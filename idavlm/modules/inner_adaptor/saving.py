@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from idavlm.modules.inner_adaptor.adaptor import InnerAdaptor, add_inner_adaptors
 from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
+from idavlm.utils.sharding import is_partitioned, whole_state_dict, whole_tensor, writing_once
 
 FILE_NAME = "inner_adaptors.safetensors"
 _METADATA = "inner_adaptors"
@@ -24,36 +25,44 @@ def save_adaptors(model: nn.Module, folder: str | Path, *, state_dict: dict[str,
     Args:
         model: a language model with inner adaptors, or a model that contains one.
         folder: output folder; it is created.
-        state_dict: the state dict of ``model``; required if its parameters are partitioned. Under ZeRO-3 or FSDP pass
-            ``accelerator.get_state_dict(model)``.
+        state_dict: the state dict of ``model``, if it is at hand, for example ``accelerator.get_state_dict(model)``.
+            Its tensors must be whole. By default the tensors of the model are gathered.
+
+    Parameters that are partitioned (ZeRO-3, FSDP2) are gathered. All processes then call this function, and the first
+    one writes.
 
     Returns:
         The path of the file.
 
     Raises:
         ValueError: the model has no adaptors, the adaptors were changed after they were added (for example by peft), or
-            parameters are partitioned and ``state_dict`` is not passed.
+            the tensors in ``state_dict`` are partitioned.
     """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, InnerAdaptor)]
     if not found:
         raise ValueError(f"model={type(model).__name__} has no inner adaptors; call add_inner_adaptors first.")
     path, inner_adaptor = found[0]
     base_path = path.rpartition(".")[0]
-    state_dict = _below(base_path, model.state_dict() if state_dict is None else state_dict)
-    tensors = _below(path.rpartition(".")[2], state_dict)
+    if state_dict is None:
+        state_dict, tensors = {}, whole_state_dict(inner_adaptor)
+    else:
+        state_dict = _below(base_path, state_dict)
+        tensors = _below(path.rpartition(".")[2], state_dict)
     if set(tensors) != inner_adaptor.tensor_names:
         wrong = sorted(set(tensors) ^ inner_adaptor.tensor_names)[0]
         raise ValueError(
             f"the adaptors of model={type(model).__name__} have other tensors than when they were added, for example "
             f"{wrong!r}; merge peft adapters (merge_and_unload()), or pass state_dict= of the model without wrappers."
         )
-    if any(tensor.numel() == 0 for tensor in tensors.values()):
-        raise ValueError("parameters are partitioned; pass state_dict=accelerator.get_state_dict(model).")
+    if any(tensor.numel() == 0 or is_partitioned(tensor) for tensor in tensors.values()):
+        raise ValueError("the tensors in state_dict are partitioned; leave it out, and they are gathered.")
     description = {"options": inner_adaptor.options, "base": _describe(model.get_submodule(base_path), state_dict)}
     file = Path(folder) / FILE_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, file, metadata={_METADATA: json.dumps(description)})
+    with writing_once(inner_adaptor) as writes:
+        if writes:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, file, metadata={_METADATA: json.dumps(description)})
     return file
 
 
@@ -80,6 +89,11 @@ def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: n
         description = json.loads(opened.metadata()[_METADATA])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     inner_adaptor = next((module for module in language_model.modules() if isinstance(module, InnerAdaptor)), None)
+    if any(is_partitioned(parameter) for parameter in language_model.parameters()):
+        raise ValueError(
+            f"folder={str(folder)!r}: the parameters of language_model are partitioned, so adaptors cannot be loaded; "
+            "load them before the model is passed to the trainer or to fully_shard."
+        )
     options = description["options"]
     _check_base(file, description["base"], _describe(language_model, {}))
     if inner_adaptor is None:
@@ -107,7 +121,8 @@ def _describe(language_model: nn.Module, tensors: dict[str, Tensor]) -> dict:
     config = language_model.config.get_text_config(decoder=True)
     values = {}
     for name, parameter in layers.named_parameters():
-        tensor = tensors.get(f"{path}.{name}", parameter).detach()
+        tensor = tensors.get(f"{path}.{name}", parameter)
+        tensor = whole_tensor(tensor) if is_partitioned(tensor) else tensor.detach()
         if tensor.is_floating_point() and tensor.numel():
             # Four values are enough to distinguish checkpoints of one architecture.
             indices = torch.linspace(0, tensor.numel() - 1, 4, device=tensor.device).long()

@@ -104,7 +104,7 @@ def cross_attention(
     cu_seqlens_q, cu_seqlens_k = (x if x is None else x.to(q.device) for x in (cu_seqlens_q, cu_seqlens_k))
     num_key_groups = num_key_groups or 0
     if num_segments == 0:
-        output, attentions = _no_segments(q, k, v, max_seqlen_q, max_seqlen_k, num_key_groups)
+        output, attentions = _no_segments(q, k, v, key_bias, max_seqlen_q, max_seqlen_k, num_key_groups)
     else:
         segments = Segments(num_segments, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -118,16 +118,22 @@ def cross_attention(
 
 
 def _no_segments(
-    q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int, num_groups: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs for zero segments: empty, with a gradient to ``q``, ``k`` and ``v``."""
+    """Outputs for zero segments: empty, with a gradient to ``q``, ``k``, ``v`` and ``key_bias``."""
     if q.dim() == 3 and len(q):  # shared queries, of which there are zero copies
         q = q.expand(0, -1, -1, -1)
-    output = q + k.sum() + v.sum()
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    if num_groups:
-        return output, q.new_zeros(*q.shape[:-1], num_groups, dtype=dtype)
-    return output, q.new_zeros(0, q.shape[-2], max_seqlen_q, max_seqlen_k, dtype=dtype)
+    if key_bias is not None:
+        k = k + key_bias[:1].sum()
+    shape = (*q.shape[:-1], num_groups) if num_groups else (0, q.shape[-2], max_seqlen_q, max_seqlen_k)
+    weights = q.new_zeros(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q + k.sum() + v.sum(), weights + (q.sum() + k.sum()).to(weights.dtype)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:

@@ -1,0 +1,1 @@
+"""Training by several processes: the same losses and weights as in one, whatever the batches of the processes hold."""
