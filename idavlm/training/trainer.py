@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import ProcessorMixin, ProgressCallback, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available, logging
 
@@ -481,9 +482,11 @@ class IDTrainer(Trainer):
             begin_checkpoint(folder, self.args, self._settings, supervised_scenes=self._supervised_scenes)
         super()._save_checkpoint(model, trial)
 
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """``Trainer.save_model``, with what the weights of the model alone do not describe."""
+        super().save_model(output_dir, _internal_call)
+        is_partitioned = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # then all processes gather
+        if not (self.args.should_save or is_partitioned):
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         if _is_peft_model(self.model):
