@@ -230,7 +230,15 @@ def _build_datasets(data: DataArguments, processor) -> dict[str, Dataset]:
 
 
 def _records(file: RecordFile, encode) -> Dataset:
-    dataset = RecordDataset(file.path, file.image_root, encode=encode, on_error=file.on_error, reader=file.reader)
+    dataset = RecordDataset(
+        file.path,
+        file.image_root,
+        encode=encode,
+        on_error=file.on_error,
+        reader=file.reader,
+        unused_fields=file.unused_fields,
+        allow_urls=file.allow_urls,
+    )
     if file.max_records is None or file.max_records >= len(dataset):
         return dataset
     return Subset(dataset, range(file.max_records))

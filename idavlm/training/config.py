@@ -103,10 +103,12 @@ class RecordFile:
     """A file of records, as in :class:`idavlm.RecordDataset`.
 
     Attributes:
-        path: JSON Lines file or JSON list.
+        path: JSON Lines file, JSON list, parquet file, or folder of parquet files.
         image_root: folder that image paths are relative to; by default ``images`` next to the file.
         reader: format of the records, a key of ``idavlm.data.READERS``.
         on_error: ``"raise"``, or ``"skip"`` to leave out invalid records.
+        unused_fields: ``"raise"``, or ``"warn"`` to ignore fields that the reader does not use.
+        allow_urls: whether images may be URLs.
         max_records: number of records that are used, from the start; None for all.
     """
 
@@ -114,11 +116,14 @@ class RecordFile:
     image_root: str | None = None
     reader: str = "idavlm"
     on_error: str = "raise"
+    unused_fields: str = "raise"
+    allow_urls: bool = False
     max_records: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("reader", self.reader, READERS)
         check_choice("on_error", self.on_error, ("raise", "skip"))
+        check_choice("unused_fields", self.unused_fields, ("raise", "warn"))
         check_positive(max_records=self.max_records)
 
 
