@@ -177,9 +177,8 @@ def main() -> None:
                     f"{sum(numbers):.0f}",
                 ]
             )
-    print(
-        f"{describe_machine()}, {args.dtype}, {tuple(batch['input_ids'].shape)} tokens, median of {args.rounds} steps"
-    )
+    shape = " x ".join(map(str, batch["input_ids"].shape))
+    print(f"{describe_machine()}, {args.dtype}, {shape} tokens, median of {args.rounds} steps")
     header = ["", "trained", "s per step", "relative", "weights, MB", "optimizer, MB", "step, MB", "sum, MB"]
     print(markdown_table(header, rows))
 

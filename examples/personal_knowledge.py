@@ -39,7 +39,7 @@ from idavlm.training import LoRAArguments, add_lora
 from idavlm.utils import describe_machine, markdown_table
 
 VARIANTS = ("full", "LoRA", "LoRA + general")
-LEARNING_RATES = {"base": 2e-3, "full": 1e-3, "LoRA": 1e-2, "LoRA + general": 1e-2}
+LEARNING_RATES = {"base": 2e-3, "full": 1e-3, "LoRA": 3e-3, "LoRA + general": 3e-3}
 LORA = LoRAArguments(r=32, lora_alpha=64)
 GENERAL_RATIO = 0.1
 BATCH_SIZE = 16
