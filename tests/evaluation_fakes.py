@@ -103,10 +103,10 @@ class FakeProcessor:
             batch[name] = torch.stack(rows)
         return batch
 
-    def parse_box(self, text, image_size, *, name=""):
+    def read_box(self, text, image_size, *, name="", other_names=()):
         assert image_size == (128, 128)
         numbers = re.findall(r"\d+", text)
-        return [float(number) for number in numbers] if len(numbers) == 4 else None
+        return ([float(number) for number in numbers], None) if len(numbers) == 4 else (None, "none")
 
 
 class FakeModel(torch.nn.Module):

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idavlm.models import BoxFormat
+from idavlm.models.boxes import smart_resize
 
 KINDS = (*BoxFormat.KINDS, "bins32")
 sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
@@ -14,7 +15,10 @@ fractions = st.floats(0, 1, allow_nan=False)
 def resolution(kind: str, size: tuple[int, int]) -> tuple[float, float]:
     """Half a step across and down, in pixels, with some tolerance for rounding."""
     height, width = size
-    steps = {"unit": 1000, "square": 1000, "bins32": 31}.get(kind, 999)
+    steps = {"unit": 1000, "square": 1000, "bins32": 31, "norm1000": 1000, "gemini": 1000}.get(kind, 999)
+    if kind == "resized":
+        down, across = smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12845056)
+        return (width / across / 2 + 1e-6 * width, height / down / 2 + 1e-6 * height)
     sides = (max(size),) * 2 if kind == "square" else (width, height)
     if kind == "pixels":
         return (0.5 + 1e-6 * width, 0.5 + 1e-6 * height)
@@ -42,7 +46,10 @@ EXAMPLES = {
     "thousand": "[120, 40, 630, 980]",
     "unit": "[0.120, 0.040, 0.630, 0.980]",
     "square": "[0.120, 0.270, 0.630, 0.740]",
+    "norm1000": "[120, 40, 630, 980]",
     "pixels": "[120, 40, 630, 490]",
+    "resized": "[121, 40, 635, 494]",
+    "gemini": "[40, 120, 980, 630]",
     "bins32": "4 1 20 30",
 }
 
@@ -50,8 +57,10 @@ EXAMPLES = {
 @pytest.mark.parametrize(("kind", "text"), EXAMPLES.items())
 def test_the_forms_of_the_documentation(kind, text):
     height, width = 500, 1000
-    steps = {"bins32": 31, "unit": 1, "square": 1}.get(kind, 999)
-    if kind == "square":  # padded by 250 above and below
+    steps = {"bins32": 31, "unit": 1, "square": 1, "norm1000": 1000, "gemini": 1000}.get(kind, 999)
+    if kind == "resized":  # to 504 x 1008
+        box = [121 / 1008 * 1000, 40 / 504 * 500, 635 / 1008 * 1000, 494 / 504 * 500]
+    elif kind == "square":  # padded by 250 above and below
         box = [120, 20, 630, 490]
     elif kind == "pixels":
         box = [120, 40, 630, 490]
@@ -89,11 +98,14 @@ def test_whatever_is_read_lies_in_the_image(kind, text):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("qwen", "<box>(-20,500),(2000,1500)</box>"),
-        ("thousand", "[500, 500, 5000, 99999]"),
-        ("unit", "[0.5, 0.5, 3.0, 7]"),
-        ("pixels", "[50, 100, 101, 4000]"),
-        ("bins32", "15 15 99 99"),
+        ("qwen", "<box>(-20,500),(1060,1050)</box>"),
+        ("thousand", "[500, 500, 1001, 1090]"),
+        ("norm1000", "[500, 500, 1001, 1090]"),
+        ("unit", "[0.5, 0.5, 1.05, 1.1]"),
+        ("pixels", "[50, 100, 101, 215]"),
+        ("resized", "[56, 98, 115, 200]"),
+        ("gemini", "[500, 500, 1090, 1001]"),
+        ("bins32", "15 15 33 34"),
     ],
 )
 def test_what_leaves_the_image_is_clipped(kind, text):
@@ -123,6 +135,33 @@ def test_qwen_reads_behind_its_tag():
     assert BoxFormat("qwen").parse("(100,200),(300,400)", (999, 999)) == [100, 200, 300, 400]
 
 
-def test_the_kind_is_checked():
-    with pytest.raises(ValueError, match="box_format='xyxy'"):
-        BoxFormat("xyxy")
+@pytest.mark.parametrize("kind", ["xyxy", "pixels:factor=28", "bins1", "", None, 28])
+def test_the_kind_is_checked(kind):
+    with pytest.raises(ValueError, match=f"box_format={kind!r} is not known"):
+        BoxFormat(kind)
+
+
+@pytest.mark.parametrize("kind", ["resized:side=28", "resized:factor", "resized:factor=-1", "resized:factor=0"])
+def test_the_settings_of_the_resized_image_are_checked(kind):
+    with pytest.raises(ValueError, match=f"box_format='{kind}': '.*' is not a setting"):
+        BoxFormat(kind)
+    with pytest.raises(ValueError, match="resized_size is for box_format='resized'"):
+        BoxFormat("pixels", resized_size=lambda height, width: (height, width))
+
+
+@given(size=st.tuples(st.integers(1, 3000), st.integers(1, 3000)), factor=st.sampled_from([28, 32]))
+def test_the_resized_size_is_that_of_transformers(size, factor):
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl")
+    options = {"factor": factor, "min_pixels": 56 * 56, "max_pixels": 1003520}
+    if max(size) <= 200 * min(size):
+        assert smart_resize(*size, **options) == module.smart_resize(*size, **options)
+
+
+def test_boxes_of_a_resized_image_are_scaled_exactly():
+    """An image of 3000 x 4000 pixels reaches the model in 840 x 1148."""
+    kind = "resized:min_pixels=3136,max_pixels=1003520"
+    assert BoxFormat(kind).parse("[574, 420, 1148, 840]", (3000, 4000)) == pytest.approx([2000, 1500, 4000, 3000])
+    assert BoxFormat(kind).write("Kate", [2000, 1500, 4000, 3000], (3000, 4000)) == "[574, 420, 1148, 840]"
+    own = BoxFormat("resized", resized_size=lambda height, width: (height // 2, width // 2))
+    assert own.parse("[10, 20, 30, 40]", (200, 100)) == [20, 40, 60, 80]
+    assert BoxFormat("pixels").read("[3000, 20, 3900, 90]", (2000, 2000)) == (None, "convention")

@@ -1,6 +1,7 @@
 """RecordDataset on a file with faults: errors with file and line, or skipped samples that are counted."""
 
 import json
+import os
 import re
 
 import pytest
@@ -100,6 +101,20 @@ def test_samples_skipped_by_workers_are_counted_in_the_main_process(faulty, cont
     assert "train.jsonl:6: image 'cut.png' is not an image or is damaged" in str(data.errors)
 
 
+def encode_with_process(sample):
+    return encode(sample) | {"process": os.getpid()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_images_are_decoded_in_workers(faulty, context):
+    data = RecordDataset(faulty, encode=encode_with_process, on_error="skip")
+    loader = DataLoader(data, batch_size=3, num_workers=2, collate_fn=list, multiprocessing_context=context)
+    processes = {sample["process"] for batch in loader for sample in batch}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+
+
 def test_an_error_in_a_worker_keeps_its_message(faulty):
     lines = faulty.read_text("latin-1").splitlines()
     faulty.write_text(lines[5])
@@ -155,5 +170,5 @@ def test_other_errors_are_not_skipped(faulty):
 def test_options_are_checked(faulty):
     with pytest.raises(ValueError, match="on_error='ignore' is not known"):
         RecordDataset(faulty, on_error="ignore")
-    with pytest.raises(ValueError, match="reader='coco' is not known; choose one of 'idavlm'"):
+    with pytest.raises(ValueError, match="reader='coco' is not known; choose one of 'alpaca', 'idavlm'"):
         RecordDataset(faulty, reader="coco")

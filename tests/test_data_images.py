@@ -1,6 +1,7 @@
 """Reading images: supported formats, refused files, and the file name in every error."""
 
 import contextlib
+import io
 import os
 import struct
 import zlib
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from idavlm.data import DataError, ImageStore, open_image
+from idavlm.data import DataError, ImageStore, RecordImages, open_image
+from idavlm.data.photos import PhotoLoader
 
 
 @pytest.fixture
@@ -384,3 +386,226 @@ def test_a_mistake_in_resized_size_is_not_the_fault_of_the_image(root):
 
     with pytest.raises(ZeroDivisionError):
         ImageStore(root, resized_size=mistaken).open("good.png")
+
+
+# --- Metadata --------------------------------------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
+
+
+def encoded(kind, **options):
+    stream = io.BytesIO()
+    Image.fromarray(NOISE).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def exif_bytes(orientation=None, *, rational=None):
+    """EXIF with an orientation, and a resolution of numerator and denominator ``rational``."""
+    entries = [] if orientation is None else [struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)]
+    start = 8 + 2 + 12 * (len(entries) + (rational is not None)) + 4
+    if rational is not None:
+        entries.append(struct.pack(">HHII", 0x011A, 5, 1, start))
+    table = struct.pack(">H", len(entries)) + b"".join(entries) + bytes(4)
+    values = b"" if rational is None else struct.pack(">II", *rational)
+    return b"Exif\0\0MM\0*" + struct.pack(">I", 8) + table + values
+
+
+def with_png_chunks(*chunks, before_pixels=True):
+    data = encoded("PNG")
+    place = data.index(b"IDAT") - 4 if before_pixels else data.index(b"IEND") - 4
+    return data[:place] + b"".join(chunk(kind, content) for kind, content in chunks) + data[place:]
+
+
+def with_bad_checksum(data, kind):
+    """Break the checksum of the first chunk of a kind."""
+    place = data.index(kind)
+    end = place + 4 + struct.unpack(">I", data[place - 4 : place])[0]
+    return data[:end] + bytes([data[end] ^ 255]) + data[end + 1 :]
+
+
+def with_jpeg_segment(marker, content):
+    data = encoded("JPEG", quality=95)
+    return data[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + data[2:]
+
+
+def with_webp_chunk(kind, content):
+    data = encoded("WEBP", lossless=True, exif=exif_bytes(1))
+    place = data.index(b"EXIF")
+    (length,) = struct.unpack("<I", data[place + 4 : place + 8])
+    rest = data[place + 8 + length + length % 2 :]
+    data = data[:place] + kind + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2) + rest
+    return data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+
+
+TEXT = zlib.compress(b"x" * 2_000_000)
+DAMAGED = {
+    "PNG, 2 MB of compressed text": with_png_chunks((b"zTXt", b"k\0\0" + TEXT)),
+    "PNG, 2 MB of international text": with_png_chunks((b"iTXt", b"k\0\1\0\0\0" + TEXT)),
+    "PNG, 2 MB of text after the pixels": with_png_chunks((b"zTXt", b"k\0\0" + TEXT), before_pixels=False),
+    "PNG, a wrong checksum": with_bad_checksum(with_png_chunks((b"tEXt", b"k\0text")), b"tEXt"),
+    "PNG, a colour profile that is no zlib": with_png_chunks((b"iCCP", b"icc\0\1xyz")),
+    "PNG, a short gamma": with_png_chunks((b"gAMA", b"x")),
+    "PNG, text that the file cuts off": encoded("PNG")[:-12] + struct.pack(">I", 999) + b"tEXtk\0text",
+    "PNG, EXIF that is none": with_png_chunks((b"eXIf", b"MM\0*\0\0")),
+    "PNG, a raw profile that is no hex": with_png_chunks((b"tEXt", b"Raw profile type exif\0\n\n\n\nxyz\n")),
+}
+FINE = {
+    "JPEG, EXIF that is none": with_jpeg_segment(0xE1, b"Exif\0\0no EXIF"),
+    "JPEG, EXIF that is cut off": with_jpeg_segment(0xE1, b"Exif\0\0MM\0*\0\0"),
+    "JPEG, an offset beyond the EXIF": with_jpeg_segment(0xE1, b"Exif\0\0MM\0*\x7f\xff\xff\xff"),
+    "TIFF, an EXIF block beyond the file": encoded("TIFF", tiffinfo={34665: 2**31}),
+    "PNG, 2 MB of plain text": with_png_chunks((b"tEXt", b"k\0" + b"x" * 2_000_000)),
+    "PNG, XMP that is not XML": with_png_chunks((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<<<\xff\xfe")),
+    "JPEG, a resolution of 0/0": with_jpeg_segment(0xE1, exif_bytes(rational=(0, 0))),
+    "JPEG, a resolution of 1/0": with_jpeg_segment(0xE1, exif_bytes(1, rational=(1, 0))),
+    "JPEG, an orientation of 9": with_jpeg_segment(0xE1, exif_bytes(9)),
+    "JPEG, XMP that is not XML": with_jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<<<\xff\xfe"),
+    "JPEG, a comment of any bytes": with_jpeg_segment(0xFE, bytes(range(256))),
+    "WEBP, XMP that is not XML": with_webp_chunk(b"XMP ", b"\xff\xfe<<<"),
+}
+
+
+def pixels_of(kind):
+    """The pixels without the metadata."""
+    image = Image.open(io.BytesIO(encoded(kind, **{"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {}))))
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_metadata_is_a_warning_and_the_image_stays_as_it_is(root, kind):
+    (root / "x").write_bytes(DAMAGED[kind])
+    with pytest.warns(UserWarning, match=r"image 'x' has damaged metadata \(.*\), which is ignored"):
+        image = open_image(root, "x")
+    assert np.array_equal(np.asarray(image), pixels_of(kind.split(",")[0]))
+    assert ImageStore(root).size("x") == (image.height, image.width)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # of PIL
+@pytest.mark.parametrize("kind", FINE)
+def test_odd_metadata_does_no_harm(root, kind):
+    (root / "x").write_bytes(FINE[kind])
+    assert np.array_equal(np.asarray(open_image(root, "x")), pixels_of(kind.split(",")[0]))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_made_upright(root, kind, orientation):
+    """Also with a resolution of 0/0, which cannot be written again."""
+    exif = exif_bytes(orientation, rational=(0, 0))
+    if kind == "TIFF":
+        data = encoded("TIFF", tiffinfo={0x0112: orientation})
+    elif kind == "JPEG":
+        data = with_jpeg_segment(0xE1, exif)
+    elif kind == "PNG":
+        data = with_png_chunks((b"eXIf", exif[6:]))
+    else:
+        data = encoded("WEBP", lossless=True, exif=exif)
+    (root / "x").write_bytes(data)
+    stored = pixels_of(kind)
+    upright = {
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: stored[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(stored),
+    }
+    store = ImageStore(root)
+    assert np.array_equal(np.asarray(store.open("x")), upright[orientation])
+    assert store.size("x") == upright[orientation].shape[:2]
+
+
+def test_the_orientation_of_a_repaired_file_is_kept(root):
+    data = with_png_chunks((b"eXIf", exif_bytes(6)[6:]), (b"zTXt", b"k\0\0" + TEXT))
+    (root / "x").write_bytes(data)
+    with pytest.warns(UserWarning, match="damaged metadata"):
+        assert open_image(root, "x").size == (20, 30)
+
+
+def test_a_damaged_image_stays_an_error_whatever_its_metadata(root):
+    data = with_png_chunks((b"zTXt", b"k\0\0" + TEXT))
+    place = data.index(b"IDAT") + 40
+    for broken in (data[:place], data[:place] + b"\xff" * 40 + data[place + 40 :]):
+        (root / "x").write_bytes(broken)
+        with pytest.raises(DataError, match="image 'x' is not an image or is damaged"):
+            open_image(root, "x")
+
+
+def test_bytes_and_pil_images_are_read_as_files_are(root):
+    """Transparency, orientation, limits and damaged metadata, by every way in."""
+    clear = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
+    clear.save(root / "clear.png", exif=exif_bytes(6)[6:])
+    expected = np.full((40, 20, 3), 255, np.uint8)
+    data = (root / "clear.png").read_bytes()
+    loader = PhotoLoader(root)
+    for image in ("clear.png", root / "clear.png", data, {"bytes": data, "path": None}, Image.open(root / "clear.png")):
+        found = loader.load(image, field="x")
+        assert (found.mode, np.asarray(found).tolist()) == ("RGB", expected.tolist())
+    record = RecordImages(None, {"a": data, "b": Image.open(root / "clear.png")})
+    for name in ("a", "b"):
+        assert np.array_equal(np.asarray(ImageStore(record).open(name)), expected)
+    for kind in ("PNG, a raw profile that is no hex", "PNG, 2 MB of text after the pixels"):
+        opened = Image.open(io.BytesIO(DAMAGED[kind]))
+        with pytest.warns(UserWarning, match="image 'x' has damaged metadata"):
+            assert np.array_equal(np.asarray(loader.load(opened, field="x")), NOISE)
+
+
+def test_narrow_images_are_refused_by_every_way_in(root):
+    strip = Image.new("RGB", (2, 8000))
+    strip.save(root / "strip.png")
+    loader = PhotoLoader(root)
+    ways = [
+        "strip.png",
+        (root / "strip.png").read_bytes(),
+        strip,
+        np.asarray(strip),
+        np.asarray(strip).transpose(2, 0, 1),
+    ]
+    for image in ways:
+        with pytest.raises(
+            DataError, match=r"has 2 x 8000 pixels, an aspect ratio of 4000, more than 200; crop or pad it"
+        ):
+            loader.load(image, field="x")
+    for image in ways:
+        PhotoLoader(root, max_aspect_ratio=4000).load(image, field="x")
+
+
+def test_the_record_knows_its_images(root):
+    store = ImageStore(root)
+    assert [store.has(name) for name in ("good.png", "none.png", "k", "../x", "https://x/y.png")] == [True] + [
+        False
+    ] * 4
+    assert store.size("good.png") == (30, 40)
+    with pytest.raises(
+        DataError, match=r"'none.png' is not in the record, and there is no image root; pass image_root"
+    ):
+        ImageStore(RecordImages(None)).open("none.png")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.bmp", "x.gif", "x.webp", "x.tif", "x.ppm"])
+def test_the_size_is_that_of_the_opened_image(root, name, monkeypatch):
+    Image.new("RGB", (9, 7)).save(root / name)
+    opened = open_image(root, name)
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "load", lambda self: pytest.fail("the image was decoded"))
+        assert ImageStore(root).size(name) == (opened.height, opened.width) == (7, 9)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_follows_the_exif_orientation(root, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("x.jpg", "x.png", "x.webp"):
+        Image.new("RGB", (9, 7)).save(root / name, exif=exif)
+        opened = open_image(root, name)
+        assert ImageStore(root).size(name) == (opened.height, opened.width), name
+
+
+def test_the_size_of_a_file_that_cannot_be_used(root):
+    (root / "broken.png").write_bytes(b"no image")
+    for name, problem in (("broken.png", "is not an image"), ("none.png", "does not exist"), ("../x.png", "leads out")):
+        with pytest.raises(DataError, match=problem):
+            ImageStore(root).size(name)

@@ -209,11 +209,14 @@ def test_a_prompt_that_is_no_prefix(tokenizer):
 
 
 def test_changed_content(tokenizer):
-    fails(
-        tokenizer,
-        "content of turn 3 .* is not found",
-        chat_template=CHATML.replace("['content']", "['content'] | upper"),
+    changing = CHATML.replace("message['content']", "(message['content'] | upper)")
+    fails(tokenizer, r"does not write the content of messages\[0\] \('Kate is", chat_template=changing)
+    changing = CHATML.replace("message['content']", "(message['content'][:20])")
+    fails(tokenizer, r"does not write the content of messages\[0\]", chat_template=changing)
+    changing = CHATML.replace(
+        "message['content']", "(message['content'] | upper if message['role'] == 'assistant' else message['content'])"
     )
+    fails(tokenizer, "content of turn 3 .* is not found", chat_template=changing)
 
 
 def test_turns_without_an_end_or_with_different_ends(tokenizer):

@@ -1,15 +1,25 @@
 """Curriculum sampling and grouping by length."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from random import Random
 
+import datasets
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from idavlm.data import CurriculumSampler, CurriculumStage, RecordDataset, group_by_length, parse_sample
+from idavlm.data import (
+    CurriculumSampler,
+    CurriculumStage,
+    LengthGroupedSampler,
+    RecordDataset,
+    group_by_length,
+    parse_sample,
+    token_counts,
+)
 from tests.test_data_schema import TRAINING
 
 LENGTHS = Random(1).choices(range(1, 50), k=1000)
@@ -52,6 +62,55 @@ def test_impossible_sizes():
         group_by_length([1], LENGTHS, 0)
     with pytest.raises(ValueError, match="window=0"):
         group_by_length([1], LENGTHS, 1, window=0)
+
+
+def test_an_epoch_grouped_by_length_is_a_function_of_seed_and_epoch():
+    sampler = LengthGroupedSampler(LENGTHS, batch_size=16, seed=3)
+    first, again = list(sampler), list(sampler)
+    assert first == again, "whatever torch's global generator did in between"
+    assert sorted(first) == list(range(1000))
+    shuffled = Random(0).sample(range(1000), 1000)
+    assert padding(first, 16) < padding(shuffled, 16) / 4
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(LengthGroupedSampler(LENGTHS, batch_size=16, seed=4)) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_small_data_sets_have_other_batches_in_each_epoch():
+    sampler = LengthGroupedSampler(list(range(16)), batch_size=2)
+    batches = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        batches.append({frozenset(order[start : start + 2]) for start in range(0, 16, 2)})
+    assert batches[0] != batches[1]
+
+
+def test_token_counts_of_every_kind_of_data_set(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({**TRAINING, "id": str(n)}) + "\n" for n in range(3)))
+
+    class Counting:
+        def encode(self, sample):
+            raise AssertionError("lengths are known without encoding")
+
+        def num_tokens(self, sample):
+            return 10 + int(sample.id)
+
+    data = RecordDataset(tmp_path / "train.jsonl", encode=Counting().encode)
+    assert token_counts(data) == [10, 11, 12]
+    assert token_counts(Subset(data, [2, 2, 0])) == [12, 12, 10]
+    assert token_counts(ConcatDataset([data, Subset(data, [1])])) == [10, 11, 12, 11]
+    assert token_counts([{"input_ids": torch.zeros(n)} for n in (4, 2)]) == [4, 2]
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "size": [7, 3]})
+    assert token_counts(table, "size") == [7, 3]
+    with pytest.raises(ValueError, match=r"lengths of the samples of Dataset are not known.*a column 'length'"):
+        token_counts(table)
+    with pytest.raises(ValueError, match="is not the method of a processor that counts tokens"):
+        token_counts(RecordDataset(tmp_path / "train.jsonl", encode=len))
+    with pytest.raises(ValueError, match="lengths of the samples of Dataset are not known"):
+        token_counts(Dataset())
 
 
 # Curriculum ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ from PIL import Image
 from idavlm.cli.main import main
 from idavlm.data import DataError
 from idavlm.data.schema import TASK_TYPES
-from idavlm.evaluation import Answer, load_answers, parse_image_number, parse_letter, parse_yes_no
+from idavlm.evaluation import (
+    Answer,
+    interval_table,
+    load_answers,
+    parse_image_number,
+    parse_letter,
+    parse_yes_no,
+)
 from idavlm.evaluation.fingerprints import item_fingerprint
 from idavlm.evaluation.judge import parse_score, parse_winner
 from idavlm.evaluation.task_run import load_scores
@@ -44,15 +51,15 @@ def test_grounding_in_every_convention(tmp_path):
     assert items[0].sample.messages[0].content[-1].text == "\nWhere is the left man?"
     for kind in BoxFormat.KINDS:
         texts = [BoxFormat(kind).write("x", item.sample.target_box.box, (200, 400)) for item in items]
-        metrics = TASKS["grounding"].score(items, answered(items, texts), BoxFormat(kind).parse).summary["location"]
+        metrics = TASKS["grounding"].score(items, answered(items, texts), BoxFormat(kind).read).summary["location"]
         assert metrics["metrics"]["acc@0.5"] == 1, kind
         assert metrics["chance"] == {}
-    half = TASKS["grounding"].score(items, answered(items, ["[100, 50, 200, 99]", "no"]), BoxFormat("pixels").parse)
+    half = TASKS["grounding"].score(items, answered(items, ["[100, 50, 200, 99]", "no"]), BoxFormat("pixels").read)
     assert half.summary["location"]["metrics"] == {"mean_iou": pytest.approx(0.245), "acc@0.5": 0}
     assert half.summary["location"]["unparsed"] == 1
     # Square boxes refer to the image padded to 400 x 400: 100 rows above.
     square = TASKS["grounding"].score(
-        items[:1], answered(items[:1], ["[0.25, 0.375, 0.5, 0.625]"]), BoxFormat("square").parse
+        items[:1], answered(items[:1], ["[0.25, 0.375, 0.5, 0.625]"]), BoxFormat("square").read
     )
     assert square.predictions[0].box == [100, 50, 200, 150]
 
@@ -186,6 +193,36 @@ def personal_records():
     ]
 
 
+REFUSALS = ["I cannot identify people in images.", "Not sure.", "对不起，我不知道", "<think>No?</think>I can't tell."]
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+def test_a_model_that_always_refuses_is_right_nowhere(tmp_path, mme, text):
+    """A refusal is neither yes nor no, and a row of every table has its share."""
+    for name, items in every_task(tmp_path, mme).items():
+        result = TASKS[name].score(items, answered(items, [text] * len(items)), BoxFormat("pixels").read)
+        for task, summary in result.summary.items():
+            assert summary["refused"] == summary["n"], (name, task)
+            assert not any(summary["metrics"].get(metric) for metric in summary["metrics"] if metric != "word_f1"), task
+        table = interval_table({"model": result}, lambda prediction: prediction.task)
+        assert table.count("| refused |") == len(result.summary)
+    items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
+    result = TASKS["personal"].score(items, answered(items, [text] * len(items)), None)
+    assert recognition_scores(result) == {"positive": 0, "negative": 0, "weighted": 0}
+    answers = ["Yes"] * len(items)
+    assert TASKS["personal"].score(items, answered(items, answers), None).summary["recognition"]["refused"] == 0
+
+
+def test_boxes_of_another_format_are_counted(tmp_path):
+    record = {"image": "a.png", "sent": "a man", "bbox": [100, 50, 200, 150], "height": 200, "width": 400}
+    items = TASKS["grounding"].load(lines(tmp_path / "g.jsonl", [record | {"id": n} for n in range(4)]), None)
+    texts = ["[250, 250, 500, 750]", "[0.25, 0.25, 0.5, 0.75]", "[100, 50, 200, 150]", "I cannot identify people."]
+    result = TASKS["grounding"].score(items, answered(items, texts), BoxFormat("pixels").read)
+    summary = result.summary["location"]
+    assert (summary["other box format"], summary["refused"], summary["unparsed"]) == (2, 1, 3)
+    assert "| other box format | 4 | 0.500 |" in interval_table({"model": result}, lambda prediction: "all")
+
+
 def test_personalization(tmp_path):
     items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
     texts = ["Yes", "No", "No.", "no", "no", "Yes, she is.", "B. a scarf", "The answer is (B)", "A photo of kate."]
@@ -277,8 +314,8 @@ def test_every_scorer_takes_any_text(tmp_path, mme):
     for name, items in every_task(tmp_path, mme).items():
         for text in NASTY:
             for kind in BoxFormat.KINDS if TASKS[name].boxes else (None,):
-                parse_box = BoxFormat(kind).parse if kind else None
-                result = TASKS[name].score(items, answered(items, [text] * len(items)), parse_box)
+                read_box = BoxFormat(kind).read if kind else None
+                result = TASKS[name].score(items, answered(items, [text] * len(items)), read_box)
                 for prediction in result.predictions:
                     assert all(0 <= score <= 1 for score in prediction.scores.values()), (name, text, prediction)
                 json.dumps(result.to_dict(), allow_nan=False)
@@ -303,7 +340,9 @@ def test_a_number_is_no_letter_and_no_reply_of_a_judge_ends_the_run(text):
 def test_a_number_as_answer_to_lettered_choices_is_wrong(tmp_path, text):
     items = TASKS["personal"].load(lines(tmp_path / "p.jsonl", personal_records()), None)
     result = TASKS["personal"].score(items, answered(items, [text] * len(items)), None)
-    assert result.summary["choice_t"] == {"n": 1, "unparsed": 1, "metrics": {"accuracy": 0.0}, "chance": {}}
+    summary = result.summary["choice_t"]
+    assert (summary["n"], summary["unparsed"], summary["refused"]) == (1, 1, 0)
+    assert summary["metrics"] == {"accuracy": 0.0}
     assert parse_letter("image f\u0131ve") == "E", "with the dotless i of Turkish"
 
 
@@ -339,10 +378,10 @@ def test_a_field_of_another_type_is_an_error_of_its_line(tmp_path, task, record,
             assert len(message) < 500 + len(str(path))
             continue
         text = items[0].sample.answer or "x"
-        result = TASKS[task].score(items, answered(items, [text]), BoxFormat("pixels").parse)
+        result = TASKS[task].score(items, answered(items, [text]), BoxFormat("pixels").read)
         json.dumps(result.to_dict(), allow_nan=False)
         if TASKS[task].boxes and items[0].image_size() is not None:
-            result = TASKS[task].score(items, answered(items, ["[1, 2, 300, 400]"]), BoxFormat("thousand").parse)
+            result = TASKS[task].score(items, answered(items, ["[1, 2, 300, 400]"]), BoxFormat("thousand").read)
             json.dumps(result.to_dict(), allow_nan=False)
         item_fingerprint(items[0].sample)
 

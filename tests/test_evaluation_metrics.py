@@ -1,8 +1,10 @@
 """Scores of answers, the baselines, and the run over all samples."""
 
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from idavlm.data import Identity
 from idavlm.evaluation import (
     EvaluationResult,
+    bootstrap_mean,
     box_iou,
     check_wrong_references,
     evaluate,
@@ -107,6 +110,18 @@ def test_without_the_right_references_it_guesses(references):
         assert result.summary[task]["metrics"][metric] <= 0.25, task
     assert result.summary["caption_single"]["metrics"]["name_recall"] == 1
     assert result.summary["caption_single"]["metrics"]["clause_recall"] <= 0.25
+
+
+@pytest.mark.parametrize(("right", "total"), [(468, 585), (20, 22), (67, 67), (0, 5), (1, 1)])
+def test_intervals_are_those_of_the_exact_bootstrap_distribution(right, total):
+    """The mean of a resample of zeros and ones is binomial; quantiles of 2,000 draws differ from its by chance only."""
+    shares = [math.comb(total, k) * (right / total) ** k * (1 - right / total) ** (total - k) for k in range(total + 1)]
+    cumulative = np.cumsum(shares)
+    interval = bootstrap_mean([1.0] * right + [0.0] * (total - right))
+    assert (interval.mean, interval.n) == (right / total, total)
+    for bound, share in ((interval.low, 0.025), (interval.high, 0.975)):
+        lowest, highest = (np.searchsorted(cumulative, share + error) / total for error in (-0.012, 0.012))
+        assert lowest - 1e-9 <= bound <= min(highest, 1) + 1e-9
 
 
 def test_unparsed_answers_are_counted_and_score_0():

@@ -62,7 +62,8 @@ def test_table_of_means_and_spread(results):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in score_table(results).splitlines()]
     assert rows[0] == ["task", "metric", "records", "ID-Former", "no references", "mute", "chance"]
     assert rows[2] == ["matching", "accuracy", "8", "1.00 (1.00 to 1.00)", "0.25", "0.00", "0.25"]
-    assert rows[3] == ["", "unparsed", "", "0.00 (0.00 to 0.00)", "0.00", "1.00", "-"]
+    assert rows[3] == ["", "refused", "", "0.00 (0.00 to 0.00)", "0.00", "1.00", "-"], "I cannot say"
+    assert rows[4] == ["", "unparsed", "", "0.00 (0.00 to 0.00)", "0.00", "1.00", "-"]
     assert [row[0] for row in rows[2:] if row[0]] == ["matching", "location", "qa_single", "caption_single"]
     assert [row[1] for row in rows if row[0] == "location"] == ["mean_iou"]
 

@@ -47,7 +47,7 @@ def test_two_steps_are_one(tmp_path):
     answers = generate_answers(FakeModel(), FakeProcessor(), given, path=tmp_path / "predictions.jsonl", batch_size=3)
     again = load_answers(tmp_path / "predictions.jsonl", given)
     assert again == answers
-    scored = score_answers(given, again, parse_box=FakeProcessor().parse_box)
+    scored = score_answers(given, again, read_box=FakeProcessor().read_box)
     assert scored.predictions == evaluate(FakeModel(), FakeProcessor(), given).predictions
 
 
@@ -107,23 +107,23 @@ def test_questions_with_choices_can_be_written_too():
     written = generate_answers(FakeModel(), FakeProcessor(), given, write_choices=True)
     assert {answer.prediction for answer in chosen} == {None}
     assert [answer.likelihoods for answer in chosen] == [answer.likelihoods for answer in written]
-    scored = score_answers(given, written, parse_box=None)
+    scored = score_answers(given, written, read_box=None)
     assert scored.predictions[0].scores == {"accuracy": 1.0, "closest_accuracy": 1.0}
-    nothing = score_answers(given[:1], [replace(written[0], prediction="")], parse_box=None)
+    nothing = score_answers(given[:1], [replace(written[0], prediction="")], read_box=None)
     assert nothing.predictions[0].scores == {"accuracy": 1.0, "closest_accuracy": 0.0}
     open_question = replace(given[0], false_answers=[])
-    assert score_answers([open_question], [Answer(open_question.id, "x")], parse_box=None).predictions[0].scores == {}
+    assert score_answers([open_question], [Answer(open_question.id, "x")], read_box=None).predictions[0].scores == {}
 
 
 def test_errors():
     with pytest.raises(ValueError, match=r"id='matching-0' of test\.jsonl:1 is not unique"):
         generate_answers(FakeModel(), FakeProcessor(), [samples()[0]] * 2)
     with pytest.raises(ValueError, match="are not those of the 1 samples"):
-        score_answers(samples()[:1], [Answer("other", "x")], parse_box=None)
-    with pytest.raises(ValueError, match="parse_box=None, but some samples ask for a box"):
-        score_answers([samples()[1]], [Answer("location-0", "x")], parse_box=None)
+        score_answers(samples()[:1], [Answer("other", "x")], read_box=None)
+    with pytest.raises(ValueError, match="read_box=None, but some samples ask for a box"):
+        score_answers([samples()[1]], [Answer("location-0", "x")], read_box=None)
     with pytest.raises(ValueError, match="has 1 likelihoods for 4 candidates"):
-        score_answers([samples()[2]], [Answer("qa_single-0", None, likelihoods=(1.0,))], parse_box=None)
+        score_answers([samples()[2]], [Answer("qa_single-0", None, likelihoods=(1.0,))], read_box=None)
 
 
 def test_mixed_tasks_of_other_benchmarks_are_all_answered():
@@ -317,7 +317,7 @@ def test_logits_that_are_not_finite_are_an_error_of_the_sample(tmp_path, root, v
     with pytest.raises(ValueError, match="language_model has a mean loss of nan"):
         text_perplexity(model.language_model, processor.tokenizer, num_windows=1, length=8)
     with pytest.raises(ValueError, match=r"'qa_single-0' has likelihoods \[.*\], which cannot be compared"):
-        score_answers(given[:1], [Answer("qa_single-0", None, likelihoods=(value, 0.0, 1.0, 2.0))], parse_box=None)
+        score_answers(given[:1], [Answer("qa_single-0", None, likelihoods=(value, 0.0, 1.0, 2.0))], read_box=None)
 
 
 def test_texts_of_no_length_are_an_error():
@@ -358,4 +358,4 @@ def test_an_answer_without_text_fits_choices_only(tmp_path):
     with pytest.raises(DataError, match=r"answers\.jsonl:1: .* has likelihoods, but its task .* add a prediction"):
         load_answers(path, samples()[3:4])
     with pytest.raises(ValueError, match=r"test\.jsonl:4 of task 'caption_single' has no prediction"):
-        score_answers(samples()[3:4], [Answer("caption_single-0", None)], parse_box=None)
+        score_answers(samples()[3:4], [Answer("caption_single-0", None)], read_box=None)

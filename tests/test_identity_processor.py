@@ -3,12 +3,14 @@
 import copy
 import pickle
 import re
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from transformers import AutoProcessor, ProcessorMixin, pipeline
 
 from idavlm import IdentityProcessor, RecordDataset, parse_sample
@@ -285,7 +287,7 @@ def test_strings_as_content_and_later_turns():
         ([{"role": "system", "content": [identity("Kate", KATE)]}], "introduces 'Kate' in a turn of 'system'"),
         ([user(identity("Kate", ["no.png"]))], "image 'no.png' does not exist"),
         ([user(identity("Kate", ["/no/where.png"]))], "image '/no/where.png' does not exist"),
-        ([user(identity("Kate", [b"no image"]))], r"content\[0\].images\[0\]: .* is not an image or is damaged"),
+        ([user(identity("Kate", [b"no image"]))], r"content\[0\].images\[0\]' is not an image or is damaged"),
         ([user(identity("Kate", [3]))], r"content\[0\].images\[0\] is int 3; expected a path"),
         ([user(identity("Kate", [Image.new("I;16", (8, 8))]))], "mode 'I;16', whose range of brightness is unknown"),
         ([user(identity("Kate", KATE), {"type": "image"})], r"content\[1\] has no image; add a path"),
@@ -369,10 +371,11 @@ def test_rendered_text_with_its_images_gives_the_same_as_messages(family):
 def test_lines_of_text_introduce_identities(family):
     own = processor(family)
     text = "Kate is <image>\nKate is <image>.\n<my_cat> is <image>\n<image>\nWhere is Kate?"
-    batch = own(images=[*KATE, *TOM, SCENE], text=text, return_tensors="pt")
-    assert batch["image_roles"].tolist() == [0, 0, 0, 1]
-    assert batch["identity_index"].tolist() == [0, 0, 1, 0]
-    assert (batch["input_ids"] == own.placeholder_id).sum() == batch["num_image_tokens"].sum()
+    for written in (text, text.replace("\nKate is", "").replace(".\n", ", ")):  # several photos and names on a line
+        batch = own(images=[*KATE, *TOM, SCENE], text=written, return_tensors="pt")
+        assert batch["image_roles"].tolist() == [0, 0, 0, 1]
+        assert batch["identity_index"].tolist() == [0, 0, 1, 0]
+        assert (batch["input_ids"] == own.placeholder_id).sum() == batch["num_image_tokens"].sum()
     off = processor(family, read_references=False)
     assert not set(IDENTITY_FIELDS) & set(off(images=[*KATE, *TOM, SCENE], text=text, return_tensors="pt"))
 
@@ -380,7 +383,7 @@ def test_lines_of_text_introduce_identities(family):
 @pytest.mark.parametrize(
     "line",
     ["This is <image>", "Here is <image>", "Picture 1 is <image>", "Kate is in <image>", "Kate is <image> and Tom",
-     "Kate is <image><image>", "is <image>", "Is Kate in <image>?", "The image is <image>"],
+     "This person is <image>", "is <image>", "Is Kate in <image>?", "The image is <image>"],
 )  # fmt: skip
 def test_other_lines_do_not_introduce_identities(line):
     own = processor()
@@ -562,6 +565,43 @@ def test_boxes_are_written_and_read_in_the_same_form():
         own = processor("qwen2_5_vl", box_format=form)
         assert text in labelled(own, own.encode(sample())["labels"])[0]
         assert own.parse_box(text, (48, 64)) == pytest.approx([10, 10, 30, 40], abs=0.1)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_narrow_images_are_refused_before_any_resize(family):
+    """CLIP's processor would bring 2 x 8000 pixels to gigabytes."""
+    strip = Image.new("RGB", (2, 8000))
+    own = processor(family)
+    for image in (strip, np.asarray(strip)):
+        with pytest.raises(DataError, match=r"has 2 x 8000 pixels, an aspect ratio of 4000, more than 200"):
+            own(images=[image], text="<image> What?", return_tensors="pt")
+    with pytest.raises(ValueError, match="max_aspect_ratio=0 must be"):
+        processor(family, max_aspect_ratio=0)
+    with pytest.raises(DataError, match="an aspect ratio of 3, more than 2"):
+        processor(family, max_aspect_ratio=2)(images=[Image.new("RGB", (30, 10))], text="<image>", return_tensors="pt")
+
+
+def test_relative_boxes_and_boxes_of_parts():
+    """As ms-swift's: the image has 64 x 48 pixels."""
+    own = processor("qwen2_5_vl", box_format="pixels")
+    one = sample()
+    part = Part("box", image=one.boxes[0].image, box=[0.5, 0, 1, 0.5], relative=True)
+    box = Box("Kate", one.boxes[0].image, [0.5, 0, 1, 0.5], relative=True)
+    messages = [*one.messages[:1], Message("assistant", [Part("text", text="At "), part])]
+    encoded = own.encode(replace(one, boxes=[box], messages=messages))
+    assert labelled(own, encoded["labels"])[0].startswith("At [32, 0, 64, 24]")
+    assert encoded["boxes"].tolist() == [[32, 0, 64, 24]]
+
+
+def test_boxes_of_the_resized_image_follow_the_wrapped_image_processor():
+    own = processor("qwen2_5_vl", box_format="resized")
+    image_processor = own.processor.image_processor
+    grid = image_processor(images=[Image.new("RGB", (90, 70))], return_tensors="pt")["image_grid_thw"][0]
+    height, width = (grid[1:] * image_processor.patch_size).tolist()
+    assert own.parse_box(f"[0, 0, {width}, {height}]", (70, 90)) == [0, 0, 90, 70]
+    assert own.read_box(f"[0, 0, {2 * width}, {height}]", (70, 90)) == (None, "convention")
+    with pytest.raises(ValueError, match=r"box_format='resized': \w+ does not resize as Qwen2\.5-VL does"):
+        processor("llava", box_format="resized")
 
 
 def test_errors_of_encode():
@@ -793,3 +833,31 @@ def test_grpo_passes_the_identities_to_the_model(family, tmp_path, monkeypatch):
     assert sorted(generation[1].count(row) for row in range(4)) == [2, 2, 4, 4]
     assert sorted(loss[1].count(row) for row in range(4)) == [2, 2, 4, 4]
     assert generation[2] is loss[2] is True
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "smolvlm", "internvl", "gemma3"])
+def test_tokens_are_counted_without_decoding_images(family, tmp_path, monkeypatch):
+    """Images of several sizes, which most families give different numbers of tokens."""
+    sizes = {"kate.png": (80, 60), "tom.png": (30, 70), "scene.png": (120, 40), "wide.png": (60, 20)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        image(seed, *size).save(tmp_path / name)
+    one = processor(family)
+    turns = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "scene.png"}, {"type": "text", "text": "Where is Kate?"}],
+        },
+        {"role": "assistant", "content": [{"type": "box", "name": "Kate"}]},
+    ]
+    people = [{"name": "Kate", "images": ["kate.png"]}, {"name": "Tom", "images": ["tom.png", "kate.png"]}]
+    boxes = [{"name": "Kate", "image": "scene.png", "box": [10, 5, 60, 38]}]
+    general = [{"role": "user", "content": "What is Tom doing?"}, {"role": "assistant", "content": "Tom is waving."}]
+    records = [
+        {"id": "0", "source": "identity", "identities": people, "messages": turns, "boxes": boxes},
+        {"id": "1", "source": "general", "messages": general},
+        {"id": "2", "source": "general", "messages": [{"role": "user", "content": turns[0]["content"]}, general[1]]},
+    ]
+    samples = [parse_sample(entry, where="x:1", image_root=tmp_path) for entry in records]
+    expected = [len(one.encode(sample)["input_ids"]) for sample in samples]
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("an image was decoded"))
+    assert [one.num_tokens(sample) for sample in samples] == expected

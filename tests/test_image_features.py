@@ -3,16 +3,20 @@
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from idavlm.data import DataError, parse_sample
+from idavlm.data import DataError, RecordDataset, RecordImages, parse_sample
 from idavlm.evaluation import evaluate, identity_maps
 from idavlm.experimental.small_models import small_image_processor
 from idavlm.models import ImageFeatures, image_features
+from idavlm.training import IDTrainer, IDTrainingArguments
+from tests.interrupted_run import write_data
 from tests.small_models import IMAGES, draw_images, sample, small_model, small_processor
 
 
@@ -72,6 +76,16 @@ def test_they_are_opened_again_from_disk(model, processor, stored, root):
     assert torch.equal(seen, stored.image_loader(root, "scene.png")[0])
     assert size == (60, 80)
     assert again.shape == (3, 64, 32)
+
+
+def test_images_within_records_have_no_features(model, processor, stored, root, tmp_path):
+    held = replace(sample(root), image_root=RecordImages(root))
+    for use in (
+        lambda: stored.encode(held),
+        lambda: ImageFeatures.write(tmp_path / "others", model, processor, [held]),
+    ):
+        with pytest.raises(DataError, match=r"'kate.png' is held by its record or is a URL; ImageFeatures needs image"):
+            use()
 
 
 def test_the_processor_is_saved_without_them(stored, tmp_path):
@@ -292,3 +306,74 @@ def test_features_and_another_image_processor(stored):
         stored.image_processor = small_image_processor(32)
     stored.image_loader = None
     stored.image_processor = small_image_processor(32)
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_data(folder)
+    return folder
+
+
+def trainer_with_features(data, tmp_path, *, freeze=("vision_tower",), **options):
+    processor = small_processor()
+    arguments = IDTrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        freeze=list(freeze),
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    train, general = (RecordDataset(data / f"{name}.jsonl", encode=processor.encode) for name in ("train", "general"))
+    model = small_model(processor)
+    return IDTrainer(
+        model, arguments, train_dataset=train, general_dataset=general, eval_dataset=train, processing_class=processor
+    )
+
+
+def losses_of(trainer):
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return torch.tensor([*logged, trainer.evaluate()["eval_loss"]])
+
+
+def test_one_training_option_stores_and_uses_the_features(data, tmp_path):
+    """The losses are those of the images; a second run reads the stored features and needs no image at all."""
+    expected = losses_of(trainer_with_features(data, tmp_path))
+    option = {"image_features": str(tmp_path / "features")}
+    trainer = trainer_with_features(data, tmp_path, **option)
+    assert "image_features" in next(iter(trainer.get_train_dataloader()))
+    torch.testing.assert_close(losses_of(trainer), expected, rtol=1e-4, atol=1e-5)
+    shutil.rmtree(data / "images")
+    torch.testing.assert_close(
+        losses_of(trainer_with_features(data, tmp_path, **option)), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_worker_processes_map_the_features(data, tmp_path, context):
+    option = {"image_features": str(tmp_path / "features"), "dataloader_num_workers": 1}
+    trainer = trainer_with_features(data, tmp_path, dataloader_multiprocessing_context=context, **option)
+    features = trainer.processing_class.image_loader
+    assert len(pickle.dumps(features)) < 20_000, "the features themselves are not copied"
+    single = trainer_with_features(data, tmp_path, image_features=str(tmp_path / "features"))
+    batches = [next(iter(one.get_train_dataloader())) for one in (trainer, single)]
+    assert torch.equal(batches[0]["image_features"], batches[1]["image_features"])
+
+
+def test_what_the_training_option_refuses(data, tmp_path):
+    option = {"image_features": str(tmp_path / "features")}
+    with pytest.raises(ValueError, match=r"image_features=.* needs a frozen vision tower; add freeze"):
+        trainer_with_features(data, tmp_path, freeze=(), **option)
+    trainer_with_features(data, tmp_path, **option)
+    draw_images(data / "images", ["new.png"])
+    text = (data / "train.jsonl").read_text().replace("scene.png", "new.png")
+    (data / "train.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"image 'new.png' below .* has no features in .*features"):
+        trainer_with_features(data, tmp_path, **option)

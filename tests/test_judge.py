@@ -24,6 +24,54 @@ SCORES = [
     ("I'm sorry, I cannot judge this.", None), ("", None), ("11/10", None), ("0", None), ("0/10", None), ("3/5", None),
     ("Score: 3/5", None), ("There are 2 people in it.", None), ("Score: 100", None), ("Score: 1-10", None),
     ("On a scale of 1 to 10 it is fine.", None), ("Score: high", None),
+    # several numbers: the overall one counts
+    ("Accuracy: 8/10\nCompleteness: 6/10\nOverall: 7/10", 7), ("Overall: 7/10\n\nAccuracy: 8/10\nDetail: 6/10", 7),
+    ('{"accuracy": 8, "detail": 6, "overall": 7}', 7), ('{"overall_score": 7, "identity_score": 9}', 7),
+    ('{"scores": {"identity": 9, "action": 5}, "overall": {"score": 7}}', 7),
+    ("**Overall Score: 7**\n- identity: 9\n- action: 5", 7), ("Identity: 9, action: 5. Final score: 7", 7),
+    ("Score for identity: 9/10. Score for actions: 5/10. Total score: 7/10", 7),
+    ("I would say 8/10 for style but 3/10 overall.", 3), ("Score: 7 (8 for names, 6 for actions)", 7),
+    ("Score: 7\nConfidence: 9/10", 7), ("Score: 8/10, not 9/10", 8),
+    ("The answer misses one name. I deduct 3 points from 10, so the score is 7.", 7), ("10 - 3 = 7\nScore: 7", 7),
+    ("| Criterion | Score |\n|---|---|\n| Identity | 9 |\n| Action | 5 |\n| **Overall** | **7** |", 7),
+    ("Overall assessment: the answer names both people. Score: 7", 7),
+    ("Overall, the answer deserves a score of 4 out of 10.", 4),
+    ("Ground truth has 2 people; the answer has 1.\n\nScore: 5", 5),
+    ("Score: 7\n\nNote: A score of 10 would need both names.", 7),
+    ("A score of 10 would need both names. Score: 6", 6),
+    ("Score: 9. Wait, the second name is wrong. Score: 4", 4), ("My rating is 7, as 3 of 10 details are wrong.", 7),
+    ("Reason: 9 of 10 names are right.\nScore: 9", 9), ("Final verdict: 7", 7), ("Final: 8/10", 8),
+    # JSON, tags, LaTeX, Markdown, thinking
+    ('```json\n{"score": 7, "reason": "2 of 3 people are right"}\n```', 7), ("{'score': 7}", 7),
+    ('{"rating": "7/10"}', 7), ('{"reason": "score 3 at first", "final_score": 8}', 8), ('{"score": null}', None),
+    ('{"score": 7, "reason": "the names', 7), (r"\boxed{7}", 7), (r"Score: $\boxed{7}$", 7),
+    (r"\textbf{Score: 7}", 7), ("<score>7</score>", 7), ("<answer>7</answer>", 7), ("Rating: [[7]]", 7),
+    ("[[7]]", 7), ("**Score:** 7", 7), ("**Score**: 7/10", 7), ("## Score\n7", 7), ("### Rating: **7** / 10", 7),
+    ("Maybe 3/10, for the names.</think>Score: 8", 8), ("<think>Score: 3", None), ("Score: 8<|im_end|>", 8),
+    ("\uff17", 7), ("7\ufe0f\u20e3", 7), ("score=7", 7), ("Score: 7.5", 7.5), ("Score: seven", 7),
+    # prose and other languages
+    ("I'd rate this a 7.", 7), ("I rate it 7 out of 10.", 7), ("This deserves a 6.", 6), ("I would give it a 9.", 9),
+    ("评分：8分", 8), ("总分：7/10，准确性：9/10", 7), ("得分: 6", 6), ("综合评分：7", 7), ("8分", 8), ("スコア: 7", 7),
+    ("総合評価: 7/10", 7), ("점수: 8", 8), ("총점: 7/10", 7), ("Puntuación: 7", 7), ("Puntuación general: 7/10", 7),
+    ("Note : 8/10", 8), ("Note globale : 7/10", 7), ("Bewertung: 6", 6), ("Gesamtbewertung: 7/10", 7),
+    ("Оценка: 7", 7), ("Nota: 9", 9), ("Pontuação: 6", 6),
+    # no score of this scale
+    ("I can't score this.", None), ("Score: N/A", None), ("Score: -3", None), ("Score: 12", None),
+    ("I'd need the image to judge it.", None), ("Names: 2/3, actions: 1/3", None),
+    ("The overall quality is good.", None), ("Score: 85/100", None), ("8/5", None),
+    ("Accuracy: 8/10\nCompleteness: 6/10", None),
+]  # fmt: skip
+
+WINNERS = [
+    ("[[A]]", "A"), ("A is close, yet\n[[B]]", "B"), ("[[tie]]", "tie"), ("[[C]]", "tie"), ("B", "B"), ("b.", "B"),
+    ("Verdict: A", "A"), ("Winner: tie", "tie"), ("[[A]] ... no: [[B]]", "B"), ("neither", None), ("", None),
+    ("A dog runs.", None),
+    ('{"winner": "A"}', "A"), ('```json\n{"verdict": "B", "reason": "A names Tom."}\n```', "B"),
+    (r"\boxed{A}", "A"), ("<answer>B</answer>", "B"), ("**[[B]]**", "B"), ("<think>[[A]]?</think>[[B]]", "B"),
+    ("A names Tom, so [[A]] is wrong? No.\n\n[[B]]", "B"), ("Answer A is better.", "A"), ("Answer B is better.", "B"),
+    ("The better answer is B.", "B"), ("Both are equally good: [[tie]]", "tie"), ("It's a tie.", "tie"),
+    ("[[A]]<|im_end|>", "A"), ("I can't judge this.", None), ("[[Tie]]", "tie"), ("**Winner:** B", "B"),
+    ('{"winner": "tie"}', "tie"), ("Final verdict: [[A]]", "A"), ("答案B更好。", "B"), ("[A]", "A"),
 ]  # fmt: skip
 
 
@@ -52,14 +100,7 @@ def test_parse_score(reply, score):
     assert parse_score(reply) == score
 
 
-@pytest.mark.parametrize(
-    ("reply", "winner"),
-    [
-        ("[[A]]", "A"), ("A is close, yet\n[[B]]", "B"), ("[[tie]]", "tie"), ("[[C]]", "tie"), ("B", "B"), ("b.", "B"),
-        ("Verdict: A", "A"), ("Winner: tie", "tie"), ("[[A]] ... no: [[B]]", "B"), ("neither", None), ("", None),
-        ("A dog runs.", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("reply", "winner"), WINNERS)
 def test_parse_winner(reply, winner):
     assert parse_winner(reply) == winner
 

@@ -33,6 +33,18 @@ def test_messages_become_a_sample(tmp_path):
         sample_of([{"role": "user", "content": [{"type": "video", "url": "x"}]}], tmp_path, "8")
 
 
+def test_images_are_read_as_in_training(tmp_path):
+    """Upright, and white where they are transparent."""
+    clear = Image.new("RGBA", (30, 20), (255, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear.save(tmp_path / "clear.png", exif=exif)
+    for url in (str(tmp_path / "clear.png"), Image.open(tmp_path / "clear.png")):
+        sample_of([{"role": "user", "content": [{"type": "image", "url": url}]}], tmp_path, "9")
+        with Image.open(tmp_path / "9-0.png") as written:
+            assert (written.size, written.getpixel((0, 0))) == ((20, 30), (255, 255, 255))
+
+
 def test_the_folder_of_the_task(capsys):
     runpy.run_module("idavlm.evaluation.lmms_eval", run_name="__main__")
     assert (Path(capsys.readouterr().out.strip()) / "idavlm_mmid.yaml").is_file()

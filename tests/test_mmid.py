@@ -122,7 +122,7 @@ def test_right_boxes_in_every_format(benchmark, kind):
     items = [item for item in MMID.load(benchmark, None) if item.sample.task == "location"]
     write = BoxFormat(kind).write
     answers = [Answer(item.sample.id, f"Here: {write('x', item.sample.target_box.box, (240, 320))}") for item in items]
-    scores = MMID.score(items, answers, BoxFormat(kind).parse).summary["location"]["metrics"]
+    scores = MMID.score(items, answers, BoxFormat(kind).read).summary["location"]["metrics"]
     assert scores["acc@0.5"] == 1
     assert scores["mean_iou"] > (0.85 if kind == "bins32" else 0.98)
 
@@ -141,7 +141,7 @@ def test_shuffled_answers_score_as_guesses(tmp_path):
 
 def test_wrong_answers_score_nothing(benchmark, tmp_path):
     items = MMID.load(benchmark, None)
-    nothing = MMID.score(items, [Answer(item.sample.id, "") for item in items], BoxFormat("pixels").parse)
+    nothing = MMID.score(items, [Answer(item.sample.id, "") for item in items], BoxFormat("pixels").read)
     means = {score for row in nothing.summary.values() for score in row["metrics"].values()}
     assert means == {0.0}
     assert nothing.summary["location"]["unparsed"] == nothing.summary["location"]["n"]

@@ -26,6 +26,7 @@ from benchmarks import (
     id_former,
     inner_adaptor,
     measure,
+    qlora,
     resampler_designs,
     throughput,
 )
@@ -252,6 +253,21 @@ def test_inner_adaptors_are_trained_by_stages(monkeypatch, capsys, tmp_path):
     settings = dict(re.findall(r"\| `perplexity of (\w+)` \| \[(.*)\] \|", out))
     assert settings["base"] == settings["adaptors"] == settings["projector"], "to the last bit"
     assert settings["base"] != settings["LoRA"]
+
+
+def test_personal_knowledge(monkeypatch, capsys, tmp_path):
+    arguments = ["--tiny", "--steps", 2, 2, "--variants", "LoRA + general", "--out", tmp_path]
+    out = run_example(monkeypatch, capsys, "personal_knowledge.py", *arguments)
+    assert "| public facts |" in out
+    assert Image.open(tmp_path / "personal_knowledge.png").width > 100
+
+
+def test_qlora_benchmark(monkeypatch, capsys):
+    """Adapters and 4-bit weights save memory of the optimizer and of the weights."""
+    pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
+    out = run(monkeypatch, capsys, qlora.main, "--tiny", "--batch-size", "2", "--rounds", "1")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == ["full", "LoRA", "DoRA", "QLoRA (nf4)"]
 
 
 def test_convert_memory_benchmark(monkeypatch, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import image_processing_backends
@@ -80,8 +81,10 @@ def test_a_strip_is_refused_before_it_is_resized(tmp_path):
         tracemalloc.start()
         with pytest.raises(DataError, match=r"'strip.png' has 1 x 5000 pixels, an aspect ratio of 5000.*; crop or pad"):
             processor.load_image(tmp_path, "strip.png")
-        with pytest.raises(ValueError, match=r"images\[1\] has 1 x 5000 pixels, an aspect ratio of 5000"):
+        with pytest.raises(ValueError, match=r"'images\[1\]' has 1 x 5000 pixels, an aspect ratio of 5000"):
             processor(images=[Image.new("L", (9, 9)), Image.new("L", (1, 5000))], text="<image><image>")
+        with pytest.raises(DataError, match=r"images\[0\] has 1 x 5000 pixels, an aspect ratio of 5000"):
+            processor(images=[np.zeros((5000, 1, 3), np.uint8)], text="<image>")
         assert tracemalloc.get_traced_memory()[1] < 5e6
         tracemalloc.stop()
 

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from idavlm import add_inner_adaptors
 from idavlm.data import RecordDataset
 from idavlm.models import IDAVLMProcessor
+from idavlm.models.model_parts import PARTS, find_part
 from idavlm.training import IDTrainer, IDTrainingArguments, last_complete_checkpoint
 from idavlm.training.trainer import MAX_STEPS_WITHOUT_BOXES, language_loss_by_source
 from idavlm.utils.parameter_groups import module_of
 from tests.interrupted_run import STEPS, build_trainer, write_data
 from tests.small_models import record, small_model, small_processor
+from tests.vlm_families import FAMILIES, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,13 @@ def test_runs_with_workers_and_accumulation_resume_bit_equal(data, tmp_path):
 
 
 @pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("general", [True, False])
+def test_packed_runs_grouped_by_length_resume_bit_equal(data, tmp_path, general):
+    options = {"train_sampling_strategy": "group_by_length", "packing": True, "max_length": 200}
+    check_resumption(data, tmp_path, general=general, **options)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("stage", ["instruction_tuning", "identity_pretraining"])
 def test_runs_on_identity_data_alone_resume_bit_equal(data, tmp_path, stage):
     check_resumption(data, tmp_path, general=False, stage=stage)
@@ -145,7 +155,7 @@ def test_mixed_batches_are_weighted_by_sample(data, tmp_path):
     ]
     expected = 0.5 * alone[0].loss + 3 * alone[1].language_loss
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    means = language_loss_by_source(outputs.logits, mixed["labels"], mixed["sample_source"])
+    means = language_loss_by_source(outputs.logits, mixed["labels"], mixed["sample_source"][:, None])
     torch.testing.assert_close(means["general"], alone[1].language_loss, rtol=1e-4, atol=1e-5)
 
 
@@ -188,6 +198,20 @@ def test_the_image_index_embedding_is_a_module(data, tmp_path):
 )
 def test_the_module_of_a_parameter(name, module):
     assert module_of(name) == module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_transformers_have_the_same_module_names(family):
+    """Every parameter belongs to the tower, the language model with its head, or to the connector between them."""
+    model = tiny_model(family)
+    parts = {id(parameter): part for part in PARTS for parameter in find_part(model, part)[1].parameters()}
+    parts[id(model.get_output_embeddings().weight)] = "language_model"
+    found = {name: module_of(name) for name, _ in model.named_parameters()}
+    assert None not in found.values()
+    for name, parameter in model.named_parameters():
+        # The projection of some towers is inside of them, for example the merger of Qwen-VL.
+        assert found[name] in (parts.get(id(parameter), "connector"), "connector"), name
+    assert {"vision_tower", "connector", "language_model"} <= set(found.values())
 
 
 def test_a_connector_that_a_workflow_copies_belongs_to_its_inner_adaptor(data, tmp_path):
@@ -489,3 +513,46 @@ def test_evaluation_during_training(data, tmp_path):
     seen = [entry for entry in trainer.state.log_history if "eval_matching" in entry]
     assert [entry["eval_matching"] for entry in seen] == [0.0, 0.0]
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_batches_grouped_by_length_come_from_both_sources(data, tmp_path):
+    """The lengths of records are known without reading images, and both loaders follow them in every epoch."""
+    options = {"train_sampling_strategy": "group_by_length"}
+    trainer, shuffled = (build_trainer(data, tmp_path, **given) for given in (options, {}))
+    counts = {
+        dataset[index]["id"]: length
+        for dataset in (trainer.train_dataset, trainer.general_dataset)
+        for index, length in enumerate(dataset.token_counts())
+    }
+    assert len(set(counts.values())) > 4
+    for one in (trainer, shuffled):
+        one.train_dataset = ConcatDataset([one.train_dataset] * 4)
+    seen = {"identity": [], "general": []}
+    loader = trainer.get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            lengths = batch["attention_mask"].sum(1).tolist()
+            assert lengths == [counts[name] for name in batch["sample_ids"]]
+            seen[batch["source"]].append(lengths)
+    unordered = [
+        batch["attention_mask"].sum(1).tolist()
+        for batch in shuffled.get_train_dataloader()
+        if batch["source"] == "identity"
+    ]
+    grouped = seen["identity"][: len(unordered)]
+    assert sum(max(pair) - min(pair) for pair in grouped) < sum(max(pair) - min(pair) for pair in unordered) / 2
+    assert seen["general"]
+
+
+def test_group_by_length_without_lengths_is_an_error(data, tmp_path):
+    trainer = build_trainer(data, tmp_path, train_sampling_strategy="group_by_length")
+    trainer.train_dataset = RecordDataset(data / "train.jsonl", encode=lambda sample: {})
+    with pytest.raises(ValueError, match="is not the method of a processor that counts tokens"):
+        trainer.train()
+
+
+def test_a_run_with_other_rows_is_not_resumed(data, tmp_path):
+    build_trainer(data, tmp_path, packing=True, max_length=200).train()
+    with pytest.raises(ValueError, match="max_length was 200 and is 300"):
+        build_trainer(data, tmp_path, packing=True, max_length=300).train(resume_from_checkpoint=True)

@@ -50,7 +50,7 @@ DATA_TEXTS = re.compile(
 )
 # Files that recognise what models and annotators write, for example "In the picture", "somebody else" or "nobody".
 FREE_TEXT = {
-    "idavlm/data/readers/qwen_vl.py",
+    "idavlm/data/introductions.py",
     "idavlm/utils/answer_parsing.py",
     "idavlm/evaluation/scoring.py",
     "tests/test_answer_parsing.py",

@@ -65,10 +65,11 @@ def _identity(text: str) -> tuple[str, list[Path]]:
 
 
 def _draw(image_file: Path, answer: str, processor, out: Path) -> None:
-    from PIL import Image, ImageDraw, ImageOps
+    from PIL import ImageDraw
 
-    with Image.open(image_file) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+    from idavlm.data.photos import PhotoLoader
+
+    image = PhotoLoader().load(image_file, field="the image")
     box = processor.parse_box(answer, (image.height, image.width))
     if box is None:
         raise ValueError(f"the answer {answer[:200]!r} holds no box, so --draw {out} has nothing to draw.")

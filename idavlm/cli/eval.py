@@ -3,6 +3,7 @@
 import argparse
 import time
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -74,10 +75,12 @@ def _evaluate(arguments: argparse.Namespace, box_kind: str | None) -> None:
     if arguments.predictions is not None:
         items, answers, box_kind = _load_answers(arguments, task_run, box_kind)
         answers_by_references = {"right": answers}
+        read_box = None if box_kind is None else BoxFormat(box_kind).read
     else:
         items = task_run.load_items()
-        answers_by_references, box_kind = _generate_answers(arguments, task_run, items, box_kind)
-    parse_box = None if box_kind is None else BoxFormat(box_kind).parse
+        answers_by_references, processor = _generate_answers(arguments, task_run, items)
+        read_box = processor.read_box if box_kind is None else BoxFormat(box_kind).read
+        box_kind = processor.box_format if box_kind is None else box_kind
     facts = {"answered by": f"`{arguments.predictions or arguments.model}`", "boxes": box_kind}
     judge = None
     if client is not None:
@@ -85,7 +88,7 @@ def _evaluate(arguments: argparse.Namespace, box_kind: str | None) -> None:
         facts["judged by"] = client.model
     start = time.perf_counter()
     results = {
-        references: task_run.score(items, answers, parse_box, references=references, judge=judge, **facts)
+        references: task_run.score(items, answers, read_box, references=references, judge=judge, **facts)
         for references, answers in answers_by_references.items()
     }
     facts["scored in"] = f"{time.perf_counter() - start:.1f} s"
@@ -121,10 +124,8 @@ def _load_answers(
     return items, answers, box_kind
 
 
-def _generate_answers(
-    arguments: argparse.Namespace, task_run: TaskRun, items: list, box_kind: str | None
-) -> tuple[dict, str]:
-    """Answers of the checkpoint for each choice of references, and its box format."""
+def _generate_answers(arguments: argparse.Namespace, task_run: TaskRun, items: list) -> tuple[dict, Any]:
+    """Answers of the checkpoint for each choice of references, and its processor."""
     if arguments.baselines:
         if not any(item.sample.identities for item in items):
             raise ValueError(f"{arguments.data}: no item introduces an identity by references; omit --baselines.")
@@ -145,7 +146,7 @@ def _generate_answers(
         raise ValueError(
             f"--batch-size={arguments.batch_size} is too large for {device} ({reason}); reduce it."
         ) from error
-    return answers, processor.box_format if box_kind is None else box_kind
+    return answers, processor
 
 
 def _what_is_kept(arguments: argparse.Namespace) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "convert": "convert a released checkpoint to idavlm",
+    "train": "train a model as a configuration file describes it",
+    "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     An expected error is one line on stderr. Any other exception is a bug of idavlm and passes with its traceback.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0].startswith("--local_rank="):  # of the deepspeed launcher, which sets LOCAL_RANK as well
+        argv = argv[1:]
     command = argv[0] if argv else ""
     try:
         arguments = build_parser(command).parse_args(argv)

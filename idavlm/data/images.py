@@ -1,21 +1,36 @@
-"""Reading image files: only below the image root, complete, of limited size, as upright RGB images."""
+"""From files, bytes, URLs and PIL images to upright RGB images of limited size: the one way for all of idavlm."""
 
+import base64
+import binascii
+import http.client
+import io
 import struct
-from collections.abc import Callable, Iterator
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from idavlm.data.errors import DataError, quote, shorten
+from idavlm.data.image_metadata import ORIENTATIONS, has_metadata_after_pixels, orientation, without_metadata
 from idavlm.utils import check_positive
 
 MAX_PIXELS = 64_000_000
 """Default limit on the pixels of an image. A small file can declare billions of pixels."""
 
 MAX_ASPECT_RATIO = 200
-"""Limit on the long side of an image, relative to the short side (as in Qwen2-VL)."""
+"""Default limit on the long side of an image, relative to the short side (as in Qwen2-VL)."""
+
+MAX_DOWNLOAD = 64 * 2**20
+"""Limit on the bytes of an image that is downloaded."""
+
+TIMEOUT = 30
+"""Seconds after which a download fails."""
 
 # Formats that PIL decodes itself. For others (EPS, PDF ...) it starts external programs.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -23,14 +38,51 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_SIZE, _TIFF_SAMPLE_FORMAT = 258, 262, (322, 323), 339
 _TIFF_SIGNED_OR_FLOAT = {2, 3}
 _TIFF_WHITE_IS_ZERO = 0
+_NO_RANGE = ("F", "I")
+_MAX_REPAIRED = 256 * 2**20  # bytes of a file that is read once more without its metadata
+
+
+class _DamagedImage(DataError):
+    """An image that cannot be decoded; without its metadata, it may be."""
+
+
+@dataclass(frozen=True, eq=False)
+class RecordImages:
+    """Where the images of one record are: in the record itself, at URLs, or in a folder.
+
+    Records of tables (parquet, ``datasets``) may hold their images. :class:`RecordDataset` passes this as
+    ``Sample.image_root``; :class:`ImageStore` opens the images.
+
+    Attributes:
+        root: the image root.
+        images: bytes of image files, or PIL images, by the path that the record uses for them.
+        allow_urls: whether paths may be URLs (``https://``, ``http://``) or base64 text (``data:``).
+    """
+
+    root: Path | None
+    images: Mapping[str, bytes | Image.Image] = field(default_factory=dict, repr=False)
+    allow_urls: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the images are the same: a cache of loaded images finds them when a record is read again."""
+        if not isinstance(other, RecordImages):
+            return NotImplemented
+        same = (self.root, self.allow_urls, list(self.images)) == (other.root, other.allow_urls, list(other.images))
+        return same and all(_key(image) == _key(other.images[path]) for path, image in self.images.items())
+
+    def __hash__(self) -> int:
+        return hash((self.root, self.allow_urls, *self.images, *map(_key, self.images.values())))
 
 
 class ImageStore:
-    """A folder of images.
+    """Images of a folder or of a record.
 
     Args:
-        root: the image root. A path must not lead out of it, neither by ``..`` nor by a symbolic link.
+        root: the image root. A path must not lead out of it, neither by ``..`` nor by a symbolic link. Or the images of
+            a record.
         max_pixels: limit on width x height. Larger images are refused before they are decoded.
+        max_aspect_ratio: limit on the long side, relative to the short side. A narrow image is refused, too, because
+            processors that scale the short side to a length enlarge it to gigabytes.
         resized_size: function from the (height, width) of an image to the largest (height, width) that an image
             processor brings it to before it crops. Its pixels are limited by ``max_pixels`` too. None if the image is
             not resized.
@@ -38,52 +90,145 @@ class ImageStore:
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | RecordImages,
         *,
         max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: int = MAX_ASPECT_RATIO,
         resized_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
     ) -> None:
-        check_positive(max_pixels=max_pixels)
-        self.root = Path(root)
+        check_positive(max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio)
+        self.record = root if isinstance(root, RecordImages) else RecordImages(Path(root))
+        self.root = self.record.root
         self.max_pixels = max_pixels
+        self.max_aspect_ratio = max_aspect_ratio
         self.resized_size = resized_size
-        self._resolved_root = self.root.resolve()
+        self._resolved_root = None if self.root is None else self.root.resolve()
 
     def open(self, path: str) -> Image.Image:
         """Return the image as RGB, rotated upright by its EXIF orientation. Transparent pixels become white.
 
-        Grey images of more than 8 bits are scaled by the number of bits that the file declares.
+        Grey images of more than 8 bits are scaled by the number of bits that the file declares. Damaged metadata (text,
+        EXIF, XMP, colour profile) is ignored with a warning.
 
         Raises:
-            DataError: of kind ``"image"``, with the path: the file is missing, outside the root, a URL, not an image,
-                truncated, has more than ``max_pixels`` pixels, a side more than :data:`MAX_ASPECT_RATIO` times as long
-                as the other one, or samples whose range of brightness is unknown (floats, signed integers, 12 bits
-                in 16).
+            DataError: of kind ``"image"``, with the path: the file is missing, outside the root, a URL that is not
+                allowed, not an image, truncated, has more than ``max_pixels`` pixels, a side more than
+                ``max_aspect_ratio`` times as long as the other one, or samples whose range of brightness is unknown
+                (floats, signed integers, 12 bits in 16).
         """
+        held = self.record.images.get(path)
+        if isinstance(held, Image.Image):
+            return self.convert(held, path)
+        if held is not None:
+            return self.decode(held, path)
+        if _is_url(path) and self.record.allow_urls:
+            return self.decode(download(path), path)
+        with self._open_file(path) as stream:
+            return self._read(stream, path)
+
+    def decode(self, data: bytes, name: str) -> Image.Image:
+        """Return the image in the bytes of a file, as :meth:`open` does; ``name`` names it in errors."""
+        return self._read(io.BytesIO(data), name)
+
+    def convert(self, image: Image.Image, name: str) -> Image.Image:
+        """Return a PIL image as :meth:`open` returns a file; ``name`` names it in errors."""
+        if image.mode in _NO_RANGE or image.mode.startswith("I;16"):
+            raise _image_error(
+                name, f"has the mode {image.mode!r}, whose range of brightness is unknown; convert it to 'RGB'"
+            )
+        self._check_size(image, name)
+        try:
+            with _decoding(name):
+                image.load()  # an image that PIL has opened, but not read
+        except _DamagedImage:
+            stream = getattr(image, "fp", None)
+            if stream is None or stream.closed:
+                raise
+            stream.seek(0)
+            return self._read(stream, name)
+        return _upright(_to_rgb(image), name, source=image)
+
+    def size(self, path: str) -> tuple[int, int]:
+        """Return height and width of the upright image. Of a file, only the header is read.
+
+        Raises:
+            DataError: as :meth:`open`, as far as the header tells.
+        """
+        held = self.record.images.get(path)
+        if isinstance(held, Image.Image) or (held is None and _is_url(path)):
+            image = self.open(path)
+            return image.height, image.width
+        with io.BytesIO(held) if held is not None else self._open_file(path) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with _decoding(path):
+                    image = _opened(stream)
+            except _DamagedImage:  # its metadata may be
+                stream.seek(0)
+                image = self._read(stream, path)
+                return image.height, image.width
+            # PIL turns TIFF files itself. Of a PNG, it decodes the pixels to find metadata after them.
+            decode = image.format == "PNG" and has_metadata_after_pixels(stream)
+            is_turned = image.format != "TIFF" and _orientation(image, path, decode=decode) >= 5
+            return (image.width, image.height) if is_turned else (image.height, image.width)
+
+    def has(self, path: str) -> bool:
+        """Whether there is such an image. It may be damaged or outside the root; a URL is not looked up."""
+        if path in self.record.images or (_is_url(path) and self.record.allow_urls):
+            return True
+        try:
+            return self.root is not None and (self.root / path).is_file()
+        except (OSError, ValueError):
+            return False
+
+    def _open_file(self, path: str) -> BinaryIO:
         file = self._locate(path)
         with _decoding(path):
-            stream = file.open("rb")
-        with stream:
-            with _decoding(path):
-                image = Image.open(stream, formats=_FORMATS)
-                _check_samples(path, image)
-                _check_tiles(path, image, self.max_pixels)
-                sample_bits = _significant_bits(file) if image.format == "PNG" else None
-                raw_mode = _raw_mode(image)
-            problem = size_problem(
-                (image.height, image.width), max_pixels=self.max_pixels, resized_size=self.resized_size
-            )
-            if problem:
-                raise _image_error(path, problem)
-            with _decoding(path):
-                ImageOps.exif_transpose(image, in_place=True)
-                image.load()
-                return _to_rgb(_to_eight_bits(path, image, raw_mode, sample_bits))
+            return file.open("rb")
+
+    def _read(self, stream: BinaryIO, name: str) -> Image.Image:
+        try:
+            return self._decode(stream, name)
+        except _DamagedImage as damage:
+            stream.seek(0)
+            data = stream.read(_MAX_REPAIRED + 1)
+            data = without_metadata(data) if len(data) <= _MAX_REPAIRED else None
+            if data is None:
+                raise
+            try:
+                image = self._decode(io.BytesIO(data), name)
+            except DataError:
+                raise damage from None
+            _warn_of_metadata(name, damage.__cause__)
+            return image
+
+    def _decode(self, stream: BinaryIO, name: str) -> Image.Image:
+        with _decoding(name):
+            image = _opened(stream)
+            _check_samples(name, image)
+            _check_tiles(name, image, self.max_pixels)
+            sample_bits = _significant_bits(stream) if image.format == "PNG" else None
+            raw_mode = _raw_mode(image)
+        self._check_size(image, name)
+        with _decoding(name):
+            image.load()
+            converted = _to_rgb(_to_eight_bits(name, image, raw_mode, sample_bits))
+        return _upright(converted, name, source=image)
+
+    def _check_size(self, image: Image.Image, name: str) -> None:
+        limits = {"max_pixels": self.max_pixels, "max_aspect_ratio": self.max_aspect_ratio}
+        problem = size_problem((image.height, image.width), resized_size=self.resized_size, **limits)
+        if problem:
+            raise _image_error(name, problem)
 
     def _locate(self, path: str) -> Path:
-        if "://" in path or path.startswith("data:"):
+        if _is_url(path):
             raise _image_error(
                 path, "is a URL; URLs are not supported: download the image and use the path of the file"
+            )
+        if self.root is None:
+            raise _image_error(
+                path, "is not in the record, and there is no image root; pass image_root to the data set"
             )
         file = self.root / path
         try:
@@ -107,19 +252,20 @@ def size_problem(
     size: tuple[int, int],
     *,
     max_pixels: int = MAX_PIXELS,
+    max_aspect_ratio: int = MAX_ASPECT_RATIO,
     resized_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
 ) -> str | None:
     """Say why an image of ``size`` (height, width) is too large or too narrow; None if it is not.
 
-    ``max_pixels`` and ``resized_size`` as in :class:`ImageStore`.
+    ``max_pixels``, ``max_aspect_ratio`` and ``resized_size`` as in :class:`ImageStore`.
     """
     height, width = size
     if width * height > max_pixels:
         return f"has {width} x {height} pixels, more than max_pixels={max_pixels}; scale it down or raise max_pixels"
     ratio = max(size) / max(min(size), 1)
-    if ratio > MAX_ASPECT_RATIO:
+    if ratio > max_aspect_ratio:
         return (
-            f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {MAX_ASPECT_RATIO}; crop or pad "
+            f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {max_aspect_ratio}; crop or pad "
             "it"
         )
     resized_height, resized_width = resized_size(size) if resized_size else size
@@ -137,6 +283,83 @@ def open_image(root: str | Path, path: str, *, max_pixels: int = MAX_PIXELS) -> 
     return ImageStore(root, max_pixels=max_pixels).open(path)
 
 
+def array_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return height and width of an image as an array or tensor, whose channels are first or last; None if unclear."""
+    if len(shape) == 3 and shape[-1] in (1, 3, 4):
+        shape = shape[:2]
+    elif len(shape) == 3 and shape[0] in (1, 3, 4):
+        shape = shape[1:]
+    return (int(shape[0]), int(shape[1])) if len(shape) == 2 else None
+
+
+def download(url: str, name: str | None = None) -> bytes:
+    """Return the bytes at a URL (``https://``, ``http://``) or of base64 text (``data:``).
+
+    Raises:
+        DataError: of kind ``"image"``: another scheme, more than :data:`MAX_DOWNLOAD` bytes, no answer; ``name`` or the
+            URL is named.
+    """
+    name = url if name is None else name
+    if url.startswith("data:"):
+        return from_base64(url.partition(",")[2], name)
+    if not url.startswith(("https://", "http://")):
+        raise _image_error(name, "must begin with https:// or http://")
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            data = response.read(MAX_DOWNLOAD + 1)
+    # OSError: no connection, a status of the server. ValueError: a URL that is not one. HTTPException: no HTTP.
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _image_error(name, f"cannot be downloaded ({shorten(str(error))})") from error
+    if len(data) > MAX_DOWNLOAD:
+        raise _image_error(name, f"has more than {MAX_DOWNLOAD} bytes; use a smaller file")
+    return data
+
+
+def from_base64(text: str, name: str) -> bytes:
+    """Return the bytes of base64 text."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _image_error(name, f"is not valid base64 text ({error})") from error
+
+
+def _key(image: bytes | Image.Image) -> bytes | int:
+    return image if isinstance(image, bytes) else id(image)
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path or path.startswith("data:")
+
+
+def _opened(stream: BinaryIO) -> Image.Image:
+    return Image.open(stream, formats=_FORMATS)
+
+
+def _orientation(image: Image.Image, name: str, *, decode: bool = True) -> int:
+    """Return the EXIF orientation. If it cannot be read, the image stays as it is, with a warning."""
+    try:
+        return orientation(image, decode=decode)
+    except MemoryError:
+        raise
+    except Exception as error:  # any kind, as in _decoding
+        _warn_of_metadata(name, error)
+        return 1
+
+
+def _upright(image: Image.Image, name: str, *, source: Image.Image) -> Image.Image:
+    """Rotate an image by the orientation in the metadata of ``source``."""
+    method = ORIENTATIONS.get(_orientation(source, name))
+    return image if method is None else image.transpose(method)
+
+
+def _warn_of_metadata(name: str, error: BaseException | None) -> None:
+    warnings.warn(
+        f"image {quote(name)} has damaged metadata ({shorten(str(error))}), which is ignored; it is read as it is "
+        "stored.",
+        stacklevel=2,
+    )
+
+
 @contextmanager
 def _decoding(path: str) -> Iterator[None]:
     """Turn the errors of PIL into DataErrors of the image."""
@@ -149,7 +372,8 @@ def _decoding(path: str) -> Iterator[None]:
     # Decoders raise many kinds of errors on broken files (OSError, SyntaxError, struct.error, zlib.error ...).
     except Exception as error:
         problem = shorten(str(error))
-        raise _image_error(path, f"is not an image or is damaged ({problem}); replace or remove it") from error
+        message = f"image {quote(path)} is not an image or is damaged ({problem}); replace or remove it."
+        raise _DamagedImage(message, kind="image", file=path) from error
 
 
 def _is_tiff(image: Image.Image) -> bool:
@@ -226,19 +450,24 @@ def _unused_bits(path: str, bits: int) -> DataError:
     )
 
 
-def _significant_bits(file: Path) -> int | None:
-    """Return the number of significant bits that a grey PNG of 16 bits declares (chunk sBIT); PIL does not read it."""
-    with file.open("rb") as stream:
-        stream.seek(8)
-        while len(header := stream.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", header)
-            if kind == b"sBIT" and length == 1:
-                bits = stream.read(1)
-                return bits[0] if bits and 8 < bits[0] < 16 else None
-            if kind == b"IDAT":
-                return None
-            stream.seek(length + 4, 1)
-    return None
+def _significant_bits(stream: BinaryIO) -> int | None:
+    """Return the number of significant bits that a grey PNG of 16 bits declares (chunk sBIT); PIL does not read it.
+
+    The position in the stream, at which PIL continues to read, stays.
+    """
+    place, found = stream.tell(), None
+    stream.seek(8)
+    while len(header := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"sBIT" and length == 1:
+            bits = stream.read(1)
+            found = bits[0] if bits and 8 < bits[0] < 16 else None
+            break
+        if kind == b"IDAT":
+            break
+        stream.seek(length + 4, 1)
+    stream.seek(place)
+    return found
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

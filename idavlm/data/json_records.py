@@ -1,6 +1,8 @@
 """Files of JSON records: JSON Lines or a JSON list, decoded one record at a time."""
 
+import hashlib
 import json
+import mmap
 import re
 from array import array
 from collections import Counter
@@ -24,7 +26,8 @@ class JsonRecords:
     """The records of a JSON Lines file or JSON list, decoded on access.
 
     Only the positions of the records are kept in memory. Blank lines are ignored. A file that begins with ``[`` is a
-    JSON list (LLaVA's format). A record that is not valid JSON does not affect the other records.
+    JSON list (LLaVA's format), unless the list ends with its line and another line follows: each line is then a record,
+    which is a list (packed samples of Qwen). A record that is not valid JSON does not affect the other records.
 
     Args:
         path: the file.
@@ -40,10 +43,15 @@ class JsonRecords:
                 f"{self.path} does not exist or is not a file; pass a .jsonl or .json file of records.", kind="json"
             )
         with self.path.open("rb") as file:
-            self._is_list = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"["
-            file.seek(0)
             # Start, end and line number of each record; the line number is not used in a JSON list.
-            spans = self._find_elements(file) if self._is_list else _find_lines(file)
+            spans = None
+            if file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1] == b"[":
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                    spans = self._find_elements(text)
+            self._is_list = spans is not None
+            if spans is None:
+                file.seek(0)
+                spans = _find_lines(file)
         self._spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -71,6 +79,12 @@ class JsonRecords:
                 except DataError as error:
                     yield error
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the file."""
+        with self.path.open("rb") as file:
+            return f"file hash {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
     def _read(self, file: BinaryIO, index: int) -> Any:
         start, end, _ = self._spans[index].tolist()
         file.seek(start)
@@ -87,10 +101,13 @@ class JsonRecords:
             kind="json",
         )
 
-    def _find_elements(self, file: BinaryIO) -> array:
-        """Split a JSON list by its brackets and commas, in one pass, without decoding its elements."""
-        text, spans = file.read(), array("q")
-        position = start = text.index(b"[") + 1
+    def _find_elements(self, text: mmap.mmap) -> array | None:
+        """Split a JSON list by its brackets and commas, in one pass, without decoding its elements.
+
+        Returns None if the list is only the first of several lines.
+        """
+        spans = array("q")
+        position = start = text.find(b"[") + 1
         depth = 1
         while depth:
             match = (_TO_BRACKET_OR_COMMA if depth == 1 else _TO_BRACKET).match(text, position)
@@ -104,8 +121,12 @@ class JsonRecords:
             if match[1] == b"," or not depth:
                 spans.extend((start, match.start(1), 0))
                 start = position
-        rest = text[position:].strip()
-        if rest:
+        end_of_line = text.find(b"\n", position)
+        follows = text[end_of_line : end_of_line + 4096].lstrip()[:1] if end_of_line >= 0 else b""
+        if follows in (b"[", b"{") and not text[position:end_of_line].strip():
+            return None
+        rest = text[position : position + 4096].strip()
+        if rest or text[position:].strip():
             raise self._no_list(f"{quote(rest)} follows its end")
         is_empty = len(spans) == 3 and not text[spans[0] : spans[1]].strip()
         return array("q") if is_empty else spans

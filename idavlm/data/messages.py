@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from idavlm.data.errors import DataError, quote
-from idavlm.data.readers.qwen_vl import reads_as_name
+from idavlm.data.introductions import reads_as_name
 from idavlm.data.schema import ROLES, Identity, Message, Part, Sample
 
 IMAGE_KEYS = ("image", "url", "path", "base64")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from idavlm.data.packing import PackingCollator
 from idavlm.data.schema import SOURCES
 from idavlm.utils import check_choice
 
@@ -363,14 +364,18 @@ class _Collate:
     def __call__(self, groups: list[tuple[int, list[Any]]]) -> dict[str, Any]:
         joint = len(groups) > 1
         samples = [sample for _, group in groups for sample in group]
-        batch = self.collate_fns[IDENTITY if joint else groups[0][0]](samples)
+        collate = self.collate_fns[IDENTITY if joint else groups[0][0]]
+        batch = collate(samples)
         if not isinstance(batch, Mapping):
             raise ValueError(f"collate_fn returned {type(batch).__name__}; it must return a dict, like Collator.")
         counts = torch.tensor([len(group) for _, group in groups])
+        sample_source = torch.tensor([source for source, _ in groups]).repeat_interleave(counts)
+        if isinstance(collate, PackingCollator):
+            sample_source = sample_source[collate.order(samples)]
         return {
             **batch,
             "source": "joint" if joint else SOURCES[groups[0][0]],
-            "sample_source": torch.tensor([source for source, _ in groups]).repeat_interleave(counts),
+            "sample_source": sample_source,
         }
 
 

@@ -3,13 +3,17 @@
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from idavlm.data.errors import DataError, quote, shorten
 from idavlm.data.schema import PART_TYPES, ROLES, SOURCES, TASK_TYPES, Box, Identity, Message, Part, Sample
+
+if TYPE_CHECKING:
+    from idavlm.data.images import RecordImages
 
 FIELDS = ("id", "source", "type", "identities", "messages", "boxes", "meta")
 """Fields of every record."""
@@ -20,13 +24,21 @@ EVALUATION_FIELDS = ("answer", "false_answers", "target")
 MAX_COORDINATE = 2**31
 """Limit on the coordinates of a box. No image format has more pixels in a row or column."""
 
-_PART_FIELDS = {"text": {"type", "text"}, "image": {"type", "image"}, "box": {"type", "name", "image"}}
+_PART_FIELDS = {
+    "text": {"type", "text"},
+    "image": {"type", "image"},
+    "box": {"type", "name", "image", "box", "relative"},
+}
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
 def parse_sample(
-    record: Any, *, where: str = "record", image_root: str | Path | None = None, prompt: bool = False
+    record: Any,
+    *,
+    where: str = "record",
+    image_root: "str | Path | RecordImages | None" = None,
+    prompt: bool = False,
 ) -> Sample:
     """Check a record against the schema and return it as a :class:`Sample`.
 
@@ -38,24 +50,33 @@ def parse_sample(
 
     Args:
         record: the object read from JSON. Unknown fields are errors, because a misspelt ``identities`` would otherwise
-            produce a sample without references. ``meta`` may hold anything and is ignored.
+            produce a sample without references. So are the fields that a reader lists in ``unused_fields``. ``meta``
+            may hold anything and is ignored.
         where: file and line for messages, as ``"train.jsonl:17"``.
-        image_root: folder that the image paths are relative to; stored in ``Sample.image_root``.
+        image_root: folder that the image paths are relative to, or the images of the record; stored in
+            ``Sample.image_root``. URLs are errors, unless it is a :class:`idavlm.data.RecordImages` that allows them.
         prompt: whether the record is a question without an answer.
 
     Raises:
         DataError: of kind ``"record"``, for the first field that violates the schema.
     """
+    root = Path(image_root) if isinstance(image_root, str) else image_root
     try:
-        return _parse(record, where, Path(image_root) if image_root is not None else None, prompt)
+        return _parse(record, where, root, prompt, _Paths(getattr(root, "allow_urls", False)))
     except DataError as error:
         raise error.at(where) from None
 
 
-def _parse(record: Any, where: str, image_root: Path | None, prompt: bool) -> Sample:
+def _parse(record: Any, where: str, image_root: "Path | RecordImages | None", prompt: bool, paths: "_Paths") -> Sample:
     _check(record, dict, "the record", "a JSON object")
-    _check_fields(record, (*FIELDS, *EVALUATION_FIELDS), "the record")
-    identities = [_identity(entry, f"identities[{i}]") for i, entry in enumerate(_list(record, "identities"))]
+    unused = record.get("unused_fields")
+    if unused:
+        raise DataError(
+            f"the reader does not use the fields {shorten(', '.join(map(repr, unused)))}; remove them, choose the "
+            "reader of the format, or let RecordDataset count them as warnings with unused_fields='warn'."
+        )
+    _check_fields(record, (*FIELDS, *EVALUATION_FIELDS, "unused_fields"), "the record")
+    identities = [_identity(entry, f"identities[{i}]", paths) for i, entry in enumerate(_list(record, "identities"))]
     names = [identity.name for identity in identities]
     for name, count in Counter(unicodedata.normalize("NFC", name.strip()) for name in names).items():
         if count > 1:
@@ -69,10 +90,10 @@ def _parse(record: Any, where: str, image_root: Path | None, prompt: bool) -> Sa
         )
     identifier = _id(record.get("id", where))
 
-    messages = _messages(record, is_evaluation=record.get("answer") is not None, prompt=prompt)
+    messages = _messages(record, paths, is_evaluation=record.get("answer") is not None, prompt=prompt)
     images = dict.fromkeys(image for message in messages for image in message.images)
     spellings = _spellings(names)
-    boxes = [_box(entry, f"boxes[{i}]", images, spellings) for i, entry in enumerate(_list(record, "boxes"))]
+    boxes = [_box(entry, f"boxes[{i}]", images, spellings, paths) for i, entry in enumerate(_list(record, "boxes"))]
     images_of_name: dict[str, dict[str, None]] = defaultdict(dict)
     for number, box in enumerate(boxes):
         if box.image in images_of_name[box.name]:
@@ -85,7 +106,7 @@ def _parse(record: Any, where: str, image_root: Path | None, prompt: bool) -> Sa
     messages = [
         Message(
             message.role,
-            [_resolve_box_part(part, images_of_name, spellings, f"messages[{i}]") for part in message.content],
+            [_resolve_box_part(part, images, images_of_name, spellings, f"messages[{i}]") for part in message.content],
         )
         for i, message in enumerate(messages)
     ]
@@ -115,21 +136,23 @@ def _id(value: Any) -> str:
     return str(value)
 
 
-def _identity(entry: Any, field: str) -> Identity:
+def _identity(entry: Any, field: str, paths: "_Paths") -> Identity:
     _check(entry, dict, field, 'an object {"name", "images"}')
     _check_fields(entry, ("name", "images"), field)
     name = _text(entry.get("name"), f"{field}.name")
     images = entry.get("images")
     if not isinstance(images, list) or not images:
         raise DataError(f"{field}.images={quote(images)} of {quote(name)} must be a list of at least one photo.")
-    return Identity(name, [_path(image, f"{field}.images[{i}]") for i, image in enumerate(images)])
+    return Identity(name, [paths.check(image, f"{field}.images[{i}]") for i, image in enumerate(images)])
 
 
-def _messages(record: dict, *, is_evaluation: bool, prompt: bool) -> list[Message]:
+def _messages(record: dict, paths: "_Paths", *, is_evaluation: bool, prompt: bool) -> list[Message]:
     entries = _list(record, "messages")
-    messages = [_message(entry, f"messages[{i}]") for i, entry in enumerate(entries)]
+    messages = [_message(entry, f"messages[{i}]", paths) for i, entry in enumerate(entries)]
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns[:2] == ["assistant", "user"]:  # a greeting, as in ShareGPT
+        turns = turns[1:]
     if "user" not in turns:
         raise DataError(f"messages has no user turn (roles: {shorten(', '.join(roles)) or 'none'}); add the question.")
     for number, role in enumerate(turns):
@@ -137,7 +160,7 @@ def _messages(record: dict, *, is_evaluation: bool, prompt: bool) -> list[Messag
         if role != expected:
             raise DataError(
                 f"messages[{number + len(roles) - len(turns)}].role={role!r}, expected {expected!r}; after at most one "
-                "system turn, user and assistant turns alternate."
+                "system turn and one greeting of the assistant, user and assistant turns alternate."
             )
     last = "user" if is_evaluation or prompt else "assistant"
     if turns[-1] != last:
@@ -152,7 +175,7 @@ def _messages(record: dict, *, is_evaluation: bool, prompt: bool) -> list[Messag
     return messages
 
 
-def _message(entry: Any, field: str) -> Message:
+def _message(entry: Any, field: str, paths: "_Paths") -> Message:
     _check(entry, dict, field, 'an object {"role", "content"}')
     _check_fields(entry, ("role", "content"), field)
     role, content = entry.get("role"), entry.get("content")
@@ -160,7 +183,7 @@ def _message(entry: Any, field: str) -> Message:
     if isinstance(content, str):
         parts = [Part("text", text=_unicode(content, f"{field}.content"))]
     elif isinstance(content, list):
-        parts = [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
+        parts = [_part(part, f"{field}.content[{i}]", paths) for i, part in enumerate(content)]
     else:
         raise DataError(f"{field}.content={quote(content)} must be a string or a list of parts.")
     if role != "user":
@@ -173,7 +196,7 @@ def _message(entry: Any, field: str) -> Message:
     return Message(role, parts)
 
 
-def _part(entry: Any, field: str) -> Part:
+def _part(entry: Any, field: str, paths: "_Paths") -> Part:
     _check(entry, dict, field, 'an object with a "type"')
     kind = entry.get("type")
     _check_choice(kind, PART_TYPES, f"{field}.type")
@@ -182,34 +205,44 @@ def _part(entry: Any, field: str) -> Part:
         _check(entry.get("text"), str, f"{field}.text", "a string")
         return Part("text", text=_unicode(entry["text"], f"{field}.text"))
     if kind == "image":
-        return Part("image", image=_path(entry.get("image"), f"{field}.image"))
-    image = _path(entry["image"], f"{field}.image") if "image" in entry else ""
-    return Part("box", name=_text(entry.get("name"), f"{field}.name"), image=image)
+        return Part("image", image=paths.check(entry.get("image"), f"{field}.image"))
+    image = paths.check(entry["image"], f"{field}.image") if "image" in entry else ""
+    if entry.get("box") is None:
+        return Part("box", name=_text(entry.get("name"), f"{field}.name"), image=image)
+    name = _text(entry["name"], f"{field}.name") if entry.get("name") is not None else ""
+    box, relative = _coordinates(entry, field, name)
+    return Part("box", name=name, image=image, box=box, relative=relative)
 
 
-def _box(entry: Any, field: str, images: dict[str, None], spellings: dict[str, str]) -> Box:
+def _box(entry: Any, field: str, images: dict[str, None], spellings: dict[str, str], paths: "_Paths") -> Box:
     _check(entry, dict, field, 'an object {"name", "image", "box"}')
-    _check_fields(entry, ("name", "image", "box"), field)
+    _check_fields(entry, ("name", "image", "box", "relative"), field)
     name = _known_name(_text(entry.get("name"), f"{field}.name"), spellings, f"{field}.name")
-    image = _path(entry.get("image"), f"{field}.image")
+    image = paths.check(entry.get("image"), f"{field}.image")
     if image not in images:
         raise DataError(
             f"{field}.image={quote(image)} is not an image of the messages "
             f"({shorten(', '.join(images)) or 'they have none'}); boxes are for scenes, not for reference photos."
         )
-    box = entry.get("box")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_coordinate, box)):
-        raise DataError(
-            f"{field}.box={quote(box)} of {quote(name)} must be four numbers [x1, y1, x2, y2] in pixels, each at most "
-            f"{MAX_COORDINATE}."
-        )
+    return Box(name, image, *_coordinates(entry, field, name))
+
+
+def _coordinates(entry: dict, field: str, name: str) -> tuple[list[float], bool]:
+    """Check ``box`` and ``relative`` of a box or box part."""
+    box, relative = entry.get("box"), entry.get("relative", False)
+    if not isinstance(relative, bool):
+        raise DataError(f"{field}.relative={quote(relative)} must be true or false.")
+    largest = 1 if relative else MAX_COORDINATE
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_coordinate(value, largest) for value in box):
+        unit = "0..1 of width and height" if relative else f"pixels, each at most {MAX_COORDINATE}"
+        raise DataError(f"{field}.box={quote(box)} of {quote(name)} must be four numbers [x1, y1, x2, y2] in {unit}.")
     x1, y1, x2, y2 = np.array(box, np.float32).tolist()  # the precision of encoded boxes
     if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0):
         raise DataError(
             f"{field}.box={box} of {quote(name)} is empty in 32-bit precision; expected [x1, y1, x2, y2] with x1 < x2 "
             "and y1 < y2."
         )
-    return Box(name, image, box)
+    return box, relative
 
 
 def _spellings(names: list[str]) -> dict[str, str]:
@@ -233,16 +266,28 @@ def _folded(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).casefold().split())
 
 
-def _is_coordinate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_COORDINATE
+def _is_coordinate(value: Any, largest: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= largest
 
 
 def _resolve_box_part(
-    part: Part, images_of_name: dict[str, dict[str, None]], spellings: dict[str, str], field: str
+    part: Part,
+    images: dict[str, None],
+    images_of_name: dict[str, dict[str, None]],
+    spellings: dict[str, str],
+    field: str,
 ) -> Part:
     """Complete a box part with the image of its box. Exactly one box must match; other parts are returned unchanged."""
     if part.type != "box":
         return part
+    if part.box is not None:
+        image = part.image or (next(iter(images)) if len(images) == 1 else "")
+        if image not in images:
+            raise DataError(
+                f"{field} has a box part with a box in {quote(image)}, which is not an image of the messages "
+                f'({shorten(", ".join(images)) or "they have none"}); name its "image".'
+            )
+        return replace(part, image=image)
     name = _known_name(part.name, spellings, f"{field} has a box part whose name")
     images = images_of_name.get(name, {})
     if part.image in images:
@@ -265,6 +310,8 @@ def _resolve_box_part(
 def _check_task(record: dict, sample: Sample) -> None:
     if sample.task is not None:
         _check_choice(sample.task, TASK_TYPES, "type")
+    if sample.is_evaluation and any(box.relative for box in sample.boxes):
+        raise DataError('boxes of an evaluation record are in pixels; convert those with "relative": true.')
     if not sample.is_evaluation:
         for name in EVALUATION_FIELDS:
             if record.get(name) is not None:
@@ -295,16 +342,27 @@ def _check_task(record: dict, sample: Sample) -> None:
         )
 
 
-def _path(path: Any, field: str) -> str:
-    """Check that an image path does not leave the image root. Symbolic links are checked when the file is opened."""
-    _text(path, field)
-    if _SCHEME.match(path):
-        raise DataError(f"{field}={quote(path)} is a URL; URLs are not supported: download the image and use its path.")
-    if path.startswith(("/", "\\")) or _DRIVE.match(path):
-        raise DataError(f"{field}={quote(path)} is absolute; use a path relative to the image root.")
-    if ".." in path and ".." in re.split(r"[/\\]", path):
-        raise DataError(f"{field}={quote(path)} leaves the image root ('..'); move the image below the root.")
-    return path
+@dataclass(frozen=True)
+class _Paths:
+    """Checks the paths of images."""
+
+    allow_urls: bool
+
+    def check(self, path: Any, field: str) -> str:
+        """Check that a path does not leave the image root. Symbolic links are checked when the file is opened."""
+        _text(path, field)
+        if _SCHEME.match(path):
+            if self.allow_urls:
+                return path
+            raise DataError(
+                f"{field}={quote(path)} is a URL; URLs are not supported here: download the image and use its path, "
+                "or pass allow_urls=True to RecordDataset."
+            )
+        if path.startswith(("/", "\\")) or _DRIVE.match(path):
+            raise DataError(f"{field}={quote(path)} is absolute; use a path relative to the image root.")
+        if ".." in path and ".." in re.split(r"[/\\]", path):
+            raise DataError(f"{field}={quote(path)} leaves the image root ('..'); move the image below the root.")
+        return path
 
 
 def _text(value: Any, field: str) -> str:

@@ -1,55 +1,53 @@
 """Loading the images of messages: paths, PIL images, bytes and, if allowed, URLs."""
 
-import base64
-import binascii
-import tempfile
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from idavlm.data.errors import DataError
-from idavlm.data.images import MAX_PIXELS, ImageStore, _to_rgb, size_problem
-
-MAX_DOWNLOAD = 64 * 2**20
-"""Limit on the bytes of an image that is downloaded."""
-
-TIMEOUT = 30
-"""Seconds after which a download fails."""
-
-_NO_RANGE = ("F", "I")
+from idavlm.data.images import (
+    MAX_ASPECT_RATIO,
+    MAX_PIXELS,
+    ImageStore,
+    RecordImages,
+    array_size,
+    download,
+    from_base64,
+    size_problem,
+)
 
 
 class PhotoLoader:
     """Loads images that are passed in Python: upright RGB images, as :class:`ImageStore` reads files.
 
     Args:
-        image_root: folder that relative paths are relative to, and that they must not leave. None for the working
-            directory. Absolute paths are not restricted.
+        image_root: folder that relative paths are relative to, and that they must not leave; or the images of a record.
+            None for the working directory. Absolute paths are not restricted.
         allow_urls: whether ``https://...``, ``http://...`` and base64 data are loaded.
-        max_pixels, resized_size: limits as in :class:`ImageStore`.
+        max_pixels, max_aspect_ratio, resized_size: limits as in :class:`ImageStore`.
     """
 
     def __init__(
         self,
-        image_root: str | Path | None = None,
+        image_root: str | Path | RecordImages | None = None,
         *,
         allow_urls: bool = False,
         max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: int = MAX_ASPECT_RATIO,
         resized_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
     ) -> None:
         self.image_root = image_root
         self.allow_urls = allow_urls
-        self.limits = {"max_pixels": max_pixels, "resized_size": resized_size}
+        self.limits = {"max_pixels": max_pixels, "max_aspect_ratio": max_aspect_ratio, "resized_size": resized_size}
 
     def load(self, image: Any, *, field: str, key: str = "image") -> Any:
         """Load an image.
 
         Args:
             image: a path, a PIL image, the bytes of an image file, ``{"bytes", "path"}`` (as in ``datasets``), a URL,
-                or base64 text. Arrays and tensors are returned unchanged.
+                or base64 text. Arrays and tensors are returned unchanged, after a check of their size.
             field: name of the argument, for errors.
             key: ``"base64"`` if a string is base64 text.
 
@@ -59,76 +57,55 @@ class PhotoLoader:
         """
         if isinstance(image, dict):  # an undecoded image of datasets
             image = image.get("bytes") or image.get("path")
+        if isinstance(image, str) and isinstance(self.image_root, RecordImages) and image in self.image_root.images:
+            return self._open(image)
         if isinstance(image, Image.Image):
-            return self._upright(image, field)
+            return self._store()[0].convert(image, field)
         if isinstance(image, (bytes, bytearray)):
-            return self._decode(bytes(image), field)
+            return self._store()[0].decode(bytes(image), field)
         if isinstance(image, Path):
             return self._open(str(image))
         if isinstance(image, str):
             if key == "base64" or "://" in image or image.startswith("data:"):
-                return self._decode(self._fetch(image, key, field), field)
+                return self._store()[0].decode(self._fetch(image, key, field), f"{field}={image[:80]}")
             return self._open(image)
         if image is None:
             raise DataError(f"{field} has no image; add a path, a PIL image or bytes.", kind="image")
         if hasattr(image, "shape"):
+            size = array_size(tuple(image.shape))
+            problem = size_problem(size, **self.limits) if size else None
+            if problem:
+                raise DataError(f"{field} {problem}.", kind="image")
             return image
         raise DataError(
             f"{field} is {type(image).__name__} {image!r:.80}; expected a path, a PIL image or bytes.", kind="image"
         )
 
+    def size(self, path: str | Path) -> tuple[int, int]:
+        """Return the (height, width) of the image in a file, see :meth:`ImageStore.size`."""
+        store, path = self._store(str(path))
+        return store.size(path)
+
+    def _store(self, path: str = "") -> tuple[ImageStore, str]:
+        """The images that a path is looked up in, and the path in them."""
+        held = isinstance(self.image_root, RecordImages) and path in self.image_root.images
+        if Path(path).is_absolute() and not held:
+            file = Path(path).resolve()
+            return ImageStore(file.anchor, **self.limits), str(file)
+        return ImageStore(Path.cwd() if self.image_root is None else self.image_root, **self.limits), path
+
     def _open(self, path: str) -> Image.Image:
-        file = Path(path)
-        if file.is_absolute():
-            file = file.resolve()
-            return ImageStore(file.anchor, **self.limits).open(str(file))
-        root = Path.cwd() if self.image_root is None else self.image_root
-        return ImageStore(root, **self.limits).open(path)
-
-    def _decode(self, data: bytes, field: str) -> Image.Image:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "image").write_bytes(data)
-            try:
-                return ImageStore(folder, **self.limits).open("image")
-            except DataError as error:
-                raise DataError(f"{field}: {error}", kind="image") from error
-
-    def _upright(self, image: Image.Image, field: str) -> Image.Image:
-        if image.mode in _NO_RANGE or image.mode.startswith("I;16"):
-            raise DataError(
-                f"{field} is a PIL image of mode {image.mode!r}, whose range of brightness is unknown; convert it to "
-                "'RGB'.",
-                kind="image",
-            )
-        problem = size_problem((image.height, image.width), **self.limits)
-        if problem:
-            raise DataError(f"{field} {problem}.", kind="image")
-        try:
-            return _to_rgb(ImageOps.exif_transpose(image))
-        except Exception as error:  # a lazy image is decoded here
-            raise DataError(f"{field} is a damaged image ({error}); replace or remove it.", kind="image") from error
+        store, path = self._store(path)
+        return store.open(path)
 
     def _fetch(self, text: str, key: str, field: str) -> bytes:
-        if not self.allow_urls:
+        allowed = self.allow_urls or (isinstance(self.image_root, RecordImages) and self.image_root.allow_urls)
+        if not allowed:
             raise DataError(
                 f"{field}={text[:80]!r} is a URL or base64 text; pass a path, a PIL image or bytes, or set "
                 "allow_urls=True.",
                 kind="image",
             )
-        if key == "base64" or text.startswith("data:"):
-            try:
-                return base64.b64decode(text.rpartition(",")[2], validate=True)
-            except binascii.Error as error:
-                raise DataError(f"{field} is not valid base64 text ({error}).", kind="image") from error
-        if not text.startswith(("https://", "http://")):
-            raise DataError(f"{field}={text[:80]!r} must begin with https:// or http://.", kind="image")
-        try:
-            with urllib.request.urlopen(text, timeout=TIMEOUT) as response:
-                data = response.read(MAX_DOWNLOAD + 1)
-        except OSError as error:
-            raise DataError(f"{field}={text[:80]!r} cannot be downloaded ({error}).", kind="image") from error
-        if len(data) > MAX_DOWNLOAD:
-            raise DataError(
-                f"{field}={text[:80]!r} has more than {MAX_DOWNLOAD} bytes; use a smaller file.", kind="image"
-            )
-        return data
+        if key == "base64" and not text.startswith("data:"):
+            return from_base64(text, field)
+        return download(text, f"{field}={text[:80]}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from idavlm.data.answer_spans import answered_turns, check_prompt, end_of_answer, inexact
 from idavlm.data.errors import DataError, shorten
 from idavlm.data.special_tokens import MessageMask, special_tokens, tokenize
 from idavlm.utils import IGNORE_INDEX
@@ -58,11 +59,12 @@ def render_chat(
 ) -> RenderedChat:
     """Apply a chat template and return token ids, labels and the tokens of names.
 
-    Labels equal the token ids of the assistant turns, including the end-of-turn token, and are -100 elsewhere. A
-    template with ``{% generation %}`` marks the assistant turns itself. For other templates, the turns are found by
-    comparison: the conversation up to each assistant turn, rendered with the generation prompt, must be a prefix of
-    the whole conversation, both as text and as tokens. Training then sees exactly the tokens that generation starts
-    from. Everything after the prefix, up to the special token that ends the turn, is labelled.
+    Labels equal the token ids of the assistant turns, including the end-of-turn token, and are -100 elsewhere. An
+    assistant turn before the first user turn is a greeting without labels. A template with ``{% generation %}`` marks
+    the assistant turns itself. For other templates, the turns are found by comparison: the conversation up to each
+    assistant turn, rendered with the generation prompt, must be a prefix of the whole conversation, both as text and
+    as tokens. Training then sees exactly the tokens that generation starts from. Everything after the prefix, up to
+    the special token that ends the turn, is labelled.
 
     Only the template and segments with ``is_markup`` write special tokens. In all other text, a string such as
     ``<|end|>`` is ordinary text: it neither ends a turn nor begins one. A tokenizer that cannot take it as text (a slow
@@ -83,9 +85,10 @@ def render_chat(
         ``input_ids``, ``labels`` and ``identities``, lists of equal length.
 
     Raises:
-        DataError: of kind ``"template"`` if the template rejects the messages or the assistant turns or names cannot
-            be located exactly; of kind ``"length"`` if the conversation has more than ``max_length`` tokens; of kind
-            ``"record"`` if the text of the messages holds a special token that the tokenizer cannot take as text.
+        DataError: of kind ``"template"`` if the template rejects the messages or leaves out a question, or the
+            assistant turns or names cannot be located exactly; of kind ``"length"`` if the conversation has more than
+            ``max_length`` tokens; of kind ``"record"`` if the text of the messages holds a special token that the
+            tokenizer cannot take as text.
         ValueError: the tokenizer has no chat template; or the messages have names and the tokenizer is slow.
     """
     template = chat_template or getattr(tokenizer, "chat_template", None)
@@ -95,8 +98,9 @@ def render_chat(
             "template of the instruction-tuned model."
         )
     chat = _Chat(tokenizer, messages, template)
-    if add_generation_prompt or all(message["role"] != "assistant" for message in messages):
+    if add_generation_prompt or not answered_turns(messages):
         text = chat.render(add_generation_prompt=add_generation_prompt)
+        chat.check_questions(text)
         encoding = chat.tokenize([text])
         labels = [IGNORE_INDEX] * len(encoding["input_ids"][0])
     elif _GENERATION_TAG.search(template):
@@ -111,6 +115,14 @@ def render_chat(
             kind="length",
         )
     return RenderedChat(ids, labels, chat.identities(text, encoding, add_generation_prompt=add_generation_prompt))
+
+
+def count_chat_tokens(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]], *, chat_template: str | None = None
+) -> int:
+    """Number of tokens of :func:`render_chat`, without labels."""
+    chat = _Chat(tokenizer, messages, chat_template or tokenizer.chat_template)
+    return len(chat.tokenize([chat.render()])["input_ids"][0])
 
 
 class _Chat:
@@ -145,62 +157,76 @@ class _Chat:
         except Exception as error:
             raise _rejected(error) from error
 
+    def check_questions(self, text: str) -> None:
+        """Check that the template writes the questions, which a template for lists of parts leaves out."""
+        for number, message in enumerate(self.messages):
+            if message["role"] == "user" and message["content"].strip() not in text:
+                shown = self.mask.show(message["content"][:40])
+                raise DataError(
+                    f"the chat template does not write the content of messages[{number}] ({shown!r}); use a template "
+                    "that takes the content of messages as text and changes nothing of it.",
+                    kind="template",
+                )
+
     def tokenize(self, texts: list[str]) -> Any:
         return tokenize(self.tokenizer, texts, self.mask)
 
     def labels_from_generation_tags(self) -> tuple[str, Any, list[int]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         if not self.tokenizer.is_fast:
             raise DataError(
                 "a template with {% generation %} marks needs a fast tokenizer; set use_fast=True.", kind="template"
             )
+        texts, spans = self._render_with_spans(self.messages)
+        text = texts[0]
+        self.check_questions(text)
+        encoding = self.tokenize([text])
+        ids, offsets = encoding["input_ids"][0], encoding["offset_mapping"][0]
+        labels = [IGNORE_INDEX] * len(ids)
+        for start, end in spans[0][self._num_spans_of_greeting() :]:
+            if start < end:
+                first, last = (self._first_token_at(offsets, edge, text) for edge in (start, end))
+                labels[first:last] = ids[first:last]
+        return text, encoding, labels
+
+    def _render_with_spans(self, messages: list[dict[str, Any]]) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            texts, spans = render_jinja_template(
-                conversations=[self.messages],
+            return render_jinja_template(
+                conversations=[messages],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:
             raise _rejected(error) from error
-        text = texts[0]
-        encoding = self.tokenize([text])
-        ids, offsets = encoding["input_ids"][0], encoding["offset_mapping"][0]
-        labels = [IGNORE_INDEX] * len(ids)
-        for start, end in spans[0]:
-            if start < end:
-                first, last = (self._first_token_at(offsets, edge, text) for edge in (start, end))
-                labels[first:last] = ids[first:last]
-        return text, encoding, labels
+
+    def _num_spans_of_greeting(self) -> int:
+        """Number of spans that the template marks before the first user turn. They are no answers."""
+        roles = [message["role"] for message in self.messages]
+        first = roles.index("user") if "user" in roles else len(roles)
+        return len(self._render_with_spans(self.messages[:first])[1][0]) if "assistant" in roles[:first] else 0
 
     def labels_by_comparison(self) -> tuple[str, Any, list[int]]:
         show = self.mask.show
         whole = self.render()
-        turns = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        self.check_questions(whole)
+        turns = answered_turns(self.messages)
         prompts = [self.render(number, add_generation_prompt=True) for number in turns]
         spans = []
         for number, prompt, next_prompt in zip(turns, prompts, [*prompts[1:], whole], strict=True):
-            if not whole.startswith(prompt):
-                same = next(i for i, (a, b) in enumerate(zip(whole + "\0", prompt, strict=False)) if a != b)
-                raise _inexact(
-                    f"after {show(whole[max(0, same - 40) : same])!r} the conversation continues with "
-                    f"{show(whole[same : same + 20])!r}, the generation prompt of turn {number} with "
-                    f"{show(prompt[same : same + 20])!r}"
-                )
+            check_prompt(whole, prompt, number, show)
             spans.append(self._end_of_content(whole, len(prompt), len(next_prompt), number))
         # The text that the template adds after the last answer ends every answer: "<|im_end|>\n".
         end_of_last = turns[-1] + 1
         answered = whole if end_of_last == len(self.messages) else self.render(end_of_last)
         if not answered.startswith(whole[: spans[-1]]):
-            raise _inexact(f"turn {turns[-1]} changes if another turn follows")
+            raise inexact(f"turn {turns[-1]} changes if another turn follows")
         ending = _end_of_turn(self.tokenizer, answered[spans[-1] :])
         ends = []
         for number, end in zip(turns, spans, strict=True):
             if not whole.startswith(ending, end):
-                raise _inexact(
-                    f"turn {number} ends with {show(whole[end : end + 20])!r}, the last turn with {ending!r}"
-                )
+                raise inexact(f"turn {number} ends with {show(whole[end : end + 20])!r}, the last turn with {ending!r}")
             ends.append(end + len(ending))
 
         encoding = self.tokenize([whole, *prompts])
@@ -208,13 +234,13 @@ class _Chat:
         labels = [IGNORE_INDEX] * len(ids)
         for number, prompt, end in zip(turns, prompt_ids, ends, strict=True):
             if ids[: len(prompt)] != prompt:
-                raise _inexact(f"turn {number}: the tokens of the generation prompt change if the answer follows")
+                raise inexact(f"turn {number}: the tokens of the generation prompt change if the answer follows")
             if self.tokenizer.is_fast:
                 last = self._first_token_at(encoding["offset_mapping"][0], end, whole)
             else:
                 start_ids = self.tokenize([whole[:end]])["input_ids"][0]
                 if ids[: len(start_ids)] != start_ids:
-                    raise _inexact(f"turn {number}: the tokens of the answer change if the next turn follows")
+                    raise inexact(f"turn {number}: the tokens of the answer change if the next turn follows")
                 last = len(start_ids)
             labels[len(prompt) : last] = ids[len(prompt) : last]
         return whole, encoding, labels
@@ -271,16 +297,12 @@ class _Chat:
         return self.mask.marks[segment.identity] + text + self.mask.marks[-1]
 
     def _end_of_content(self, whole: str, start: int, stop: int, number: int) -> int:
-        """End of the content of the turn ``whole[start:stop]``. The template may have stripped the content."""
         content = self.messages[number]["content"]
-        for text in (content, content.strip()):
-            # Usually at the start of the turn; otherwise after text that the template adds, if it occurs only once.
-            if whole.startswith(text, start):
-                return start + len(text)
-            if whole.count(text, start, stop) == 1:
-                return whole.index(text, start) + len(text)
-        shown = self.mask.show(content[:40])
-        raise _inexact(f"the content of turn {number} ({shown!r}) is not found in the rendered conversation")
+        end = end_of_answer(whole, start, stop, content)
+        if end is None:
+            shown = self.mask.show(content[:40])
+            raise inexact(f"the content of turn {number} ({shown!r}) is not found in the rendered conversation")
+        return end
 
     def _first_token_at(self, offsets: list[tuple[int, int]], position: int, text: str) -> int:
         """Index of the first token at or after ``position``. Raises an error if a token crosses ``position``."""
@@ -288,7 +310,7 @@ class _Chat:
         if first and offsets[first - 1][1] > position:
             begin, end = offsets[first - 1]
             crossing, after = self.mask.show(text[begin:end]), self.mask.show(text[position:end])
-            raise _inexact(f"the token {crossing!r} crosses the boundary of an assistant turn ({after!r})")
+            raise inexact(f"the token {crossing!r} crosses the boundary of an assistant turn ({after!r})")
         return first
 
 
@@ -303,7 +325,7 @@ def _end_of_turn(tokenizer: Any, tail: str) -> str:
         position, token = min(found, key=lambda entry: (entry[0], -len(entry[1])))
         return tail[: position + len(token)]
     if not tail.strip():
-        raise _inexact(
+        raise inexact(
             "assistant turns have no end-of-turn text, so a model could not learn to stop; add an end-of-turn token"
         )
     return tail
@@ -312,13 +334,5 @@ def _end_of_turn(tokenizer: Any, tail: str) -> str:
 def _rejected(error: Exception) -> DataError:
     return DataError(
         f"the chat template rejects the messages: {shorten(str(error))}; change the messages or the template.",
-        kind="template",
-    )
-
-
-def _inexact(reason: str) -> DataError:
-    return DataError(
-        f"the assistant turns cannot be located exactly: {reason}. Use a chat template that marks them with "
-        "{% generation %} ... {% endgeneration %}.",
         kind="template",
     )

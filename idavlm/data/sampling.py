@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from torch.utils.data import Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset
 
 from idavlm.data.dataset import RecordDataset
+from idavlm.data.mixing import derive_seed
 from idavlm.data.schema import Sample
 from idavlm.utils import check_positive
 
@@ -99,15 +100,77 @@ class CurriculumSampler(Sampler[int]):
         return iter(self.indices)
 
 
+class LengthGroupedSampler(Sampler[int]):
+    """A random order in which each batch has samples of similar length; another one in each epoch.
+
+    The order is a pure function of (seed, epoch), so a resumed run reads the batches that it would have read otherwise.
+    :class:`idavlm.IDTrainer` uses it with ``train_sampling_strategy="group_by_length"``.
+
+    Args:
+        lengths: length of every sample, see :func:`token_counts`.
+        batch_size: samples per batch.
+        seed: seed of the order.
+        window: number of batches that are sorted together. It is smaller in small data sets, so that batches differ
+            between epochs.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int = 0, window: int = 50) -> None:
+        check_positive(batch_size=batch_size, window=window)
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.window = max(1, min(window, len(self.lengths) // (4 * batch_size)))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = Random(derive_seed(self.seed, "length", self.epoch))
+        indices = list(range(len(self.lengths)))
+        rng.shuffle(indices)
+        return iter(_group(indices, self.lengths, self.batch_size, self.window, rng))
+
+
+def token_counts(dataset: Dataset | Sequence, length_column: str = "length") -> list[int]:
+    """The number of tokens of each sample, without reading its images.
+
+    Args:
+        dataset: a :class:`RecordDataset` whose ``encode`` is a method of a processor, a ``Subset`` or ``ConcatDataset``
+            of these, a ``datasets.Dataset`` with a column of lengths, or a list of encoded samples.
+        length_column: the column of lengths.
+
+    Raises:
+        ValueError: the lengths cannot be known in advance.
+    """
+    if isinstance(dataset, RecordDataset):
+        return dataset.token_counts()
+    if isinstance(dataset, Subset):
+        counts = token_counts(dataset.dataset, length_column)
+        return [counts[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        return [count for part in dataset.datasets for count in token_counts(part, length_column)]
+    if length_column in getattr(dataset, "column_names", ()):
+        return list(dataset[length_column])
+    if isinstance(dataset, (list, tuple)):
+        return [len(sample["input_ids"]) for sample in dataset]
+    raise ValueError(
+        f"the lengths of the samples of {type(dataset).__name__} are not known; use a RecordDataset, a "
+        f"datasets.Dataset with a column {length_column!r}, or another train_sampling_strategy than 'group_by_length'."
+    )
+
+
 def group_by_length(
     indices: Sequence[int], lengths: Sequence[int], batch_size: int, *, window: int = 8, seed: int = 0
 ) -> list[int]:
     """Rearrange an order of samples so that each batch contains samples of similar length, which reduces padding.
 
     Every ``window`` batches are sorted by length and cut into batches, and these batches are shuffled. A sample moves
-    by less than ``window`` batches, so the stages of a curriculum are preserved up to that distance. In contrast to
-    ``train_sampling_strategy="group_by_length"`` of transformers, the lengths are given, so that no sample has to be
-    encoded in advance.
+    by less than ``window`` batches, so the stages of a curriculum are preserved up to that distance.
 
     Args:
         indices: indices of samples, in the order in which they are to be read. Repetitions are allowed.

@@ -1,7 +1,12 @@
 """The sample schema: dataclasses for checked records (:func:`idavlm.data.parse_sample` creates them from JSON)."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from idavlm.data.images import RecordImages
 
 ROLES = ("system", "user", "assistant")
 """Roles of messages."""
@@ -21,13 +26,16 @@ class Part:
     """A part of a message: text, an image, or the box of an identity.
 
     A ``"text"`` part has ``text``. An ``"image"`` part has ``image``, a path relative to the image root. A ``"box"``
-    part has ``name`` and ``image``, which refer to an entry of ``Sample.boxes``.
+    part has ``name`` and ``image``, which refer to an entry of ``Sample.boxes``, or ``image`` and a ``box`` of its own
+    (``relative`` as in :class:`Box`), whose ``name`` may be empty.
     """
 
     type: str
     text: str = ""
     image: str = ""
     name: str = ""
+    box: list[float] | None = None
+    relative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +61,15 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A bounding box: ``box`` is ``[x1, y1, x2, y2]`` of identity ``name`` in pixels of the original ``image``."""
+    """A bounding box: ``box`` is ``[x1, y1, x2, y2]`` of identity ``name`` in pixels of the original ``image``.
+
+    If ``relative`` is true, it is in 0..1 of the width and height of the image.
+    """
 
     name: str
     image: str
     box: list[float]
+    relative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +87,8 @@ class Sample:
         false_answers: incorrect answers of a multiple-choice question.
         target: name of the identity whose box is the answer to a location question.
         where: file and line of the record, for messages.
-        image_root: folder that the image paths are relative to.
+        image_root: folder that the image paths are relative to, or a :class:`idavlm.data.RecordImages` that holds the
+            images of the record.
     """
 
     id: str
@@ -88,7 +101,7 @@ class Sample:
     false_answers: list[str] = field(default_factory=list)
     target: str | None = None
     where: str = ""
-    image_root: Path | None = None
+    image_root: "Path | RecordImages | None" = None
 
     @property
     def is_evaluation(self) -> bool:
@@ -116,6 +129,33 @@ class Sample:
             if box.name == name and box.image == image:
                 return box
         raise KeyError(f"{self.where or self.id}: no box of {name!r} in {image!r}.")
+
+    def box_of_part(self, part: Part) -> Box:
+        """Return the box of a box part: its own, or the entry of ``boxes`` that it refers to."""
+        if part.box is not None:
+            return Box(part.name, part.image, part.box, part.relative)
+        return self.box_of(part.name, part.image)
+
+    @property
+    def all_boxes(self) -> list[Box]:
+        """The entries of ``boxes``, and the boxes that parts of the messages have themselves."""
+        parts = [part for message in self.messages for part in message.content]
+        return [*self.boxes, *(self.box_of_part(part) for part in parts if part.box is not None)]
+
+    def with_pixel_boxes(self, size_of: Callable[[str], tuple[int, int]]) -> "Sample":
+        """Return the sample with all boxes in pixels; ``size_of`` returns (height, width) of an image."""
+
+        def in_pixels(box: Box | Part) -> Box | Part:
+            if not box.relative:
+                return box
+            height, width = size_of(box.image)
+            x1, y1, x2, y2 = box.box
+            return replace(box, box=[x1 * width, y1 * height, x2 * width, y2 * height], relative=False)
+
+        if not any(box.relative for box in self.all_boxes):
+            return self
+        messages = [Message(message.role, [in_pixels(part) for part in message.content]) for message in self.messages]
+        return replace(self, boxes=[in_pixels(box) for box in self.boxes], messages=messages)
 
     @property
     def target_box(self) -> Box | None:

@@ -21,7 +21,8 @@ from idavlm.evaluation.scoring import (
     score_description,
     score_matching,
 )
-from idavlm.utils.answer_parsing import parse_image_number, parse_letter, parse_yes_no
+from idavlm.evaluation.task_evaluation import TaskEvaluation
+from idavlm.utils.answer_parsing import is_refusal, parse_image_number, parse_letter, parse_yes_no
 
 __all__ = [
     "Answer",
@@ -30,6 +31,7 @@ __all__ = [
     "Example",
     "Interval",
     "Prediction",
+    "TaskEvaluation",
     "bootstrap_mean",
     "box_iou",
     "check_wrong_references",
@@ -40,6 +42,7 @@ __all__ = [
     "identity_maps",
     "interval_summary",
     "interval_table",
+    "is_refusal",
     "load_answers",
     "load_checkpoint",
     "make_example",

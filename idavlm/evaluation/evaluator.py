@@ -28,7 +28,7 @@ def evaluate(
 
     Args:
         model: as in :func:`generate_answers`.
-        processor: as in :func:`generate_answers`, with ``parse_box(text, image_size, name=...)``.
+        processor: as in :func:`generate_answers`, with ``read_box(text, image_size, name=..., other_names=...)``.
         samples: evaluation samples: a list, or a :class:`idavlm.data.RecordDataset`. Ids may repeat.
         batch_size: samples per batch.
         max_new_tokens: maximum length of an answer.
@@ -47,7 +47,7 @@ def evaluate(
     numbered = [replace(sample, id=str(number)) for number, sample in enumerate(samples)]
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "references": references}
     answers = generate_answers(model, processor, numbered, **options)
-    result = score_answers(numbered, answers, parse_box=processor.parse_box)
+    result = score_answers(numbered, answers, read_box=processor.read_box)
     predictions = [
         replace(prediction, id=sample.id) for prediction, sample in zip(result.predictions, samples, strict=True)
     ]

@@ -89,7 +89,7 @@ def changed_parts(before: Mapping[str, str], now: Mapping[str, str], parts: Iter
 
 def _part(sample: Sample, part: Part) -> list:
     if part.type == "box":
-        return ["box", part.name, sample.message_images.index(part.image), sample.box_of(part.name, part.image).box]
+        return ["box", part.name, sample.message_images.index(part.image), sample.box_of_part(part).box]
     return [part.type, part.text]
 
 

@@ -22,26 +22,57 @@ from tqdm import tqdm
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.tasks.base import Item
-from idavlm.utils import append_lines, check_positive, drop_torn_line, plain_answer
+from idavlm.utils import append_lines, check_positive, drop_torn_line
+from idavlm.utils.answer_text import answer_parts, json_field, json_text, plain_answer, without_markdown
+from idavlm.utils.json_text import find_json
 
 T = TypeVar("T")
 
 _RETRIED = (408, 409, 429, 500, 502, 503, 504, 529)
 
-_NUMBER = r"(?<![\d.,])(\d{1,2}(?:\.\d+)?)(?![\d.]*\d)"
-_OUT_OF_TEN = re.compile(rf"{_NUMBER}\s*(?:/|out of)\s*(?:10|ten)\b(?!\.\d)", re.IGNORECASE)
-_OUT_OF_OTHER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?\s*(?:/|out of)\s*\d+", re.IGNORECASE)
-_NAMED = re.compile(
-    r"(?:score|rating|grade|评分|得分|分数)(?:\s*\(\s*1\s*(?:-|to)\s*10\s*\))?[\s\"'*_]*(?:is|of|为|是)?[\s\"'*_:=\[(]*"
-    rf"{_NUMBER}(?!\s*(?:-|to\b|/))",
-    re.IGNORECASE,
+_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBER = rf"(?<![\d.,-])(\d{{1,2}}(?:\.\d+)?(?![\d.]*\d)|\d{{3,}}|(?:{'|'.join(_WORDS)})\b)"
+_OF_TEN = r"(?:\s*(?:/|out of)\s*(?:10|ten)\b(?!\.\d))"
+_OUT_OF_OTHER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?\s*(?:/|out of|of)\s*(?!(?:10|ten)\b(?!\.\d))\d+", re.IGNORECASE)
+_SCALE = r"(?:\s*\(\s*1\s*(?:-|to)\s*10\s*\))?"
+_OVERALL = (
+    r"(?:overall|total|final|general|globale|gesamt\w*|总分|总体评分|综合评分|最终评分|総合評価|総合点|총점|총평)"
+    r"(?:\s+(?:score|rating|grade|verdict|assessment|result|mark))?"
 )
-_ALONE = re.compile(rf"[\s\"'*\[(]*{_NUMBER}[\s\"'*\])]*(?:points?|分)?[\s.*]*", re.IGNORECASE)
-_LAST_LINE = re.compile(rf"^[\s\"'*\[(]*{_NUMBER}[\s\"'*\])]*\.?$")
+_LABEL = (
+    r"(?:score|rating|grade|mark|verdict|评分|得分|分数|打分|スコア|点数|評価|점수|평점|puntuaci[oó]n(?:\s+general)?|note(?:\s+globale)?"
+    r"|nota|pontua[cç][aã]o|(?:gesamt)?bewertung|punkte|оценка)"
+)
+_VALUE = rf"[\s\"'|_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)"
+_SCORE_FORMS = (
+    # The form that is most clearly a score of the whole answer comes first.
+    re.compile(
+        rf"\b{_OVERALL}{_SCALE}[\s\"'|:=_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)|{_NUMBER}{_OF_TEN}?[ \t]+overall\b",
+        re.IGNORECASE,
+    ),
+    re.compile(rf"(?<!\w){_LABEL}{_SCALE}\s*(?:[\"']?\s*[:=|]|\n|\[|\()[\s:=]*+{_VALUE}", re.IGNORECASE),
+    re.compile(
+        rf"(?<!\w){_LABEL}(?:\s+[^\d.\n]{{0,30}}?(?:is|of|as|be)\s+|\s*[为是]\s*){_VALUE}"
+        rf"|\b(?:give|rate|score|grade)s?(?:\s+(?:it|this|the))?(?:\s+answer)?(?:\s+as)?(?:\s+an?)?\s+{_NUMBER}|给\s*{_NUMBER}\s*分"
+        rf"|\b(?:deserves|gets|earns|worth)\s+(?:an?\s+)?{_NUMBER}",
+        re.IGNORECASE,
+    ),
+)
+_OUT_OF_TEN = re.compile(_NUMBER + _OF_TEN, re.IGNORECASE)
+_ALONE = re.compile(rf"[\s\"'\[(<]*+{_NUMBER}[\s\"'\])>]*+(?:points?|分|점)?+[\s.。]*+", re.IGNORECASE)
+_LEADING = re.compile(rf"\W*{_NUMBER}\s+-\s")
+_SCORE_KEYS = (
+    re.compile(r"(?:overall|total|final)(?:_?(?:score|rating|grade|verdict))?"),
+    re.compile(r"score|rating|grade|mark|verdict|answer|评分|得分"),
+)
 _WINNER = re.compile(
-    r"\[\[\s*(A|B|C|tie)\s*\]\]|(?:winner|verdict|better)[\"'*]*\s*(?:is)?\s*[\"'*:=]*\s*(A|B|tie)\b", re.I
+    r"\[\[\s*(A|B|C|tie)\s*\]\]|(?:winner|verdict|better(?: answer)?)[\"']*\s*(?:is)?\s*[\"':=]*\s*(A|B|tie)\b"
+    r"|\b((?-i:A|B))\s+is\s+(?:\w+\s+)?better\b|\b(?:choose|pick|prefer)\s+(?:answer\s+)?((?-i:A|B))\b|(A|B)\s*更好"
+    r"|\bit(?:'s| is) a (tie)\b|[.!\n]\s*(tie)\W*\Z",
+    re.I,
 )
-_WINNER_ALONE = re.compile(r"[\s\"'*\[(]*(A|B|tie)[\s\"'*\]).]*", re.IGNORECASE)
+_WINNER_ALONE = re.compile(r"[\s\"'\[(]*(A|B|tie)[\s\"'\]).]*", re.IGNORECASE)
+_WINNER_KEYS = re.compile(r"winner|verdict|better|best|preferred|preference|choice|answer")
 
 SYSTEM = (
     "You judge answers about images of named characters. You do not see the images: the ground truth says what is in "
@@ -320,27 +351,53 @@ def _map_concurrently(
 def parse_score(reply: str) -> float | None:
     """Parse a score from 1 to 10; None if ``reply`` contains none (a refusal) or one out of range.
 
-    Recognised are "7/10" and "7 out of 10", "Score: 7" (also in JSON), and a reply, or its first or last line, that
-    consists of the number only. The last of several labelled scores counts, because explanations precede conclusions.
-    "A scale of 1 to 10", "2 people" and "3/5" are not scores.
+    The first of these that is there decides: a number in ``<score>`` or another tag, the field of JSON, the last
+    overall score ("Overall: 7"), the last "Score: 7", the last "score of 7" or "I rate it 7", "7/10" if all such
+    numbers agree, and a first or last line that consists of the number. Scores of single aspects beside an overall one
+    do not count. "A scale of 1 to 10", "2 people" and "3/5" are no scores.
     """
-    text = plain_answer(reply).strip()
-    found = [float(match[1]) for match in _OUT_OF_TEN.finditer(text)]
-    if not found:
-        found = [float(match[1]) for match in _NAMED.finditer(_OUT_OF_OTHER.sub(" ", text))]
-    if not found:
-        lines = [line for line in text.splitlines() if line.strip()]
-        edges = [line for line in (*lines[-1:], *lines[:1]) if _LAST_LINE.match(line)]
-        alone = _ALONE.fullmatch(text) or (_LAST_LINE.match(edges[0]) if edges else None)
-        found = [float(alone[1])] if alone else []
-    return found[-1] if found and 1 <= found[-1] <= 10 else None
+    parts = answer_parts(without_markdown(plain_answer(reply)))
+    values = [value for _, _, value in find_json(parts[-1]) if isinstance(value, dict)]
+    if values and (field := _score_field(values[-1])) is not None:
+        parts = [json_text(field)]
+    text = _OUT_OF_OTHER.sub(" ", parts[-1]).strip()
+    if alone := _ALONE.fullmatch(text):
+        return _in_range(alone[1])
+    for form in _SCORE_FORMS:
+        if found := list(form.finditer(text)):
+            return _in_range(next(filter(None, found[-1].groups())))
+    found = {match[1] for match in _OUT_OF_TEN.finditer(text)}
+    if found:
+        return _in_range(found.pop()) if len(found) == 1 else None
+    lines = [line for line in text.splitlines() if line.strip()]
+    for line in (*lines[-1:], *lines[:1]):
+        if alone := _ALONE.fullmatch(line) or _LEADING.match(line):
+            return _in_range(alone[1])
+    return None
+
+
+def _score_field(value: dict) -> object | None:
+    """The overall score of an object, otherwise its score; an object in a field is searched too."""
+    fields = {re.sub(r"[\s-]", "_", key.lower()): content for key, content in value.items()}
+    for pattern in _SCORE_KEYS:
+        for key, content in fields.items():
+            if pattern.fullmatch(key):
+                return _score_field(content) if isinstance(content, dict) else "" if content is None else content
+    return None
+
+
+def _in_range(score: str) -> float | None:
+    number = float(_WORDS.index(score.lower()) + 1 if score.lower() in _WORDS else score)
+    return number if 1 <= number <= 10 else None
 
 
 def parse_winner(reply: str) -> str | None:
     """Parse ``"A"``, ``"B"`` or ``"tie"``; None if ``reply`` contains no verdict."""
-    text = plain_answer(reply)
+    text = answer_parts(without_markdown(plain_answer(reply)))[-1]
+    field = json_field(text, _WINNER_KEYS)
+    text = text if field is None else json_text(field)
     alone = _WINNER_ALONE.fullmatch(text)
-    found = [alone[1]] if alone else [match[1] or match[2] for match in _WINNER.finditer(text)]
+    found = [alone[1]] if alone else [next(filter(None, match.groups())) for match in _WINNER.finditer(text)]
     # All but A and B is a tie, also "tie" with the dotted i of Turkish, which a pattern matches that ignores case.
     return {"A": "A", "B": "B"}.get(found[-1].upper(), "tie") if found else None
 

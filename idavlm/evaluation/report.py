@@ -10,7 +10,7 @@ from idavlm.data.schema import TASK_TYPES
 from idavlm.evaluation.bootstrap import bootstrap_mean
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet
 from idavlm.evaluation.plots import LogHistory, plot_bars, plot_curves
-from idavlm.evaluation.results import EvaluationResult, Prediction, metrics_of, summarize
+from idavlm.evaluation.results import PROBLEMS, EvaluationResult, Prediction, metrics_of, summarize
 from idavlm.utils import describe_machine, markdown_table
 
 Label = Callable[[Prediction], str]
@@ -20,7 +20,9 @@ _METRICS = """\
 *matching*: accuracy of the chosen image. *location*: mean IoU of the predicted box, and the share of boxes with an IoU
 of at least 0.5; chance is a random choice among the annotated boxes of the image. *qa*: accuracy of the most likely
 candidate among the right and the false answers. *caption*: precision and recall of names, and the share of the clauses
-of the right description ("Kate is waving") that are reproduced literally. Answers that cannot be parsed score 0."""
+of the right description ("Kate is waving") that are reproduced literally. Answers that cannot be parsed score 0.
+*refused*: share of answers that decline or say that they do not know. *other box format*: share of boxes whose numbers
+cannot be of the box format that was chosen for the model."""
 
 
 def write_report(
@@ -126,9 +128,9 @@ def score_table(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
             chance = [found[0]["chance"][metric]] if metric in found[0]["chance"] else []
             first = [task, metric, found[0]["n"]] if number == 0 else ["", metric, ""]
             rows.append([*first, *map(_format_range, cells), _format_range(chance)])
-        if any(summary["unparsed"] for summary in found):
-            cells = [[s[task]["unparsed"] / s[task]["n"] for s in seeds if task in s] for seeds in summaries.values()]
-            rows.append(["", "unparsed", "", *map(_format_range, cells), "-"])
+        for problem in _problems(found):
+            cells = [[s[task][problem] / s[task]["n"] for s in seeds if task in s] for seeds in summaries.values()]
+            rows.append(["", problem, "", *map(_format_range, cells), "-"])
     return markdown_table(["task", "metric", "records", *summaries, "chance"], rows)
 
 
@@ -141,7 +143,8 @@ def interval_summary(result: EvaluationResult, label: Label) -> dict[str, dict]:
             of first appearance.
 
     Returns:
-        ``{group: {"n", "unparsed", "metrics": {metric: {"mean", "low", "high", "n"}}, "chance": {metric: mean}}}``.
+        ``{group: summary}``, see :func:`idavlm.evaluation.results.summarize`; each metric is
+        ``{"mean", "low", "high", "n"}``.
     """
     groups: dict[str, list[Prediction]] = {}
     for predictions in result.by_task.values():
@@ -154,7 +157,8 @@ def interval_summary(result: EvaluationResult, label: Label) -> dict[str, dict]:
 def interval_table(results: Mapping[str, EvaluationResult], label: Label, *, first: str = "task") -> str:
     """Markdown table of :func:`interval_summary`: one row per metric of a group, one column per variant, then chance.
 
-    ``n`` counts the items that have the metric. If answers could not be parsed, their share is a row of its own.
+    ``n`` counts the items that have the metric. The share of refusals is a row of its own, and so are the shares of
+    answers that could not be parsed and of boxes of another format, if there are any.
 
     Args:
         results: variant -> result.
@@ -174,11 +178,20 @@ def interval_table(results: Mapping[str, EvaluationResult], label: Label, *, fir
             chance = next((group["chance"][metric] for group in found if metric in group["chance"]), None)
             rows.append([head, metric, max(counts), *cells, "-" if chance is None else f"{chance:.2f}"])
             head = ""
-        if any(group["unparsed"] for group in found):
+        for problem in _problems(found):
             groups = [summary.get(name) for summary in summaries.values()]
-            cells = ["-" if group is None else f"{group['unparsed'] / group['n']:.3f}" for group in groups]
-            rows.append([head, "unparsed", max(group["n"] for group in found), *cells, "-"])
+            cells = ["-" if group is None else f"{group[problem] / group['n']:.3f}" for group in groups]
+            rows.append([head, problem, max(group["n"] for group in found), *cells, "-"])
+            head = ""
     return markdown_table([first, "metric", "n", *summaries, "chance"], rows)
+
+
+def _problems(summaries: Sequence[Mapping]) -> list[str]:
+    """Shares that a table shows: that of refusals always, the others if they are not zero."""
+    names = ["refused"] if summaries else []
+    return names + [
+        name for name in ("unparsed", *PROBLEMS) if name != "refused" and any(found[name] for found in summaries)
+    ]
 
 
 def format_seconds(seconds: float) -> str:

@@ -21,6 +21,9 @@ MAIN_METRICS = {
 }
 """The metric that represents a task in plots and comparisons: the first of these that was computed."""
 
+PROBLEMS = ("refused", "other box format")
+"""Values of :attr:`Prediction.problem` that summaries count."""
+
 
 def main_metric(task: str, metrics: Iterable[str]) -> str | None:
     """The main metric of ``task`` among ``metrics``; for other tasks the first one; None if there is none."""
@@ -43,6 +46,8 @@ class Prediction:
         box: the predicted box in pixels of the original image; None if there is none. Location only.
         gold_box: the right box. Location only.
         parsed: whether the answer could be parsed.
+        problem: ``"refused"`` if the answer declines or says that it does not know, ``"other box format"`` if its
+            numbers cannot be of the box format of the model; otherwise "".
         item: what was asked, see :func:`idavlm.evaluation.fingerprints.item_fingerprint`; {} if unknown.
     """
 
@@ -55,6 +60,7 @@ class Prediction:
     box: list[float] | None = None
     gold_box: list[float] | None = None
     parsed: bool = True
+    problem: str = ""
     item: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -78,7 +84,7 @@ class EvaluationResult:
 
     @property
     def summary(self) -> dict[str, dict]:
-        """``{task: {"n", "unparsed", "metrics": {metric: mean}, "chance": {metric: mean}}}``."""
+        """``{task: {"n", "unparsed", "refused", ...}}``, see :func:`summarize`."""
         return {task: summarize(found, fmean) for task, found in self.by_task.items()}
 
     @property
@@ -139,14 +145,19 @@ def metrics_of(rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def summarize(predictions: Sequence[Prediction], mean: Callable[[list[float]], Any]) -> dict[str, Any]:
-    """``{"n", "unparsed", "metrics": {metric: mean(values)}, "chance": {metric: mean}}`` of the predictions.
+    """Summary of the predictions of a task.
 
-    Each metric is computed from the predictions that have it.
+    Returns:
+        ``n``, ``unparsed``, and the problems ``refused`` and ``other box format``, which are numbers of predictions;
+        ``metrics``: metric -> ``mean(values)``; ``chance``: metric -> mean. Refusals and boxes of another format are
+        among the unparsed predictions too, where an answer is parsed. Each metric is computed from the predictions that
+        have it.
     """
     scores, chance = [found.scores for found in predictions], [found.chance for found in predictions]
     return {
         "n": len(predictions),
         "unparsed": sum(not prediction.parsed for prediction in predictions),
+        **{problem: sum(found.problem == problem for found in predictions) for problem in PROBLEMS},
         "metrics": {name: mean([row[name] for row in scores if name in row]) for name in metrics_of(scores)},
         "chance": {name: fmean(row[name] for row in chance if name in row) for name in metrics_of(chance)},
     }
@@ -161,6 +172,7 @@ def _prediction(entry: object, where: str) -> Prediction:
     wrong += [name for name in ("scores", "chance") if not _are_numbers(entry.get(name, {}))]
     wrong += [name for name in ("box", "gold_box") if not _is_box(entry.get(name))]
     wrong += [] if isinstance(entry.get("parsed", True), bool) else ["parsed"]
+    wrong += [] if entry.get("problem", "") in ("", *PROBLEMS) else ["problem"]
     item = entry.get("item", {})
     is_item = isinstance(item, dict) and all(isinstance(part, str) for part in item.values())
     wrong += [] if is_item else ["item"]

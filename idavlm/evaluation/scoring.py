@@ -11,13 +11,15 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.choices import CHOICE_TASKS, candidates, most_likely
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.models.boxes import box_iou
-from idavlm.utils.answer_parsing import parse_image_number
+from idavlm.utils.answer_parsing import is_refusal, parse_image_number
+from idavlm.utils.answer_text import name_matches, plain_answer
 
 MAX_EDGE = 1e9
 """Largest coordinate of a box in pixels; larger numbers are not a box."""
 
-ParseBox = Callable[..., "list[float] | None"]
-"""``parse_box(text, image_size, name=...)``: pixels ``[x1, y1, x2, y2]``, or None if the text contains no box."""
+ReadBox = Callable[..., "tuple[list[float] | None, str | None]"]
+"""``read_box(text, image_size, name=..., other_names=...)``: pixels and None, or None and the reason why there is no
+box, see :meth:`idavlm.models.BoxFormat.read`."""
 
 _TOKEN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+")
 _TITLES = (
@@ -31,15 +33,12 @@ _END_OF_CLAUSE = re.compile(r"[.;,!?\n]|\band\b")
 def names_in(text: str, names: Iterable[str] | Mapping[str, str]) -> set[str]:
     """The ``names`` that occur in ``text`` as whole words; "Elvish Ranger" does not count as "Ranger".
 
-    The search is case-sensitive: "Rose" is a name, "rose" is not. If ``names`` is a mapping of spellings to names
-    (:func:`name_spellings`), spellings are searched and the corresponding names are returned.
+    The search is case-sensitive: "Rose" is a name, "rose" is not. Unicode normal forms do not matter. If ``names`` is a
+    mapping of spellings to names (:func:`name_spellings`), spellings are searched and the corresponding names are
+    returned.
     """
     spellings = names if isinstance(names, Mapping) else {name: name for name in names}
-    longest_first = sorted((name for name in spellings if name in text), key=len, reverse=True)
-    if not longest_first:
-        return set()
-    found = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", text)
-    return {spellings[spelling] for spelling in found}
+    return {spellings[spelling] for spelling in name_matches(text, spellings, ignore_case=False)}
 
 
 def name_spellings(own: Sequence[str], all_names: Iterable[str] = ()) -> dict[str, str]:
@@ -66,7 +65,7 @@ def closest(text: str, texts: Sequence[str]) -> str:
 
     A text that equals ``text`` up to case and punctuation is always the closest.
     """
-    text_words = words(text)
+    text_words = words(plain_answer(text))
 
     def similarity(other: str) -> float:
         other_words = words(other)
@@ -127,6 +126,7 @@ def score_description(
         clauses: whether to compute ``clause_recall``. It is meaningful only if right answers follow fixed wordings.
     """
     names = names if isinstance(names, Mapping) else list(names)
+    text = plain_answer(text)
     predicted, right = names_in(text, names), names_in(answer, names)
     precision = _share(len(predicted & right), len(predicted), empty=not right)
     recall = _share(len(predicted & right), len(right), empty=True)
@@ -144,7 +144,7 @@ def score_answers(
     samples: Sequence[Sample],
     answers: Sequence[Answer],
     *,
-    parse_box: ParseBox | None,
+    read_box: ReadBox | None,
     prose: bool = False,
     names: Sequence[str] | None = None,
     image_size: Callable[[Sample], tuple[int, int] | None] = lambda sample: None,
@@ -154,7 +154,7 @@ def score_answers(
     Args:
         samples: evaluation samples.
         answers: from :func:`generate_answers` or :func:`load_answers`.
-        parse_box: parses the boxes that the model writes: ``processor.parse_box``, or ``BoxFormat(kind).parse``. May be
+        read_box: reads the boxes that the model writes: ``processor.read_box``, or ``BoxFormat(kind).read``. May be
             None if no sample asks for a box.
         prose: whether the right descriptions are free prose (MM-ID). Then ``clause_recall`` is not computed, and parts
             of names count as names.
@@ -162,7 +162,7 @@ def score_answers(
         image_size: returns height and width of the last image of a sample, for answers without ``image_size``.
 
     Raises:
-        ValueError: ``answers`` do not belong to ``samples`` or hold nothing to score, or ``parse_box`` is missing.
+        ValueError: ``answers`` do not belong to ``samples`` or hold nothing to score, or ``read_box`` is missing.
     """
     if [sample.id for sample in samples] != [answer.id for answer in answers]:
         raise ValueError(
@@ -175,9 +175,9 @@ def score_answers(
                 f"answers: the answer to {sample.where or sample.id} of task {sample.task!r} has no prediction; only "
                 "answers to multiple-choice questions may have likelihoods instead."
             )
-    if parse_box is None and any(sample.task == "location" for sample in samples):
+    if read_box is None and any(sample.task == "location" for sample in samples):
         raise ValueError(
-            "parse_box=None, but some samples ask for a box; pass processor.parse_box or BoxFormat(kind).parse."
+            "read_box=None, but some samples ask for a box; pass processor.read_box or BoxFormat(kind).read."
         )
     if names is None:
         names = sorted({identity.name for sample in samples for identity in sample.identities})
@@ -186,7 +186,7 @@ def score_answers(
         size = answer.image_size or (image_size(sample) if sample.task == "location" else None)
         spellings = name_spellings([identity.name for identity in sample.identities], names) if prose else names
         predictions.append(
-            score_answer(sample, answer, image_size=size, parse_box=parse_box, names=spellings, clauses=not prose)
+            score_answer(sample, answer, image_size=size, read_box=read_box, names=spellings, clauses=not prose)
         )
     return EvaluationResult(predictions)
 
@@ -196,7 +196,7 @@ def score_answer(
     answer: Answer,
     *,
     image_size: tuple[int, int] | None,
-    parse_box: ParseBox | None,
+    read_box: ReadBox | None,
     names: Sequence[str] | Mapping[str, str],
     clauses: bool = True,
 ) -> Prediction:
@@ -209,44 +209,59 @@ def score_answer(
         sample: evaluation sample.
         answer: generated text, likelihoods of the candidates, or both.
         image_size: height and width of the last image.
-        parse_box: see :func:`score_answers`.
+        read_box: see :func:`score_answers`.
         names: see :func:`score_description`.
         clauses: whether descriptions get ``clause_recall``.
     """
     if sample.task == "location":
-        return _score_location(sample, answer.prediction or "", image_size, parse_box)
-    text, scores, chance = answer.prediction or "", None, {}
+        return _score_location(sample, answer.prediction or "", image_size, read_box)
+    text, scores, chance, refused = answer.prediction or "", None, {}, False
     if sample.task == "matching":
         count = len(sample.false_answers) + 1 if sample.false_answers else None
         scores = score_matching(text, sample.answer, count=count, name=sample.target or "")
     elif sample.task in CHOICE_TASKS:
         scores = {}
+        refused = is_refusal(text) and not any(map(is_refusal, candidates(sample)))
         if answer.likelihoods and sample.false_answers:
             scores["accuracy"] = float(most_likely(sample, answer.likelihoods) == sample.answer)
         if answer.prediction is not None and sample.false_answers:
-            scores["closest_accuracy"] = float(closest(text, candidates(sample)) == sample.answer)
+            scores["closest_accuracy"] = float(not refused and closest(text, candidates(sample)) == sample.answer)
         if answer.prediction is None:
             text = most_likely(sample, answer.likelihoods)
     else:
         scores = score_description(text, sample.answer, names, clauses=clauses)
+        refused = is_refusal(text) and not names_in(plain_answer(text), names)
     parsed = scores is not None
     scores = {"accuracy": 0.0} if scores is None else scores
     if sample.false_answers and not sample.task.startswith("caption"):
         chance = dict.fromkeys(scores, 1 / (1 + len(sample.false_answers)))
-    return Prediction(sample.id, sample.task, text, sample.answer, scores, chance, parsed=parsed)
+    problem = "refused" if refused or (not parsed and is_refusal(text)) else ""
+    return Prediction(sample.id, sample.task, text, sample.answer, scores, chance, parsed=parsed, problem=problem)
 
 
-def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | None, parse_box: ParseBox) -> Prediction:
-    box, gold = parse_box(text, image_size, name=sample.target), sample.target_box
+def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | None, read_box: ReadBox) -> Prediction:
+    others = [identity.name for identity in sample.identities if identity.name != sample.target]
+    (box, reason), gold = read_box(text, image_size, name=sample.target, other_names=others), sample.target_box
     if box is not None and not all(abs(edge) < MAX_EDGE for edge in box):
         box = None  # without the size of the image, boxes of any numbers are parsed
     boxes = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]
     chance = {metric: fmean(scores[metric] for scores in boxes) for metric in boxes[0]} if len(boxes) > 1 else {}
     scores = score_box(box or (0, 0, 0, 0), gold.box)  # an empty box has IoU 0
-    found = None if box is None else [float(edge) for edge in box]
-    gold_box = [float(edge) for edge in gold.box]
-    parsed = box is not None
-    return Prediction(sample.id, sample.task, text, sample.answer, scores, chance, found, gold_box, parsed)
+    problem = "other box format" if reason == "convention" else ""
+    if reason == "none" and is_refusal(text):
+        problem = "refused"
+    return Prediction(
+        sample.id,
+        sample.task,
+        text,
+        sample.answer,
+        scores,
+        chance,
+        box=None if box is None else [float(edge) for edge in box],
+        gold_box=[float(edge) for edge in gold.box],
+        parsed=box is not None,
+        problem=problem,
+    )
 
 
 def _f1(first: Sequence, second: Sequence) -> float:

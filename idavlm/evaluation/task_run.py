@@ -11,7 +11,7 @@ from idavlm.evaluation.fingerprints import item_fingerprint
 from idavlm.evaluation.generation import generate_answers
 from idavlm.evaluation.report import count_of, interval_summary, interval_table
 from idavlm.evaluation.results import EvaluationResult, Prediction
-from idavlm.evaluation.scoring import ParseBox
+from idavlm.evaluation.scoring import ReadBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.image_files import with_images
 from idavlm.utils import describe_machine, read_json_object, write_text
@@ -95,7 +95,7 @@ class TaskRun:
         self,
         items: Sequence[Item],
         answers: Sequence[Answer],
-        parse_box: ParseBox | None,
+        read_box: ReadBox | None,
         *,
         references: str = "right",
         judge: Judge | None = None,
@@ -105,7 +105,7 @@ class TaskRun:
 
         Each prediction has the fingerprint of its item, so that :func:`pair_predictions` compares equal items only.
         """
-        result = self.task.score(items, answers, parse_box)
+        result = self.task.score(items, answers, read_box)
         if judge is not None:
             result = judge(items, result)
         predictions = [

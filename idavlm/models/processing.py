@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from idavlm.data.messages import (
     is_batch,
     read_conversation,
     read_identities,
-    reads_as_name,
 )
 from idavlm.data.photos import PhotoLoader
-from idavlm.data.rendering import Segment
+from idavlm.data.rendering import Segment, count_chat_tokens
 from idavlm.data.schema import Part
 from idavlm.data.special_tokens import find_special_tokens, special_tokens
 from idavlm.models.boxes import BoxFormat
@@ -358,10 +357,7 @@ class IDAVLMProcessor(ProcessorMixin):
         header = "" if template is None else template.facts.header
         special = special_tokens(self.tokenizer)
         return [
-            references_in_text(
-                text, image_text, self.image_token, header=header, special=special, reads_as_name=reads_as_name
-            )
-            for text in texts
+            references_in_text(text, image_text, self.image_token, header=header, special=special) for text in texts
         ]
 
     def _template(self) -> ChatTemplate | None:
@@ -465,7 +461,8 @@ class IDAVLMProcessor(ProcessorMixin):
         # Boxes name their image by its path.
         in_messages = zip(sample.message_images, sizes[num_references:], strict=True)
         scene_sizes = {image: size for image, size in in_messages if isinstance(image, str)}
-        for box in sample.boxes:
+        sample = sample.with_pixel_boxes(scene_sizes.__getitem__)
+        for box in sample.all_boxes:
             height, width = scene_sizes[box.image]
             x1, y1, _, _ = _as_float32(box.box)
             if x1 >= width or y1 >= height:
@@ -518,9 +515,31 @@ class IDAVLMProcessor(ProcessorMixin):
         """Batch encoded samples. Use ``padding_side="left"`` for generation."""
         return Collator(self.tokenizer.pad_token_id, padding_side=padding_side)(encoded)
 
+    def num_tokens(self, sample: Sample) -> int:
+        """Number of tokens of :meth:`encode`, without decoding an image.
+
+        Of images with boxes in the messages, the header is read. The EXIF orientation of a PNG may be overlooked.
+        """
+        size_in_file = getattr(self.image_loader, "size", None) or self._size_in_file
+
+        def size_of(image: str | Image.Image) -> tuple[int, int]:
+            return size_in_file(sample.image_root, image)
+
+        sample = sample.with_pixel_boxes(size_of)
+        located = {part.image for message in sample.messages for part in message.content if part.type == "box"}
+        messages = self._messages(sample, {image: size_of(image) for image in located})
+        text = count_chat_tokens(self.tokenizer, messages, chat_template=self.chat_template)
+        return text + (len(sample.images) * (self._num_image_tokens() - 1) if sample.images else 0)
+
     def parse_box(self, text: str, image_size: tuple[int, int], *, name: str = "") -> list[float] | None:
         """Return the box in ``text`` in pixels of an image of (height, width), see :meth:`BoxFormat.parse`."""
-        return BoxFormat(self.box_format).parse(text, image_size, name=name)
+        return self.read_box(text, image_size, name=name)[0]
+
+    def read_box(
+        self, text: str, image_size: tuple[int, int] | None, *, name: str = "", other_names: Sequence[str] = ()
+    ) -> tuple[list[float] | None, str | None]:
+        """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
+        return BoxFormat(self.box_format).read(text, image_size, name=name, other_names=other_names)
 
     def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
         """Load and prepare an image file: pixels ``[3, H, W]``, and the (height, width) of the original.
@@ -534,6 +553,11 @@ class IDAVLMProcessor(ProcessorMixin):
             )
         image = ImageStore(root, resized_size=self._resized_size).open(path)
         return self._prepare(path, image)
+
+    def _size_in_file(self, root: Path | None, image: str | Image.Image) -> tuple[int, int]:
+        if isinstance(image, Image.Image):
+            return image.height, image.width
+        return ImageStore(root or Path.cwd(), resized_size=self._resized_size).size(image)
 
     def _load(self, root: Path | None, image: str | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         if isinstance(image, Image.Image):
@@ -638,7 +662,9 @@ class IDAVLMProcessor(ProcessorMixin):
                 yield image if field == "image" else Segment(name)
 
     def _box_text(self, sample: Sample, part: Part, image_sizes: dict[str, tuple[int, int]]) -> list[Segment]:
-        box, form = sample.box_of(part.name, part.image), BoxFormat(self.box_format)
+        box, form = sample.box_of_part(part), BoxFormat(self.box_format)
+        if not part.name:
+            return [Segment(form.write("", box.box, image_sizes[box.image]), is_markup=True)]
         before, after = form.around_name(box.box, image_sizes[box.image])
         name = [Segment(before, is_markup=True), Segment(part.name)] if form.writes_name else []
         return [*name, Segment(after, is_markup=True)]

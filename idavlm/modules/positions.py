@@ -1,6 +1,7 @@
 """Fixed 2-D position embeddings, sine-cosine or one-hot, and their bicubic resizing to another grid."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,9 @@ def resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[i
     )
     grid = positions.to(dtype).unflatten(0, source)
     # As matrix products, along one axis after the other: on a CPU, interpolate takes ten times as long for wide rows.
-    with torch.autocast(positions.device.type, enabled=False):
+    # Checks of checkpoints run models on the meta device, which has no autocast.
+    in_full = nullcontext() if positions.is_meta else torch.autocast(positions.device.type, enabled=False)
+    with in_full:
         resized = rows @ (columns @ grid).flatten(1)
     return resized.view(-1, positions.shape[1]).to(positions.dtype)
 

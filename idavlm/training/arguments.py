@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from idavlm.data.schema import SOURCES
-from idavlm.utils import check_choice
+from idavlm.utils import check_choice, check_positive
 from idavlm.utils.parameter_groups import MODULES
 
 STAGES = ("instruction_tuning", "identity_pretraining")
@@ -36,6 +36,12 @@ class IDTrainingArguments(TrainingArguments):
         teacher_forcing_steps: number of steps at the start of training in which image tokens get the identity
             embeddings of the ground-truth boxes instead of those that the identity attention predicts. It needs an
             ID-Former with ``identity_embedding``.
+        packing: put the samples of a training batch into a few rows without padding between them, see
+            :class:`idavlm.data.PackingCollator`. Losses and gradients stay the same.
+        max_length: largest number of tokens of a packed row; by default all samples of a batch are in one row, which
+            is what flash attention needs. With other attention set it to the length of a few samples.
+        image_features: folder for the features of a frozen vision tower. They are written at the first use and read in
+            place of images, see :class:`idavlm.models.ImageFeatures`.
         gather_references: compute the contrastive loss over the references of all processes, as CLIP compares with the
             texts of all processes. Then two processes with one batch each have the loss of one process with both. False
             saves communication and memory; each process then compares with the references of its own batch.
@@ -72,6 +78,11 @@ class IDTrainingArguments(TrainingArguments):
     teacher_forcing_steps: int = field(
         default=0, metadata={"help": "Steps in which image tokens get the identity embeddings of the boxes."}
     )
+    packing: bool = field(default=False, metadata={"help": "Pack the samples of a batch into rows without padding."})
+    max_length: int | None = field(default=None, metadata={"help": "Largest number of tokens of a packed row."})
+    image_features: str | None = field(
+        default=None, metadata={"help": "Folder for features of the frozen vision tower, read in place of images."}
+    )
     gather_references: bool = field(
         default=True, metadata={"help": "Compute the contrastive loss over the references of all processes."}
     )
@@ -91,6 +102,12 @@ class IDTrainingArguments(TrainingArguments):
         self._check_inherited()
         self._check_stage()
         check_choice("non_finite_loss", self.non_finite_loss, ON_NON_FINITE_LOSS)
+        check_positive(max_length=self.max_length)
+        if self.max_length is not None and not self.packing:
+            raise ValueError(
+                f"max_length={self.max_length} is the length of packed rows and has no effect without packing; set "
+                "packing=True, or limit the length of samples by max_length of the processor."
+            )
         for source in self.loss_weights or {}:
             check_choice("loss_weights", source, SOURCES)
         self.loss_weights = dict.fromkeys(SOURCES, 1.0) | (self.loss_weights or {})
@@ -162,6 +179,11 @@ class IDTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"teacher_forcing_steps={self.teacher_forcing_steps} has no effect with stage='identity_pretraining', "
                 "which does not use the image tokens; set it to 0."
+            )
+        if self.packing:
+            raise ValueError(
+                "packing=True has no effect with stage='identity_pretraining', which does not run the language model; "
+                "leave it out."
             )
         if self.workflow is not None:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from idavlm._compat import saved_weights_by_module_name
-from idavlm.data import RecordDataset
+from idavlm.data import RecordDataset, RecordStream
 from idavlm.training.arguments import IDTrainingArguments
 
 TRAINER_STATE = "trainer_state.json"
@@ -123,15 +123,15 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def describe_dataset(dataset: Dataset | None) -> str | None:
     """Class, length and, where it is cheap, a hash of the content of a data set.
 
-    The content of a :class:`RecordDataset` is its file of records, that of a ``datasets.Dataset`` its fingerprint.
+    The content of a :class:`RecordDataset` is its file of records, that of a ``datasets.Dataset`` its fingerprint. Of
+    a :class:`RecordStream`, the content is not known.
     """
     if dataset is None:
         return None
     name = type(dataset).__name__
     text = f"{name} of {len(dataset)} samples" if hasattr(dataset, "__len__") else name
-    if isinstance(dataset, RecordDataset):
-        with dataset.path.open("rb") as file:
-            return f"{text}, file hash {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    if isinstance(dataset, (RecordDataset, RecordStream)):
+        return f"{text}, {dataset.fingerprint}"
     if isinstance(dataset, Subset):
         indices = hashlib.sha256(repr([int(index) for index in dataset.indices]).encode()).hexdigest()[:16]
         return f"{text}, index hash {indices}, of [{describe_dataset(dataset.dataset)}]"
@@ -160,6 +160,10 @@ def data_settings(
         settings[f"accelerator_config.{name}"] = getattr(args.accelerator_config, name)
     if not args.auto_find_batch_size:  # otherwise the Trainer restores the batch size that was found
         settings["per_device_train_batch_size"] = args.per_device_train_batch_size
+    if args.image_features is not None:
+        settings["image_features"] = True
+    if args.packing:
+        settings |= {"packing": True, "max_length": args.max_length}
     if general_dataset is not None:
         settings |= {"mixing_mode": args.mixing_mode, "mixing_ratio": args.mixing_ratio}
     return settings

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from idavlm.models import IDAVLMForConditionalGeneration
 from idavlm.models.attach import image_features_with_identities
+from idavlm.models.packed_attention import check_packable
 from idavlm.training.arguments import IDTrainingArguments
 
 TRAIN_MORE = (
@@ -69,6 +71,22 @@ def check_mixing(args: IDTrainingArguments, train_dataset: Dataset | None, gener
         value, default = getattr(args, name), IDTrainingArguments.__dataclass_fields__[name].default
         if value != default:
             raise ValueError(f"{name}={value!r} has no effect without general_dataset; pass one, or leave it out.")
+
+
+def check_packing(model: nn.Module, args: IDTrainingArguments, processing_class: Any) -> None:
+    """Check that the model and the processor can be trained on packed rows."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        raise ValueError(
+            f"packing=True needs the padding token of a tokenizer, but processing_class={type(processing_class)} has "
+            "none; pass the processor as processing_class, with a tokenizer whose pad_token is set."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"packing=True needs a model of idavlm or transformers, but model is {type(model).__name__}; use "
+            "packing=False."
+        )
+    check_packable(model, max_length=args.max_length)
 
 
 def check_general_data(model: nn.Module, general_dataset: Dataset | None) -> None:

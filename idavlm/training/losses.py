@@ -80,25 +80,35 @@ def row_sources(batch: Mapping[str, Any], num_rows: int, device: torch.device | 
     return torch.tensor([SOURCES.index(source) for source in sources], device=device)
 
 
+def token_sources(batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """Index of the source of each token: ``[B, 1]``, or ``[R, L]`` for packed rows, which may have both sources."""
+    token_sample = batch.get("token_sample_index")
+    if token_sample is None:
+        return row_sources(batch, len(labels), labels.device)[:, None]
+    token_sample = token_sample.to(labels.device).clamp(min=0)  # padding has no labels
+    return row_sources(batch, int(token_sample.max()) + 1, labels.device)[token_sample]
+
+
 def _labelled_tokens(batch: Mapping[str, Any]) -> Tensor:
     """``[sources]`` number of tokens that enter the loss."""
     labels = batch.get("labels")
     if labels is None:
         return F.one_hot(row_sources(batch, 1)[0].cpu(), len(SOURCES))
+    sources = token_sources(batch, labels)
     if labels.dim() > 1:  # the first token of a row has no prediction
-        labels = labels[:, 1:].flatten(1)
-    is_labelled = (labels != IGNORE_INDEX).reshape(len(labels), -1)
-    sources = row_sources(batch, len(labels), labels.device)
-    return torch.zeros(len(SOURCES), dtype=torch.int64, device=labels.device).index_add_(0, sources, is_labelled.sum(1))
+        labels, sources = labels[:, 1:].flatten(1), sources if sources.shape[1] == 1 else sources[:, 1:]
+    is_labelled = (labels != IGNORE_INDEX).reshape(len(labels), -1).long()
+    counts = torch.zeros(len(SOURCES), dtype=torch.int64, device=labels.device)
+    return counts.index_add_(0, sources.expand_as(is_labelled).flatten(), is_labelled.flatten())
 
 
-def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tensor) -> dict[str, Tensor]:
+def language_loss_by_source(logits: Tensor, labels: Tensor, token_source: Tensor) -> dict[str, Tensor]:
     """Mean next-token cross-entropy of each source in a batch that mixes them.
 
     Args:
         logits: ``[B, T, vocabulary]``.
         labels: ``[B, T]``, -100 at tokens that have no loss.
-        sample_source: ``[B]``, 0 for identity samples and 1 for general samples.
+        token_source: ``[B, T]`` or ``[B, 1]``, 0 for tokens of identity samples and 1 for tokens of general samples.
 
     Returns:
         The loss of each source that the batch has samples of; 0 if they have no labels.
@@ -109,9 +119,9 @@ def language_loss_by_source(logits: Tensor, labels: Tensor, sample_source: Tenso
     is_labelled = targets != IGNORE_INDEX
     losses = {}
     for index, source in enumerate(SOURCES):
-        rows = sample_source == index
-        if rows.any():
-            losses[source] = loss[rows].sum() / is_labelled[rows].sum().clamp(min=1)
+        of_source = (token_source == index).expand_as(loss)
+        if of_source.any():
+            losses[source] = loss[of_source].sum() / is_labelled[of_source].sum().clamp(min=1)
     return losses
 
 

@@ -4,14 +4,13 @@ A reward function is called with ``completions`` and, by keyword, the columns of
 It returns one reward per completion; None where the example lacks what the reward needs, which TRL leaves out.
 """
 
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from idavlm.models import BoxFormat
 from idavlm.models.boxes import box_iou as intersection_over_union
 from idavlm.utils.answer_parsing import parse_image_number, parse_yes_no
+from idavlm.utils.answer_text import name_matches, plain_answer
 
 Reward = Callable[..., list[float | None]]
 
@@ -30,16 +29,15 @@ def name_reward(completions: Sequence[Any], names: Sequence[Any], introduced: Se
         if right is None:
             rewards.append(None)
             continue
-        text = _text(completion)
+        text = plain_answer(_text(completion))
         right = [right] if isinstance(right, str) else list(right)
         wrong = [name for name in all_names or () if name not in right]
-        is_right = all(_mentions(text, name) for name in right) and not any(_mentions(text, name) for name in wrong)
-        rewards.append(float(is_right))
+        rewards.append(float(set(name_matches(text, [*right, *wrong])) == set(right)))
     return rewards
 
 
 def presence_reward(completions: Sequence[Any], present: Sequence[bool | None], **columns) -> list[float | None]:
-    """1 if the completion says correctly whether the identity is in the scene, 0 otherwise.
+    """1 if the completion says correctly whether the identity is in the scene, 0 otherwise, also for a refusal.
 
     Args:
         completions: texts, or conversations of one assistant message: "Yes", "She is not here", ...
@@ -97,9 +95,3 @@ def _text(completion: Any) -> str:
         content = message["content"]
         parts += [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     return "".join(parts)
-
-
-def _mentions(text: str, name: str) -> bool:
-    """Whether the text has the name as a whole word, in any Unicode normal form and case."""
-    text, name = (unicodedata.normalize("NFC", value).casefold() for value in (text, name))
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None

@@ -1,19 +1,24 @@
 """transformers' Trainer with two data sources, training stages and per-module learning rates."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import ProcessorMixin, ProgressCallback, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_peft_available, logging
 
-from idavlm._compat import optimizer_state_may_lack_parameters
-from idavlm.data import DualDataLoader
+from idavlm._compat import keep_4bit_layout, optimizer_state_may_lack_parameters, quantized_base_may_train
+from idavlm.data import DualDataLoader, LengthGroupedSampler, PackingCollator, token_counts
+from idavlm.models.attach import image_features_with_identities, save_id_former
+from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.modules import train_workflow, use_workflow
 from idavlm.training.arguments import IDTrainingArguments
 from idavlm.training.callbacks import SourceProgress
@@ -35,22 +40,26 @@ from idavlm.training.checks import (
     check_inherited,
     check_loader,
     check_mixing,
+    check_packing,
     check_pretraining_batch,
     check_stage,
     check_trains,
     has_contrastive_loss,
 )
 from idavlm.training.distributed import check_engine, check_optimizer, set_wrap_classes
+from idavlm.training.frozen_tower import use_image_features
+from idavlm.training.lora import check_adapter, save_beside_adapter
 from idavlm.training.losses import (
     LossAverages,
     LossCounts,
     count_losses,
     language_loss_by_source,
-    row_sources,
     sum_counts,
+    token_sources,
     without_repeated,
 )
 from idavlm.training.non_finite import NonFiniteGuard, TrainingStep
+from idavlm.training.throughput import Throughput
 from idavlm.utils.parameter_groups import module_of, parameter_groups, require_module
 
 logger = logging.get_logger(__name__)
@@ -90,8 +99,9 @@ class IDTrainer(Trainer):
     losses of an evaluation are means over the whole data set.
 
     Log entries have ``loss_identity`` and ``loss_general``, the language loss of each source since the last entry
-    without loss weights, and ``identity_map_loss``. Any transformers model can be trained: where the outputs have no
-    ``language_loss``, their ``loss`` is used, and taken as a mean over labelled tokens.
+    without loss weights, ``identity_map_loss``, and samples, tokens and images per second. Any transformers model can
+    be trained: where the outputs have no ``language_loss``, their ``loss`` is used, and taken as a mean over labelled
+    tokens. Checkpoints of a model with an attached ID-Former also have the files of :func:`idavlm.save_id_former`.
 
     Args:
         model: an :class:`idavlm.IDAVLMForConditionalGeneration` or any other transformers model.
@@ -139,12 +149,13 @@ class IDTrainer(Trainer):
         self._is_evaluating = False
         self._train_losses, self._eval_losses = LossAverages(), LossAverages()
         self._step = TrainingStep()
+        self._throughput = Throughput()
         self._non_finite = NonFiniteGuard(args.non_finite_loss, args.output_dir)
         self._steps_without_boxes = 0
         self._supervised_scenes = self._scenes_before = 0  # since the start of the run; when training was resumed
         self._has_trained = False
         self._settings: dict[str, Any] = {}
-        _freeze(model, args)
+        freeze_modules(model, args)
         check_general_data(model, general_dataset)
         if data_collator is None:
             data_collator = getattr(processing_class, "collate", None)
@@ -152,11 +163,20 @@ class IDTrainer(Trainer):
             processing_class = data_collator.__self__
         if task_evaluation is not None and kwargs.get("eval_dataset") is None:
             kwargs["eval_dataset"] = []  # the Trainer requires a data set if eval_strategy is set
-        super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
+        keep_4bit_layout(model)
+        with quantized_base_may_train(model):
+            super().__init__(model, args, data_collator, train_dataset, processing_class=processing_class, **kwargs)
         check_engine(args, self.accelerator)
         check_optimizer(self.optimizer, self.accelerator)
         set_wrap_classes(self.accelerator, model)
         self._gathers_references = args.gather_references and has_contrastive_loss(model)
+        inner_model = _without_wrappers(self.accelerator, model)
+        if args.packing:
+            check_packing(inner_model, args, self.processing_class)
+        if args.image_features is not None:
+            evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            datasets = [train_dataset, general_dataset, *(dataset for dataset in evaluated if dataset)]
+            use_image_features(inner_model, self.processing_class, args, datasets)
         if args.non_finite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "non_finite_loss='skip' has no effect with DeepSpeed, which updates the weights right after the "
@@ -186,10 +206,35 @@ class IDTrainer(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        loader = super()._get_dataloader(dataset, *args, **kwargs)
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        """``Trainer._get_dataloader``; batches of training are packed if ``args.packing`` is set."""
+        collator = self.data_collator
+        if is_training and self.args.packing:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            self.data_collator = PackingCollator(
+                collator, pad_token_id=tokenizer.pad_token_id, max_length=self.args.max_length
+            )
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
         check_loader(loader)
         return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(
+            token_counts(dataset, self.args.length_column_name),
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(eval_dataset, "__len__"):
+            return super()._get_eval_sampler(eval_dataset)
+        return None if self.args.world_size > 1 else SequentialSampler(eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """``Trainer.train``; ``resume_from_checkpoint=True`` resumes from :func:`last_complete_checkpoint`.
@@ -207,6 +252,7 @@ class IDTrainer(Trainer):
         self._scenes_before = 0
         if _is_peft_model(self.model):
             check_saved_by_adapter(self.model)
+            check_adapter(self.model)
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
             if not self.args.ignore_data_skip:
@@ -219,7 +265,7 @@ class IDTrainer(Trainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         """The training loop. With ``auto_find_batch_size`` it may begin several times."""
-        self._train_losses = LossAverages()
+        self._train_losses, self._throughput = LossAverages(), Throughput()
         self._non_finite = NonFiniteGuard(self.args.non_finite_loss, self.args.output_dir)
         self._supervised_scenes, self._steps_without_boxes = self._scenes_before, 0
         self._has_trained = False
@@ -252,12 +298,14 @@ class IDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and in place of the number of items the counts of the global batch."""
+        self._throughput.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = count_losses(batches)
         for batch, count in zip(batches, counts, strict=True):
             batch["loss_counts"] = count
         total = sum_counts(counts, self.accelerator)
         self._step = TrainingStep(batches)
+        self._throughput.add(batches)
         self._has_trained = True
         if batches:
             self._check_supervision(total)
@@ -350,16 +398,29 @@ class IDTrainer(Trainer):
             raise ValueError("a batch of two sources needs 'labels', from which the loss of each source is computed.")
         if is_mixed or not any(counts.tokens.values()):  # the model's own mean over no tokens would be NaN
             labels = batch.pop("labels")  # without labels the model returns logits
-            outputs = model(**batch)
-            row_source = row_sources({"source": sources, "sample_source": sample_source}, len(labels), labels.device)
-            return language_loss_by_source(outputs["logits"], labels, row_source), outputs
-        outputs = model(**batch)
+            outputs = self._forward(model, batch)
+            token_source = token_sources({**batch, "source": sources, "sample_source": sample_source}, labels)
+            return language_loss_by_source(outputs["logits"], labels, token_source), outputs
+        outputs = self._forward(model, batch)
         language_loss = outputs.get("language_loss")
         if language_loss is None:  # a model that does not return its losses separately
             language_loss, outputs = outputs.get("loss"), _without_auxiliary_loss(outputs)
         if language_loss is None:
             raise ValueError("the model returned neither 'language_loss' nor 'loss'; does the batch have 'labels'?")
         return {distinct.pop(): language_loss}, outputs
+
+    def _forward(self, model, batch: dict[str, Any]) -> Mapping[str, Any]:
+        """Run the model. A model of transformers gets the positions and the mask of packed rows from outside."""
+        token_sample_index = batch.get("token_sample_index")
+        if token_sample_index is None:
+            return model(**batch)
+        unwrapped = _without_wrappers(self.accelerator, model)
+        if "token_sample_index" in inspect.signature(unwrapped.forward).parameters:
+            return model(**batch)
+        batch = {name: value for name, value in batch.items() if name != "token_sample_index"}
+        batch["position_ids"] = packed_positions(unwrapped, token_sample_index, batch)
+        with packed_rows(unwrapped, token_sample_index, batch) as of_rows:
+            return model(**batch, **of_rows)
 
     def _check_supervision(self, total: LossCounts) -> None:
         """Check that the global batch of a step trains something."""
@@ -387,11 +448,16 @@ class IDTrainer(Trainer):
             logs.update({name: round(mean, 6) for name, mean in means.items()})
             counts = {"skipped_steps": self._non_finite.skipped, "steps_without_boxes": self._steps_without_boxes}
             logs.update({name: count for name, count in counts.items() if count})
+            logs.update(self._throughput.compute(self.accelerator))
             self._train_losses = LossAverages()
             self._non_finite.skipped = self._steps_without_boxes = 0
         if not self._has_trained:  # a finished run that was resumed: the Trainer's mean over no steps is 0
             logs.pop("train_loss", None)
         super().log(logs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._throughput.stop()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # --- Losses that are not finite ---------------------------------------------------------------------------------
 
@@ -415,6 +481,18 @@ class IDTrainer(Trainer):
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             begin_checkpoint(folder, self.args, self._settings, supervised_scenes=self._supervised_scenes)
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """``Trainer.save_model``, with what the weights of the model alone do not describe."""
+        super().save_model(output_dir, _internal_call)
+        is_partitioned = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # then all processes gather
+        if not (self.args.should_save or is_partitioned):
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if _is_peft_model(self.model):
+            save_beside_adapter(self.model, folder)
+        elif any(image_features_with_identities(module) is not None for module in self.model.modules()):
+            save_id_former(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load weights by the names under which ``save_pretrained`` wrote them. All of them must be there."""
@@ -509,6 +587,12 @@ class IDTrainer(Trainer):
         return nullcontext() if self.args.workflow is None else use_workflow(model, self.args.workflow)
 
 
+def _without_wrappers(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of accelerate and PEFT."""
+    model = accelerator.unwrap_model(model)
+    return model.get_base_model() if _is_peft_model(model) else model
+
+
 def _is_peft_model(model: nn.Module) -> bool:
     if not is_peft_available():
         return False
@@ -522,7 +606,7 @@ def _without_auxiliary_loss(outputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in outputs.items() if name != "auxiliary_loss"}
 
 
-def _freeze(model: nn.Module, args: IDTrainingArguments) -> None:
+def freeze_modules(model: nn.Module, args: IDTrainingArguments) -> None:
     """Freeze the modules of ``args.freeze`` and the inner adaptors of all workflows but ``args.workflow``."""
     if args.workflow is not None:
         train_workflow(model, args.workflow)

@@ -1,8 +1,8 @@
 """Layer 0: small helpers that every layer may use."""
 
-from idavlm.utils.answer_text import last_answer, plain_answer
+from idavlm.utils.answer_text import contains_name, plain_answer
 from idavlm.utils.checks import check_arguments, check_choice, check_positive, check_type
-from idavlm.utils.compiling import compile_callees_only, mark_length_dynamic, outside_compile
+from idavlm.utils.compiling import mark_length_dynamic, outside_compile
 from idavlm.utils.files import append_lines, drop_torn_line, read_json_object, write_text
 from idavlm.utils.ignore_index import IGNORE_INDEX
 from idavlm.utils.image_roles import ImageRole
@@ -18,10 +18,9 @@ __all__ = [
     "check_choice",
     "check_positive",
     "check_type",
-    "compile_callees_only",
+    "contains_name",
     "describe_machine",
     "drop_torn_line",
-    "last_answer",
     "lock_file",
     "lock_folder",
     "mark_length_dynamic",

@@ -51,12 +51,18 @@ def check_arguments(name: str, arguments: dict, function: Callable, *, exclude: 
 
 
 def _has_type(value: object, expected: Any) -> bool:
-    origin = typing.get_origin(expected)
+    origin, parts = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return True
     if origin in (typing.Union, types.UnionType):
-        return any(_has_type(value, part) for part in typing.get_args(expected))
-    if origin is Sequence:
-        (entry,) = typing.get_args(expected)
-        return isinstance(value, (list, tuple)) and all(_has_type(part, entry) for part in value)
+        return any(_has_type(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin in (Sequence, list):
+        kinds = list if origin is list else (list, tuple)
+        return isinstance(value, kinds) and all(_has_type(entry, parts[0]) for entry in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_has_type(entry, parts[1]) for entry in value.values())
     if isinstance(value, bool):
         return expected is bool
     return isinstance(value, (int, float) if expected is float else expected)

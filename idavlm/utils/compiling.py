@@ -32,19 +32,6 @@ def outside_compile(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-def compile_callees_only(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let ``torch.compile`` run this function as it is and compile the functions that it calls.
-
-    For a wrapper that every combination of arguments would compile again. ``torch.compiler.disable(recursive=False)``
-    does the same, but imports the compiler.
-    """
-    frames = torch._C._dynamo.eval_frame
-    only_this_frame = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-    frames.set_code_exec_strategy(function.__code__, only_this_frame)
-    function._torchdynamo_disable = True  # a caller that is compiled does not trace it
-    return function
-
-
 def mark_length_dynamic(x: torch.Tensor) -> torch.Tensor:
     """Tell ``torch.compile``, if it is used, that the first size of ``x`` varies, so that it compiles for any."""
     if "torch._dynamo" in sys.modules:

@@ -8,18 +8,34 @@ from torch import nn
 MODULES = ("vision_tower", "connector", "id_former", "inner_adaptor", "image_index_embedding", "language_model")
 """Names of the modules that can be frozen or trained with a learning rate of their own."""
 
+NAMES_OF_TRANSFORMERS = {
+    "visual": "vision_tower",
+    "vision_model": "vision_tower",
+    "multi_modal_projector": "connector",
+    "merger": "connector",
+    "deepstack_merger_list": "connector",
+    "image_newline": "connector",
+    "visual_embeddings_table": "connector",
+    "text_model": "language_model",
+    "lm_head": "language_model",
+}
+"""What image-text models of transformers call these modules, where it is another name."""
+
 
 def module_of(parameter_name: str) -> str | None:
     """The module of :data:`MODULES` that a parameter belongs to, or None.
 
-    A parameter belongs to the innermost of these modules. All parameters of inner adaptors belong to
-    ``inner_adaptor``, including those of the modules that a workflow copies (``modules_to_copy``), such as
-    ``inner_adaptor.multimodal.connector.weight``.
+    A parameter belongs to the innermost of these modules; if its path has none of them, to the innermost of
+    :data:`NAMES_OF_TRANSFORMERS`. All parameters of inner adaptors belong to ``inner_adaptor``, including those of the
+    modules that a workflow copies (``modules_to_copy``), such as ``inner_adaptor.multimodal.connector.weight``.
     """
     path = parameter_name.split(".")
     if "inner_adaptor" in path:
         return "inner_adaptor"
-    return next((part for part in reversed(path) if part in MODULES), None)
+    found = next((part for part in reversed(path) if part in MODULES), None)
+    if found is None:
+        found = next((part for part in reversed(path) if part in NAMES_OF_TRANSFORMERS), None)
+    return NAMES_OF_TRANSFORMERS.get(found, found)
 
 
 def require_module(model: nn.Module, argument: str, module: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from idavlm.data import DataError, ImageStore
 from tests.fuzz import fuzz_settings
@@ -133,6 +133,89 @@ class Check:
         return "opened"
 
 
+def metadata_files() -> dict[str, tuple[bytes, list[tuple[int, int]]]]:
+    """Files with metadata of every kind, and start and end of the content of each piece of metadata."""
+    exif = Image.Exif()
+    for tag, value in {0x0112: 6, 0x010F: "maker", 0x011A: 72.0, 0x8769: {0x9003: "2020:01:01 00:00:00"}}.items():
+        exif[tag] = value
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
+    icc = bytes(range(256)) * 2
+    image, files = Image.fromarray(noise(17, 23, 3)), {}
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * 300)
+    text.add_text("Comment", "y" * 300, zip=True)
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    text.add_itxt("Title", "z" * 300, lang="de", tkey="Titel", zip=True)
+    files["PNG"] = saved(image, "PNG", exif=exif, pnginfo=text, icc_profile=icc, dpi=(72, 72))
+    files["JPEG"] = saved(image, "JPEG", exif=exif, comment=b"comment", icc_profile=icc, xmp=xmp)
+    files["WEBP"] = saved(image, "WEBP", exif=exif, icc_profile=icc, xmp=xmp, lossless=True)
+    places = {name: [] for name in files}
+    place = 8
+    while place < len(files["PNG"]):
+        (length,) = struct.unpack_from(">I", files["PNG"], place)
+        if files["PNG"][place + 4 : place + 8] not in (b"IHDR", b"IDAT", b"IEND"):
+            places["PNG"].append((place + 8, place + 8 + length))
+        place += 12 + length
+    place = 2
+    while files["JPEG"][place + 1] != 0xDA:
+        (length,) = struct.unpack_from(">H", files["JPEG"], place + 2)
+        if files["JPEG"][place + 1] in (0xE1, 0xE2, 0xFE):
+            places["JPEG"].append((place + 4, place + 2 + length))
+        place += 2 + length
+    place = 12
+    while place < len(files["WEBP"]):
+        kind, length = struct.unpack_from("<4sI", files["WEBP"], place)
+        if kind in (b"EXIF", b"XMP ", b"ICCP"):
+            places["WEBP"].append((place + 8, place + 8 + length))
+        place += 8 + length + length % 2
+    return {name: (data, places[name]) for name, data in files.items()}
+
+
+def mutate_metadata(rng: random.Random, data: bytes, places: list[tuple[int, int]]) -> bytes:
+    """Overwrite parts of the content of metadata; lengths and pixels stay. Most checksums are made right again."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 2, 5, 20])):
+        start, end = rng.choice(places)
+        place = rng.randrange(start, end)
+        form = rng.choice("<>") + rng.choice("BHI")
+        number = struct.pack(form, rng.choice(INTERESTING) % 256 ** struct.calcsize(form))
+        new = rng.choice([number, rng.randbytes(rng.choice([1, 4, 40])), data[start : start + 8]])[: end - place]
+        changed[place : place + len(new)] = new
+    return with_checksums(bytes(changed)) if rng.random() < 0.8 else bytes(changed)
+
+
+class MetadataCheck:
+    """Opens files with mutated metadata below a folder: always the image, turned in one of eight ways."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.store, self.files = root, ImageStore(root), metadata_files()
+        self.pixels = {}
+        for name, (data, _) in self.files.items():
+            stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            turned = [np.rot90(stored, turns) for turns in range(4)]
+            self.pixels[name] = {array.tobytes() for one in turned for array in (one, one[:, ::-1])}
+
+    def __call__(self, rng: random.Random, kind: str) -> str:
+        data, places = self.files[kind]
+        (self.root / "x").write_bytes(mutate_metadata(rng, data, places))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            image = self.store.open("x")
+        assert image.tobytes() in self.pixels[kind]
+        return "warned" if any("damaged metadata" in str(warning.message) for warning in caught) else "opened"
+
+
+@pytest.fixture(scope="module")
+def metadata_check(tmp_path_factory):
+    return MetadataCheck(tmp_path_factory.mktemp("images"))
+
+
+@fuzz_settings(150)
+@given(rng=st.randoms(use_true_random=False), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_damaged_metadata_never_condemns_an_image(metadata_check, rng, kind):
+    metadata_check(rng, kind)
+
+
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
     return Check(tmp_path_factory.mktemp("images"))
@@ -155,7 +238,10 @@ def test_a_mutated_file_is_opened_or_a_data_error(check, rng, kind):
 
 
 def run(count: int, seed: int) -> Counter:
-    """Open ``count`` mutated files; returns how often each outcome occurred. Fails if it took more than 1 GB."""
+    """Open ``count`` mutated files, and as many with mutated metadata; returns how often each outcome occurred.
+
+    Fails if it took more than 1 GB.
+    """
     rng, outcomes = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -167,4 +253,9 @@ def run(count: int, seed: int) -> Counter:
             outcomes[f"{kind.split()[0]}: {check(rng, kind)}"] += 1
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
             assert peak < 1_000_000, f"file {number} ({kind}) took {peak} KB"
+        metadata_check = MetadataCheck(Path(folder))
+        for number in range(count):
+            kind = ("PNG", "JPEG", "WEBP")[number % 3]
+            outcomes[f"{kind}, metadata only: {metadata_check(rng, kind)}"] += 1
+        outcomes["KB of memory at most"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return outcomes

@@ -4,7 +4,9 @@ import copy
 import functools
 import json
 import random
+import resource
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from idavlm.data import READERS, DataError, RecordDataset
+from idavlm.data import READERS, DataError, RecordDataset, RecordStream
 from idavlm.experimental.small_models import small_image_processor, small_tokenizer
 from idavlm.models import IDAVLMProcessor
 from idavlm.models.image_batch import ImageBatch
@@ -32,6 +34,15 @@ YI_VL = [{"from": "human", "value": "<image_placeholder>\nWho?"}, {"from": "assi
 MMID = {"id": 3, "image_1": "kate.png", "image_2": "scene.png", "image_3": "other.png", "ground_target": "Kate"}
 MMID_QUESTION = "Kate is <img>image_1</img>\n<img>image_3</img> <img>image_2</img>\nWhere is she?"
 WITH_IMAGE = [{"type": "image_url", "image_url": {"url": "scene.png"}}, {"type": "text", "text": "Who?"}]
+GREETED = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Kate."}]
+MESSAGES = [{"role": "user", "content": "<image>Who is this?"}, {"role": "assistant", "content": "Kate."}]
+PARTS = [{"type": "image", "identity": "Tom"}, {"type": "image"}, {"type": "text", "text": "Who?"}]
+PARTS = [{"type": "identity", "name": "Kate", "images": ["kate.png"]}, *PARTS]
+SWIFT = [
+    {"role": "user", "content": "<image>Find <ref-object> and <ref-object>."},
+    {"role": "assistant", "content": "<bbox> and <bbox>"},
+]
+BOXES, UNIT_BOXES = [[1, 2, 30, 40], [30, 5, 60, 55]], [[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 1]]
 VALID = {
     "idavlm": [
         record(),
@@ -47,16 +58,47 @@ VALID = {
             "boxes": [{"name": "Kate", "image": name, "box": [0, 0, 1, 50]} for name in ("scene.png", "thin.png")],
         },
     ],
-    "llava": [{"id": 1, "image": "scene.png", "conversations": LLAVA}],
+    "llava": [
+        {"id": 1, "image": "scene.png", "conversations": LLAVA},
+        [{"id": 1, "image": "scene.png", "conversations": LLAVA}, {"image": "", "conversations": GREETED}],
+    ],
     "yi_vl": [{"id": 1, "image": ["scene.png"], "conversations": YI_VL}],
     "sharegpt": [{"images": ["scene.png"], "system": "Be brief.", "conversations": LLAVA}],
-    "openai": [
+    "messages": [
         {
             "messages": [
                 {"role": "developer", "content": "Be brief."},
                 {"role": "user", "content": WITH_IMAGE},
                 {"role": "assistant", "content": [{"type": "text", "text": "Kate."}]},
             ]
+        },
+        {"messages": MESSAGES, "images": ["scene.png"], "identities": [{"name": "Kate", "images": ["kate.png"]}]},
+        {
+            "prompt": [{"role": "user", "content": PARTS}],
+            "completion": MESSAGES[1:],
+            "images": ["tom.png", "scene.png"],
+        },
+        {"prompt": "Who?", "completion": "Kate.", "image": "scene.png", "boxes": []},
+    ],
+    "ms_swift": [
+        {"messages": SWIFT, "images": ["scene.png"], "objects": {"ref": ["Kate", "Tom"], "bbox": BOXES}},
+        {
+            "messages": SWIFT,
+            "images": [{"path": "scene.png", "bytes": None}],
+            "objects": {"ref": ["Kate", "Tom"], "bbox": UNIT_BOXES, "bbox_type": "norm1", "image_id": [0, 0]},
+            "identities": [{"name": "Kate", "images": ["kate.png"]}],
+        },
+    ],
+    "alpaca": [
+        {
+            "instruction": "<image>Who?",
+            "input": "Be brief.",
+            "output": "Kate.",
+            "history": [["Hi", "Hello."], ["<image>", "A scene."]],
+            "images": ["scene.png", "other.png"],
+            "system": "Look.",
+            "identities": [{"name": "Kate", "images": ["kate.png"]}],
+            "boxes": [{"name": "Kate", "image": 0, "box": [1, 2, 30, 40]}],
         }
     ],
     "qwen_vl": [
@@ -82,14 +124,42 @@ STRINGS = [*IMAGES, "", " ", "Kate", "kate", "Kate ", "Tom", "\ud83d", "\udc00x"
 STRINGS += ["<image>", "<ima", "ge>", "<|end|>", "<|assistant|>", "<|user|>Hi", "<img>", "</img>", "<img></img>"]
 STRINGS += ["Kate is <img>kate.png</img>\n", "Kate is <img>", "[", "[1, 2, 3, 4]", "[0, 0, 1e400, 5]", "Image 1", " / "]
 STRINGS += ["{{ x }}", "{% if %}", "{name}", "{", "x" * 3000, " " * 3000, "<image>" * 300, "\n\n", "@digits@", "\ufeff"]
+STRINGS += [
+    "<ref-object>",
+    "<bbox>",
+    "小明是<img>kate.png</img>",
+    "Kate is <img>kate.png</img>, Tom is <img>tom.png</img>",
+]
 STRINGS += ["user", "assistant", "system", "human", "gpt", "text", "image", "box", "identity", "general", "location"]
-STRINGS += ["matching", "qa_single", "image_url", "image_1", "<img>image_1</img>", "<img>image_9</img>"]
+STRINGS += [
+    "norm1",
+    "real",
+    "matching",
+    "qa_single",
+    "image_url",
+    "image_1",
+    "<img>image_1</img>",
+    "<img>image_9</img>",
+]
 NUMBERS = [0, 1, -1, 2, 10, 60, 80, 59.9999999, 79.9999999, 1e-9, 1e-40, 1e-300, 0.5, 1e10, 2**31, 2**63, 2**64, 1e308]
 NUMBERS += [10**400, float("nan"), float("inf"), float("-inf"), 10.0000001, 10, 35, 55, 200, 199.99999999, True, False]
 OTHERS = [None, [], {}, [[]], [None], ["x"], {"x": 1}, [0, 0, 1, 50], [1, 2, 3], "@nested@", "@digits@"]
 KEYS = ["id", "source", "type", "identities", "messages", "boxes", "meta", "answer", "false_answers", "target", "name"]
 KEYS += ["images", "image", "role", "content", "text", "box", "from", "value", "conversations", "system", "url", "x"]
-KEYS += ["image_url", "question", "false answers", "ground_target", "image_1", "image_2", "\ud83d", ""]
+KEYS += ["prompt", "completion", "objects", "ref", "bbox", "bbox_type", "image_id", "relative", "identity", "history"]
+KEYS += [
+    "instruction",
+    "input",
+    "output",
+    "image_url",
+    "question",
+    "false answers",
+    "ground_target",
+    "image_1",
+    "image_2",
+    "\ud83d",
+    "",
+]
 
 
 def value_of(rng: random.Random):
@@ -199,7 +269,8 @@ class Check:
         is_list = rng.random() < 0.3
         self.file.write_text(f"[{line}]" if is_list else f"\n{line}\n", encoding="utf-8")
         try:
-            data = RecordDataset(self.file, self.root, encode=processor.encode, reader=reader)
+            unused = rng.choice(["raise", "warn"])
+            data = RecordDataset(self.file, self.root, encode=processor.encode, reader=reader, unused_fields=unused)
             batches = [[data[index] for index in range(len(data))]]
             prompts = [data.sample(index) for index in range(len(data)) if data.sample(index).is_evaluation]
             batches += [[processor.encode(sample, add_generation_prompt=True)] for sample in prompts]
@@ -209,6 +280,40 @@ class Check:
         for encoded in batches:
             self.check_targets(processor.collate(encoded))
         return "used"
+
+    def of_table(self, rng: random.Random) -> str:
+        """Read a table of mutated records, which holds images, as a whole and as a stream."""
+        datasets = pytest.importorskip("datasets")
+        reader, processor = rng.choice(sorted(VALID)), rng.choice(self.processors)
+        entry = copy.deepcopy(rng.choice([entry for entry in VALID[reader] if isinstance(entry, dict)]))
+        self.hold_images(rng, entry)
+        for _ in range(rng.choice([0, 1, 1, 2])):
+            mutate(rng, entry)
+        try:
+            table = datasets.Dataset.from_list([entry, entry])
+        except (ArithmeticError, TypeError, ValueError):  # of pyarrow: values of several types, large integers
+            return "no table"
+        try:
+            data = RecordDataset(table, self.root, encode=processor.encode, reader=reader)
+            processor.collate([data[0], data[1]])
+            streamed = RecordStream(table.to_iterable_dataset(), self.root, encode=processor.encode, reader=reader)
+            assert [list(sample) for sample in streamed] == [list(data[0])] * 2
+        except DataError as error:
+            problem = error
+        else:
+            return "used"
+        assert str(problem).startswith(("dataset[", "stream[", "no record of the data set")), problem
+        return problem.kind
+
+    def hold_images(self, rng: random.Random, value) -> None:
+        """Replace some paths of images within a record by the images."""
+        for container in list(containers_of(value)):
+            for key in list(container) if isinstance(container, dict) else range(len(container)):
+                path = container[key]
+                is_file = isinstance(path, str) and path in IMAGES and (self.root / path).is_file()
+                if is_file and key not in ("name", "url") and rng.random() < 0.5:
+                    data = (self.root / path).read_bytes()
+                    container[key] = {"bytes": data, "path": rng.choice([path, None, "/x/y.png"])}
 
     def check_targets(self, batch: dict) -> None:
         images = ImageBatch(
@@ -240,6 +345,13 @@ def test_a_mutated_record_is_used_or_a_data_error(check, rng, reader):
 
 
 @pytest.mark.filterwarnings("ignore")
+@fuzz_settings(20)
+@given(rng=st.randoms(use_true_random=False))
+def test_a_mutated_table_is_used_or_a_data_error(check, rng):
+    check.of_table(rng)
+
+
+@pytest.mark.filterwarnings("ignore")
 @fuzz_settings(15)
 @given(rng=st.randoms(use_true_random=False), reader=st.sampled_from(sorted(READERS)))
 def test_mutated_records_among_valid_ones_are_skipped(check, rng, reader):
@@ -255,18 +367,27 @@ def test_mutated_records_among_valid_ones_are_skipped(check, rng, reader):
 
 
 def run(count: int, seed: int) -> Counter:
-    """Read ``count`` mutated records of all formats in turn; returns how often each outcome occurred."""
+    """Read ``count`` mutated records of all formats in turn; returns how often each outcome occurred.
+
+    Every tenth record is a table. Fails if one takes more than 10 seconds, or all more than 1 GB.
+    """
     rng, outcomes, readers = random.Random(seed), Counter(), sorted(READERS)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check = Check(Path(folder))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
             reader = readers[number % len(readers)]
-            state = rng.getstate()
+            state, start = rng.getstate(), time.perf_counter()
             try:
-                outcomes[f"{reader}: {check(rng, reader)}"] += 1
+                outcome = f"table: {check.of_table(rng)}" if number % 10 == 9 else f"{reader}: {check(rng, reader)}"
             except Exception:
                 rng.setstate(state)
                 print(f"record {number}, {reader}: {check.file.read_text()[:3000]}")
                 raise
+            outcomes[outcome] += 1
+            assert time.perf_counter() - start < 10, f"record {number} ({outcome}) took more than 10 seconds"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert peak < 1_000_000, f"{count} records took {peak} KB"
+        outcomes["KB of memory at most"] = peak
     return outcomes

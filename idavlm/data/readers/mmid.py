@@ -6,7 +6,7 @@ from typing import Any
 
 from idavlm.data.errors import DataError, quote, shorten
 from idavlm.data.readers.qwen_vl import read_qwen_vl
-from idavlm.data.readers.turns import text_of
+from idavlm.data.readers.turns import Fields, text_of
 
 MMID_TYPES = {
     "matching": "matching",
@@ -26,7 +26,8 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
     """Convert an item of MM-ID to an evaluation record of the schema.
 
     ``NAME is <img>image_N</img>`` introduces an identity, as in Qwen-VL's format. All other images keep their position.
-    The ``answer`` of a ``location`` item is a box in pixels of the last image, for the identity ``ground_target``.
+    The ``answer`` of a ``location`` item is a box in pixels of the last image, for the identity ``ground_target``. A
+    ``matching`` item asks for the first identity.
     ``false answers`` are separated by slashes, with or without spaces (the file has both). They are optional, because
     one item has none.
 
@@ -35,27 +36,31 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(record, dict) or "question" not in record or "type" not in record:
         raise DataError("not an item of MM-ID: 'question' or 'type' is missing; use another reader.", where=where)
-    kind = record["type"]
+    fields = Fields(record, where)
+    target = fields.take("ground_target")  # of location items
+    fields.take("reference_target")  # of matching items: the name of the identity, cut off in one item
+    kind = fields.take("type")
     if not isinstance(kind, str) or kind not in MMID_TYPES:
         raise DataError(f"type={quote(kind)} is not known; MM-ID has {', '.join(map(repr, MMID_TYPES))}.", where=where)
-    question = text_of(record["question"], "question", where)
-    answer = text_of(record.get("answer"), "answer", where).strip()
+    question = text_of(fields.take("question"), "question", where)
+    answer = text_of(fields.take("answer"), "answer", where).strip()
 
     def fill(match: re.Match) -> str:
         if match[1] not in record:
             raise DataError(
                 f"question names {shorten(match[1])}, but the item has no such field; add its path.", where=where
             )
-        return f"<img>{text_of(record[match[1]], shorten(match[1]), where)}</img>"
+        return f"<img>{text_of(fields.take(match[1]), shorten(match[1]), where)}</img>"
 
     turn = {"from": "user", "value": _IMAGE.sub(fill, question)}
-    converted = read_qwen_vl({"id": record.get("id"), "conversations": [turn]}, where)
+    optional = {name: record[name] for name in ("identities", "boxes") if record.get(name) is not None}
+    converted = read_qwen_vl({"id": record.get("id"), "conversations": [turn], **optional}, where)
     converted |= {"type": MMID_TYPES[kind], "answer": answer}
     if kind == "location":
         images = [part["image"] for part in converted["messages"][-1]["content"] if part["type"] == "image"]
         if not images:
             raise DataError("a location item has no scene, only reference photos; add a scene.", where=where)
-        target = text_of(record.get("ground_target"), "ground_target", where).strip()
+        target = text_of(target, "ground_target", where).strip()
         converted |= {"answer": "", "target": target}
         try:
             box = json.loads(answer)
@@ -63,7 +68,7 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
             raise DataError(
                 f"answer={quote(answer)} of a location item is not [x1, y1, x2, y2].", where=where
             ) from None
-        converted["boxes"] = [{"name": target, "image": images[-1], "box": box}]
+        converted["boxes"] = [*converted.get("boxes", []), {"name": target, "image": images[-1], "box": box}]
     elif kind == "matching":
         numbers = range(1, sum(part["type"] == "image" for part in converted["messages"][-1]["content"]) + 1)
         names = [f"Image {number}" for number in numbers]
@@ -73,6 +78,6 @@ def read_mmid(record: Any, where: str) -> dict[str, Any]:
         converted["false_answers"] = [name for name in names if name != answer]
         converted["target"] = converted["identities"][0]["name"] if converted["identities"] else None
     elif "false answers" in record:
-        false = text_of(record["false answers"], "false answers", where)
+        false = text_of(fields.take("false answers"), "false answers", where)
         converted["false_answers"] = [text.strip() for text in _SLASH.split(false) if text.strip()]
-    return converted
+    return converted | fields.unused()

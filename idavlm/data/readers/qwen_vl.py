@@ -5,44 +5,33 @@ from itertools import pairwise
 from typing import Any
 
 from idavlm.data.errors import DataError
-from idavlm.data.readers.turns import interleave, new_record, text_of, turns_of
+from idavlm.data.introductions import read_introduction
+from idavlm.data.readers.turns import Fields, interleave, text_of
 
 _TAG = re.compile(r"(</?img>)")
 _LINE = re.compile(r"[^\n]*+\n?")
-_NO_NAME = re.compile(
-    r"it|this|that|here|there|he|she|who|what|which|where|"
-    r"((the|this|that) )?(image|picture|photo|figure|scene)( ?\d+)?",
-    re.IGNORECASE,
-)
-
-# Names such as <sks>, but no tag of Qwen-VL.
-_NAME = re.compile(r"(?:[^<>]|<(?!(?:ref|box|quad|img)>)[\w-]+>)*")
-
-
-def reads_as_name(text: str) -> bool:
-    """Whether the line "text is <image>" introduces an identity. "This", "Here" and "The image" do not."""
-    return bool(text.strip()) and not _NO_NAME.fullmatch(text.strip())
 
 
 def read_qwen_vl(record: Any, where: str) -> dict[str, Any]:
     """Read ``conversations`` of ``{"from": "user" | "assistant", "value"}``.
 
-    A line of a user turn that consists of ``NAME is <img>path</img>`` is removed from the text, and its image becomes
-    a reference photo of the identity NAME. All other images keep their position: they are scenes if the record
-    introduces identities, and general images otherwise. Lines like "This is", "Here is" and "The image is" do not
-    introduce an identity. ``<ref>`` and ``<box>`` remain text; other words in angle brackets (``<sks>``) may be names.
+    A line of a user turn that consists of introductions, ``NAME is <img>path</img>``, is removed from the text, and its
+    images become reference photos of the identities NAME; see :func:`idavlm.data.introductions.read_introduction`. All
+    other images keep their position: they are scenes if the record introduces identities, and general images
+    otherwise. ``<ref>`` and ``<box>`` remain text; other words in angle brackets (``<sks>``) may be names.
     """
+    fields = Fields(record if isinstance(record, dict) else {}, where)
     identities: dict[str, list[str]] = {}
     messages = []
-    for number, (role, value) in enumerate(turns_of(record, "conversations", "from", "value", where)):
+    for number, (role, value) in enumerate(fields.turns("conversations", "from", "value")):
         text = text_of(value, f"value of turn {number}", where)
         _check_tags(text, number, where)
         if role == "user":
-            text = "".join(line for line in _LINE.findall(text) if not _introduces(line, identities))
+            text = "".join(_without_introduction(line, identities) for line in _LINE.findall(text))
         pieces = _TAG.split(text)[::2]  # text, image, text, image, ..., text
         content = interleave(pieces[::2], [image.strip() for image in pieces[1::2]])
         messages.append({"role": role, "content": content})
-    return new_record(record, messages, [{"name": name, "images": images} for name, images in identities.items()])
+    return fields.new_record(messages, [{"name": name, "images": images} for name, images in identities.items()])
 
 
 def _check_tags(text: str, number: int, where: str) -> None:
@@ -58,14 +47,19 @@ def _check_tags(text: str, number: int, where: str) -> None:
         )
 
 
-def _introduces(line: str, identities: dict[str, list[str]]) -> bool:
-    """Whether ``line`` is ``NAME is <img>path</img>``. The photo is added to the identity NAME."""
-    name, is_found, rest = line.partition(" is <img>")
-    image, is_closed, end = rest.partition("</img>")
-    name, end = name.lstrip(" \t"), end.strip(" \t\r\n")
-    if not (is_found and is_closed and name) or name[-1].isspace() or "<" in image or ">" in image:
-        return False
-    if end not in ("", ".", ",", ";") or not reads_as_name(name) or not _NAME.fullmatch(name):
-        return False
-    identities.setdefault(name, []).append(image.strip())
-    return True
+def _without_introduction(line: str, identities: dict[str, list[str]]) -> str:
+    """Return what is left of a line without the introductions, whose photos are added to ``identities``."""
+    pieces = _TAG.split(line)
+    tags = pieces[1::2]
+    if not tags or tags != ["<img>", "</img>"] * (len(tags) // 2):  # an image may be broken over lines
+        return line
+    texts, images = pieces[::4], pieces[2::4]
+    if any("<" in image or ">" in image for image in images):
+        return line
+    found = read_introduction(texts)
+    if found is None:
+        return line
+    for name, image in zip(found.names, images, strict=True):
+        identities.setdefault(name, []).append(image.strip())
+    end = line[len(line.rstrip("\r\n")) :]
+    return found.rest + end if found.rest else ""

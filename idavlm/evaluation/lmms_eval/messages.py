@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from idavlm.data import Sample, parse_sample
+from idavlm.data.photos import PhotoLoader
 from idavlm.data.readers import read_qwen_vl
 
 
@@ -31,8 +30,8 @@ def sample_of(messages: Sequence[dict[str, Any]], folder: Path, name: str) -> Sa
             elif part["type"] == "image":
                 path = f"{name}-{len(images)}.png"
                 images.append(path)
-                image = part["url"] if isinstance(part["url"], Image.Image) else Image.open(part["url"])
-                image.convert("RGB").save(folder / path, compress_level=1)
+                image = PhotoLoader().load(part["url"], field=f"{name}: image {len(images) - 1}")
+                image.save(folder / path, compress_level=1)
                 text += f"<img>{path}</img>"
             else:
                 raise ValueError(f"content of type {part['type']!r} is not supported; pass text and images only.")

@@ -79,8 +79,8 @@ def doc_to_messages(doc: dict) -> list[dict]:
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     """Score an answer; metrics are named after the task."""
     item = _ITEMS[doc["id"]]
-    parse_box = BoxFormat(os.environ["MMID_BOXES"]).parse
-    scored = score_items([item], [Answer(item.sample.id, results[0])], parse_box, prose=True, names=_NAMES)
+    read_box = BoxFormat(os.environ["MMID_BOXES"]).read
+    scored = score_items([item], [Answer(item.sample.id, results[0])], read_box, prose=True, names=_NAMES)
     names = _METRICS[item.sample.task.split("_")[0]]
     return {names[metric]: score for metric, score in scored.predictions[0].scores.items() if metric in names}
 

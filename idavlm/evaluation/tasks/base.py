@@ -1,19 +1,17 @@
 """Interface of a task of ``idavlm eval``: how to load its data and how to score answers."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from idavlm.data.errors import DataError, quote
+from idavlm.data import ImageStore
+from idavlm.data.errors import DataError
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import IdentityKey
 from idavlm.evaluation.results import EvaluationResult
-from idavlm.evaluation.scoring import ParseBox, score_answers
+from idavlm.evaluation.scoring import ReadBox, score_answers
 
 
 @dataclass(frozen=True)
@@ -42,28 +40,20 @@ class Item:
             return self.extra["size"]
         if self.sample.image_root is None or not self.sample.message_images:
             return None
-        path = self.sample.message_images[-1]
-        file = os.path.join(self.sample.image_root, path)
-        if not os.path.isfile(file):
+        store, path = ImageStore(self.sample.image_root), self.sample.message_images[-1]
+        if not store.has(path):
             return None
         try:
-            with Image.open(file) as image:
-                is_turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # width and height are exchanged
-                return (image.width, image.height) if is_turned else (image.height, image.width)
-        except Exception as error:  # decoders raise many types
-            raise DataError(
-                f"image {quote(path)} is not an image or is damaged ({error}); replace it.",
-                where=self.sample.where,
-                kind="image",
-                file=path,
-            ) from error
+            return store.size(path)
+        except DataError as error:
+            raise error.at(self.sample.where) from error
 
 
 Load = Callable[[Path, "Path | None"], "list[Item]"]
 """``load(data, images)``: items of a file or folder; paths are relative to ``images`` (None: default of the task)."""
 
-Score = Callable[[Sequence[Item], Sequence[Answer], "ParseBox | None"], EvaluationResult]
-"""``score(items, answers, parse_box)``; ``parse_box`` is None if the box format of the model is not specified."""
+Score = Callable[[Sequence[Item], Sequence[Answer], "ReadBox | None"], EvaluationResult]
+"""``score(items, answers, read_box)``; ``read_box`` is None if the box format of the model is not specified."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +88,9 @@ class EvaluationTask:
 
 
 def score_items(
-    items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None, **options
+    items: Sequence[Item], answers: Sequence[Answer], read_box: ReadBox | None, **options
 ) -> EvaluationResult:
     """Score samples of the six tasks of the schema by :func:`idavlm.evaluation.score_answers`; ``options`` are its."""
     size_of = {item.sample.id: item.image_size for item in items}
     samples = [item.sample for item in items]
-    return score_answers(
-        samples, answers, parse_box=parse_box, image_size=lambda sample: size_of[sample.id](), **options
-    )
+    return score_answers(samples, answers, read_box=read_box, image_size=lambda sample: size_of[sample.id](), **options)

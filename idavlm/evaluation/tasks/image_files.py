@@ -1,8 +1,8 @@
 """Image files of a benchmark: leave out items whose images are missing or of unknown size, or raise an error."""
 
-import os
 from collections.abc import Mapping, Sequence
 
+from idavlm.data import ImageStore
 from idavlm.data.errors import DataError
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.tasks.base import Item
@@ -20,7 +20,7 @@ def missing_images(items: Sequence[Item]) -> dict[str, list[str]]:
         for path in dict.fromkeys(item.sample.images):
             key = (item.sample.image_root, path)
             if key not in exists:
-                exists[key] = os.path.isfile(os.path.join(item.sample.image_root or "", path))
+                exists[key] = ImageStore(item.sample.image_root or "").has(path)
             if not exists[key]:
                 missing.setdefault(path, []).append(item.sample.id)
     return missing

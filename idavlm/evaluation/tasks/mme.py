@@ -7,11 +7,11 @@ from pathlib import Path
 from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
-from idavlm.evaluation.scoring import ParseBox
+from idavlm.evaluation.scoring import ReadBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import question_sample
 from idavlm.utils import markdown_table
-from idavlm.utils.answer_parsing import parse_yes_no
+from idavlm.utils.answer_parsing import is_refusal, parse_yes_no
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
@@ -65,7 +65,7 @@ def _text_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix == ".txt")
 
 
-def score_mme(items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None) -> EvaluationResult:
+def score_mme(items: Sequence[Item], answers: Sequence[Answer], read_box: ReadBox | None) -> EvaluationResult:
     """Score ``accuracy`` per question and ``accuracy_plus`` per image; the latter is attached to its first question."""
     parsed = [parse_yes_no(answer.prediction or "") for answer in answers]
     right = [value is parse_yes_no(item.sample.answer) for value, item in zip(parsed, items, strict=True)]
@@ -80,7 +80,9 @@ def score_mme(items: Sequence[Item], answers: Sequence[Answer], parse_box: Parse
             scores["accuracy_plus"] = float(all(of_image))
             chance["accuracy_plus"] = 0.5 ** len(of_image)
         text = answer.prediction or ""
-        predictions.append(Prediction(sample.id, "mme", text, sample.answer, scores, chance, parsed=value is not None))
+        problem = "refused" if value is None and is_refusal(text) else ""
+        parsed_fields = {"parsed": value is not None, "problem": problem}
+        predictions.append(Prediction(sample.id, "mme", text, sample.answer, scores, chance, **parsed_fields))
     return EvaluationResult(predictions)
 
 

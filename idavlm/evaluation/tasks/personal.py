@@ -1,17 +1,16 @@
 """Metrics of personalized models (MyVLM, arXiv 2403.14599; Yo'LLaVA, arXiv 2406.09400)."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
-from idavlm.evaluation.scoring import ParseBox
+from idavlm.evaluation.scoring import ReadBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample
-from idavlm.utils import markdown_table, plain_answer
-from idavlm.utils.answer_parsing import parse_letter, parse_yes_no
+from idavlm.utils import contains_name, markdown_table, plain_answer
+from idavlm.utils.answer_parsing import is_refusal, parse_letter, parse_yes_no
 
 PARSERS: dict[str, Callable[[str], object]] = {
     "recognition": parse_yes_no,
@@ -45,22 +44,26 @@ def load_personal(data: Path, images: Path | None) -> list[Item]:
     return items
 
 
-def score_personal(items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None) -> EvaluationResult:
-    """Score ``positive`` and ``negative`` recognition, ``accuracy`` of choices, ``recall`` of the name in captions."""
+def score_personal(items: Sequence[Item], answers: Sequence[Answer], read_box: ReadBox | None) -> EvaluationResult:
+    """Score ``positive`` and ``negative`` recognition, ``accuracy`` of choices, ``recall`` of the name in captions.
+
+    A refusal is neither yes nor no: it scores 0 and is counted.
+    """
     predictions = []
     for item, answer in zip(items, answers, strict=True):
         kind, text, gold = item.sample.task, answer.prediction or "", item.sample.answer
         parsed, chance = True, {}
         if kind == "caption":
-            found = re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", plain_answer(text), re.IGNORECASE)
-            scores = {"recall": float(found is not None)}
+            has_answer = contains_name(plain_answer(text), gold)
+            scores = {"recall": float(has_answer)}
         else:
             predicted, right = PARSERS[kind](text), PARSERS[kind](gold)
-            parsed = predicted is not None
+            parsed = has_answer = predicted is not None
             metric = "accuracy" if kind != "recognition" else "positive" if right else "negative"
             scores = {metric: float(parsed and predicted == right)}
             chance = {metric: 0.5} if kind == "recognition" else {}
-        predictions.append(Prediction(item.sample.id, kind, text, gold, scores, chance, parsed=parsed))
+        problem = "refused" if not has_answer and is_refusal(text) else ""
+        predictions.append(Prediction(item.sample.id, kind, text, gold, scores, chance, parsed=parsed, problem=problem))
     return EvaluationResult(predictions)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
-from idavlm.evaluation.scoring import ParseBox, word_f1, words
+from idavlm.evaluation.scoring import ReadBox, word_f1, words
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import iterate_records, optional_field, question_sample
 from idavlm.utils import plain_answer, write_text
+from idavlm.utils.answer_parsing import is_refusal
 
 
 def load_vqa(data: Path, images: Path | None) -> list[Item]:
@@ -46,7 +47,7 @@ def _is_wording(value: object) -> bool:
     return isinstance(value, str) and bool(words(plain_answer(value)))
 
 
-def score_vqa(items: Sequence[Item], answers: Sequence[Answer], parse_box: ParseBox | None) -> EvaluationResult:
+def score_vqa(items: Sequence[Item], answers: Sequence[Answer], read_box: ReadBox | None) -> EvaluationResult:
     """Score records with facts by ``fact_recall``, records with right answers by ``contains`` and ``word_f1``.
 
     - ``fact_recall``: share of the facts of which any wording occurs in the answer, up to case, punctuation and
@@ -63,7 +64,9 @@ def score_vqa(items: Sequence[Item], answers: Sequence[Answer], parse_box: Parse
         if right:
             scores["contains"] = float(any(says(text, wording) for wording in right))
             scores["word_f1"] = max(word_f1(plain_answer(text), wording) for wording in right)
-        predictions.append(Prediction(item.sample.id, "vqa", text, item.sample.answer, scores))
+        says_nothing = not any(scores.get(metric) for metric in ("fact_recall", "contains"))
+        problem = "refused" if says_nothing and is_refusal(text) else ""
+        predictions.append(Prediction(item.sample.id, "vqa", text, item.sample.answer, scores, problem=problem))
     return EvaluationResult(predictions)
 
 

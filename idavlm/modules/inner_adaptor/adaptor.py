@@ -106,6 +106,19 @@ class InnerAdaptor(nn.ModuleDict):
         finally:
             self.state.active = previous
 
+    def share_base_layers(self, language_model: nn.Module) -> None:
+        """Let adaptors of low rank share the linear layers that ``language_model`` has now.
+
+        Needed if these were replaced after the adaptors were added, for example by quantised ones.
+        """
+        layers = find_decoder_parts(language_model).layers
+        for workflow in self.values():
+            for index, adaptor in zip(self.options["layers"], workflow["layers"], strict=True):
+                adaptor = getattr(adaptor, "layer", adaptor)  # of a GatedLayer
+                for name, module in adaptor.named_modules():
+                    if isinstance(module, LowRankLinear):
+                        module.base = (layers[index].get_submodule(name),)
+
     def check_vocabulary(self, name: str, module: nn.Module | None) -> None:
         """Raise ``ValueError`` if a base module has another vocabulary size than its copies."""
         expected = self.vocabulary.get(name)

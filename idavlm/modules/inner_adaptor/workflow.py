@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from idavlm._compat import cache_in
 from idavlm.modules.inner_adaptor.decoder import TEXT, DecoderParts, ensure_cache_layer, enter_cache
-from idavlm.utils import check_choice, compile_callees_only
+from idavlm.utils import check_choice
 
 
 class WorkflowState:
@@ -169,19 +169,23 @@ def use_workflow(model: nn.Module, workflow: str) -> Iterator[nn.Module]:
 def train_workflow(model: nn.Module, workflow: str) -> None:
     """Make the parameters of this workflow trainable and freeze those of the others; ``"text"`` freezes all.
 
-    DDP would otherwise wait for gradients of the workflows that do not run. Args and errors are those of
+    DDP would otherwise wait for gradients of the workflows that do not run. Of a workflow that peft has wrapped, only
+    the parameters of the active adapter become trainable, because peft saves no others. Args and errors are those of
     :func:`use_workflow`.
     """
     inner_adaptor = find_inner_adaptor(model, workflow)
     check_choice("workflow", workflow, inner_adaptor.state.names)
-    for name, modules in inner_adaptor.items():
-        modules.requires_grad_(name == workflow)
+    inner_adaptor.requires_grad_(False)
+    if workflow == TEXT:
+        return
+    of_adapter = list(_adapter_parameters(inner_adaptor[workflow]))
+    for parameter in of_adapter or inner_adaptor[workflow].parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # others are quantised
 
 
 def takes_workflow(method: Callable) -> Callable:
     """Let a method of a model with inner adaptors take ``workflow=``, which is active while the method runs."""
 
-    @compile_callees_only
     @functools.wraps(method)
     def run(self, *args, workflow: str | None = None, **kwargs):
         if workflow is None:
@@ -189,7 +193,8 @@ def takes_workflow(method: Callable) -> Callable:
         with find_inner_adaptor(self, workflow).workflow(workflow):
             return method(self, *args, **kwargs)
 
-    return run
+    # torch.compile would compile this wrapper for every combination of arguments. It compiles the method only.
+    return torch.compiler.disable(run, recursive=False)
 
 
 class WorkflowMixin:
@@ -212,6 +217,15 @@ def find_inner_adaptor(model: nn.Module, workflow: str) -> nn.Module:
             "add_inner_adaptors(language_model) first, or set IDAVLMConfig(inner_adaptors=...)."
         )
     return found
+
+
+def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the active peft adapter within ``module``: LoRA weights, and copies in ``modules_to_save``."""
+    for layer in module.modules():
+        for name in getattr(layer, "adapter_layer_names", ()):  # peft's name for the attributes with its parameters
+            for adapter, part in getattr(layer, name, {}).items():
+                if adapter in layer.active_adapters:
+                    yield from part.parameters() if isinstance(part, nn.Module) else (part,)
 
 
 def _in_backward() -> bool:
