@@ -36,9 +36,8 @@ from transformers import (
     TrainerCallback,
     get_linear_schedule_with_warmup,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from benchmarks.generation import CHARACTERS, untrained
+from benchmarks.generation import CHARACTERS
 from idavlm import (
     IDAVLMForConditionalGeneration,
     IDTrainer,
@@ -57,7 +56,6 @@ MLP = "own class, MLP"
 WITHOUT = "own class, ID-Former, no identities"
 WITH = "own class, ID-Former, identities"
 LEARNING_RATE = 1e-4
-PADDING_ROUNDS = 3
 
 
 def build_models(processor, args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -316,45 +314,6 @@ def measure_generation(models, samples, processor, args) -> list[list[object]]:
     ]
 
 
-def measure_padding(samples: list, args) -> list[list[object]]:
-    """Padding in batches of the demo, in random order, grouped by length, and packed; and its cost in time."""
-    model, processor = untrained(samples)
-    encoded = [processor.encode(sample) for sample in samples]
-    lengths = [len(sample["input_ids"]) for sample in encoded]
-    size = args.padding_batch_size
-    generator = torch.Generator().manual_seed(0)
-    grouped = LengthGroupedSampler(size, lengths=lengths, generator=generator)
-    orders = {
-        "random order": torch.randperm(len(lengths), generator=generator).tolist(),
-        "grouped by length": [*grouped],
-    }
-    seconds = defaultdict(list)
-    for _ in range(PADDING_ROUNDS):
-        for name, order in orders.items():
-            loader = DataLoader([encoded[i] for i in order], size, collate_fn=processor.collate, drop_last=True)
-            seconds[name].append(sum(bare_steps(model, loader)) / (len(loader) * size))
-    rows = []
-    for name, order in orders.items():
-        batches = [[lengths[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-        padded = sum(max(batch) * len(batch) for batch in batches)
-        rows.append([name, f"{1 - sum(lengths) / padded:.1%}", f"{1 / statistics.median(seconds[name]):.1f}"])
-    bins, capacity = _pack(lengths, max(lengths)), max(lengths)
-    rows.append(["packed to the longest sample", f"{1 - sum(lengths) / (bins * capacity):.1%}", "not built"])
-    return rows
-
-
-def _pack(lengths: list[int], capacity: int) -> int:
-    """Number of sequences of this length that hold all samples (first fit, longest first)."""
-    free: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        place = next((number for number, left in enumerate(free) if left >= length), None)
-        if place is None:
-            free.append(capacity - length)
-        else:
-            free[place] -= length
-    return len(free)
-
-
 def _installed(package: str) -> bool:
     try:
         __import__(package)
@@ -371,7 +330,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="length of answers (default: %(default)s)")
-    parser.add_argument("--padding-batch-size", type=int, default=16, help="batches of the demo (default: %(default)s)")
     parser.add_argument("--records", type=int, default=320, help="training records to draw (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -391,8 +349,6 @@ def main() -> None:
         print(f"\nGeneration of {args.max_new_tokens} tokens, batch of {args.batch_size}\n")
         generation = measure_generation(models, questions, processor, args)
         print(markdown_table(["model", "samples/s", "relative to base"], generation))
-        print(f"\nPadding of the demo's records, batches of {args.padding_batch_size}\n")
-        print(markdown_table(["order", "padding", "samples/s"], measure_padding(samples, args)))
 
 
 if __name__ == "__main__":

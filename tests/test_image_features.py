@@ -356,12 +356,17 @@ def test_one_training_option_stores_and_uses_the_features(data, tmp_path):
     )
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_worker_processes_map_the_features(data, tmp_path, context):
+def test_worker_processes_map_the_features(data, tmp_path):
+    """Processes that are spawned get a pickled copy, which maps the file again."""
     option = {"image_features": str(tmp_path / "features"), "dataloader_num_workers": 1}
-    trainer = trainer_with_features(data, tmp_path, dataloader_multiprocessing_context=context, **option)
+    trainer = trainer_with_features(data, tmp_path, **option)
     features = trainer.processing_class.image_loader
-    assert len(pickle.dumps(features)) < 20_000, "the features themselves are not copied"
+    sent = pickle.dumps(features)
+    assert len(sent) < 20_000, "the features themselves are not copied"
+    for found, expected in zip(
+        pickle.loads(sent)(data / "images", "kate.png"), features(data / "images", "kate.png"), strict=True
+    ):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
     single = trainer_with_features(data, tmp_path, image_features=str(tmp_path / "features"))
     batches = [next(iter(one.get_train_dataloader())) for one in (trainer, single)]
     assert torch.equal(batches[0]["image_features"], batches[1]["image_features"])

@@ -199,6 +199,25 @@ def test_a_dry_run_reads_no_weights(config, parts, data, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def parameter_rows(out: str) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_a_dry_run_of_adapters_and_of_an_attached_id_former(config, llava, capsys):
+    """LoRA with r=2 adds 2 x (32 + 32) parameters to each of the q_proj, in three layers of the tower."""
+    lora = {"vision_tower": {"r": 2, "target_modules": ["q_proj"]}}
+    assert train(config, "--dry-run", model=llava, lora=lora, module_learning_rates={"connector": 1e-3}) == 0
+    rows = parameter_rows(capsys.readouterr().out)
+    assert rows["vision_tower"][1:] == [str(3 * 2 * 64), "5e-05"]
+    assert rows["language_model"][1:] == ["0", "frozen"]
+    assert rows["connector"][2] == "0.001"
+    assert train(config, "--dry-run", model=llava, attach_id_former={"num_heads": 2, "hidden_size": 16}) == 0
+    rows = parameter_rows(capsys.readouterr().out)
+    assert rows["id_former"][0] == rows["id_former"][1]
+    assert rows["connector"][1:] == ["0", "frozen"]
+
+
 def test_answers_are_evaluated_and_logged_with_images(config, parts, data, tmp_path):
     """TensorBoard has scores and images of the answers; the best checkpoint is chosen by a score."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

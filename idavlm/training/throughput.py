@@ -32,11 +32,11 @@ class Throughput:
     def add(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Count the batches of a step. Padding is no token."""
         for batch in batches:
-            ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+            ids = batch.get("input_ids")
             if ids is not None:
-                self._counts["samples"] += len(batch.get("sample_ids", ids))
+                self._counts["samples"] += _num_samples(batch)
                 # A tensor: reading its value would make every step wait for the device.
-                self._counts["tokens"] += mask.sum() if isinstance(mask, Tensor) else ids.numel()
+                self._counts["tokens"] += _is_token(batch).sum()
             self._counts["images"] += _num_images(batch)
 
     def compute(self, accelerator) -> dict[str, float]:
@@ -48,6 +48,20 @@ class Throughput:
         if not seconds:
             return {}
         return {f"{name}_per_second": round(count / seconds, 3) for name, count in zip(NAMES, counts, strict=True)}
+
+
+def _num_samples(batch: Mapping[str, Any]) -> int:
+    if "sample_ids" in batch:
+        return len(batch["sample_ids"])
+    packed = batch.get("token_sample_index")
+    return len(batch["input_ids"]) if packed is None else int(packed.max()) + 1
+
+
+def _is_token(batch: Mapping[str, Any]) -> Tensor:
+    if "token_sample_index" in batch:  # packed rows
+        return batch["token_sample_index"] >= 0
+    mask = batch.get("attention_mask")
+    return mask if isinstance(mask, Tensor) else torch.ones_like(batch["input_ids"])
 
 
 def _num_images(batch: Mapping[str, Any]) -> int:

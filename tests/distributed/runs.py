@@ -170,6 +170,8 @@ def run(folder: Path, strategy: str, name: str, kind: str, images: Path, **optio
             generate(trainer.model, trainer.processing_class, images, name)
             save_parts(trainer.model, folder, found["weights"], name)
     if strategy == "one process":
+        state = trainer.optimizer.state
+        found["unused"] = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p not in state]
         return found
     with strategy_environment(strategy):
         resumed = trainer_of(folder, strategy, name, kind, images, **options)
@@ -261,6 +263,7 @@ def generate(model: nn.Module, processor, images: Path, name: str) -> None:
 
 def save_parts(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor], name: str) -> None:
     """``save_id_former`` and ``save_adaptors`` write the whole tensors of the run."""
+    unset_hf_deepspeed_config()  # new models are whole
     if name.startswith("attached"):
         save_id_former(model, folder / "parts")
         other, _ = cases.build(name, torch.float64)
