@@ -345,8 +345,8 @@ def _check_task(record: dict, sample: Sample) -> None:
         )
     if sample.task == "location" and sample.target_box is not None and says_absent(sample.answer):
         raise DataError(
-            f"answer={quote(sample.answer)} says that target={quote(sample.target)} is not in the last image, but boxes "
-            "has its box; remove one of them."
+            f"answer={quote(sample.answer)} says that target={quote(sample.target)} is not in the last image, but "
+            "boxes has its box; remove one of them."
         )
 
 

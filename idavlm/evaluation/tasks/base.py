@@ -13,7 +13,6 @@ from idavlm.evaluation.baselines import IdentityKey
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.scoring import ReadBox, score_answers
 
-
 BOX_TASKS = ("location", "human_ref")
 """Tasks of samples whose answers hold boxes."""
 

@@ -18,9 +18,9 @@ def load_grounding(data: Path, images: Path | None) -> list[Item]:
     """Load records ``{"image", "sent", "bbox"}``, the format of Qwen-VL's RefCOCO files.
 
     ``sent`` may be called ``expression`` or ``phrase``. ``bbox`` is ``[x1, y1, x2, y2]`` in pixels, or COCO's
-    ``[x, y, width, height]`` with ``"bbox_format": "xywh"``; ``[]`` if nothing in the image is meant. Optional fields: ``text`` (the question, by default "Where
-    is ...?"), ``height`` and ``width`` (needed if the image file is missing), ``split`` (row of the table, by default
-    the name of the file).
+    ``[x, y, width, height]`` with ``"bbox_format": "xywh"``; ``[]`` if nothing in the image is meant. Optional fields:
+    ``text`` (the question, by default "Where is ...?"), ``height`` and ``width`` (needed if the image file is missing),
+    ``split`` (row of the table, by default the name of the file).
     """
     root = images if images is not None else data.parent
     items = []
