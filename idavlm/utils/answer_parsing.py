@@ -372,7 +372,7 @@ _REFUSALS = (
     r"لا أعرف|لا أعلم|لست متأكد|नहीं पता|पता नहीं|नहीं जानता|không biết|không thể xác định|ไม่ทราบ|ไม่รู้|ไม่แน่ใจ|ไม่สามารถระบุ",
 )
 _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
-_NOTHING = re.compile(r"\s*(?:json\s+)?(?:\[\s*(?:\[\s*\]\s*)?\]|\{\s*(?:"\w+"\s*:\s*\[\s*\]\s*)?\}|null)[\s.]*")
+_NOTHING = re.compile(r'\s*(?:json\s+)?(?:\[\s*(?:\[\s*\]\s*)?\]|\{\s*(?:"\w+"\s*:\s*\[\s*\]\s*)?\}|null)[\s.]*')
 
 
 def parse_yes_no(text: str) -> bool | None:
