@@ -1,6 +1,7 @@
 """Yo'LLaVA, MyVLM, RAP and MC-LLaVA: miniatures in the true formats, released scores, their traps, and commands."""
 
 import json
+import random
 
 import pytest
 from PIL import Image
@@ -13,6 +14,8 @@ from idavlm.evaluation.task_run import TaskRun, load_scores
 from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.mc_llava import character_bleu
 from idavlm.evaluation.tasks.rap import normalize_answer
+from tests.fuzz.test_evaluation_files import mutate
+from tests.test_eval_tasks import NASTY, REFUSALS
 from tests.vlm_families import tiny_model, tiny_processor
 
 
@@ -404,6 +407,62 @@ def test_mc_llava_files_that_do_not_fit_are_named(mc_llava):
         TASKS["mc_llava"].load(mc_llava, None)
     with pytest.raises(DataError, match=r"concept_type.json does not exist"):
         TASKS["mc_llava"].load(multi.parent, None)
+
+
+# --- All four --------------------------------------------------------------------------------------------------------
+
+BENCHMARKS = ("yollava", "myvlm", "rap", "mc_llava")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_any_answer_has_scores_and_a_refusal_has_none(name, request):
+    folder = request.getfixturevalue(name)
+    items = list({item.sample.task: item for item in TASKS[name].load(folder, None)}.values())
+    for text in REFUSALS:
+        result, metrics = score(name, items, lambda item, text=text: text)
+        for task, row in result.summary.items():
+            assert row["refused"] == row["n"], (task, text)
+            own = {metric: value for metric, value in metrics[task].items() if not metric.startswith("released")}
+            assert not any(value for metric, value in own.items() if metric != "word_f1"), (task, text)
+    for text in NASTY:
+        result, _ = score(name, items, lambda item, text=text: text)
+        assert all(0 <= value <= 1 for one in result.predictions for value in one.scores.values()), text
+        json.dumps(result.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_mutated_files_are_loaded_or_named(name, request):
+    """The error of a file that does not fit names the file, or the folder that lacks it."""
+    folder, rng = request.getfixturevalue(name), random.Random(0)
+    files = sorted(folder.rglob("*.json"))
+    errors = []
+    for _ in range(60):
+        file = rng.choice(files)
+        content = file.read_bytes()
+        changed = json.loads(content)
+        mutate(changed, rng)
+        file.write_text(json.dumps(changed))
+        try:
+            TaskRun(TASKS[name], folder, folder / "out").load_items()
+        except DataError as error:
+            errors.append(str(error))
+        file.write_bytes(content)
+    assert 5 < len(errors) < 60
+    assert [error for error in errors if str(folder) not in error] == []
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_answers_of_any_model_are_scored_by_the_command(name, request, tmp_path, capsys):
+    folder = request.getfixturevalue(name)
+    items = TASKS[name].load(folder, None)
+    answers = [{"id": item.sample.id, "prediction": item.sample.answer} for item in items]
+    write(tmp_path / "answers.json", answers)
+    command = ["eval", name, str(folder), "--predictions", str(tmp_path / "answers.json"), "--out", str(tmp_path / "o")]
+    assert main(command) == 0, capsys.readouterr().err
+    assert {value for one in load_scores(tmp_path / "o")[0].predictions for value in one.scores.values()} <= {0.0, 1.0}
+    assert "## Not evaluated" in (tmp_path / "o" / "report.md").read_text()
+    assert main([*command, "--id-former", "folder"]) == 2
+    assert "--id-former folder is attached to a model; pass --model" in capsys.readouterr().err
 
 
 # --- Models of transformers ------------------------------------------------------------------------------------------

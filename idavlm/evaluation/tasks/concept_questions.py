@@ -69,7 +69,7 @@ def options_of(record: Mapping[str, Any], name: str, where: str) -> dict[str, st
     letters = [chr(ord("A") + number) for number in range(len(options))] if isinstance(options, dict) else []
     if len(letters) < 2 or list(options) != letters or not all(isinstance(text, str) for text in options.values()):
         raise DataError(f"{name}={quote(options)} must be texts by letters in order, from A on.", where=where)
-    if record.get("correct_answer") not in options:
+    if record.get("correct_answer") not in letters:
         raise DataError(
             f"correct_answer={quote(record.get('correct_answer'))} is not one of the letters {', '.join(options)}.",
             where=where,
