@@ -73,7 +73,7 @@ class Evaluation:
         draw_images(folder / "images", IMAGES)
         self.records = _records(folder)
         self.answers = {}
-        for name in TASKS:
+        for name in self.records:
             path = self._write("valid", name, self.records[name])
             items = TASKS[name].load(path, folder if name == "mmid" else folder / "images")
             self.answers[name] = [
@@ -87,7 +87,7 @@ class Evaluation:
         Raises:
             AssertionError: an error without the name of the file, a wrong exit status, or scores that are not numbers.
         """
-        task = rng.choice(sorted(TASKS))
+        task = rng.choice(sorted(self.records))
         what = rng.choice(["texts", "answers", "records", "scores"])
         answers, records = copy.deepcopy(self.answers[task]), copy.deepcopy(self.records[task])
         if what == "texts":
