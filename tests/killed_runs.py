@@ -98,9 +98,8 @@ class Run:
 
     def kill(self, first: int = 0) -> str:
         """Kill process ``first`` and then, as a launcher does, all others; return what the run was doing."""
-        self.processes.sort(key=lambda process: process != self.processes[first % len(self.processes)])
         moment = None
-        for process in self.processes:
+        for process in self.processes[first:] + self.processes[:first]:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             moment = moment or self.moment()
@@ -120,7 +119,7 @@ def check_equal(folder: Path, whole: Path) -> None:
     """Check that two runs have the same losses, weights and optimizer states."""
     steps, evaluations = ({step for step, kind in losses(whole) if kind == is_evaluation} for is_evaluation in (0, 1))
     assert steps == set(range(1, STEPS + 1))
-    assert evaluations == set(range(3, STEPS + 1, 3))
+    assert evaluations >= set(range(3, STEPS + 1, 3))
     assert losses(folder) == losses(whole), f"losses in {folder}"
     last = f"checkpoint-{STEPS}"
     weights, expected = (load_file(path / last / "model.safetensors") for path in (folder, whole))

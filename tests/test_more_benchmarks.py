@@ -86,7 +86,7 @@ def mmpb_csv(folder, rows, *, letters: bool):
 
 
 def test_mmpb_from_the_files_of_both_converters_and_from_parquet(tmp_path):
-    """All three give the same questions with two reference photos; the truth scores 1, constants score chance."""
+    """All three give the same questions with five reference photos; the truth scores 1, constants score chance."""
     rows = mmpb_rows()
     by_letters = TASKS["mmpb"].load(mmpb_csv(tmp_path / "letters", rows, letters=True), None)
     by_numbers = TASKS["mmpb"].load(mmpb_csv(tmp_path / "numbers", rows, letters=False) / "dataset.csv", None)
@@ -105,7 +105,7 @@ def test_mmpb_from_the_files_of_both_converters_and_from_parquet(tmp_path):
     for items in (by_letters, by_numbers, from_parquet):
         assert [item.sample.answer for item in items] == ["Yes", "No", "Yes", "No", *"ABCD"]
         assert [item.sample.identities[0].name for item in items] == ["<sks>"] * 8
-        assert all(len(item.sample.reference_images) == 2 for item in items)
+        assert all(len(item.sample.reference_images) == 5 for item in items)
         root = items[0].sample.image_root
         assert all((root / path).is_file() for item in items for path in item.sample.images)
         assert "likes pizza" not in items[0].sample.messages[0].content[-1].text

@@ -38,11 +38,22 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
     parser.add_argument("data", type=path, help="file or folder of the data")
     parser.add_argument("--images", type=path, help="folder that image paths are relative to")
     answers = parser.add_mutually_exclusive_group(required=True)
-    answers.add_argument("--model", type=name, help="checkpoint to evaluate; an interrupted run is resumed")
+    answers.add_argument(
+        "--model", type=name, help="checkpoint of idavlm, or any vision-language model of transformers"
+    )
+    parser.add_argument(
+        "--id-former", type=name, help="folder of an ID-Former to attach to --model, a model of transformers"
+    )
     answers.add_argument("--predictions", type=path, help='answers of any model: [{"id", "prediction"}], JSON or JSONL')
     parser.add_argument("--out", type=path, required=True, help="folder for predictions, scores and report")
     parser.add_argument(
         "--missing", choices=MISSING, default="fail", help="fail or skip items if image files or answers are missing"
+    )
+    default = "all" if task.max_references is None else str(task.max_references)
+    parser.add_argument(
+        "--max-references",
+        type=positive_int,
+        help=f"use at most this many reference photos of an identity; by default {default}",
     )
     parser.add_argument("--baselines", action="store_true", help="also evaluate without references and with wrong ones")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="samples per batch")
@@ -70,7 +81,8 @@ def _run_task(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, box_kind: str | None) -> None:
     task = TASKS[arguments.task]
-    task_run = TaskRun(task, arguments.data, arguments.out, arguments.images, arguments.missing)
+    sources = {"images": arguments.images, "missing": arguments.missing, "max_references": arguments.max_references}
+    task_run = TaskRun(task, arguments.data, arguments.out, **sources)
     client = eval_compare.judge_client(arguments, arguments.out / "judge.jsonl") if task.judged else None
     if arguments.predictions is not None:
         items, answers, box_kind = _load_answers(arguments, task_run, box_kind)
@@ -109,6 +121,8 @@ def _load_answers(
     """Items, the answers of ``--predictions``, and their box format."""
     if arguments.baselines:
         raise ValueError("--baselines needs a model to generate answers; pass --model instead of --predictions.")
+    if arguments.id_former is not None:
+        raise ValueError(f"--id-former {arguments.id_former} is attached to a model; pass --model, not --predictions.")
     items = task_run.load_items(need_images=False)
     if arguments.missing == "skip":
         answered = {answer.id for answer in load_answers(arguments.predictions)}
@@ -140,7 +154,7 @@ def _generate_answers(arguments: argparse.Namespace, task_run: TaskRun, items: l
     device = arguments.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_checkpoint(arguments.model, device=device)
+    model, processor = load_checkpoint(arguments.model, id_former=arguments.id_former, device=device)
     options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "name": arguments.model}
     choices = ("right", "none", "wrong") if arguments.baselines else ("right",)
     try:

@@ -6,10 +6,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
-from idavlm.models import IDAVLMForConditionalGeneration, IDAVLMProcessor, IdentityProcessor, load_id_former
+from idavlm.models import (
+    IDAVLMConfig,
+    IDAVLMForConditionalGeneration,
+    IDAVLMProcessor,
+    IdentityProcessor,
+    load_id_former,
+)
 from idavlm.utils import read_json_object
 
 _JSON_FILES = (
@@ -34,7 +40,8 @@ def load_checkpoint(
     Unlike ``from_pretrained``, which gives missing weights random values, this is for models that are used as they are.
 
     Args:
-        path: folder or hub name of the checkpoint.
+        path: folder or hub name of the checkpoint: a model of idavlm, or an image-text model of transformers. The
+            latter has no ID-Former unless ``id_former`` is passed: references are then images of the prompt.
         id_former: folder of :func:`idavlm.save_id_former`. ``path`` is then an image-text model of transformers, to
             which the ID-Former is attached.
         device: device of the model.
@@ -49,9 +56,10 @@ def load_checkpoint(
     for name in _JSON_FILES:
         if (Path(path) / name).is_file():
             read_json_object(Path(path) / name)  # the errors of transformers do not name the file
+    is_own = id_former is None and _is_own(path)
     try:
-        if id_former is not None:
-            processor = IdentityProcessor(AutoProcessor.from_pretrained(path))
+        if not is_own:
+            processor = _identity_processor(path, identity_inputs=id_former is not None)
         elif Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
             raise FileNotFoundError("it has no processor_config.json")
         else:
@@ -63,7 +71,7 @@ def load_checkpoint(
         ) from error
     _check_weight_files(Path(path))
     options = {} if dtype is None else {"dtype": dtype}
-    model_class = IDAVLMForConditionalGeneration if id_former is None else AutoModelForImageTextToText
+    model_class = IDAVLMForConditionalGeneration if is_own else AutoModelForImageTextToText
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # missing weights are an error below, not a table on the terminal
     try:
@@ -91,6 +99,21 @@ def load_checkpoint(
         load_id_former(model, id_former)
     _check_finite(path, model)
     return model, processor
+
+
+def _is_own(path: str | Path) -> bool:
+    """Whether the checkpoint is a model of idavlm, whose loader also reports what has no readable configuration."""
+    try:
+        return AutoConfig.from_pretrained(path).model_type == IDAVLMConfig.model_type
+    except Exception:  # transformers raises many types
+        return True
+
+
+def _identity_processor(path: str | Path, *, identity_inputs: bool) -> IdentityProcessor:
+    processor = IdentityProcessor.from_pretrained(path, identity_inputs=identity_inputs)
+    if processor.tokenizer.pad_token is None:  # padding is masked, so that any token will do
+        processor.tokenizer.pad_token = processor.tokenizer.unk_token or processor.tokenizer.eos_token
+    return processor
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from idavlm.data.errors import DataError, quote
+from idavlm.data.schema import Identity, Sample
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.bootstrap import RESAMPLES
 from idavlm.evaluation.fingerprints import item_fingerprint
@@ -33,6 +34,7 @@ class TaskRun:
         out: folder for ``predictions.jsonl``, ``scores.json``, ``report.md``.
         images: folder that image paths are relative to; None for the default of the task.
         missing: what to do about missing image files: ``"fail"``, or ``"skip"`` the items that need them.
+        max_references: photos that introduce an identity, at most; None for the default of the task.
     """
 
     task: EvaluationTask
@@ -40,6 +42,7 @@ class TaskRun:
     out: Path
     images: Path | None = None
     missing: str = "fail"
+    max_references: int | None = None
 
     def load_items(self, *, need_images: bool = True) -> list[Item]:
         """Load the items of the task.
@@ -60,6 +63,9 @@ class TaskRun:
                 message = f"id={quote(item.sample.id)} is not unique; use a different id for every record."
                 raise DataError(message, where=item.sample.where)
             ids.add(item.sample.id)
+        most = self.task.max_references if self.max_references is None else self.max_references
+        if most is not None:
+            items = [replace(item, sample=_with_references(item.sample, most)) for item in items]
         if need_images:
             items, absent = with_images(items, self.missing)
             if absent:
@@ -149,6 +155,12 @@ class TaskRun:
             "parsed score 0. Chance: a random candidate; for boxes, a random annotated box of the image."
         )
         return write_text(self.out / "report.md", "\n\n".join(parts) + "\n")
+
+
+def _with_references(sample: Sample, most: int) -> Sample:
+    """The sample with the first ``most`` photos of each identity."""
+    identities = [Identity(identity.name, identity.images[:most]) for identity in sample.identities]
+    return replace(sample, identities=identities)
 
 
 def _labels(items: Sequence[Item]) -> dict[str, Callable[[Prediction], str]]:

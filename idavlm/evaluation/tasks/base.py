@@ -84,6 +84,7 @@ class EvaluationTask:
         summary: task-specific numbers as Markdown for the report.
         write: ``write(path, items, answers, model)`` writes the answers in the format of the benchmark's own tools.
         identity_key: see :func:`idavlm.evaluation.with_wrong_references`.
+        max_references: default of ``--max-references``: photos that introduce an identity; None for all.
         max_new_tokens: default maximum length of an answer.
     """
 
@@ -98,6 +99,7 @@ class EvaluationTask:
     summary: Callable[[Sequence[Item], EvaluationResult], str] | None = None
     write: Callable[[Path, Sequence[Item], Sequence[Answer], str], None] | None = None
     identity_key: IdentityKey | None = None
+    max_references: int | None = None
     max_new_tokens: int = 64
 
 

@@ -11,7 +11,7 @@ from idavlm.data.json_records import JsonRecords
 from idavlm.data.parsing import parse_sample
 from idavlm.data.schema import Sample
 
-_TYPE_NAMES = {str: "a text", int: "an integer", float: "a number", list: "a list"}
+_TYPE_NAMES = {bool: "true or false", str: "a text", int: "an integer", float: "a number", list: "a list"}
 
 
 def iterate_records(path: Path) -> Iterator[tuple[dict, str]]:

@@ -21,9 +21,6 @@ from idavlm.utils.answer_parsing import is_refusal, parse_letter, parse_yes_no
 CONCEPT = "<sks>"
 """Name of the concept in all questions."""
 
-NUM_REFERENCES = 2
-"""Reference photos of a concept, the default of the release; it has up to 5."""
-
 LETTERS = "ABCD"
 _ANSWERS = dict(enumerate((*LETTERS, "Yes", "No")))
 _REFUSALS = (
@@ -108,7 +105,7 @@ def _csv_rows(path: Path, root: Path) -> Iterator[tuple[dict, list[str], str]]:
                 folder = f"{field(record, ('attribute',), where)}/train/{field(record, ('name',), where)}"
                 photos = [f"{folder}/{number}.png" for number in range(5)]
                 there = [photo for photo in photos if (root / photo).is_file()]
-                yield record, (there or photos)[:NUM_REFERENCES], where
+                yield record, there or photos[:1], where
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8 ({error}); write it again with the converter.") from None
 
@@ -123,7 +120,7 @@ def _parquet_rows(path: Path, root: Path) -> Iterator[tuple[dict, list[str], str
         scene, references = f"scenes/{number}.png", []
         _write_image(root / scene, record, "image_path", where)
         for count in range(1, 6):
-            if record.get(f"injection_image_{count}") is not None and len(references) < NUM_REFERENCES:
+            if record.get(f"injection_image_{count}") is not None:
                 references.append(f"references/{folder}/{count}.png")
                 _write_image(root / references[-1], record, f"injection_image_{count}", where)
         if not references:
@@ -210,5 +207,6 @@ MMPB = EvaluationTask(
     load=load_mmpb,
     score=score_mmpb,
     summary=_summary,
+    max_references=2,  # the default of the release, which has up to 5
     max_new_tokens=32,
 )
