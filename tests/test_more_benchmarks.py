@@ -1,4 +1,4 @@
-"""MMPB, RePIC, P-Bench and HumanRef in their formats; questions for people who are not in the picture."""
+"""MMPB, RePIC, P-Bench and HumanRef in their formats; questions for people who are not in the image."""
 
 import csv
 import json
@@ -61,7 +61,7 @@ def mmpb_rows() -> list[dict]:
     }
     rows = []
     for number in range(4):
-        question = {"question": "Is <sks> in this picture?", "answer": 4 + number % 2, "category": "recognition"}
+        question = {"question": "Is <sks> in this image?", "answer": 4 + number % 2, "category": "recognition"}
         rows.append(base | question | {"l2-category": ("awareness", "overconcept")[number % 2]})
     for number in range(4):
         question = {"question": "What would <sks> choose?", **FOOD, "answer": number, "category": "preference"}
@@ -239,7 +239,7 @@ def test_repic_traps_of_the_released_scorer(tmp_path):
     result = score("repic", both_pairs, ["Anya, Bond and K are here.", "K and Bond."])
     assert released_scores(both_pairs, result)["2_concept"]["precision"] == 1, "wrong names cost nothing"
     assert [prediction.scores["precision"] for prediction in result.predictions] == [pytest.approx(2 / 3), 1]
-    result = score("repic", both_pairs, ["Anya and K.", "Nobody."])
+    result = score("repic", both_pairs, ["Anya and K.", "A garden."])
     found = released_scores(both_pairs, result)["2_concept"]
     assert (found["precision"], found["recall"]) == (0.5, 0.25), "Bond is a miss because K is named; silence is none"
     assert both(pair, "anya and bond")[1]["recall"] == 0, "case counts for two concepts"
@@ -249,8 +249,10 @@ def test_repic_traps_of_the_released_scorer(tmp_path):
 def test_repic_missing_parts_are_named(tmp_path):
     data = repic(tmp_path) / "data"
     query = data / "query_tot" / "myvlm_query_templates.json"
-    write_json(query, {"./data/q/a.jpg": ["<nobody>"]})
-    with pytest.raises(DataError, match=r"myvlm_query_templates\.json: './data/q/a\.jpg': '<nobody>' is not a concept"):
+    write_json(query, {"./data/q/a.jpg": ["<unicorn>"]})
+    with pytest.raises(
+        DataError, match=r"myvlm_query_templates\.json: './data/q/a\.jpg': '<unicorn>' is not a concept"
+    ):
         TASKS["repic"].load(query, None)
     write_json(query, {"./data/q/a.jpg": "<bull>"})
     with pytest.raises(DataError, match="'<bull>' is not a list of concepts"):
@@ -266,7 +268,7 @@ def test_repic_missing_parts_are_named(tmp_path):
 
 
 def p_bench(folder):
-    """Choices about one and two people, and questions about somebody who is absent or unknown."""
+    """Choices about one and two people, and questions about a person who is absent or unknown."""
     draw_images(folder / "image", ["ann.png", "ann2.png", "tom.png", "scene.png"], (8, 6))
     ann, scene = "<image>\nThis is a photo of Ann.\n", "<image>\nWhat does {} hold?"
     options = "\nA. Cup\nB. Book\nC. Hat\nD. Pen"
@@ -371,8 +373,8 @@ def test_human_ref_reads_all_boxes_in_every_format(tmp_path):
     half = score("human_ref", items[1:2], [str([PEOPLE[0], [30, 0, 50, 20]])]).predictions[0].scores
     assert half["recall"] == pytest.approx((2 / 3 + 9 / 3) / 10), "IoU 0.5 counts at the first threshold only"
     assert half["precision"] == pytest.approx((1 + 9 / 2) / 10)
-    everybody = score("human_ref", items[:1], [str(PEOPLE)]).predictions[0].scores
-    assert everybody["density_f1"] == pytest.approx(0.5 / 3), "F1, times right over written boxes"
+    all_people = score("human_ref", items[:1], [str(PEOPLE)]).predictions[0].scores
+    assert all_people["density_f1"] == pytest.approx(0.5 / 3), "F1, times right over written boxes"
     twice = score("human_ref", items[:1], [str([PEOPLE[0]] * 2)]).predictions[0].scores
     assert twice["precision"] == 0.5, "a box that is written twice matches once"
     report = report_of("human_ref", data, items, truth, tmp_path, "--boxes", "pixels")
@@ -390,7 +392,7 @@ def test_human_ref_a_rejection_must_be_said(tmp_path):
         ("none", 1, 1),
         ("[]", 1, 1),
         ("```json\n[]\n```", 1, 1),
-        ("No, nobody.", 1, 1),
+        ("No one.", 1, 1),
         ("", 0, 1),
         ("A horse", 0, 1),
     ]
@@ -438,13 +440,13 @@ def test_all_boxes_of_an_answer():
     boxes = BoxFormat("pixels")
     text = '[{"bbox_2d": [1, 2, 30, 40], "label": "Tom"}, {"bbox_2d": [50, 5, 60, 40], "label": "Kate"}]'
     assert boxes.read_boxes(text, (50, 100)) == ([[1, 2, 30, 40], [50, 5, 60, 40]], None)
-    assert boxes.read_boxes("nobody", (50, 100)) == ([], "none")
+    assert boxes.read_boxes("no one", (50, 100)) == ([], "none")
     assert boxes.read_boxes("[1, 2, 30, 40] and [0.1, 0.2, 0.3, 0.4]", (50, 100)) == ([[1, 2, 30, 40]], "convention")
     with pytest.raises(ValueError, match="image_size=None"):
         BoxFormat("norm1000").read_boxes("[1, 2, 3, 4]", None)
 
 
-# A target that is not in the picture
+# A target that is not in the image
 
 
 def location(box=(10, 10, 30, 30), **changes):
@@ -457,7 +459,7 @@ def location(box=(10, 10, 30, 30), **changes):
     return parse_sample(record | changes)
 
 
-def test_location_of_somebody_who_is_not_there():
+def test_location_of_a_person_who_is_not_there():
     there, absent = location(), location(None, answer="not here", id="b")
     said = [("not here", 1, 0), ("[]", 1, 0), ("Kate is not in this image.", 1, 0), ("[10, 10, 30, 30]", 0, 1)]
     said += [("[0.1, 0.1, 0.3, 0.3]", 0, 1), ("", 0, 0), ("I cannot identify people.", 0, 0)]

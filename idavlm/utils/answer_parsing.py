@@ -412,7 +412,8 @@ def says_absent(text: str) -> bool:
     The text that counts is found as in :func:`parse_image_number`. A refusal says nothing of the kind, and neither does
     a blank answer. Whether the text holds a box as well is not checked.
     """
-    return parse_yes_no(text) is False or any(_NOTHING.fullmatch(part) for part in _parts(text, _PRESENCE_KEYS))
+    parts = [without_markdown(plain_answer(text)), *_parts(text, _PRESENCE_KEYS)]
+    return parse_yes_no(text) is False or any(_NOTHING.fullmatch(part) for part in parts)
 
 
 def _verdict_clause(text: str) -> bool | None:

@@ -34,7 +34,7 @@ def load_human_ref(data: Path, images: Path | None) -> list[Item]:
         domain = field(record, ("domain",), where)
         sub_domain = optional_field(record, ("sub_domain",), where) or domain
         referring = field(record, ("referring",), where)
-        right, everybody = (_boxes(record, name, where) for name in ("answer_boxes", "candidate_boxes"))
+        right, candidates = (_boxes(record, name, where) for name in ("answer_boxes", "candidate_boxes"))
         if (domain == "rejection") == bool(right):
             raise DataError(
                 f"domain={quote(domain)} with {len(right)} answer_boxes; records of the domain 'rejection' have none, "
@@ -45,7 +45,7 @@ def load_human_ref(data: Path, images: Path | None) -> list[Item]:
         question["image"] = field(record, ("image_name",), where)
         sample = question_sample(question, where, root=root, task="human_ref")
         groups = {"domain": domain, "sub_domain": sub_domain, "people": _people(len(right))}
-        items.append(Item(sample, groups, {"boxes": right, "candidates": everybody}))
+        items.append(Item(sample, groups, {"boxes": right, "candidates": candidates}))
     return items
 
 
@@ -68,14 +68,14 @@ def _people(count: int) -> str:
 def score_human_ref(items: Sequence[Item], answers: Sequence[Answer], read_boxes: ReadBoxes | None) -> EvaluationResult:
     """Score ``density_f1``, ``recall`` and ``precision``, means over :data:`THRESHOLDS`, or ``rejection``.
 
-    ``rejection`` is for expressions that describe nobody. ``density_f1`` is F1, times the number of right boxes over
+    ``rejection`` is for expressions that describe no person. ``density_f1`` is F1, times the number of right boxes over
     that of written boxes if more are written. Every metric has a twin ``released_...`` with the value of the released
     scorer, which
 
     - matches every right box in turn with its best written box, which may take that of a later one; here the number of
       matches is the largest possible;
     - counts everything that holds no box as a correct rejection: an empty answer, a refusal, numbers of another box
-      format. ``rejection`` needs an answer that says that there is nobody;
+      format. ``rejection`` needs an answer that says that there is none;
     - gives ``density_f1`` 0 to a record without candidate boxes.
     """
     if read_boxes is None:
@@ -86,7 +86,7 @@ def score_human_ref(items: Sequence[Item], answers: Sequence[Answer], read_boxes
         boxes, reason = read_boxes(text, answer.image_size or item.image_size())
         boxes = [box for box in boxes if all(abs(edge) < MAX_EDGE for edge in box)]
         refused = reason == "none" and is_refusal(text)
-        says_nobody = reason == "none" and not refused and says_absent(text)
+        says_none = reason == "none" and not refused and says_absent(text)
         if right:
             scores = {**_scores(right, boxes, _most_matches)}
             released = _scores(right, boxes, _released_matches)
@@ -94,9 +94,9 @@ def score_human_ref(items: Sequence[Item], answers: Sequence[Answer], read_boxes
                 released["density_f1"] = 0.0
             scores |= {f"released_{name}": value for name, value in released.items()}
         else:
-            scores = {"rejection": float(says_nobody), "released_rejection": float(not boxes)}
+            scores = {"rejection": float(says_none), "released_rejection": float(not boxes)}
         problem = "refused" if refused else "other box format" if reason == "convention" else ""
-        parsed = bool(boxes) or says_nobody
+        parsed = bool(boxes) or says_none
         task = "human_ref" if right else "rejection"
         predictions.append(Prediction(item.sample.id, task, text, "", scores, parsed=parsed, problem=problem))
     return EvaluationResult(predictions)

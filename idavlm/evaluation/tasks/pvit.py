@@ -75,7 +75,7 @@ def load_pvit(data: Path, images: Path | None) -> list[Item]:
 
 
 def _take_introductions(text: str, paths: list) -> tuple[list[dict], list, str]:
-    """Identities, the images that introduce nobody, and the text without the introductions."""
+    """Identities, the other images, and the text without the introductions."""
     before, *after = text.split("<image>")
     identities: dict[str, list] = {}
     scenes, rest = [], before
@@ -161,7 +161,7 @@ def _summary(items: Sequence[Item], result: EvaluationResult) -> str:
     letters = sorted({letter for item in items for letter in item.extra["options"]})
     constants = {letter: letter for letter in letters} | {"a refusal": "Sorry, I do not know who that is."}
     parts = ["## P-Bench", markdown_table(["questions", "accuracy"], rows)] if rows else ["## P-Bench"]
-    parts.append(f"{unread} of {len(items)} items introduce nobody in the words of PVIT's templates.")
+    parts.append(f"{unread} of {len(items)} items introduce no identity in the words of PVIT's templates.")
     return "\n\n".join([*parts, constant_answer_table(items, partial(score_pvit, read_box=None), constants)])
 
 
