@@ -11,6 +11,7 @@ import numpy as np
 
 from idavlm.data.errors import DataError, quote, shorten
 from idavlm.data.schema import PART_TYPES, ROLES, SOURCES, TASK_TYPES, Box, Identity, Message, Part, Sample
+from idavlm.utils.answer_parsing import says_absent
 
 if TYPE_CHECKING:
     from idavlm.data.images import RecordImages
@@ -336,9 +337,16 @@ def _check_task(record: dict, sample: Sample) -> None:
             raise DataError(f"false_answers[{number}]={quote(text)} equals the correct answer; remove it.")
     if sample.target is not None:
         _text(sample.target, "target")
-    if sample.task == "location" and sample.target_box is None:
+    is_absent = sample.target is not None and bool(sample.message_images) and says_absent(sample.answer)
+    if sample.task == "location" and sample.target_box is None and not is_absent:
         raise DataError(
-            f"target={quote(sample.target)} of a location record has no box in the last image; add it to boxes."
+            f"target={quote(sample.target)} of a location record has no box in the last image; add it to boxes, or set "
+            'answer to "not here" if the target is not in the image.'
+        )
+    if sample.task == "location" and sample.target_box is not None and says_absent(sample.answer):
+        raise DataError(
+            f"answer={quote(sample.answer)} says that target={quote(sample.target)} is not in the last image, but "
+            "boxes has its box; remove one of them."
         )
 
 

@@ -159,7 +159,7 @@ class Sample:
 
     @property
     def target_box(self) -> Box | None:
-        """Ground-truth box of a location question: the box of ``target`` in the last image, or None."""
+        """Ground-truth box of a location question: the box of ``target`` in the last image; None if it is not there."""
         images = self.message_images
         found = [box for box in self.boxes if box.name == self.target and images and box.image == images[-1]]
         return found[0] if found else None

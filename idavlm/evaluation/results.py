@@ -13,7 +13,7 @@ from idavlm.utils import read_json_object, write_text
 
 MAIN_METRICS = {
     "matching": ("accuracy",),
-    "location": ("acc@0.5",),
+    "location": ("acc@0.5", "not_here"),
     "qa_single": ("accuracy", "closest_accuracy"),
     "caption_single": ("clause_recall", "name_f1"),
     "qa_multi": ("accuracy", "closest_accuracy"),

@@ -11,7 +11,7 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.choices import CHOICE_TASKS, candidates, most_likely
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.models.boxes import box_iou
-from idavlm.utils.answer_parsing import is_refusal, parse_image_number
+from idavlm.utils.answer_parsing import is_refusal, parse_image_number, says_absent
 from idavlm.utils.answer_text import name_matches, plain_answer
 
 MAX_EDGE = 1e9
@@ -202,6 +202,9 @@ def score_answer(
 ) -> Prediction:
     """Score the answer to one sample.
 
+    The answer to a location question whose target has no box in the last image is scored by ``not_here`` (it says that
+    the target is not there) and ``false_positive`` (it holds a box).
+
     ``Prediction.chance`` is the expected score of a uniform choice: among the candidates for matching and questions,
     among the annotated boxes of the image for location.
 
@@ -244,12 +247,19 @@ def _score_location(sample: Sample, text: str, image_size: tuple[int, int] | Non
     (box, reason), gold = read_box(text, image_size, name=sample.target, other_names=others), sample.target_box
     if box is not None and not all(abs(edge) < MAX_EDGE for edge in box):
         box = None  # without the size of the image, boxes of any numbers are parsed
-    boxes = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]
-    chance = {metric: fmean(scores[metric] for scores in boxes) for metric in boxes[0]} if len(boxes) > 1 else {}
-    scores = score_box(box or (0, 0, 0, 0), gold.box)  # an empty box has IoU 0
     problem = "other box format" if reason == "convention" else ""
     if reason == "none" and is_refusal(text):
         problem = "refused"
+    if gold is None:
+        # A box claims that the target is there, whatever its format.
+        absent = reason == "none" and problem != "refused" and says_absent(text)
+        scores = {"not_here": float(absent), "false_positive": float(reason != "none")}
+        box = None if box is None else [float(edge) for edge in box]
+        parsed = box is not None or absent
+        return Prediction(sample.id, "location", text, sample.answer, scores, box=box, parsed=parsed, problem=problem)
+    boxes = [score_box(other.box, gold.box) for other in sample.boxes if other.image == gold.image]
+    chance = {metric: fmean(scores[metric] for scores in boxes) for metric in boxes[0]} if len(boxes) > 1 else {}
+    scores = score_box(box or (0, 0, 0, 0), gold.box)  # an empty box has IoU 0
     return Prediction(
         sample.id,
         sample.task,

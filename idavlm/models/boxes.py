@@ -171,15 +171,39 @@ class BoxFormat:
         Raises:
             ValueError: ``image_size`` is None although the kind needs it.
         """
+        numbers = _of_name(self._find(text, image_size), name, other_names)
+        return (None, "none") if numbers is None else self._box_in_image(numbers, image_size)
+
+    def read_boxes(self, text: str, image_size: Sequence[int] | None) -> tuple[list[list[float]], str | None]:
+        """Find all boxes in ``text``, whatever names the answer assigns to them.
+
+        Args:
+            text, image_size: as in :meth:`read`.
+
+        Returns:
+            The boxes that can be read, in the order of the text, in pixels; and the reason why there are no more: None
+            if all were read, ``"none"`` if the text has none, otherwise the reason for the first one that is left out.
+
+        Raises:
+            ValueError: as in :meth:`read`.
+        """
+        found = [self._box_in_image(numbers, image_size) for _, numbers in self._find(text, image_size)]
+        reasons = [reason for _, reason in found if reason is not None]
+        return [box for box, _ in found if box is not None], next(iter(reasons), None if found else "none")
+
+    def _find(self, text: str, image_size: Sequence[int] | None) -> "list[tuple[str, Numbers]]":
+        """The labels and numbers of the boxes in ``text``."""
         if image_size is None and self.kind != "pixels":
             raise ValueError(
                 f"image_size=None, but boxes of kind {self.kind!r} are relative to the image; pass its height and "
                 "width."
             )
-        found = find_boxes(text, spaced=self.num_bins is not None, y_first=self.y_first)
-        numbers = _of_name(found, name, other_names)
-        if numbers is None:
-            return None, "none"
+        return find_boxes(text, spaced=self.num_bins is not None, y_first=self.y_first)
+
+    def _box_in_image(
+        self, numbers: "Numbers", image_size: Sequence[int] | None
+    ) -> tuple[list[float] | None, str | None]:
+        """The box in pixels and None, or None and the reason, see :meth:`read`."""
         if not all(map(math.isfinite, numbers)) or not self._is_plausible(numbers, image_size):
             return None, "convention"
         pixels = self._to_pixels(numbers, image_size)

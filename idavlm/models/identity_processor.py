@@ -525,6 +525,10 @@ class IdentityProcessor(ProcessorMixin):
         """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
         return self._boxes().read(text, image_size, name=name, other_names=other_names)
 
+    def read_boxes(self, text: str, image_size: tuple[int, int] | None) -> tuple[list[list[float]], str | None]:
+        """All boxes in ``text``, see :meth:`BoxFormat.read_boxes`."""
+        return self._boxes().read_boxes(text, image_size)
+
     def _boxes(self) -> BoxFormat:
         """The box format. ``"resized"`` without settings takes those of the wrapped image processor."""
         image_processor = self.processor.image_processor

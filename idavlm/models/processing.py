@@ -541,6 +541,10 @@ class IDAVLMProcessor(ProcessorMixin):
         """As :meth:`parse_box`, with the reason why there is no box, see :meth:`BoxFormat.read`."""
         return BoxFormat(self.box_format).read(text, image_size, name=name, other_names=other_names)
 
+    def read_boxes(self, text: str, image_size: tuple[int, int] | None) -> tuple[list[list[float]], str | None]:
+        """All boxes in ``text``, see :meth:`BoxFormat.read_boxes`."""
+        return BoxFormat(self.box_format).read_boxes(text, image_size)
+
     def load_image(self, root: Path | None, path: str) -> tuple[Tensor, tuple[int, int]]:
         """Load and prepare an image file: pixels ``[3, H, W]``, and the (height, width) of the original.
 

@@ -372,6 +372,7 @@ _REFUSALS = (
     r"لا أعرف|لا أعلم|لست متأكد|नहीं पता|पता नहीं|नहीं जानता|không biết|không thể xác định|ไม่ทราบ|ไม่รู้|ไม่แน่ใจ|ไม่สามารถระบุ",
 )
 _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
+_NOTHING = re.compile(r'\s*(?:json\s+)?(?:\[\s*(?:\[\s*\]\s*)?\]|\{\s*(?:"\w+"\s*:\s*\[\s*\]\s*)?\}|null)[\s.]*')
 
 
 def parse_yes_no(text: str) -> bool | None:
@@ -403,6 +404,15 @@ def is_refusal(text: str) -> bool:
     An answer may hold a verdict as well: "Not sure, but I think yes". "I cannot see her" is no refusal.
     """
     return any(_REFUSAL.search(part) is not None for part in _parts(text, _PRESENCE_KEYS))
+
+
+def says_absent(text: str) -> bool:
+    """Whether ``text`` says that what was asked for is not there: "not here", "None", "I don't see her.", ``[]``.
+
+    The text that counts is found as in :func:`parse_image_number`. A refusal says nothing of the kind, and neither does
+    a blank answer. Whether the text holds a box as well is not checked.
+    """
+    return parse_yes_no(text) is False or any(_NOTHING.fullmatch(part) for part in _parts(text, _PRESENCE_KEYS))
 
 
 def _verdict_clause(text: str) -> bool | None:

@@ -13,6 +13,9 @@ from idavlm.evaluation.baselines import IdentityKey
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.scoring import ReadBox, score_answers
 
+BOX_TASKS = ("location", "human_ref")
+"""Tasks of samples whose answers hold boxes."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -27,6 +30,11 @@ class Item:
     sample: Sample
     groups: Mapping[str, str]
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asks_for_boxes(self) -> bool:
+        """Whether the answer holds boxes, so that the box format and the size of the image are needed."""
+        return self.sample.task in BOX_TASKS
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the last image: ``extra["size"]``, else those of the file; None if it is missing.
@@ -52,7 +60,10 @@ class Item:
 Load = Callable[[Path, "Path | None"], "list[Item]"]
 """``load(data, images)``: items of a file or folder; paths are relative to ``images`` (None: default of the task)."""
 
-Score = Callable[[Sequence[Item], Sequence[Answer], "ReadBox | None"], EvaluationResult]
+ReadBoxes = Callable[[str, "tuple[int, int] | None"], "tuple[list[list[float]], str | None]"]
+"""``read_boxes(text, image_size)``, see :meth:`idavlm.models.BoxFormat.read_boxes`."""
+
+Score = Callable[[Sequence[Item], Sequence[Answer], "ReadBox | ReadBoxes | None"], EvaluationResult]
 """``score(items, answers, read_box)``; ``read_box`` is None if the box format of the model is not specified."""
 
 
@@ -66,6 +77,8 @@ class EvaluationTask:
         load: see :data:`Load`.
         score: see :data:`Score`.
         boxes: whether answers contain boxes, so that the box format of the model is needed.
+        several_boxes: whether an answer may contain several boxes; ``score`` then receives ``read_boxes`` in place of
+            ``read_box``.
         write_choices: whether text is generated for multiple-choice questions too.
         judged: tasks of the samples whose answers a judge may score.
         summary: task-specific numbers as Markdown for the report.
@@ -80,6 +93,7 @@ class EvaluationTask:
     load: Load
     score: Score
     boxes: bool = False
+    several_boxes: bool = False
     write_choices: bool = False
     judged: tuple[str, ...] = ()
     summary: Callable[[Sequence[Item], EvaluationResult], str] | None = None

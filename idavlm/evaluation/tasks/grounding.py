@@ -18,9 +18,9 @@ def load_grounding(data: Path, images: Path | None) -> list[Item]:
     """Load records ``{"image", "sent", "bbox"}``, the format of Qwen-VL's RefCOCO files.
 
     ``sent`` may be called ``expression`` or ``phrase``. ``bbox`` is ``[x1, y1, x2, y2]`` in pixels, or COCO's
-    ``[x, y, width, height]`` with ``"bbox_format": "xywh"``. Optional fields: ``text`` (the question, by default "Where
-    is ...?"), ``height`` and ``width`` (needed if the image file is missing), ``split`` (row of the table, by default
-    the name of the file).
+    ``[x, y, width, height]`` with ``"bbox_format": "xywh"``; ``[]`` if nothing in the image is meant. Optional fields:
+    ``text`` (the question, by default "Where is ...?"), ``height`` and ``width`` (needed if the image file is missing),
+    ``split`` (row of the table, by default the name of the file).
     """
     root = images if images is not None else data.parent
     items = []
@@ -30,8 +30,10 @@ def load_grounding(data: Path, images: Path | None) -> list[Item]:
         sample_id = optional_field(record, ("id", "question_id"), where, kinds=(str, int))
         text = optional_field(record, ("text",), where) or f"Where is {phrase}?"
         question = {"id": number if sample_id is None else sample_id, "text": text, "image": image}
-        question["boxes"] = [{"name": phrase, "image": image, "box": _box(record, where)}]
-        sample = replace(question_sample(question, where, root=root, task="location"), target=phrase)
+        box = _box(record, where)
+        question["boxes"] = [{"name": phrase, "image": image, "box": box}] if box else []
+        answer = "" if box else "not here"
+        sample = replace(question_sample(question, where, root=root, task="location", answer=answer), target=phrase)
         split = optional_field(record, ("split",), where) or data.stem
         items.append(Item(sample, {"split": split}, {"size": _size(record, where)}))
     return items
@@ -50,6 +52,8 @@ def _size(record: dict, where: str) -> tuple[int, int] | None:
 
 def _box(record: dict, where: str) -> list[float]:
     box = field(record, ("bbox", "box"), where, kinds=(list,))
+    if not box:
+        return box
     numbers = [edge for edge in box if isinstance(edge, (int, float)) and not isinstance(edge, bool)]
     if len(box) != 4 or len(numbers) != 4 or not all(abs(edge) <= MAX_EDGE for edge in numbers):
         raise DataError(f"bbox={quote(box)} must be four numbers [x1, y1, x2, y2] in pixels.", where=where)

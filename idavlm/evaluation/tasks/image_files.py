@@ -60,7 +60,7 @@ def with_sizes(
     """
     unknown: dict[str, list[str]] = {}
     for item, answer in zip(items, answers, strict=True):
-        if item.sample.task == "location" and not (answer.image_size or item.image_size()):
+        if item.asks_for_boxes and not (answer.image_size or item.image_size()):
             unknown.setdefault(item.sample.message_images[-1], []).append(item.sample.id)
     problem = "the size of {files} images is unknown (in {root}), but the box format has relative coordinates"
     return _without(items, unknown, missing, problem), unknown
