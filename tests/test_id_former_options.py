@@ -43,7 +43,7 @@ def test_identity_map_loss_is_the_mean_over_layers(small_id_former):
     targets[2] = torch.tensor([0, 1, -1] * 3)
     each = [-layer[2].gather(-1, (targets[2] % 3)[:, None]).log().mean() for layer in maps]
     loss = id_former.identity_map_loss(maps, targets, roles, samples)
-    torch.testing.assert_close(loss, torch.stack(each).mean().float())
+    torch.testing.assert_close(loss, torch.stack(each).mean())
     assert abs(each[0] - each[1]) > 1e-3
 
 

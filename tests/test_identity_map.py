@@ -162,7 +162,7 @@ def test_without_null_token_the_loss_leaves_null_out(small_id_former):
         loss = id_former.identity_map_loss(maps, labels, roles, index)
         share = maps[0][1, :, 0].log()[:3].sum()
         if null_token:
-            torch.testing.assert_close(loss, -(share + maps[0][1, :, 1].log()[3:].sum()).float() / 9)
+            torch.testing.assert_close(loss, -(share + maps[0][1, :, 1].log()[3:].sum()) / 9)
         else:
             assert abs(loss) < 1e-6  # one reference: the softmax over it alone is 1
 

@@ -123,8 +123,13 @@ def test_fields_of_a_batch(family):
     assert own.placeholder_id == tiny_model(family).config.image_token_id
     names = batch["identity_name_ids"]
     assert names.shape[:2] == (3, 2)
-    decoded = [own.tokenizer.decode(name[name >= 0]) for name in names[1]]
+    decoded = [own.tokenizer.decode(name[name >= 0]).strip() for name in names[1]]
     assert decoded == ["Kate", "<my_cat>"]
+    kate = names[1, 0][names[1, 0] >= 0].tolist()
+    ids = batch["input_ids"][1].tolist()
+    question = max(start for start in range(len(ids)) if ids[start : start + len(kate)] == kate)
+    before = own.tokenizer.decode(ids[:question]).rstrip()
+    assert before.endswith("Where is"), "the tokens of a name are those of the question, with the space before it"
     assert (names[[0, 2]] == -1).all()
 
 

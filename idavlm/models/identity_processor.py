@@ -704,10 +704,17 @@ class IdentityProcessor(ProcessorMixin):
                     )
 
     def _name_ids(self, conversations: list[Conversation]) -> list[list[list[int]]]:
+        """Tokens of each name as a question holds them. Many tokenizers join a word with the space before it."""
+        before, after = "Where is ", " now"
         return [
-            [self.tokenizer(name, add_special_tokens=False)["input_ids"] for name in conversation.identities]
+            [self._tokens_between(before, name, after) for name in conversation.identities]
             for conversation in conversations
         ]
+
+    def _tokens_between(self, before: str, text: str, after: str) -> list[int]:
+        encoded = self.tokenizer(before + text + after, add_special_tokens=False, return_offsets_mapping=True)
+        inside = tokens_in_spans(encoded["offset_mapping"], [(len(before), len(before) + len(text))])
+        return [token for token, is_inside in zip(encoded["input_ids"], inside, strict=True) if is_inside]
 
     def _with_loaded_images(self, conversation: Conversation) -> list[dict[str, Any]]:
         """The messages as they were passed, with images in place of paths."""
