@@ -1,6 +1,7 @@
 """MC-LLaVA (arXiv 2411.11706): recognition, choices, questions and captions of two to four concepts per scenario."""
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,12 +37,16 @@ def load_mc_llava(data: Path, images: Path | None) -> list[Item]:
     All concepts of a scenario are introduced by their photos in ``train``, in every question about it.
     """
     root = images if images is not None else data
-    types = read_object(data / "concept_type.json")
+    types_file = data / "concept_type.json"
+    types = read_object(types_file)
     items: list[Item] = []
     missing = ["negative questions about random pictures of other scenarios, which the released code draws"]
-    for kind in sorted(set(map(str, types.values()))):
+    for name, kind in types.items():
+        if not isinstance(kind, str) or not kind.isidentifier():
+            raise DataError(f"{quote(kind)} is not a type such as 'two_concept'.", where=f"{types_file}: {name}")
+    for kind in sorted(set(types.values())):
         multi = data / kind / "multi"
-        if not multi.is_dir():
+        if not os.path.isdir(multi):
             missing.append(f"{multi} does not exist")
             continue
         for folder in sorted(path for path in multi.iterdir() if path.is_dir()):

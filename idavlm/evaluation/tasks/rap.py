@@ -1,5 +1,6 @@
 """RAP-MLLM (arXiv 2410.13360): recognition, visual and text questions over Yo'LLaVA, captions of several concepts."""
 
+import os
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,7 @@ class _Database:
         path = PurePosixPath(path).as_posix()
         _, folder, rest = path.partition("yollava-data/")
         places = [path, f"{folder}{rest}", f"benchmark_data/{folder}{rest}"] if folder else [path]
-        return next((place for place in places if (self.root / place).is_file()), places[-1])
+        return next((place for place in places if os.path.isfile(self.root / place)), places[-1])
 
     def distractors(self, tags: Sequence[str]) -> list[str]:
         """One further concept for each of ``tags``, of the same category if there is one."""
