@@ -40,7 +40,7 @@ def load_mc_llava(data: Path, images: Path | None) -> list[Item]:
     types_file = data / "concept_type.json"
     types = read_object(types_file)
     items: list[Item] = []
-    missing = ["negative questions about random pictures of other scenarios, which the released code draws"]
+    missing = ["negative questions about random images of other scenarios, which the released code draws"]
     for name, kind in types.items():
         if not isinstance(kind, str) or not kind.isidentifier():
             raise DataError(f"{quote(kind)} is not a type such as 'two_concept'.", where=f"{types_file}: {name}")
@@ -82,26 +82,26 @@ class _Scenario:
         singles = {name: photos_in(self.root / concept / "test" / name, self.root) for name in self.names}
         present = self._present(self.data / multi / "position.json")
         for name in self.names:
-            for shown, pictures in singles.items():
-                for picture in pictures:
-                    yield self._recognition(picture, [name], "si_sq", identities, shown == name, shown == name)
-        for picture in photos_in(self.root / multi, self.root):
-            there = present.get(picture, set(self.names))
+            for shown, images in singles.items():
+                for image in images:
+                    yield self._recognition(image, [name], "si_sq", identities, shown == name, shown == name)
+        for image in photos_in(self.root / multi, self.root):
+            there = present.get(image, set(self.names))
             for name in self.names:
-                yield self._recognition(picture, [name], "mi_sq", identities, name in there, True)
-            yield self._recognition(picture, self.names, "mi_mq", identities, set(self.names) <= there, True)
+                yield self._recognition(image, [name], "mi_sq", identities, name in there, True)
+            yield self._recognition(image, self.names, "mi_mq", identities, set(self.names) <= there, True)
         for name in self.names:
-            for picture in singles[name]:
-                yield self._caption(picture, [name], "si", identities)
-        for picture, there in present.items():
+            for image in singles[name]:
+                yield self._caption(image, [name], "si", identities)
+        for image, there in present.items():
             if there:
-                yield self._caption(picture, [name for name in self.names if name in there], "mi", identities)
+                yield self._caption(image, [name for name in self.names if name in there], "mi", identities)
         for name in self.names:
             yield from self._questions(f"{concept}/test/{name}", identities, is_single=True)
         yield from self._questions(multi, identities, is_single=False)
 
     def _present(self, file: Path) -> dict[str, set[str]]:
-        """The concepts that each picture of several concepts shows."""
+        """The concepts that each image of several concepts shows."""
         if not self._is_there(file):
             return {}
         present = {}
@@ -110,7 +110,7 @@ class _Scenario:
                 raise DataError(
                     f"{quote(positions)} is not a position or null for {self.names}.", where=f"{file}: {path}"
                 )
-            present[self._picture(path)] = {bare(name) for name, place in positions.items() if place is not None}
+            present[self._image_path(path)] = {bare(name) for name, place in positions.items() if place is not None}
         return present
 
     def _is_there(self, file: Path) -> bool:
@@ -118,33 +118,33 @@ class _Scenario:
             self.missing.append(f"{file} does not exist")
         return file.is_file()
 
-    def _picture(self, path: str) -> str:
+    def _image_path(self, path: str) -> str:
         """A path of a file of the release, without the folders above the type."""
         parts = PurePosixPath(path).parts
         start = parts.index(self.kind) if self.kind in parts else 0
         return PurePosixPath(*parts[start:]).as_posix()
 
     def _recognition(
-        self, picture: str, asked: list[str], setting: str, identities: list, is_there: bool, released: bool
+        self, image: str, asked: list[str], setting: str, identities: list, is_there: bool, released: bool
     ) -> Item:
         names = " and ".join(f"<{name}>" for name in asked)
         question = f"Can you see {names} in this photo? Answer the question using a single word Yes or No."
-        record = {"id": f"recognition/{setting}/{'_'.join(asked)}/{picture}", "text": question, "image": picture}
+        record = {"id": f"recognition/{setting}/{'_'.join(asked)}/{image}", "text": question, "image": image}
         answer = "Yes" if is_there else "No"
         extra = {"released": "Yes" if released else "No"}
-        return self._item(record, str(self.root / picture), "recognition", setting, identities, answer, extra)
+        return self._item(record, str(self.root / image), "recognition", setting, identities, answer, extra)
 
-    def _caption(self, picture: str, present: list[str], setting: str, identities: list) -> Item:
+    def _caption(self, image: str, present: list[str], setting: str, identities: list) -> Item:
         names = ", ".join(f"<{name}>" for name in self.names)
         question = (
             f"Can you see {names} in the image? Don't answer the question but remember it, and only response a "
             "detailed caption for the image. Your caption:"
         )
-        record = {"id": f"caption/{setting}/{picture}", "text": question, "image": picture}
+        record = {"id": f"caption/{setting}/{image}", "text": question, "image": image}
         extra = {"names": [f"<{name}>" for name in present]}
         extra["others"] = [f"<{name}>" for name in self.names if name not in present]
         answer = ", ".join(extra["names"])
-        return self._item(record, str(self.root / picture), "caption", setting, identities, answer, extra)
+        return self._item(record, str(self.root / image), "caption", setting, identities, answer, extra)
 
     def _questions(self, folder: str, identities: list, *, is_single: bool) -> Iterator[Item]:
         files = {"choice.json": "choice_v", "vqa.json": "vqa"} | (
@@ -159,11 +159,11 @@ class _Scenario:
                 if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
                     raise DataError(f"{quote(found)} is not a list of questions.", where=f"{file}: {path}")
                 for number, entry in enumerate(entries):
-                    # Of a picture of several concepts, the first two questions concern one of them.
+                    # Of an image of several concepts, the first two questions concern one of them.
                     setting = "si_sq" if is_single else "mi_sq" if number < 2 else "mi_mq"
-                    where, picture = f"{file}: {path}: {number}", self._picture(path)
-                    record = {"id": f"{task}/{setting}/{number}/{picture}", "text": field(entry, ("Human",), where)}
-                    record["image"] = picture
+                    where, image = f"{file}: {path}: {number}", self._image_path(path)
+                    record = {"id": f"{task}/{setting}/{number}/{image}", "text": field(entry, ("Human",), where)}
+                    record["image"] = image
                     answer = field(entry, ("AI",), where)
                     yield self._question(record, where, task, setting, identities, answer)
         file = self.data / folder / "qa.json"
@@ -197,7 +197,7 @@ def score_mc_llava(
 ) -> EvaluationResult:
     """Scores of :func:`score_questions`, ``word_f1`` of ``vqa``, and the scores of the released code as ``released_``.
 
-    The released code compares answers exactly, counts a concept as present in all pictures of its scenario, finds
+    The released code compares answers exactly, counts a concept as present in all images of its scenario, finds
     ``<name>`` anywhere in a caption, and scores ``vqa`` by :func:`character_bleu`.
     """
     predictions: list[Prediction] = []

@@ -39,7 +39,7 @@ def load_myvlm(data: Path, images: Path | None) -> list[Item]:
         raise DataError(f"{data} has no folder with {' or '.join(CAPTION_FILES)}; pass the folder of the release.")
     unnamed = sorted({item.sample.message_images[-1] for item in items if IDENTIFIER not in item.sample.answer})
     if unnamed:
-        missing.append(f"the target captions of {len(unnamed)} pictures do not name the concept: {', '.join(unnamed)}")
+        missing.append(f"the target captions of {len(unnamed)} images do not name the concept: {', '.join(unnamed)}")
     return with_missing_parts(items, missing)
 
 
@@ -50,7 +50,7 @@ def _concept(folder: Path, file: Path, root: Path) -> list[Item]:
             raise DataError(f"{quote(texts)} is not a list of captions.", where=f"{file}: {name}")
     if len(captions) <= TRAINING_PHOTOS:
         raise DataError(
-            f"{file} has {len(captions)} pictures; {TRAINING_PHOTOS} introduce the concept, so at least "
+            f"{file} has {len(captions)} images; {TRAINING_PHOTOS} introduce the concept, so at least "
             f"{TRAINING_PHOTOS + 1} are needed."
         )
     items = []
@@ -77,8 +77,8 @@ def _with_identifier(caption: str, concept: str) -> str:
 
 
 def score_myvlm(items: Sequence[Item], answers: Sequence[Answer], read_box: ReadBox | None) -> EvaluationResult:
-    """``recall``: share of captions that name the concept as a word; ``released_recall``: as any part of the text."""
-    return score_questions(items, answers, lambda item, text: {"released_recall": float(IDENTIFIER in text)})
+    """``recall``: share of captions that name the concept, as a whole word. No scorer is released."""
+    return score_questions(items, answers)
 
 
 def _identity_key(name: str, path: str) -> str:

@@ -31,9 +31,9 @@ DATABASES = ("example_database/database.json", "database.json")
 def load_rap(data: Path, images: Path | None) -> list[Item]:
     """Load the repository of RAP: the files of ``eval`` and ``example_database/database.json``.
 
-    The database picture introduces a concept, and its ``info`` is part of the question. Text questions are asked in the
+    The database image introduces a concept, and its ``info`` is part of the question. Text questions are asked in the
     released order of options (``choice_t``) and with right answers in turn A, B, A, ... (``choice_t_shuffled``).
-    ``eval/captions.json``, which users write, maps pictures to the names of their concepts.
+    ``eval/captions.json``, which users write, maps images to the names of their concepts.
     """
     root = images if images is not None else data
     found = [data / name for name in DATABASES if (data / name).is_file()]
@@ -84,10 +84,10 @@ class _Database:
             "identities": [{"name": tag, "images": [self.references[tag]]} for tag in tags],
         }
         if "image" in record:
-            record["image"] = self._picture(record["image"])
+            record["image"] = self._image_path(record["image"])
         return question_sample(record, where, root=self.root, task=task, answer=answer)
 
-    def _picture(self, path: str) -> str:
+    def _image_path(self, path: str) -> str:
         """A path below ``root``: the files of RAP place ``yollava-data`` at the root, or in ``benchmark_data``."""
         path = PurePosixPath(path).as_posix()
         _, folder, rest = path.partition("yollava-data/")

@@ -1,4 +1,4 @@
-"""Yo'LLaVA (arXiv 2406.09400): recognition of 40 concepts, and questions with two options about their pictures."""
+"""Yo'LLaVA (arXiv 2406.09400): recognition of 40 concepts, and questions with two options about their images."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -28,7 +28,7 @@ VISUAL_QUESTIONS = "yollava-visual-qa.json"
 def load_yollava(data: Path, images: Path | None) -> list[Item]:
     """Load the folder ``yollava-data``: ``train/<concept>``, ``test/<concept>``, ``yollava-visual-qa.json``.
 
-    Recognition has no file: each concept is asked of every test picture. Concepts are written ``<name>``, as released,
+    Recognition has no file: each concept is asked of every test image. Concepts are written ``<name>``, as released,
     and introduced by the photos of ``train``.
     """
     root = images if images is not None else data
@@ -38,7 +38,7 @@ def load_yollava(data: Path, images: Path | None) -> list[Item]:
             raise DataError(f"{folder} is not a folder; pass yollava-data, which has the folders train and test.")
     concepts = sorted(folder.name for folder in test.iterdir() if folder.is_dir())
     references = {concept: photos_in(train / concept, root) for concept in concepts}
-    pictures = {concept: photos_in(test / concept, root) for concept in concepts}
+    test_images = {concept: photos_in(test / concept, root) for concept in concepts}
     file = data / VISUAL_QUESTIONS
     missing = ["text-only questions: this release does not have them; the task rap reads those of RAP"]
     if not file.is_file():
@@ -46,7 +46,7 @@ def load_yollava(data: Path, images: Path | None) -> list[Item]:
     items = []
     for concept in concepts:
         question = f"Can you see <{concept}> in this photo? Answer with a single word or phrase."
-        for shown, paths in pictures.items():
+        for shown, paths in test_images.items():
             for path in paths:
                 record = {"id": f"recognition/{concept}/{path}", "text": question, "image": path}
                 answer = "Yes" if shown == concept else "No"
