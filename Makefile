@@ -61,7 +61,7 @@ fuzz: $(VENV)/installed
 	IDAVLM_FUZZ=60 $(BIN)/python -m pytest tests/fuzz
 
 resume: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killed_runs --kills $(KILLS)
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m tests.killed_runs --kills $(KILLS)
 
 # DeepSpeed compiles its operators when it is installed or first used, against the torch that is there.
 test-distributed: $(VENV)/deepspeed

@@ -142,6 +142,8 @@ def test_a_dummy_image_changes_no_loss_and_its_gradients_are_zero(name, images, 
             expected = gradients[0][path]
             if gradient is not None:
                 assert torch.equal(gradient, torch.zeros_like(gradient) if expected is None else expected), path
+            elif expected is not None:
+                assert "attached" in name, path  # in one process a whole model of transformers is left as it is
 
 
 @pytest.mark.usefixtures("_several_processes")

@@ -5,7 +5,8 @@ one process has no images, it runs the vision tower on one white image and uses 
 bit-identical to those without it, and the gradients of the tower are zeros.
 
 This happens where parameters are partitioned or where there are several processes, in training, evaluation and
-generation. In one process with whole parameters it would only take time.
+generation. In one process with whole parameters it only happens where a vision tower is trained, so that the optimizer
+takes the same steps; elsewhere it would only take time.
 """
 
 import inspect

@@ -275,15 +275,16 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         """Return features ``[I, P, Cv]`` of the vision tower and their grid. A frozen tower runs without gradient.
 
         For zero images (a batch of text only) the result is ``[0, P, Cv]``. The tower then runs on a dummy image if
-        :func:`idavlm.models.dummy_image.runs_all_modules`.
+        :func:`idavlm.models.dummy_image.runs_all_modules`, and if it is trained: the optimizer then takes the same step
+        as with several processes, with gradients of zero.
         """
+        is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         if pixel_values.shape[0] == 0:
-            if not runs_all_modules(self):
+            if not (runs_all_modules(self) or (self.training and is_trained and torch.is_grad_enabled())):
                 return no_features(self.vision_tower, self.config), None
             with statistics_kept(self.vision_tower):
                 features, grid_size = self.image_features(dummy_pixels(self.vision_tower, pixel_values.device))
             return features[:0], grid_size
-        is_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         layer, select = self.config.vision_feature_layer, self.config.vision_feature_select
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             return vision_features(self.vision_tower, pixel_values, layer=layer, select=select)

@@ -77,13 +77,9 @@ def _grid_size(vision_tower: nn.Module, num_tokens: int, image_size: torch.Size)
 
 
 def no_features(vision_tower: nn.Module, config) -> Tensor:
-    """Return features ``[0, 1, C]`` of zero images. They depend on the parameters of the tower, whose gradient is zero.
-
-    So a batch of text changes the state of an optimizer as it does where the tower runs on a dummy image.
-    """
-    parameters = [parameter for parameter in vision_tower.parameters() if parameter.is_floating_point()]
-    features = parameters[0].new_zeros(0, 1, features_width(config))
-    return features + sum(0 * p.flatten()[:1].sum().to(features) for p in parameters if p.requires_grad)
+    """Return features ``[0, 1, C]`` of zero images."""
+    parameter = next(parameter for parameter in vision_tower.parameters() if parameter.is_floating_point())
+    return parameter.new_zeros(0, 1, features_width(config))
 
 
 def features_width(config) -> int:
