@@ -17,7 +17,7 @@ from tests.small_models import small_model, small_processor
 from tests.vlm_families import FAMILIES, tiny_model
 
 LETTERS = "IGTNR"
-MODELS = [*cases.MODELS, *cases.MORE_MODELS]
+MODELS = [*cases.MODELS, "ID-Former, names", "low-rank adaptors", "attached, DeepStack", "attached, queries"]
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from tests.distributed.launch import run_cases
 
 CASES = [
     ("DDP", "ID-Former", "mixed"),
-    ("DDP", "attached", "mixed"),
-    ("FSDP2 by hand", "ID-Former", "mixed"),
+    ("FSDP2 by hand", "attached", "mixed"),
     ("FSDP2 by hand", "inner adaptors", "mixed"),
 ]
 
