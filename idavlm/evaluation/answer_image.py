@@ -20,14 +20,14 @@ def draw_answer(sample: Sample, prediction: Prediction) -> Image.Image:
         prediction: its scored answer. Boxes belong to the last image.
     """
     references = [
-        _titled(_opened(sample, image, _REFERENCE), identity.name)
+        _titled(_fitted(_open(sample, image), _REFERENCE), identity.name)
         for identity in sample.identities
         for image in identity.images
     ]
     scenes = []
     for number, path in enumerate(sample.message_images, 1):
         original = _open(sample, path)
-        scene = _opened(sample, path, _SCENE)
+        scene = _fitted(original, _SCENE)
         if number == len(sample.message_images):
             scale = scene.width / original.width
             for box, colour in ((prediction.gold_box, TRUE), (prediction.box, PREDICTED)):
@@ -43,8 +43,8 @@ def _open(sample: Sample, image) -> Image.Image:
     return image if isinstance(image, Image.Image) else ImageStore(sample.image_root).open(image)
 
 
-def _opened(sample: Sample, image, side: int) -> Image.Image:
-    return ImageOps.contain(_open(sample, image).convert("RGB"), (side, side))
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    return ImageOps.contain(image.convert("RGB"), (side, side))
 
 
 def _titled(image: Image.Image, title: str) -> Image.Image:

@@ -13,6 +13,7 @@ from torch import nn
 
 from idavlm.data.images import ImageStore
 from idavlm.data.schema import Sample
+from idavlm.evaluation.answer_image import PREDICTED, TRUE
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.generation import evaluating, model_inputs
 from idavlm.evaluation.plots import INK, new_figure, save
@@ -24,7 +25,7 @@ from idavlm.utils.answer_parsing import parse_image_number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRUE, PREDICTED, WRONG = "#1a9850", "#f58b1f", "#c0392b"
+WRONG = "#c0392b"
 _TILE = 256  # longest side of one image in pixels
 _CELL, _GAP, _TEXT, _HEAD = 1.75, 0.14, 2.75, 0.3  # inches
 

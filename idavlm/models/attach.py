@@ -27,6 +27,7 @@ from idavlm.models.dummy_image import dummy_image_arguments, runs_all_modules, s
 from idavlm.models.image_arguments import keep_images
 from idavlm.models.packed_attention import packed_positions, packed_rows
 from idavlm.models.packed_identities import unpack_identities
+from idavlm.models.placeholders import holds_tokens
 from idavlm.models.same_model import check_same_model, model_probe
 from idavlm.models.stored_photos import images_to_encode, with_stored
 from idavlm.models.supervision import mean_contrastive_loss, supervised_scenes, token_targets
@@ -624,7 +625,7 @@ class BaseForwardWithIdentities(ReplacedMethod):
             has_images = any(
                 name in kwargs for name in ("pixel_values", ENCODED_IMAGES) if kwargs.get(name) is not None
             )
-            if runs_all and not has_images and not _is_continued(cache_in(args, kwargs)):
+            if runs_all and not has_images and not holds_tokens(cache_in(args, kwargs)):
                 return self._forward_with_dummy_image(call, *args, **kwargs)
             return self._forward(*args, **kwargs)
 
@@ -749,11 +750,6 @@ def _general_roles(num_images: int) -> tuple[Tensor, Tensor, Tensor]:
     """``image_roles``, ``sample_index`` and ``identity_index`` of general images of one sample."""
     zeros = torch.zeros(num_images, dtype=torch.long)
     return torch.full_like(zeros, ImageRole.GENERAL), zeros, zeros
-
-
-def _is_continued(cache) -> bool:
-    """Whether a cache holds the start of the conversation."""
-    return cache is not None and cache.get_seq_length() > 0
 
 
 def _active(id_former: nn.Module) -> ResidualIDFormer:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from idavlm._compat import cache_in
+from idavlm.models.placeholders import holds_tokens
 from idavlm.modules.inner_adaptor import takes_workflow
 
 # Tensors with one row per image, and tensors with one row per box.
@@ -33,7 +34,7 @@ class ImageGenerationMixin(GenerationMixin):
             if inputs.get("name_mask") is not None:  # names are those of the prompt
                 inputs["name_mask"] = nn.functional.pad(inputs["name_mask"], (0, num_generated))
         cache = cache_in((), kwargs)
-        if cache is not None and cache.get_seq_length() > 0:
+        if holds_tokens(cache):
             has_new_images = is_first_iteration and step_ids is not None and self._is_placeholder(step_ids).any()
             if has_new_images:
                 self._check_continued(input_ids, step_ids, kwargs)

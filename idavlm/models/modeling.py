@@ -31,7 +31,13 @@ from idavlm.models.identity_names import (
 from idavlm.models.image_batch import ImageBatch
 from idavlm.models.packed_attention import packed_rows
 from idavlm.models.packed_identities import unpack_token_identities
-from idavlm.models.placeholders import check_references, rows_of_images, scatter_image_tokens, unread_images
+from idavlm.models.placeholders import (
+    check_references,
+    holds_tokens,
+    rows_of_images,
+    scatter_image_tokens,
+    unread_images,
+)
 from idavlm.models.quantized_parts import adopt_quantization
 from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto, images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
@@ -381,7 +387,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         images = image_tokens = maps = targets = None
         losses: dict[str, Tensor] = {}
         runs_all = runs_all_modules(self)
-        if runs_all and not has_images and input_ids is not None and not _is_continued(cache):
+        if runs_all and not has_images and input_ids is not None and not holds_tokens(cache):
             self._check_no_placeholders(is_image)
             has_images = True  # zero images: a dummy image runs the modules that encode images
             pixel_values = torch.zeros(0, 3, 0, 0, device=input_ids.device)
@@ -558,7 +564,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         if images is None:
             self._check_no_placeholders(is_image)
             return text
-        is_continued = _is_continued(cache)
+        is_continued = holds_tokens(cache)
         if is_continued and self.id_former is not None:
             check_references(images.image_roles, images.sample_index)
         num_queries = image_tokens.shape[1]
@@ -749,11 +755,6 @@ class WithoutHead:
 
     def __call__(self, *args, **kwargs) -> IDAVLMModelOutput:
         return IDAVLMModel.forward(self.model, *args, **kwargs)
-
-
-def _is_continued(cache) -> bool:
-    """Whether a cache holds the start of the conversation."""
-    return cache is not None and cache.get_seq_length() > 0
 
 
 @contextmanager

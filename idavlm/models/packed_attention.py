@@ -14,6 +14,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from idavlm._compat import cache_name, loses_image_blocks
 from idavlm.data.packing import tokens_of_samples, unpack
+from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
 
 _REMEDY = "train it without packing (packing=False)"
 _CHECKED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -163,11 +164,13 @@ def _uses_flash(decoder: nn.Module) -> bool:
 
 
 def _layers(decoder: nn.Module) -> list[nn.Module]:
-    number = decoder.config.num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return list(module)
-    raise ValueError(f"packing: the {number} layers of {type(decoder).__name__} are not found; {_REMEDY}.")
+    try:
+        return list(find_decoder_parts(decoder).layers)
+    except ValueError as error:
+        number = decoder.config.num_hidden_layers
+        raise ValueError(
+            f"packing: the {number} layers of {type(decoder).__name__} are not found; {_REMEDY}."
+        ) from error
 
 
 def _separates(mask: Any, token_sample_index: Tensor) -> bool:

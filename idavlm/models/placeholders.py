@@ -9,6 +9,11 @@ from torch import Tensor
 from idavlm.utils import ImageRole, outside_compile
 
 
+def holds_tokens(cache) -> bool:
+    """Whether a cache of transformers holds the start of the conversation. None is an empty cache."""
+    return cache is not None and cache.get_seq_length() > 0
+
+
 @outside_compile
 def rows_of_images(is_image: Tensor, num_images: int, tokens_per_image: int) -> Tensor:
     """Return the row of each image by the placeholders, in order, ``[I]``: for batches without ``sample_index``.

@@ -16,7 +16,7 @@ from idavlm.models.attach import CONFIG as ID_FORMER_CONFIG
 from idavlm.models.attach import detach_id_former, image_features_with_identities, load_id_former, save_id_former
 from idavlm.models.model_parts import PARTS, find_part, modules_beside_parts
 from idavlm.models.quantized_parts import is_quantized
-from idavlm.modules.inner_adaptor import InnerAdaptor, load_adaptors, save_adaptors
+from idavlm.modules.inner_adaptor import InnerAdaptor, inner_adaptor_of, load_adaptors, save_adaptors
 from idavlm.modules.inner_adaptor.adaptor import LowRankLinear
 from idavlm.modules.inner_adaptor.saving import FILE_NAME as INNER_ADAPTORS
 from idavlm.modules.inner_adaptor.workflow import AdaptorHook, CopyHook
@@ -154,7 +154,7 @@ def save_beside_adapter(model: "PeftModel", folder: str | Path) -> None:
     base.config.save_pretrained(folder)
     if image_features_with_identities(base) is not None:
         save_id_former(base, folder)
-    if _inner_adaptor(base) is not None and getattr(base.config, "inner_adaptors", None) is None:
+    if inner_adaptor_of(base) is not None and getattr(base.config, "inner_adaptors", None) is None:
         save_adaptors(base, folder, state_dict=_state_without_peft(base))
 
 
@@ -193,7 +193,7 @@ def load_lora(
     keep_4bit_layout(model)
     if (folder / ID_FORMER_CONFIG).is_file() and image_features_with_identities(model) is None:
         load_id_former(model, folder)
-    if (folder / INNER_ADAPTORS).is_file() and _inner_adaptor(model) is None:
+    if (folder / INNER_ADAPTORS).is_file() and inner_adaptor_of(model) is None:
         language_model = getattr(model, "language_model", model)
         load_adaptors(language_model, folder, connector=getattr(model, "connector", None))
     adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
@@ -222,10 +222,9 @@ def merge_lora(model: "PeftModel") -> PreTrainedModel:
     if is_quantized(model):
         model = _on_dequantized(model, names[0])
     merged = model.merge_and_unload(safe_merge=True)
-    inner_adaptor = _inner_adaptor(merged)
+    inner_adaptor = inner_adaptor_of(merged)
     if inner_adaptor is not None:
-        owner = next(module for module in merged.modules() if module._modules.get("inner_adaptor") is inner_adaptor)
-        inner_adaptor.share_base_layers(owner)
+        inner_adaptor.share_base_layers(merged)
     return merged
 
 
@@ -239,7 +238,7 @@ def save_merged(model: PreTrainedModel, folder: str | Path) -> None:
     if image_features_with_identities(model) is not None:
         save_id_former(model, folder)
         detach_id_former(model)
-    inner_adaptor = _inner_adaptor(model)
+    inner_adaptor = inner_adaptor_of(model)
     if inner_adaptor is None or getattr(model.config, "inner_adaptors", None) is not None:
         model.save_pretrained(folder)
         return
@@ -265,7 +264,7 @@ def _on_dequantized(model: "PeftModel", name: str) -> "PeftModel":
 
 def _trained_in_full(model: PreTrainedModel) -> list[str]:
     """Paths of the new modules that are not frozen. peft cannot wrap a ``ModuleDict``, so inner adaptors are listed."""
-    inner_adaptor = _inner_adaptor(model)
+    inner_adaptor = inner_adaptor_of(model)
     paths = []
     for path, module in modules_beside_parts(model):
         if isinstance(module, InnerAdaptor):
@@ -302,10 +301,6 @@ def _checked_paths(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
             )
         _check_no_hooks(path, module)
     return list(paths)
-
-
-def _inner_adaptor(model: nn.Module) -> InnerAdaptor | None:
-    return next((module for module in model.modules() if isinstance(module, InnerAdaptor)), None)
 
 
 def _target_pattern(model: PreTrainedModel, part: str, arguments: LoRAArguments, trained: Sequence[str]) -> str:

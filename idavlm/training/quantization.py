@@ -151,6 +151,5 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
             module.config.__dict__.pop("_is_quantized", None)
             module.config.__dict__.pop("quantization_config", None)
         elif isinstance(module, InnerAdaptor):
-            owner = next(part for part in model.modules() if part._modules.get("inner_adaptor") is module)
-            module.share_base_layers(owner)
+            module.share_base_layers(model)
     return model

@@ -10,6 +10,7 @@ from idavlm.data.errors import DataError, quote
 from idavlm.data.json_records import JsonRecords
 from idavlm.data.parsing import parse_sample
 from idavlm.data.schema import Sample
+from idavlm.utils import read_json_object
 
 _TYPE_NAMES = {bool: "true or false", str: "a text", int: "an integer", float: "a number", list: "a list"}
 
@@ -35,6 +36,20 @@ def iterate_records(path: Path) -> Iterator[tuple[dict, str]]:
             message = "the record holds half a surrogate pair, which no file can store; repair its text."
             raise DataError(message, where=where) from None
         yield record, where
+
+
+def read_object(path: Path, *, remedy: str = "pass the folder of the release") -> dict[str, Any]:
+    """The JSON object in a file of a benchmark.
+
+    Raises:
+        DataError: the file is missing, with the ``remedy``, or holds something else.
+    """
+    try:
+        return read_json_object(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; {remedy}.") from None
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def field(record: dict, names: Sequence[str], where: str, *, kinds: tuple[type, ...] = (str,)) -> Any:

@@ -11,7 +11,7 @@ from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.tasks.base import Item
-from idavlm.utils import contains_name, markdown_table, plain_answer, read_json_object
+from idavlm.utils import contains_name, markdown_table, plain_answer
 from idavlm.utils.answer_parsing import is_refusal, parse_letter, parse_yes_no
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -37,20 +37,6 @@ def photos_in(folder: Path, root: Path) -> list[str]:
 
 def _number_order(file: Path) -> tuple:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", file.name))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a benchmark.
-
-    Raises:
-        DataError: the file is missing, or holds something else.
-    """
-    try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; pass the folder of the release.") from None
-    except ValueError as error:
-        raise DataError(str(error)) from None
 
 
 def entries(value: Any, where: str) -> Mapping[str, dict]:

@@ -14,13 +14,12 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ReadBox, word_f1
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample
+from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample, read_object
 from idavlm.evaluation.tasks.concept_questions import (
     bare,
     constant_answers,
     missing_parts,
     photos_in,
-    read_object,
     score_questions,
     with_missing_parts,
 )

@@ -9,8 +9,8 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.scoring import ReadBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import question_sample
-from idavlm.evaluation.tasks.concept_questions import missing_parts, read_object, score_questions, with_missing_parts
+from idavlm.evaluation.tasks.benchmark_records import question_sample, read_object
+from idavlm.evaluation.tasks.concept_questions import missing_parts, score_questions, with_missing_parts
 
 IDENTIFIER = "sks"
 """Replaces the name of every concept. Real names ("red chicken") would occur in captions that recognise nothing."""

@@ -11,14 +11,14 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.scoring import ReadBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample
+from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample, read_object
 from idavlm.evaluation.tasks.concept_questions import (
+    bare,
     choice_question,
     constant_answers,
     entries,
     missing_parts,
     options_of,
-    read_object,
     recognition_by_concept,
     score_questions,
     with_missing_parts,
@@ -70,7 +70,7 @@ class _Database:
         self.references = {tag: field(concept, ("image",), f"{where}: {tag}") for tag, concept in self.concepts.items()}
 
     def tag(self, name: str, where: str) -> str:
-        tag = f"<{name.strip('<>')}>"
+        tag = f"<{bare(name)}>"
         if tag not in self.concepts:
             raise DataError(f"{quote(name)} is not a concept of the database; add it to database.json.", where=where)
         return tag

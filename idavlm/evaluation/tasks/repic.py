@@ -9,9 +9,9 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import ReadBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import field, question_sample
+from idavlm.evaluation.tasks.benchmark_records import field, question_sample, read_object
 from idavlm.evaluation.tasks.constant_answers import constant_answer_table
-from idavlm.utils import contains_name, markdown_table, plain_answer, read_json_object
+from idavlm.utils import contains_name, markdown_table, plain_answer
 from idavlm.utils.answer_parsing import is_refusal
 
 QUESTIONS = {
@@ -30,6 +30,7 @@ QUESTIONS = {
 """Questions of the release for one and for several concepts, which take turns."""
 
 _SUFFIX = "_query_templates"
+_REMEDY = "pass a query file of RePIC's repository"
 _PUNCTUATION = ".,!?;:()[]{}\"'-"
 
 
@@ -62,7 +63,7 @@ def _load_queries(file: Path, images: Path | None) -> list[Item]:
         )
     concepts = _load_concepts(database)
     items: list[Item] = []
-    for path, value in _read_object(file).items():
+    for path, value in read_object(file, remedy=_REMEDY).items():
         where = f"{file}: {quote(path)}"
         is_list = isinstance(value, list) and bool(value)
         for tags in value if is_list and isinstance(value[0], list) else [value]:
@@ -75,17 +76,8 @@ def _load_queries(file: Path, images: Path | None) -> list[Item]:
     return items
 
 
-def _read_object(path: Path) -> dict:
-    try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; pass a query file of RePIC's repository.") from None
-    except ValueError as error:
-        raise DataError(str(error)) from None
-
-
 def _load_concepts(path: Path) -> dict[str, dict[str, str]]:
-    content = _read_object(path).get("concept_dict")
+    content = read_object(path, remedy=_REMEDY).get("concept_dict")
     if not isinstance(content, dict):
         raise DataError(f"{path} has no 'concept_dict'; expected RePIC's database_mod.json.")
     concepts = {}

@@ -8,7 +8,7 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.scoring import ReadBox
 from idavlm.evaluation.tasks.base import EvaluationTask, Item
-from idavlm.evaluation.tasks.benchmark_records import field, question_sample
+from idavlm.evaluation.tasks.benchmark_records import field, question_sample, read_object
 from idavlm.evaluation.tasks.concept_questions import (
     choice_question,
     constant_answers,
@@ -16,7 +16,6 @@ from idavlm.evaluation.tasks.concept_questions import (
     missing_parts,
     options_of,
     photos_in,
-    read_object,
     recognition_by_concept,
     score_questions,
     with_missing_parts,
@@ -102,7 +101,7 @@ def score_yollava(items: Sequence[Item], answers: Sequence[Answer], read_box: Re
 
 
 def _summary(items: Sequence[Item], result: EvaluationResult) -> str:
-    constant = constant_answers(items, lambda items, answers: score_questions(items, answers))
+    constant = constant_answers(items, score_questions)
     parts = [recognition_by_concept(items, result), constant, missing_parts(items)]
     return "\n\n".join(part for part in parts if part)
 

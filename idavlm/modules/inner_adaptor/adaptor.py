@@ -106,11 +106,15 @@ class InnerAdaptor(nn.ModuleDict):
         finally:
             self.state.active = previous
 
-    def share_base_layers(self, language_model: nn.Module) -> None:
-        """Let adaptors of low rank share the linear layers that ``language_model`` has now.
+    def share_base_layers(self, model: nn.Module) -> None:
+        """Let adaptors of low rank share the linear layers that their language model has now.
 
         Needed if these were replaced after the adaptors were added, for example by quantised ones.
+
+        Args:
+            model: the language model, or a model that contains it.
         """
+        language_model = next(module for module in model.modules() if module._modules.get("inner_adaptor") is self)
         layers = find_decoder_parts(language_model).layers
         for workflow in self.values():
             for index, adaptor in zip(self.options["layers"], workflow["layers"], strict=True):
@@ -131,6 +135,11 @@ class InnerAdaptor(nn.ModuleDict):
     def extra_repr(self) -> str:
         shown = ("layers", "composition", "rank")
         return ", ".join(f"{name}={self.options[name]!r}" for name in shown) + f", active={self.active!r}"
+
+
+def inner_adaptor_of(model: nn.Module) -> InnerAdaptor | None:
+    """The inner adaptors of a language model, or of a model or wrapper that contains it; None if there are none."""
+    return next((module for module in model.modules() if isinstance(module, InnerAdaptor)), None)
 
 
 def add_inner_adaptors(

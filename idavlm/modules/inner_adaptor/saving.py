@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from idavlm.modules.inner_adaptor.adaptor import InnerAdaptor, add_inner_adaptors
+from idavlm.modules.inner_adaptor.adaptor import InnerAdaptor, add_inner_adaptors, inner_adaptor_of
 from idavlm.modules.inner_adaptor.decoder import find_decoder_parts
 from idavlm.utils.sharding import is_partitioned, whole_state_dict, whole_tensor, writing_once
 
@@ -88,7 +88,7 @@ def load_adaptors(language_model: nn.Module, folder: str | Path, *, connector: n
     with safe_open(file, framework="pt") as opened:
         description = json.loads(opened.metadata()[_METADATA])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    inner_adaptor = next((module for module in language_model.modules() if isinstance(module, InnerAdaptor)), None)
+    inner_adaptor = inner_adaptor_of(language_model)
     if any(is_partitioned(parameter) for parameter in language_model.parameters()):
         raise ValueError(
             f"folder={str(folder)!r}: the parameters of language_model are partitioned, so adaptors cannot be loaded; "
