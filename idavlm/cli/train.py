@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=_checkpoint(args, last_complete_checkpoint))
     trainer.save_model()
     trainer.save_state()
+    # Several processes leave their group together. One that exits while another still communicates can abort it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def _task_evaluation(data, processor, samples):
