@@ -17,7 +17,7 @@ from idavlm.evaluation.task_run import TaskRun
 from idavlm.evaluation.tasks import TASKS, EvaluationTask
 from idavlm.evaluation.tasks.image_files import MISSING, with_sizes
 from idavlm.models import BoxFormat
-from idavlm.utils import lock_folder
+from idavlm.utils import first_line, lock_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,9 +163,8 @@ def _generate_answers(arguments: argparse.Namespace, task_run: TaskRun, items: l
             for references in choices
         }
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--batch-size={arguments.batch_size} is too large for {device} ({reason}); reduce it."
+            f"--batch-size={arguments.batch_size} is too large for {device} ({first_line(error)}); reduce it."
         ) from error
     return answers, processor
 
