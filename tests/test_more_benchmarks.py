@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from functools import partial
 
 import pytest
 
@@ -16,6 +17,7 @@ from idavlm.evaluation.tasks.pvit import declines, pvit_scores
 from idavlm.evaluation.tasks.repic import released_scores
 from idavlm.models import BoxFormat
 from idavlm.utils.answer_parsing import says_absent
+from tests.shuffled_answers import chance_of_labels, chance_of_sets, check_shuffled
 from tests.small_models import draw_images, small_model, small_processor
 
 
@@ -531,6 +533,28 @@ def test_any_text_gets_scores_from_0_to_1(tmp_path, name):
         json.dumps(result.to_dict(), allow_nan=False)
         assert all(0 <= value <= 1 for prediction in result.predictions for value in prediction.scores.values())
         assert EvaluationResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shuffled_answers_score_chance(tmp_path, name):
+    """Right answers of each task in random order."""
+    items = TASKS[name].load(make(name, tmp_path), None)
+    if name == "human_ref":
+        sets = [{tuple(box) for box in item.extra["boxes"]} for item in items]
+        texts = [str(item.extra["boxes"]) for item in items]
+        chance = {"recall": chance_of_sets([boxes for boxes in sets if boxes], sets), "rejection": 1 / 3}
+        check_shuffled(partial(score, name), items, texts, chance)
+        return
+    for task in dict.fromkeys(item.sample.task for item in items):
+        found = [item for item in items if item.sample.task == task]
+        if name == "repic":
+            tags = [set(item.extra["tags"]) for item in found]
+            texts, chance = [" and ".join(names) for names in tags], {"recall": chance_of_sets(tags, tags)}
+        else:
+            texts = [item.sample.answer for item in found]
+            chance = {"accuracy": chance_of_labels(texts)}
+        if task not in ("unanswerable", "description"):  # of which every right answer is right everywhere
+            check_shuffled(partial(score, name), found, texts, chance)
 
 
 def test_a_model_answers_all_of_them(tmp_path):
