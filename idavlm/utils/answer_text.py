@@ -21,6 +21,8 @@ _END_OF_TURN = re.compile(
 _PLAIN = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2212": "-"}
     | {"\u060c": ",", "\u061b": ";", "\u061f": "?", "\u06d4": "."}  # Arabic punctuation
+    | {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966, 0x9E6, 0xE50) for digit in range(10)}
+    | {"\u02bc": "'", "\u2010": "-", "\u2011": "-", "\u00ad": None}
     | {"\ufe0f": None, "\u20e3": None}  # the code points that turn a digit into an emoji
 )
 _LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|tt)?|math(?:bf|rm|it|sf)|operatorname)\s*\{([^{}]*)\}")
