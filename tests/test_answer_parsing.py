@@ -201,9 +201,6 @@ IMAGES = [
     ("Okay, let's analyze the images to find Kate. \n\nThe correct answer is **Image 3**. \n\nHere's why"
      ": Image 1 and 2 show men, and Image 4 a child.", 3),
     ("Image 2 — the woman in the green jacket matches the reference photo of Kate.", 2),
-    ("Looking at the reference image, Kate has curly red hair. Among the four images:\n\n1. A woman with"
-     " straight black hair\n2. A woman with curly red hair\n3. A man\n4. A child\n\n**Image 2** shows Ka"
-     "te.", 2),
     ("I don't identify real people, but the person who looks most similar to the reference is in Image 3"
      ".", 3),
     ("The closest match is Image 4.", 4), ("My best guess would be Image 1 (though I'm not fully certain).", 1),
@@ -218,7 +215,7 @@ IMAGES = [
     ("Bild 3 zeigt Kate, Bild 1 zeigt eine andere Frau.", 3), ("Auf dem dritten Foto.", 3),
     ("Kate befindet sich auf Foto 2.", 2), ("كيت موجودة في الصورة 2.", 2), ("الصورة رقم 3", 3),
     ("الإجابة هي الصورة ٤.", 4), ("세 번째 이미지입니다.", 3), ("사진 4에 있습니다.", 4), ("C'est l'image n° 2.", 2),
-    ("Kate est sur la quatrième image.", 4), ("La segunda imagen es Kate; la primera no lo es.", 2),
+    ("Kate est sur la quatrième image.", 4),
     ("Kate does not appear in any of the four images.", None),
     ("I can't tell who these people are from their faces.", None), ("0", None),
     ("All four images show the same woman.", None), ("Images 1 and 4.", None),
@@ -236,6 +233,9 @@ def test_image_numbers_of_a_known_count_and_name():
     several = "Image 1 shows Tom. Image 2 shows Kate. Image 3 shows a dog."
     assert parse_image_number(several, name="Kate") == 2
     assert parse_image_number(several, name="Mia") is None
+    listed = "Kate has red hair.\n\n1. A woman with black hair\n2. A woman with red hair\n3. A man\n\n**Image 2** shows Kate."
+    assert parse_image_number(listed, name="Kate") == 2
+    assert parse_image_number("La segunda imagen es Kate; la primera no lo es.", name="Kate") == 2
     other = "Image 1 shows Joanna. Image 2 shows Ann."
     assert parse_image_number(other, name="Ann") == 2, "a name is a whole word"
 
