@@ -226,6 +226,7 @@ def main(
     write_metrics(
         Path(args.out),
         results | general,
+        records=dict.fromkeys(results, test_data / "test.jsonl"),
         parameters=model.num_parameters(),
         seconds=time.time() - start,
     )

@@ -23,21 +23,30 @@ class RunMetrics:
         metrics: name -> value. :func:`write_metrics` names them ``evaluation/task/metric``.
         answers: evaluation -> its scored answers, one result per seed of the run. With them, two runs are compared
             record by record.
+        records: evaluation -> file of the evaluated records, for pages with their images.
         facts: further entries: ``parameters``, ``trained_parameters``, ``seconds``, ...
     """
 
     metrics: dict[str, float]
     answers: dict[str, list[EvaluationResult]]
+    records: dict[str, Path]
     facts: dict[str, Any]
 
 
-def write_metrics(folder: str | Path, results: Mapping[str, Sequence[EvaluationResult]], **facts: Any) -> Path:
+def write_metrics(
+    folder: str | Path,
+    results: Mapping[str, Sequence[EvaluationResult]],
+    *,
+    records: Mapping[str, str | Path] | None = None,
+    **facts: Any,
+) -> Path:
     """Write the scores of a training run: ``metrics.json``, and the scored answers in the folder ``answers``.
 
     Args:
         folder: folder of the run; created if missing.
         results: evaluation ("with ID-Former", "no references", ...) -> one result per seed. A metric is the mean over
             the seeds.
+        records: evaluation -> file of the evaluated records. Pages that compare runs show their images.
         facts: what else is known of the run, for example ``parameters`` and ``seconds``.
 
     Returns:
@@ -58,7 +67,8 @@ def write_metrics(folder: str | Path, results: Mapping[str, Sequence[EvaluationR
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             result.save(folder / name)
         answers[evaluation] = names
-    content = {**facts, "metrics": metrics, "answers": answers}
+    files = {evaluation: str(Path(path).absolute()) for evaluation, path in (records or {}).items()}
+    content = {**facts, "metrics": metrics, "answers": answers, "records": files}
     return write_text(folder / METRICS_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -73,7 +83,7 @@ def read_metrics(folder: str | Path) -> RunMetrics:
     """
     path = Path(folder) / METRICS_FILE
     content = read_json_object(path)
-    metrics, answers = content.pop("metrics", None), content.pop("answers", {})
+    metrics, answers, records = content.pop("metrics", None), content.pop("answers", {}), content.pop("records", {})
     if not isinstance(metrics, dict) or not metrics:
         raise ValueError(f"{path}: 'metrics' is {quote(metrics)}; expected an object of names and numbers.")
     for name, value in metrics.items():
@@ -82,5 +92,13 @@ def read_metrics(folder: str | Path) -> RunMetrics:
     is_listed = isinstance(answers, dict) and all(isinstance(names, list) for names in answers.values())
     if not is_listed or not all(isinstance(name, str) for names in answers.values() for name in names):
         raise ValueError(f"{path}: 'answers' is {quote(answers)}; expected an object of lists of files.")
-    loaded = {name: [EvaluationResult.load(Path(folder) / file) for file in files] for name, files in answers.items()}
-    return RunMetrics({name: float(value) for name, value in metrics.items()}, loaded, content)
+    if not isinstance(records, dict) or not all(isinstance(file, str) for file in records.values()):
+        raise ValueError(f"{path}: 'records' is {quote(records)}; expected an object of files.")
+    return RunMetrics(
+        metrics={name: float(value) for name, value in metrics.items()},
+        answers={
+            name: [EvaluationResult.load(Path(folder) / file) for file in files] for name, files in answers.items()
+        },
+        records={name: Path(file) for name, file in records.items()},
+        facts=content,
+    )
