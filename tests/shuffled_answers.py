@@ -6,7 +6,7 @@ from random import Random
 from statistics import fmean, stdev
 
 
-def check_shuffled(score, items: list, texts: list[str], chance: dict[str, float], *, rounds: int = 100) -> None:
+def check_shuffled(score, items: list, texts: list[str], chance: dict[str, float], *, rounds: int = 150) -> None:
     """Check that right answers in random order score ``chance``, within four standard errors over the shuffles.
 
     Args:
