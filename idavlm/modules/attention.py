@@ -171,8 +171,13 @@ class FeedForward(nn.Module):
 
 
 def _linear_part(projection: nn.Module, x: Tensor) -> Tensor:
-    """Return ``projection(x)`` without its bias. Works for any adapter that wraps the projection."""
-    return projection(x) - projection(torch.zeros_like(x[:1]))
+    """Return ``projection(x)`` without its bias. Works for any adapter that wraps the projection.
+
+    The bias is what the projection of zeros returns. It is a row of the same product, because a product of one row
+    reads all weights, and its backward pass writes a gradient of all weights.
+    """
+    projected = projection(torch.cat([x, torch.zeros_like(x[:1])]))
+    return projected[:-1] - projected[-1:]
 
 
 def saves_memory(x: Tensor) -> bool:
