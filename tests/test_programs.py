@@ -53,6 +53,13 @@ def test_id_former_benchmark(monkeypatch, capsys):
     assert out.count("frames") == 1
 
 
+def test_the_products_alone_are_all_products():
+    sizes = {"hidden_size": 32, "num_heads": 2, "num_queries": 4, "vision_hidden_size": 24}
+    _, module = id_former.build(sizes, torch.device("cpu"), torch.float32)
+    function = id_former.forward_backward(module, torch.randn(3, 9, 24), *id_former.batch([(2, 1)]))
+    assert id_former.flops(id_former.products_alone(function)) == id_former.flops(function)
+
+
 @pytest.fixture(autouse=True)
 def _small_matmul(monkeypatch):
     monkeypatch.setitem(measure.MATMUL_SIZE, "cpu", 64)
