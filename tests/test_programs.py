@@ -116,6 +116,20 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(monkeypatch, tmp_p
         assert "found before" in gpu.as_markdown(content)
 
 
+@pytest.mark.parametrize(("code", "failures"), [(0, 0), (9, 1)])
+def test_memory_accesses_are_checked_by_the_tool(monkeypatch, tmp_path, code, failures):
+    """On a GPU the tests run under compute-sanitizer, in place of which a script prints its arguments here."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@"\necho "ERROR SUMMARY: {failures} errors"\nexit {code}\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: str(tool))
+    report = gpu.Report("memory_accesses", tmp_path, 60, dry_run=False)
+    gpu_stages.memory_accesses(report)
+    assert report.content["parts"] == [{"note": f"ERROR SUMMARY: {failures} errors"}]
+    assert len(report.content["failures"]) == failures
+    assert all("exit code 9" in text and "-m pytest" in text for text in report.content["failures"])
+
+
 def test_throughput_benchmark(monkeypatch, capsys):
     """Both loops of every model are measured. TRL's rows are left out where it is not installed."""
     sizes = ["--hidden-size", "32", "--layers", "1", "--batch-size", "2", "--steps", "1", "--rounds", "1"]
