@@ -397,29 +397,22 @@ def test_a_compiled_model_has_the_losses_of_the_eager_one(model, processor, root
         torch.testing.assert_close(compiled(**batch)[name], model(**batch)[name], atol=1e-5, rtol=1e-5)
 
 
-def compilations(model, batches) -> Counter:
-    """How often each function is compiled while ``model`` answers one question after the other with 20 tokens."""
-    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+def test_compiled_generation_compiles_no_function_more_than_four_times(model, processor, root):
+    """As often as transformers' own language models: for the prompt and for one token, each first for its length and
+    then for any. The wrapper that takes the cache under its old name is not compiled.
+    """
+    batches = [
+        inputs(processor.collate([prompts(processor, root, people=who)])) for who in (("Kate", "Tom"), ("Kate",))
+    ]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     expected = [model.generate(**batch, **options) for batch in batches]
     torch._dynamo.reset()
     clear_compilation_metrics()
     model.compile(backend="eager")
     for batch, answer in zip(batches, expected, strict=True):
         assert model.generate(**batch, **options).tolist() == answer.tolist()
-    return Counter((one.co_filename, one.co_name, one.co_firstlineno) for one in get_compilation_metrics())
-
-
-def test_compiled_generation_compiles_no_function_more_often_than_the_language_model_is(model, processor, root):
-    """A language model of transformers is compiled four times: for the prompt and for a token after it, each first for
-    its length and then for any.
-    """
-    questions = [prompts(processor, root), processor.encode(general(root), add_generation_prompt=True)]
-    questions += [prompts(processor, root, people=("Kate",)), prompts(processor, root, people=("Tom",))]
-    batches = [inputs(processor.collate([one])) for one in questions]
-    alone = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
-    limit = max(compilations(model.language_model, alone).values())
-    assert limit == 4
-    found = compilations(model, batches)
-    of_library = {key: count for key, count in found.items() if "idavlm" in Path(key[0]).parts}
-    assert of_library
-    assert {key: count for key, count in found.items() if count > limit} == {}
+    found = Counter((Path(one.co_filename).name, one.co_name) for one in get_compilation_metrics())
+    assert found["modeling.py", "forward"] >= 2
+    assert {
+        name: count for name, count in found.items() if count > 4 or name[0] in ("_compat.py", "deprecation.py")
+    } == {}
