@@ -5,6 +5,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
 
@@ -113,7 +114,8 @@ def pretrain_tower(
     check_positive(steps=steps, batch_size=batch_size, logging_steps=logging_steps)
     appearances, labels = find_appearances(samples)
     images = list(appearances)
-    loaded = [processor.load_image(*image) for image in images]
+    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
+        loaded = list(pool.map(lambda image: processor.load_image(*image), images))
     pixels, sizes = torch.stack([image for image, _ in loaded]), torch.tensor([size for _, size in loaded])
     numbers_of = defaultdict(list)  # images of each individual
     for number, image in enumerate(images):
@@ -255,6 +257,11 @@ class LabelTrainer(IDTrainer):
         logits = self.model.label_classifier(seen[0].float()[rows.to(seen[0].device)])
         loss = F.cross_entropy((weights[..., None] * logits).sum(1), labels) * self.label_loss_weight
         return (result[0] + loss, result[1]) if return_outputs else result + loss
+
+    def remove_classifier(self) -> None:
+        """Throw away the layer that classifies labels, before the model is saved."""
+        if hasattr(self.model, "label_classifier"):
+            del self.model.label_classifier
 
 
 def _inside(found: list[tuple[int, Appearance]], sizes: Tensor, grid_size: tuple[int, int]) -> Tensor:
