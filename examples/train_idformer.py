@@ -449,7 +449,7 @@ def tune(
     location_steps = min(150, steps // 2)
     stages = [
         CurriculumStage(location_steps, {"location": 1.0}),
-        CurriculumStage(steps - location_steps, {"location": 0.3, "*": 0.7}),
+        CurriculumStage(steps - location_steps, {"location": 0.2, "*": 0.8}),
     ]
     if not any(sample.task == "location" for sample in samples):
         stages = [CurriculumStage(steps, {"*": 1.0})]
@@ -459,8 +459,10 @@ def tune(
 
     # Scores during the training, on a few questions.
     test = list(RecordDataset(data / "test.jsonl"))
-    validation = [sample for sample in test if sample.task == "matching"][:30]
-    validation += [sample for sample in test if sample.task == "location"][:30]
+    tasks = {"matching": 30, "location": 30, "qa_single": 30, "caption_single": 20}
+    validation = [
+        sample for task, count in tasks.items() for sample in [each for each in test if each.task == task][:count]
+    ]
 
     trainer = IDTrainer(
         model,
@@ -478,7 +480,7 @@ def tune(
             warmup_steps=30,
             logging_steps=20,
             eval_strategy="steps",
-            eval_steps=300,
+            eval_steps=max(300, steps // 5),
             save_steps=250,
             save_total_limit=1,
             report_to=[],
@@ -488,7 +490,7 @@ def tune(
         general_dataset=general if tuning.mixing_ratio else None,
         processing_class=processor,
         optimizers=(optimizer, None),
-        task_evaluation=lambda model: evaluate(model, processor, validation, max_new_tokens=16).main_scores,
+        task_evaluation=lambda model: evaluate(model, processor, validation, max_new_tokens=48).main_scores,
     )
     trainer.train(resume_from_checkpoint=resume and any(out.glob("checkpoint-*")))
     trainer.save_model()
