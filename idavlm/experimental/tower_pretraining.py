@@ -114,9 +114,6 @@ def pretrain_tower(
     check_positive(steps=steps, batch_size=batch_size, logging_steps=logging_steps)
     appearances, labels = find_appearances(samples)
     images = list(appearances)
-    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
-        loaded = list(pool.map(lambda image: processor.load_image(*image), images))
-    pixels, sizes = torch.stack([image for image, _ in loaded]), torch.tensor([size for _, size in loaded])
     numbers_of = defaultdict(list)  # images of each individual
     for number, image in enumerate(images):
         for appearance in appearances[image]:
@@ -124,6 +121,9 @@ def pretrain_tower(
     groups = [numbers for numbers in numbers_of.values() if len(numbers) > 1]
     if not groups:
         raise ValueError("samples have no individual with boxes in two images; add boxes, or images.")
+    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
+        loaded = list(pool.map(lambda image: processor.load_image(*image), images))
+    pixels, sizes = torch.stack([image for image, _ in loaded]), torch.tensor([size for _, size in loaded])
 
     was_training = model.training
     model.train()
