@@ -21,7 +21,6 @@ examples/quickstart.py uses the trained model. `idavlm ablate` runs the script w
 recipes/ablations.
 """
 
-import functools
 import inspect
 import json
 import multiprocessing
@@ -52,12 +51,14 @@ from idavlm.evaluation import (
 )
 from idavlm.experimental.muon import muon_adamw
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
+from idavlm.experimental.tower_pretraining import LabelTrainer, pretrain_tower
 from idavlm.models import ImageFeatures, import_id_former
 from idavlm.utils.locks import wait_for_lock
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-STEPS = {"characters": (700, 1000), "wesnoth": (2000, 1700), "faces": (1500, 1700)}
-DEFAULT_STEPS = (1500, 1700)
+TOWER_STEPS = 1500
+STEPS = {"characters": (400, 1000), "wesnoth": (800, 1700), "faces": (800, 1700)}
+DEFAULT_STEPS = (800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
 HIDDEN_SIZE = 128
@@ -90,11 +91,15 @@ class DemoArguments:
     steps: list[int] | None = field(
         default=None, metadata={"help": "Steps of identity pretraining and of instruction tuning."}
     )
+    tower_steps: int = field(default=TOWER_STEPS, metadata={"help": "Steps of tower pretraining."})
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted run from its checkpoints."})
     out: str = field(default="runs/train_idformer", metadata={"help": "Folder of data, checkpoints and reports."})
     data_root: str | None = field(default=None, metadata={"help": "Folder of built data; by default <out>/data."})
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS), metadata={"help": "Models that are trained.", "choices": VARIANTS}
+    )
+    export: str | None = field(
+        default=None, metadata={"help": "Folder for the first trained model, in bfloat16, and its processor."}
     )
     references: list[str] = field(
         default_factory=lambda: list(REFERENCES),
@@ -112,6 +117,7 @@ class SizeArguments:
 
     num_train: int | None = field(default=None, metadata={"help": "Number of training identities."})
     num_photos: int | None = field(default=None, metadata={"help": "Images of each training identity alone."})
+    num_train_scenes: int | None = field(default=None, metadata={"help": "Training images of several identities."})
     num_train_records: int | None = field(default=None, metadata={"help": "Number of training records."})
     num_test_records: int | None = field(default=None, metadata={"help": "Number of test records of a task."})
 
@@ -150,6 +156,7 @@ class IDFormerArguments:
 class TuningArguments:
     """Options of instruction tuning."""
 
+    num_layers: int = field(default=3, metadata={"help": "Layers of the language model."})
     mixing_ratio: float = field(default=0.05, metadata={"help": "Share of general batches; 0 for none."})
     mixing_mode: str = field(default="extra", metadata={"help": "extra, interleave or joint."})
     general_steps: int = field(
@@ -189,7 +196,15 @@ def main(
             shutil.rmtree(folder, ignore_errors=True)  # results of an earlier run
         if not (folder / "identity-pretraining" / "config.json").exists():
             pretrain_identities(
-                data, folder, seed=seed, steps=pretraining_steps, id_former=id_former, test_data=test_data
+                data,
+                folder,
+                seed=seed,
+                steps=pretraining_steps,
+                tower_steps=args.tower_steps,
+                num_layers=tuning.num_layers,
+                id_former=id_former,
+                test_data=test_data,
+                bf16=has_fast_bfloat16(),
             )
 
     # --- Instruction tuning and evaluation, in two processes that share the processor cores ---
@@ -242,6 +257,7 @@ def main(
         examples=pick_examples(model, processor, test, results[first_column][0]),
         settings={
             "seeds": seeds,
+            "steps of tower pretraining": args.tower_steps,
             "steps of identity pretraining": pretraining_steps,
             "steps of instruction tuning": tuning_steps,
             "batch size": BATCH_SIZE,
@@ -251,6 +267,9 @@ def main(
         command=" ".join(["python", *sys.argv]),
         seconds=time.time() - start,
     )
+    if args.export is not None:
+        model.to(torch.bfloat16).save_pretrained(args.export)
+        processor.save_pretrained(args.export)
     print(score_table(results))
     print(f"\n{report}")
 
@@ -284,6 +303,8 @@ def pretrain_identities(
     *,
     seed: int,
     steps: int,
+    tower_steps: int = TOWER_STEPS,
+    num_layers: int = 3,
     id_former: IDFormerArguments | None = None,
     test_data: Path | None = None,
     attn_implementation: str = "sdpa",
@@ -295,12 +316,13 @@ def pretrain_identities(
     """
     set_seed(seed)
     out = folder / "identity-pretraining"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     train, general = (list(RecordDataset(data / f"{split}.jsonl")) for split in ("train", "general"))
     test = list(RecordDataset((test_data or data) / "test.jsonl"))
     processor = small_processor([*train, *general], image_size=IMAGE_SIZE)
     model = IDAVLMForConditionalGeneration.from_parts(
         small_vision_tower(hidden_size=HIDDEN_SIZE, layer_type="basic"),
-        small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE, num_hidden_layers=NUM_LAYERS),
+        small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE, num_hidden_layers=num_layers),
         processor=processor,
         connector="id_former",
         num_heads=4,
@@ -311,16 +333,18 @@ def pretrain_identities(
         **(id_former or IDFormerArguments()).options(),
     )
     initialise_image_tokens(model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    # The tower learns individuals and the labels of boxes in one plain loop on images, several times as fast as
-    # through the identity attention. From here on it is frozen, and every image is encoded once.
-    tower_log = pretrain_tower(model, processor, train, steps=tower_steps, seed=seed, bf16=bf16)
-    (folder / "tower.json").write_text(json.dumps(tower_log))
+    # The tower learns individuals and the labels of boxes from images alone, several times as fast as through the
+    # identity attention. From then on it is frozen, and every image is encoded once.
+    pretrain_tower(model.to(device), processor, train, steps=tower_steps, seed=seed, bf16=bf16)
     model.vision_tower.requires_grad_(False)
     processor.image_loader = ImageFeatures.write(folder / "features", model, processor, [*train, *general, *test])
 
-    trainer = IDTrainer(
+    # The resampler learns the labels of boxes here. What follows it keeps its scale, see initialise_image_tokens.
+    for module in (model.id_former.resampler.token_norm, model.id_former.resampler.output_norm):
+        module.requires_grad_(False)
+    model.id_former.resampler.output_proj.requires_grad_(False)
+    trainer = LabelTrainer(
         model,
         IDTrainingArguments(
             output_dir=str(out),
@@ -337,13 +361,23 @@ def pretrain_identities(
             report_to=[],
             seed=seed,
             bf16=bf16,
+            use_cpu=device == "cpu",  # transformers asks for it with bf16
         ),
+        samples=train,
         train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
         processing_class=processor,
     )
     trainer.train()
+    trainer.remove_classifier()
     trainer.save_model()  # last, because --resume skips the stage if its model is saved
     return trainer.state.log_history
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the processor or GPU computes bfloat16 faster than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def start_worker(num_threads: int, id_former_class: str | None) -> None:
@@ -382,7 +416,7 @@ def tune(
     else:
         model = IDAVLMForConditionalGeneration.from_parts(
             model.vision_tower,
-            small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE),
+            small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE, num_hidden_layers=tuning.num_layers),
             processor=processor,
             connector="resampler",
             num_queries=num_queries,
@@ -415,7 +449,7 @@ def tune(
     location_steps = min(150, steps // 2)
     stages = [
         CurriculumStage(location_steps, {"location": 1.0}),
-        CurriculumStage(steps - location_steps, {"location": 0.3, "*": 0.7}),
+        CurriculumStage(steps - location_steps, {"location": 0.2, "*": 0.8}),
     ]
     if not any(sample.task == "location" for sample in samples):
         stages = [CurriculumStage(steps, {"*": 1.0})]
@@ -425,8 +459,10 @@ def tune(
 
     # Scores during the training, on a few questions.
     test = list(RecordDataset(data / "test.jsonl"))
-    validation = [sample for sample in test if sample.task == "matching"][:30]
-    validation += [sample for sample in test if sample.task == "location"][:30]
+    tasks = {"matching": 30, "location": 30, "qa_single": 30, "caption_single": 20}
+    validation = [
+        sample for task, count in tasks.items() for sample in [each for each in test if each.task == task][:count]
+    ]
 
     trainer = IDTrainer(
         model,
@@ -444,7 +480,7 @@ def tune(
             warmup_steps=30,
             logging_steps=20,
             eval_strategy="steps",
-            eval_steps=300,
+            eval_steps=max(300, steps // 5),
             save_steps=250,
             save_total_limit=1,
             report_to=[],
@@ -454,7 +490,7 @@ def tune(
         general_dataset=general if tuning.mixing_ratio else None,
         processing_class=processor,
         optimizers=(optimizer, None),
-        task_evaluation=lambda model: evaluate(model, processor, validation, max_new_tokens=16).main_scores,
+        task_evaluation=lambda model: evaluate(model, processor, validation, max_new_tokens=48).main_scores,
     )
     trainer.train(resume_from_checkpoint=resume and any(out.glob("checkpoint-*")))
     trainer.save_model()

@@ -1,15 +1,13 @@
 """idavlm-tiny, the trained model of the package: its name, its files, and its scores on characters of this test."""
 
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, RecordDataset
-from idavlm.datasets import build_characters
-from idavlm.evaluation import evaluate, load_checkpoint
+from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
+from idavlm.evaluation import load_checkpoint
 from idavlm.models.pretrained import PRETRAINED, resolve_pretrained
 
 FOLDER = Path(resolve_pretrained("idavlm-tiny"))
@@ -40,7 +38,7 @@ def test_all_loaders_give_the_same_model():
 
 
 def test_the_files_are_small_and_described():
-    assert PRETRAINED == tuple(path.name for path in FOLDER.parent.iterdir() if path.is_dir() and path.name[0] != "_")
+    assert tuple(path.name for path in FOLDER.parent.iterdir() if path.is_dir() and path.name[0] != "_") == PRETRAINED
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 6 * 2**20
     card = (FOLDER / "README.md").read_text()
     for word in ("python examples/train_idformer.py", "matching", "location", "drawn characters"):

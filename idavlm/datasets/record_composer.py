@@ -13,15 +13,14 @@ Naming = Callable[[Sequence[str], Random], Sequence[str]]
 """Names of the identities of one record: ``naming(identities, rng)``, all different."""
 
 TRAIN_SHARES = {
-    "matching": 0.3,
+    "matching": 0.25,
     "location": 0.25,
-    "qa_single": 0.17,
-    "caption_single": 0.12,
+    "qa_single": 0.15,
+    "caption_single": 0.15,
     "qa_multi": 0.1,
-    "caption_multi": 0.06,
+    "caption_multi": 0.1,
 }
-"""Tasks of training records and their shares. Matching and location depend on identities only: a small model learns to
-recognise identities from them, and learns activities much later."""
+"""Tasks of training records and their shares."""
 
 TEST_SHARES = {
     "matching": 1.0,
@@ -248,6 +247,8 @@ class RecordComposer:
             _Question(f"Where is {name}?", "" if draft.images[0].appearance_of(identity) else ABSENT, target=name)
             for identity, name in draft.asked.items()
         ]
+        if not draft.evaluation:  # the answers to both questions depend on where the identity is, not on each other
+            questions += self._ask_qa_single(draft)
         self.rng.shuffle(questions)
         return questions
 

@@ -67,8 +67,8 @@ def small_vision_tower(*, hidden_size: int = 128, layer_type: str = "bottleneck"
     Args:
         hidden_size: width of the patches.
         layer_type: ``"bottleneck"``: one stage of narrow convolutions (40,000 parameters at width 128), enough to tell
-            individuals apart. ``"basic"``: two stages of wide convolutions (290,000 parameters), which also learn poses.
-            In float32 it takes twice as long, in bfloat16 on a processor with AVX-512 not longer.
+            individuals apart. ``"basic"``: two stages of wide convolutions (290,000 parameters), which learn poses as
+            well, in twice the time per image.
     """
     check_choice("layer_type", layer_type, ("bottleneck", "basic"))
     sizes = {"hidden_sizes": [hidden_size], "depths": [2], "downsample_in_first_stage": True}

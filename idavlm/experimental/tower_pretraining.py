@@ -1,7 +1,11 @@
-"""Pretraining of a vision tower from the boxes of records: who is in a box, and what its label says."""
+"""Pretraining from the boxes of records: who is in a box, and what its label says.
+
+:func:`pretrain_tower` trains a vision tower, and :class:`LabelTrainer` the image tokens of an ID-Former.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
 
@@ -11,6 +15,8 @@ from torch import Tensor, nn
 
 from idavlm.data import Sample
 from idavlm.modules import identity_patch_targets
+from idavlm.modules.positions import square_grid
+from idavlm.training import IDTrainer
 from idavlm.utils import check_positive
 
 TEMPERATURE = 0.1
@@ -108,8 +114,6 @@ def pretrain_tower(
     check_positive(steps=steps, batch_size=batch_size, logging_steps=logging_steps)
     appearances, labels = find_appearances(samples)
     images = list(appearances)
-    loaded = [processor.load_image(*image) for image in images]
-    pixels, sizes = torch.stack([image for image, _ in loaded]), torch.tensor([size for _, size in loaded])
     numbers_of = defaultdict(list)  # images of each individual
     for number, image in enumerate(images):
         for appearance in appearances[image]:
@@ -117,6 +121,9 @@ def pretrain_tower(
     groups = [numbers for numbers in numbers_of.values() if len(numbers) > 1]
     if not groups:
         raise ValueError("samples have no individual with boxes in two images; add boxes, or images.")
+    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
+        loaded = list(pool.map(lambda image: processor.load_image(*image), images))
+    pixels, sizes = torch.stack([image for image, _ in loaded]), torch.tensor([size for _, size in loaded])
 
     was_training = model.training
     model.train()
@@ -130,23 +137,16 @@ def pretrain_tower(
     rng, log, sums = Random(seed), [], defaultdict(float)
     for step in range(1, steps + 1):
         batch = _draw_images(groups, batch_size, rng)
-        found = [(row, number, each) for row, number in enumerate(batch) for each in appearances[images[number]]]
-        rows = torch.tensor([row for row, _, _ in found])
-        targets = identity_patch_targets(
-            torch.tensor([each.box for _, _, each in found]),
-            rows,
-            torch.arange(len(found)),
-            sizes[batch],
-            grid_size,
-        )
-        inside = (targets[rows] == torch.arange(len(found))[:, None]).to(model.device)  # [N, P], N boxes
-        individuals = torch.tensor([each.individual for _, _, each in found], device=model.device)
+        found = [(row, each) for row, number in enumerate(batch) for each in appearances[images[number]]]
+        rows = torch.tensor([row for row, _ in found])
+        inside = _inside(found, sizes[batch], grid_size).flatten(1).to(model.device)  # [N, P], N boxes
+        individuals = torch.tensor([each.individual for _, each in found], device=model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             features, _ = model.image_features(pixels[batch].to(model.device))
         features = features.float()[rows.to(model.device)]  # [N, P, C]
         losses = {"individual_loss": individual_loss(embed(features), inside, individuals)}
         if labels:
-            numbers = torch.tensor([each.label for _, _, each in found], device=model.device)
+            numbers = torch.tensor([each.label for _, each in found], device=model.device)
             losses["label_loss"] = label_loss(classify(features), inside, numbers)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -204,6 +204,72 @@ def label_loss(logits: Tensor, inside: Tensor, labels: Tensor) -> Tensor:
         return logits.sum() * 0
     of_box = F.cross_entropy(means[has_patches], labels[has_patches], ignore_index=NO_LABEL)
     return of_box + 0.5 * F.cross_entropy(logits[box, patch], labels[box], ignore_index=NO_LABEL)
+
+
+class LabelTrainer(IDTrainer):
+    """An :class:`idavlm.IDTrainer` for identity pretraining that also teaches image tokens the labels of boxes.
+
+    Identity pretraining gives the resampler of an ID-Former no gradient. Here, a linear layer classifies the label of
+    each box from the mean of the image tokens at the box, before their output projection. The layer is thrown away
+    afterwards. Without labels, this is an ``IDTrainer``.
+
+    Args:
+        model: a model with an ID-Former.
+        samples: the training records; their ids are those of ``train_dataset``.
+        label_loss_weight: weight of the loss.
+        args, kwargs: see :class:`idavlm.IDTrainer`.
+    """
+
+    def __init__(self, model, args, *, samples: Iterable[Sample], label_loss_weight: float = 2.0, **kwargs):
+        samples = list(samples)
+        self.appearances, labels = find_appearances(samples)
+        self.images_of = {sample.id: [(sample.image_root, path) for path in sample.images] for sample in samples}
+        self.label_loss_weight = label_loss_weight if labels else 0.0
+        if labels:
+            width = model.id_former.resampler.hidden_size
+            model.label_classifier = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(labels)))
+        super().__init__(model, args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of :class:`idavlm.IDTrainer` and the label loss, which is added to single-process training only."""
+        if not self.label_loss_weight:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = [
+            (number, each)
+            for number, image in enumerate(image for name in inputs["sample_ids"] for image in self.images_of[name])
+            for each in self.appearances.get(image, ())
+            if each.label != NO_LABEL
+        ]
+        seen: list[Tensor] = []
+        hook = self.model.id_former.register_forward_hook(lambda _, inputs, output: seen.append(output[0]))
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        if not found:
+            return result
+        inside = _inside(found, inputs["image_sizes"].cpu(), square_grid("P", inputs["image_features"].shape[1]))
+        shares = F.adaptive_avg_pool2d(inside.float(), self.model.id_former.resampler.query_grid).flatten(1)
+        has_tokens = shares.sum(1) > 0
+        rows = torch.tensor([number for number, _ in found])[has_tokens]
+        labels = torch.tensor([each.label for _, each in found])[has_tokens].to(seen[0].device)
+        weights = F.normalize(shares[has_tokens], p=1, dim=1).to(seen[0].device)
+        logits = self.model.label_classifier(seen[0].float()[rows.to(seen[0].device)])
+        loss = F.cross_entropy((weights[..., None] * logits).sum(1), labels) * self.label_loss_weight
+        return (result[0] + loss, result[1]) if return_outputs else result + loss
+
+    def remove_classifier(self) -> None:
+        """Throw away the layer that classifies labels, before the model is saved."""
+        if hasattr(self.model, "label_classifier"):
+            del self.model.label_classifier
+
+
+def _inside(found: list[tuple[int, Appearance]], sizes: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Whether each patch of its image is in a box, ``[N, rows, columns]`` for N pairs of image number and box."""
+    rows, own = torch.tensor([number for number, _ in found]), torch.arange(len(found))
+    boxes = torch.tensor([each.box for _, each in found])
+    targets = identity_patch_targets(boxes, rows, own, sizes, grid_size)
+    return (targets[rows] == own[:, None]).unflatten(1, grid_size)
 
 
 def _draw_images(groups: list[list[int]], batch_size: int, rng: Random) -> list[int]:
