@@ -151,6 +151,12 @@ def main() -> None:
     os.chdir(Path(__file__).parent.parent)
     import benchmarks.gpu_stages  # noqa: F401  (imported once; the stages are forks of this process)
 
+    if args.dry_run:  # once for all stages; on a GPU these imports ask whether there is one, after which none can fork
+        import hypothesis  # noqa: F401
+
+        import idavlm.training  # noqa: F401
+        import tests.conftest  # noqa: F401
+
     contents = []
     for position, name in enumerate(args.stages):
         weights = [STAGES[stage] for stage in args.stages[position:]]
