@@ -51,7 +51,7 @@ from idavlm.evaluation import (
 )
 from idavlm.experimental.muon import muon_adamw
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.experimental.tower_pretraining import LabelTrainer, pretrain_tower
+from idavlm.experimental.tower_pretraining import LabelLoss, pretrain_tower
 from idavlm.models import ImageFeatures, import_id_former
 from idavlm.utils.locks import wait_for_lock
 
@@ -297,6 +297,17 @@ def build_data(name: str, root: Path, sizes: SizeArguments, records: RecordOptio
         return BUILDERS[name](folder, records=records, **changed(sizes))
 
 
+class LabelTrainer(IDTrainer):
+    """IDTrainer with one more loss, of the labels of boxes."""
+
+    def __init__(self, *args, label_loss: LabelLoss, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_loss = label_loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, inputs, **kwargs) + self.label_loss(inputs)
+
+
 def pretrain_identities(
     data: Path,
     folder: Path,
@@ -344,6 +355,7 @@ def pretrain_identities(
     for module in (model.id_former.resampler.token_norm, model.id_former.resampler.output_norm):
         module.requires_grad_(False)
     model.id_former.resampler.output_proj.requires_grad_(False)
+    label_loss = LabelLoss(model, train)
     trainer = LabelTrainer(
         model,
         IDTrainingArguments(
@@ -363,12 +375,12 @@ def pretrain_identities(
             bf16=bf16,
             use_cpu=device == "cpu",  # transformers asks for it with bf16
         ),
-        samples=train,
+        label_loss=label_loss,
         train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
         processing_class=processor,
     )
     trainer.train()
-    trainer.remove_classifier()
+    label_loss.remove()
     trainer.save_model()  # last, because --resume skips the stage if its model is saved
     return trainer.state.log_history
 
