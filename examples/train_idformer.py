@@ -511,7 +511,7 @@ def tune(
 
 
 def train_general(model, processor, general, out: Path, *, freeze: list[str], seed: int, steps: int) -> None:
-    """Train on general records alone, so that instruction tuning on identities can forget what they teach."""
+    """Train on general records alone, so that instruction tuning on identities can forget what was learned."""
     optimizer = muon_adamw(model, modules=["language_model"], learning_rate=6e-3, betas=(0.9, 0.98))
     arguments = IDTrainingArguments(
         output_dir=str(out),

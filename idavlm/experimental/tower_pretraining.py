@@ -207,7 +207,7 @@ def label_loss(logits: Tensor, inside: Tensor, labels: Tensor) -> Tensor:
 
 
 class LabelLoss:
-    """Teaches the image tokens of an ID-Former the labels of boxes during identity pretraining.
+    """Trains the image tokens of an ID-Former on the labels of boxes during identity pretraining.
 
     Identity pretraining gives the resampler no gradient. Here, a linear layer classifies the label of each box from the
     mean of the image tokens at the box. The model holds the layer as ``label_classifier``, so that an optimizer finds
