@@ -326,6 +326,7 @@ def training(report) -> None:
             report.folder / "checkpoints" / run.replace(" ", "-"),
             seed=0,
             steps=steps,
+            tower_steps=steps,
             attn_implementation=implementation,
             bf16=not report.dry_run,
         )

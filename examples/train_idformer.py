@@ -51,14 +51,14 @@ from idavlm.evaluation import (
 )
 from idavlm.experimental.muon import muon_adamw
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.experimental.tower_pretraining import LabelTrainer, pretrain_tower
+from idavlm.experimental.tower_pretraining import LabelLoss, pretrain_tower
 from idavlm.models import ImageFeatures, import_id_former
 from idavlm.utils.locks import wait_for_lock
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
-TOWER_STEPS = 1500
-STEPS = {"characters": (400, 1000), "wesnoth": (800, 1700), "faces": (800, 1700)}
-DEFAULT_STEPS = (800, 1700)
+# Steps of tower pretraining, identity pretraining and instruction tuning.
+STEPS = {"characters": (1200, 350, 850), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
+DEFAULT_STEPS = (3000, 800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
 HIDDEN_SIZE = 128
@@ -91,7 +91,7 @@ class DemoArguments:
     steps: list[int] | None = field(
         default=None, metadata={"help": "Steps of identity pretraining and of instruction tuning."}
     )
-    tower_steps: int = field(default=TOWER_STEPS, metadata={"help": "Steps of tower pretraining."})
+    tower_steps: int | None = field(default=None, metadata={"help": "Steps of tower pretraining."})
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted run from its checkpoints."})
     out: str = field(default="runs/train_idformer", metadata={"help": "Folder of data, checkpoints and reports."})
     data_root: str | None = field(default=None, metadata={"help": "Folder of built data; by default <out>/data."})
@@ -107,6 +107,8 @@ class DemoArguments:
     )
 
     def __post_init__(self):
+        if self.tower_steps is not None and self.tower_steps < 1:
+            raise ValueError(f"tower_steps={self.tower_steps} must be at least 1.")
         if self.steps is not None and len(self.steps) != 2:
             raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
 
@@ -182,7 +184,9 @@ def main(
     data_root = Path(args.data_root or Path(args.out) / "data")
     data = build_data(args.data, data_root, sizes, records)
     test_data = data if args.test_data is None else build_data(args.test_data, data_root, sizes, records)
-    pretraining_steps, tuning_steps = args.steps or STEPS.get(args.data, DEFAULT_STEPS)
+    tower_steps, pretraining_steps, tuning_steps = STEPS.get(args.data, DEFAULT_STEPS)
+    pretraining_steps, tuning_steps = args.steps or (pretraining_steps, tuning_steps)
+    tower_steps = args.tower_steps or tower_steps
     out = Path(args.out) / Path(args.data).name
     test = list(RecordDataset(test_data / "test.jsonl"))
     if "wrong" in args.references:
@@ -200,7 +204,7 @@ def main(
                 folder,
                 seed=seed,
                 steps=pretraining_steps,
-                tower_steps=args.tower_steps,
+                tower_steps=tower_steps,
                 num_layers=tuning.num_layers,
                 id_former=id_former,
                 test_data=test_data,
@@ -257,7 +261,7 @@ def main(
         examples=pick_examples(model, processor, test, results[first_column][0]),
         settings={
             "seeds": seeds,
-            "steps of tower pretraining": args.tower_steps,
+            "steps of tower pretraining": tower_steps,
             "steps of identity pretraining": pretraining_steps,
             "steps of instruction tuning": tuning_steps,
             "batch size": BATCH_SIZE,
@@ -297,13 +301,24 @@ def build_data(name: str, root: Path, sizes: SizeArguments, records: RecordOptio
         return BUILDERS[name](folder, records=records, **changed(sizes))
 
 
+class LabelTrainer(IDTrainer):
+    """IDTrainer with one more loss, of the labels of boxes."""
+
+    def __init__(self, *args, label_loss: LabelLoss, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_loss = label_loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, inputs, **kwargs) + self.label_loss(inputs)
+
+
 def pretrain_identities(
     data: Path,
     folder: Path,
     *,
     seed: int,
     steps: int,
-    tower_steps: int = TOWER_STEPS,
+    tower_steps: int,
     num_layers: int = 3,
     id_former: IDFormerArguments | None = None,
     test_data: Path | None = None,
@@ -344,6 +359,7 @@ def pretrain_identities(
     for module in (model.id_former.resampler.token_norm, model.id_former.resampler.output_norm):
         module.requires_grad_(False)
     model.id_former.resampler.output_proj.requires_grad_(False)
+    label_loss = LabelLoss(model, train)
     trainer = LabelTrainer(
         model,
         IDTrainingArguments(
@@ -363,12 +379,12 @@ def pretrain_identities(
             bf16=bf16,
             use_cpu=device == "cpu",  # transformers asks for it with bf16
         ),
-        samples=train,
+        label_loss=label_loss,
         train_dataset=RecordDataset(data / "train.jsonl", encode=processor.encode),
         processing_class=processor,
     )
     trainer.train()
-    trainer.remove_classifier()
+    label_loss.remove()
     trainer.save_model()  # last, because --resume skips the stage if its model is saved
     return trainer.state.log_history
 
@@ -499,7 +515,7 @@ def tune(
 
 
 def train_general(model, processor, general, out: Path, *, freeze: list[str], seed: int, steps: int) -> None:
-    """Train on general records alone, so that instruction tuning on identities can forget what they teach."""
+    """Train on general records alone, so that instruction tuning on identities can forget what was learned."""
     optimizer = muon_adamw(model, modules=["language_model"], learning_rate=6e-3, betas=(0.9, 0.98))
     arguments = IDTrainingArguments(
         output_dir=str(out),

@@ -89,3 +89,12 @@ def test_an_answer_without_a_box_is_not_drawn(checkpoint, root, tmp_path, monkey
     assert "the answer 'by the door' holds no box" in capsys.readouterr().err
     assert main(["ask", "--model", str(checkpoint), "--draw", "out.png", "Where is Kate?"]) == 2
     assert "needs an image to draw on" in capsys.readouterr().err
+
+
+def test_the_model_of_the_package_is_the_default(root, capsys):
+    """It needs no --model; an ID-Former of one's own does."""
+    images = ["--identity", f"Kate={root / 'kate.png'}", str(root / "scene.png"), "What is Kate doing?"]
+    assert main(["ask", "--device", "cpu", "--max-new-tokens", "8", *images]) == 0
+    assert capsys.readouterr().out.startswith("Kate is ")
+    assert main(["ask", "--id-former", "mine", *images]) == 2
+    assert "pass that model as --model" in capsys.readouterr().err

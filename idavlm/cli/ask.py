@@ -5,6 +5,8 @@ from pathlib import Path
 
 from idavlm.cli.arguments import name, path, positive_int
 
+DEFAULT_MODEL = "idavlm-tiny"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -12,10 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", type=name, help='for example "Where is Kate?"')
     parser.add_argument(
         "--model",
-        default="idavlm-tiny",
         type=name,
-        help="checkpoint of idavlm, or a vision-language model of transformers; by default the package's small model "
-        "for drawn characters",
+        help="checkpoint of idavlm, or a vision-language model of transformers; by default "
+        f"{DEFAULT_MODEL}, which is part of the package and knows drawn characters only",
     )
     parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
     parser.add_argument(
@@ -40,6 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{file} does not exist or is not a file; pass the path of an image.")
     if arguments.draw is not None and not arguments.images:
         raise ValueError(f"--draw {arguments.draw} needs an image to draw on; pass one before the question.")
+    if arguments.id_former is not None and arguments.model is None:
+        raise ValueError(f"--id-former {arguments.id_former} is attached to a model; pass that model as --model.")
     # After the checks, because these imports take seconds.
     import torch
 
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     from idavlm.models import ask
 
     device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_checkpoint(arguments.model, id_former=arguments.id_former, device=device)
+    model, processor = load_checkpoint(arguments.model or DEFAULT_MODEL, id_former=arguments.id_former, device=device)
     answer = ask(
         model,
         processor,

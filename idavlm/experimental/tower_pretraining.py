@@ -1,13 +1,14 @@
 """Pretraining from the boxes of records: who is in a box, and what its label says.
 
-:func:`pretrain_tower` trains a vision tower, and :class:`LabelTrainer` the image tokens of an ID-Former.
+:func:`pretrain_tower` trains a vision tower, and :class:`LabelLoss` the image tokens of an ID-Former.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from idavlm.data import Sample
 from idavlm.modules import identity_patch_targets
 from idavlm.modules.positions import square_grid
-from idavlm.training import IDTrainer
 from idavlm.utils import check_positive
 
 TEMPERATURE = 0.1
@@ -206,62 +206,65 @@ def label_loss(logits: Tensor, inside: Tensor, labels: Tensor) -> Tensor:
     return of_box + 0.5 * F.cross_entropy(logits[box, patch], labels[box], ignore_index=NO_LABEL)
 
 
-class LabelTrainer(IDTrainer):
-    """An :class:`idavlm.IDTrainer` for identity pretraining that also teaches image tokens the labels of boxes.
+class LabelLoss:
+    """Trains the image tokens of an ID-Former on the labels of boxes during identity pretraining.
 
-    Identity pretraining gives the resampler of an ID-Former no gradient. Here, a linear layer classifies the label of
-    each box from the mean of the image tokens at the box, before their output projection. The layer is thrown away
-    afterwards. Without labels, this is an ``IDTrainer``.
+    Identity pretraining gives the resampler no gradient. Here, a linear layer classifies the label of each box from the
+    mean of the image tokens at the box. The model holds the layer as ``label_classifier``, so that an optimizer finds
+    its parameters, until :meth:`remove` throws it away. Keep the norms and the projection after the resampler's
+    attention fixed: otherwise they grow, and the contents of image tokens hide their identity embeddings.
 
     Args:
         model: a model with an ID-Former.
-        samples: the training records; their ids are those of ``train_dataset``.
-        label_loss_weight: weight of the loss.
-        args, kwargs: see :class:`idavlm.IDTrainer`.
+        samples: the training records. Their ids must differ, and are those of the batches.
+        weight: factor of the loss.
     """
 
-    def __init__(self, model, args, *, samples: Iterable[Sample], label_loss_weight: float = 2.0, **kwargs):
+    def __init__(self, model, samples: Iterable[Sample], *, weight: float = 2.0):
         samples = list(samples)
-        self.appearances, labels = find_appearances(samples)
+        self.model, self.weight = model, weight
+        self.appearances, self.labels = find_appearances(samples)
         self.images_of = {sample.id: [(sample.image_root, path) for path in sample.images] for sample in samples}
-        self.label_loss_weight = label_loss_weight if labels else 0.0
-        if labels:
-            width = model.id_former.resampler.hidden_size
-            model.label_classifier = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(labels)))
-        super().__init__(model, args, **kwargs)
+        if len(self.images_of) < len(samples):
+            raise ValueError(
+                f"{len(samples)} samples have {len(self.images_of)} ids; give every record an id of its own."
+            )
+        width = model.id_former.resampler.output_size
+        model.label_classifier = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, max(len(self.labels), 1)))
+        self._hook = model.id_former.register_forward_hook(self._keep_tokens)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of :class:`idavlm.IDTrainer` and the label loss, which is added to single-process training only."""
-        if not self.label_loss_weight:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def _keep_tokens(self, module: nn.Module, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        self._tokens = output[0]
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of the batch that the model has just encoded; 0 if no box in its images has a label.
+
+        ``batch`` holds ``sample_ids``, ``image_sizes`` and ``image_features``.
+        """
+        images = [image for name in batch["sample_ids"] for image in self.images_of[name]]
         found = [
             (number, each)
-            for number, image in enumerate(image for name in inputs["sample_ids"] for image in self.images_of[name])
+            for number, image in enumerate(images)
             for each in self.appearances.get(image, ())
             if each.label != NO_LABEL
         ]
-        seen: list[Tensor] = []
-        hook = self.model.id_former.register_forward_hook(lambda _, inputs, output: seen.append(output[0]))
-        try:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            hook.remove()
+        tokens = self._tokens.float()
         if not found:
-            return result
-        inside = _inside(found, inputs["image_sizes"].cpu(), square_grid("P", inputs["image_features"].shape[1]))
+            return tokens.sum() * 0
+        grid_size = square_grid("P, the number of patches,", batch["image_features"].shape[1])
+        inside = _inside(found, batch["image_sizes"].cpu(), grid_size)
         shares = F.adaptive_avg_pool2d(inside.float(), self.model.id_former.resampler.query_grid).flatten(1)
         has_tokens = shares.sum(1) > 0
-        rows = torch.tensor([number for number, _ in found])[has_tokens]
-        labels = torch.tensor([each.label for _, each in found])[has_tokens].to(seen[0].device)
-        weights = F.normalize(shares[has_tokens], p=1, dim=1).to(seen[0].device)
-        logits = self.model.label_classifier(seen[0].float()[rows.to(seen[0].device)])
-        loss = F.cross_entropy((weights[..., None] * logits).sum(1), labels) * self.label_loss_weight
-        return (result[0] + loss, result[1]) if return_outputs else result + loss
+        rows = torch.tensor([number for number, _ in found])[has_tokens].to(tokens.device)
+        labels = torch.tensor([each.label for _, each in found])[has_tokens].to(tokens.device)
+        weights = F.normalize(shares[has_tokens], p=1, dim=1).to(tokens.device)
+        logits = (weights[..., None] * self.model.label_classifier(tokens[rows])).sum(1)
+        return self.weight * F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
 
-    def remove_classifier(self) -> None:
-        """Throw away the layer that classifies labels, before the model is saved."""
-        if hasattr(self.model, "label_classifier"):
-            del self.model.label_classifier
+    def remove(self) -> None:
+        """Throw away the classifier, before the model is saved."""
+        self._hook.remove()
+        del self.model.label_classifier
 
 
 def _inside(found: list[tuple[int, Appearance]], sizes: Tensor, grid_size: tuple[int, int]) -> Tensor:
