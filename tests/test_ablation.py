@@ -39,10 +39,10 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def write_study(name="study", **keys) -> str:
-    keys = {"program": PROGRAM, "out": name, "grid": {"width": [1, 2, 3, 4]}, "seeds": [0, 1, 2], **keys}
-    Path(f"{name}.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
-    return f"{name}.yaml"
+def write_study(file="study", **keys) -> str:
+    keys = {"program": PROGRAM, "out": file, "grid": {"width": [1, 2, 3, 4]}, "seeds": [0, 1, 2], **keys}
+    Path(f"{file}.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    return f"{file}.yaml"
 
 
 def finished(folder) -> int:
@@ -59,7 +59,6 @@ def scores(folder, *, without=("seconds",)) -> list[dict]:
 
 def test_a_killed_study_resumes_to_the_same_table(capfd):
     """12 runs, killed twice by SIGKILL, with a run that fails: the table is that of an uninterrupted study."""
-    options = {"base": {"fail": [1], "seconds": 0.1}, "variants": {"fails once": {}, "": {"fail": None}}}
     options = {"base": {"seconds": 0.15}, "grid": {}, "baseline": "width 1"}
     options["variants"] = {f"width {width}": {"width": width} for width in (1, 2, 3)}
     options["variants"]["fails with seed 1"] = {"width": 4, "fail": [1]}
@@ -386,7 +385,7 @@ def test_recipes_are_valid(path, parser, tmp_path, monkeypatch):
         Path(folder).symlink_to(ROOT / folder)
     study = read_study(path, recipe_overrides(path))
     runs = study.runs()
-    assert len(study.seeds) >= 3
+    assert len(study.seeds) >= (2 if path.stem == "quick" else 3)
     assert study.folder == Path("runs/ablations") / path.stem
     if study.program == "train":
         for evaluation in study.evaluate.values():
@@ -403,5 +402,5 @@ def test_every_study_has_a_recipe():
     names = {path.stem for path in RECIPES.glob("*.yaml")} - set(NOT_STUDIES)
     assert names == {
         *("id_former_options", "num_queries", "depth", "photos", "identities", "distractors", "supervision"),
-        *("mixing", "inner_adaptors", "training_identities", "transfer", "real_parts", "not_here", "own_id_former"),
+        *("mixing", "inner_adaptors", "training_identities", "transfer", "real_parts", "not_here", "own_id_former", "quick"),
     }

@@ -45,6 +45,7 @@ def build():
 def _package(tmp_path, monkeypatch):
     (tmp_path / "my_package.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("my_package", None)
     yield
     sys.modules.pop("my_package", None)
 
@@ -56,7 +57,7 @@ def build(**options):
 
 def test_a_model_has_the_class_and_its_checkpoint_loads_once_it_is_imported(tmp_path):
     torch.manual_seed(0)
-    model, processor = build(id_former_class="my_package.Scaled", scale=0.5)
+    model, _processor = build(id_former_class="my_package.Scaled", scale=0.5)
     assert type(model.id_former).__name__ == "Scaled"
     assert model.id_former.scale.item() == 0.5
     features = torch.randn(3, 16, model.id_former.resampler.vision_hidden_size)

@@ -284,7 +284,7 @@ def test_questions_about_identities_that_are_not_in_the_scene(source):
     for task in ("location", "qa_single"):
         share = absent[task, True] / (absent[task, True] + absent[task, False])
         assert abs(share - 0.4) < 0.15
-    train = [record for record in RecordComposer(source, Random(5), drawn_names(NAMES), options=options).training(300)]
+    train = list(RecordComposer(source, Random(5), drawn_names(NAMES), options=options).training(300))
     located = [parse_sample(record) for record in train if record["type"] == "location"]
     with_absent = [any("Not here." in part.text for m in s.messages for part in m.content) for s in located]
     assert abs(sum(with_absent) / len(with_absent) - 0.5) < 0.15

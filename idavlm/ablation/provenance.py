@@ -10,6 +10,10 @@ from typing import Any
 from idavlm.utils import describe_machine
 
 
+MAX_CHANGES = 500_000
+"""Length of ``git diff`` up to which a run stores it."""
+
+
 def git_state(folder: str | Path) -> dict[str, Any] | None:
     """Revision of the git checkout that ``folder`` is in, and the changes to its files that are not committed.
 
@@ -32,12 +36,17 @@ def describe_environment(program: str) -> dict[str, Any]:
     states = {name: git_state(folder) for name, folder in folders.items()}
     return {
         "git": {name: state and {key: state[key] for key in ("revision", "dirty")} for name, state in states.items()},
-        "changes": {name: state["changes"] for name, state in states.items() if state and state["changes"]},
+        "changes": {name: _shortened(state["changes"]) for name, state in states.items() if state and state["changes"]},
         "packages": {found.name: found.version for found in sorted(metadata.distributions(), key=lambda d: d.name)},
         "python": platform.python_version(),
         "executable": sys.executable,
         "machine": describe_machine(),
     }
+
+
+def _shortened(changes: str) -> str:
+    """The text of a diff, unless it is too long to be stored with every run."""
+    return changes if len(changes) <= MAX_CHANGES else f"{len(changes)} characters are not stored; commit the changes."
 
 
 def _git(folder: str | Path, *arguments: str) -> str | None:

@@ -142,6 +142,8 @@ class RunFolder:
                     pass_fds=(lock,),  # the lock is held as long as the program runs, even if this process is killed
                 )
                 self._write(record | {"process": process.pid, "host": platform.node()})
+                if self._stopped:  # before the process was known
+                    end_process_group(process.pid)
                 try:
                     status = process.wait()
                 finally:
