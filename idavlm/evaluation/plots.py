@@ -61,7 +61,7 @@ def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> P
         return None
     figure = new_figure(4.6 * len(panels), 3.6)
     for ax, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        tidy_axes(ax)
+        _tidy(ax)
         ax.set_title(title, fontsize=11, color=INK, loc="left")
         ax.set_xlabel("step", fontsize=9, color=INK)
         for number, (variant, seeds) in enumerate(logs.items()):
@@ -104,7 +104,7 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
         return None
     figure = new_figure(max(6.0, 0.8 + len(rows) * (0.34 * len(summaries) + 0.3)), 3.9)
     ax = figure.subplots()
-    tidy_axes(ax)
+    _tidy(ax)
     width = 0.8 / len(summaries)
     for number, (variant, seeds) in enumerate(summaries.items()):
         for place, (task, metric, _) in enumerate(rows):
@@ -159,8 +159,7 @@ def _draw_legend(owner: "Axes | Figure", ax: "Axes", **style) -> None:
         owner.legend(unique.values(), unique.keys(), frameon=False, **style)
 
 
-def tidy_axes(ax: "Axes") -> None:
-    """Axes without a frame, with a light horizontal grid."""
+def _tidy(ax: "Axes") -> None:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
