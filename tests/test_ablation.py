@@ -156,7 +156,7 @@ def test_runs_side_by_side_see_one_gpu_each(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert execution.slot_environment(1, 2) == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
+    assert execution.device_environment(1, 2) == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
 
 
 def test_ray_gives_the_same_numbers(monkeypatch):
@@ -402,5 +402,14 @@ def test_every_study_has_a_recipe():
     names = {path.stem for path in RECIPES.glob("*.yaml")} - set(NOT_STUDIES)
     assert names == {
         *("id_former_options", "num_queries", "depth", "photos", "identities", "distractors", "supervision"),
-        *("mixing", "inner_adaptors", "training_identities", "transfer", "real_parts", "not_here", "own_id_former", "quick"),
+        *(
+            "mixing",
+            "inner_adaptors",
+            "training_identities",
+            "transfer",
+            "real_parts",
+            "not_here",
+            "own_id_former",
+            "quick",
+        ),
     }

@@ -104,17 +104,17 @@ def run_locally(jobs: list[Job], *, num_jobs: int = 1, on_end: Callable[[Job, st
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; the programs are ended first.
     """
-    slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-    for slot in range(num_jobs):
-        slots.put(slot_environment(slot, num_jobs))
+    free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for number in range(num_jobs):
+        free.put(device_environment(number, num_jobs))
     folders = {job.name: RunFolder(job.folder) for job in jobs}
 
     def execute(job: Job) -> str:
-        environment = slots.get()
+        environment = free.get()
         try:
             return job.execute(environment, folders[job.name])
         finally:
-            slots.put(environment)
+            free.put(environment)
 
     with ThreadPoolExecutor(num_jobs) as pool, _interrupted_by_sigterm():
         running = {pool.submit(execute, job): job for job in jobs}
@@ -129,11 +129,11 @@ def run_locally(jobs: list[Job], *, num_jobs: int = 1, on_end: Callable[[Job, st
             raise
 
 
-def slot_environment(slot: int, num_jobs: int) -> dict[str, str]:
-    """Environment variables of the runs in one of ``num_jobs`` slots: a GPU, or a share of the cores."""
+def device_environment(number: int, num_jobs: int) -> dict[str, str]:
+    """Environment variables of the run with a number among ``num_jobs`` at a time: a GPU, or a share of the cores."""
     gpus = _visible_gpus()
     if gpus:
-        return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+        return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
     if num_jobs == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_jobs))}

@@ -20,8 +20,10 @@ def command(study: Study, settings: Mapping[str, Any], seed: int, out: str | Pat
     if study.program != TRAIN:
         options = {**settings, "seed": seed, "out": str(out)}
         return [sys.executable, study.program, *flags(options)]
-    arguments = ["--out", str(out), "--evaluate", json.dumps(study.evaluate or {})]
-    return [sys.executable, "-m", "idavlm.cli.ablate_train", study.config, *arguments, *overrides(settings, seed)]
+    # Options first: argparse reads the configuration and its overrides together.
+    options = ["--out", str(out), "--evaluate", json.dumps(study.evaluate or {})]
+    overridden = overrides(settings, seed)
+    return [sys.executable, "-m", "idavlm.cli.ablate_train", *options, study.config, *overridden]
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

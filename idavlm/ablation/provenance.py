@@ -9,7 +9,6 @@ from typing import Any
 
 from idavlm.utils import describe_machine
 
-
 MAX_CHANGES = 500_000
 """Length of ``git diff`` up to which a run stores it."""
 
@@ -30,9 +29,7 @@ def git_state(folder: str | Path) -> dict[str, Any] | None:
 
 def describe_environment(program: str) -> dict[str, Any]:
     """Git revisions of the program's and of idavlm's checkout, package versions and machine, as JSON values."""
-    import idavlm
-
-    folders = {"program": Path(program).resolve().parent, "idavlm": Path(idavlm.__file__).parent}
+    folders = {"program": Path(program).resolve().parent, "idavlm": Path(__file__).parent}
     states = {name: git_state(folder) for name, folder in folders.items()}
     return {
         "git": {name: state and {key: state[key] for key in ("revision", "dirty")} for name, state in states.items()},
