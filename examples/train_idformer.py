@@ -244,10 +244,13 @@ def main(
 
     # --- Report ---
     model, processor = load(seed_folders[0], args.variants[0])
+    named = results
+    if len(args.variants) == 1:  # so that a study can compare runs with and without ID-Former
+        named = {"right references" if "ID-Former" in column else column: found for column, found in results.items()}
     write_metrics(
         Path(args.out),
-        results | general,
-        records=dict.fromkeys(results, test_data / "test.jsonl"),
+        named | general,
+        records=dict.fromkeys(named, test_data / "test.jsonl"),
         parameters=model.num_parameters(),
         seconds=time.time() - start,
     )

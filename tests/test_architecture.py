@@ -14,6 +14,7 @@ LAYERS = [
     {"idavlm.modules", "idavlm.data"},
     {"idavlm.models", "idavlm.datasets"},
     {"idavlm.conversion", "idavlm.training", "idavlm.evaluation", "idavlm.inference", "idavlm.experimental"},
+    {"idavlm.ablation"},
     {"idavlm.cli"},
 ]
 # Parts of one layer do not import one another.

@@ -44,6 +44,7 @@ TOP_LEVEL = [
 ]
 # idavlm.cli has commands, not names.
 PACKAGES = [
+    "ablation",
     "conversion",
     "data",
     "datasets",

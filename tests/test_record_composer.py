@@ -7,7 +7,14 @@ import pytest
 
 from idavlm.data import parse_sample
 from idavlm.datasets.album import Album, AlbumImage, Appearance, IdentitySampler
-from idavlm.datasets.record_composer import TEST_SHARES, TRAIN_SHARES, RecordComposer, drawn_names, own_names
+from idavlm.datasets.record_composer import (
+    TEST_SHARES,
+    TRAIN_SHARES,
+    RecordComposer,
+    RecordOptions,
+    drawn_names,
+    own_names,
+)
 
 ACTIVITIES = ("reading", "waving", "running", "sitting", "dancing")
 NAMES = [f"Name{number}" for number in range(30)]
@@ -227,3 +234,85 @@ def test_identities_of_a_draw_come_from_one_pool():
     pools = {frozenset("abcd"), frozenset("efgh")}
     drawn = [sampler.draw(4, Random(seed)) for seed in range(40)]
     assert {frozenset(identities) for identities in drawn} == pools
+
+
+def shown_by(source, path):
+    return {appearance.identity for appearance in find(all_images(source), path).appearances}
+
+
+def test_options_set_photos_choices_and_identities():
+    source = album(num_photos=9)
+    options = RecordOptions(max_references=3, num_choices=6, num_identities=5)
+    composer = RecordComposer(source, Random(3), drawn_names(NAMES), options=options)
+    for record in composer.evaluation(20):
+        assert all(len(identity["images"]) == 3 for identity in record["identities"])
+        images = [part for part in record["messages"][0]["content"] if part["type"] == "image"]
+        if record["type"] == "matching":
+            assert len(images) == 6
+            assert len(record["false_answers"]) == 5
+        if record["type"] in ("location", "qa_single"):
+            introduced = identities_by_name(source, record)
+            assert len(introduced) == 5
+            assert len(set(introduced.values()) & shown_by(source, images[0]["image"])) == min(
+                5, len(shown_by(source, images[0]["image"]))
+            ), "identities of the scene first, distractors after them"
+        parse_sample(record)
+    counts = Counter(len(record["identities"]) for record in composer.training(300) if record["type"] == "location")
+    assert set(counts) == {1, 2, 3, 4, 5}, "training introduces as many as the test"
+    photos = Counter(len(identity["images"]) for record in composer.training(300) for identity in record["identities"])
+    assert set(photos) == {1, 2, 3}
+
+
+def test_questions_about_identities_that_are_not_in_the_scene(source):
+    """They have their share, the right answer, no box, and never a cue in the number of identities."""
+    options = RecordOptions(train_absent_share=0.5, test_absent_share=0.4)
+    test = list(RecordComposer(source, Random(4), drawn_names(NAMES), options=options).evaluation(500))
+    absent = Counter()
+    for record in test:
+        if record["type"] not in ("location", "qa_single"):
+            continue
+        sample, introduced = parse_sample(record), identities_by_name(source, record)
+        assert len(introduced) == 2
+        words = sample.messages[0].content[-1].text.replace("?", " ").split()
+        name = next(name for name in introduced if name in words)
+        is_absent = introduced[name] not in shown_by(source, sample.message_images[0])
+        absent[record["type"], is_absent] += 1
+        if record["type"] == "location":
+            assert (record["answer"] == "Not here.") == is_absent
+            assert (sample.target_box is None) == is_absent
+        else:
+            assert (record["answer"] == f"{name} is not here.") == is_absent
+            assert (f"{name} is not here." in record["false_answers"]) != is_absent
+    for task in ("location", "qa_single"):
+        share = absent[task, True] / (absent[task, True] + absent[task, False])
+        assert abs(share - 0.4) < 0.08
+    train = list(RecordComposer(source, Random(5), drawn_names(NAMES), options=options).training(300))
+    located = [parse_sample(record) for record in train if record["type"] == "location"]
+    with_absent = [any("Not here." in part.text for m in s.messages for part in m.content) for s in located]
+    assert abs(sum(with_absent) / len(with_absent) - 0.5) < 0.15
+    assert not any(
+        "ot here" in str(record) for record in RecordComposer(source, Random(6), drawn_names(NAMES)).training(300)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_references": 0}, "max_references=0 must be an integer of at least 1"),
+        ({"num_choices": 9}, "num_choices=9 must be an integer from 2 to 8"),
+        ({"test_absent_share": 1.5}, "test_absent_share=1.5 must be a share from 0 to 1"),
+    ],
+)
+def test_options_out_of_range_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        RecordOptions(**options)
+    with pytest.raises(ValueError, match="max_references=3 needs num_photos=5 or more, but it is 4"):
+        RecordOptions(max_references=3).check_photos(4)
+
+
+def test_absent_identities_are_of_other_families():
+    sampler = IdentitySampler(["a1", "a2", "b", "c"], {"a1": "a", "a2": "a"})
+    drawn = {identity for seed in range(50) for identity in sampler.draw_absent(["a1"], 1, Random(seed))}
+    assert drawn == {"b", "c"}
+    with pytest.raises(ValueError, match="cannot be drawn; add identities"):
+        sampler.draw_absent(["a1", "b", "c"], 1, Random(0))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, str] = {
     "convert": "convert a released checkpoint to idavlm",
     "train": "train a model as a configuration file describes it",
+    "ablate": "run the variants of a program over seeds, and write tables of the results",
     "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",

@@ -119,10 +119,10 @@ def compare_scores(pairs: Sequence[Pair]) -> list[Comparison]:
                 (a.scores[metric], b.scores[metric]) for a, b in found if metric in a.scores and metric in b.scores
             ]
             if scores:
-                rows.append(_compare(task, metric, scores))
+                rows.append(compare_values(task, metric, scores))
     if len(tasks) > 1:
         main = [scores for pair in pairs if (scores := main_scores(pair)) is not None]
-        rows += [_compare("all", "main scores", main)] if main else []
+        rows += [compare_values("all", "main scores", main)] if main else []
     return rows
 
 
@@ -234,7 +234,8 @@ def _cells(row: Comparison) -> list[str]:
     return [row.task, row.metric, str(row.difference.n), f"{row.a:.3f}", f"{row.b:.3f}", difference, p_value, *counts]
 
 
-def _compare(task: str, metric: str, scores: Sequence[tuple[float, float]]) -> Comparison:
+def compare_values(task: str, metric: str, scores: Sequence[tuple[float, float]]) -> Comparison:
+    """Compare pairs of scores (A, B) of the same items."""
     a, b = np.asarray(scores, np.float64).T
     differences = b - a
     means = resampled_means(differences)

@@ -24,6 +24,7 @@ from idavlm.models import (
     IDAVLMProcessor,
     IdentityProcessor,
     attach_id_former,
+    import_id_former,
     load_id_former,
 )
 from idavlm.models.modeling import CONFIG_OPTIONS
@@ -57,6 +58,8 @@ def build(config: TrainConfig, *, empty: bool = False) -> TrainingRun:
     arguments = config.model
     is_own = arguments.model is None or AutoConfig.from_pretrained(arguments.model).model_type == "idavlm"
     _check_kind(arguments, is_own)
+    if arguments.model_options.get("id_former_class") is not None:
+        import_id_former(arguments.model_options["id_former_class"])  # of the configuration, not of a checkpoint
     processor = _build_processor(arguments, is_own)
     with torch.device("meta") if empty else nullcontext():
         if arguments.model is None:

@@ -1,0 +1,89 @@
+"""``idavlm ablate STUDY.yaml``: run the variants of a program over seeds, and write tables of the results."""
+
+import argparse
+import shlex
+import sys
+
+from idavlm.cli.arguments import path, positive_int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("study", type=path, help="YAML file of a study, for example one of recipes/ablations/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the study that replaces that of the file, for example 'seeds=[0]' or base.num_queries=8",
+    )
+    parser.add_argument("--jobs", type=positive_int, help="number of runs at a time; by default 1, with ray any number")
+    parser.add_argument("--dry-run", action="store_true", help="check all options and print the runs")
+    parser.add_argument("--report-only", action="store_true", help="write the tables of the runs that have finished")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine, or a cluster of Ray")
+    parser.add_argument("--cpus", type=float, default=1, metavar="N", help="with ray: cores of a run")
+    parser.add_argument("--gpus", type=float, default=0, metavar="N", help="with ray: GPUs of a run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is left of the study. Returns 1 if a run has failed."""
+    # After the arguments were parsed, because these imports take seconds.
+    from idavlm.ablation.execution import describe_end, jobs_of, print_now, run_locally, settings_of
+    from idavlm.ablation.programs import check_options, command
+    from idavlm.ablation.run_folder import RunFolder
+    from idavlm.ablation.study import read_study
+    from idavlm.utils import lock_folder
+
+    study = read_study(arguments.study, arguments.set)
+    runs = study.runs()
+    if arguments.report_only:
+        return _report(study)
+    check_options(study, runs)
+    if arguments.dry_run:
+        for each in runs:
+            folder = RunFolder(study.folder / each.name)
+            folder.check_settings(settings_of(study, each))
+            print(f"{each.name} ({folder.state})")
+            print(f"    {shlex.join(command(study, each.settings, each.seed, folder.output))}")
+        print(f"{len(runs)} runs in {study.folder}")
+        return 0
+    with lock_folder(study.folder):
+        jobs = jobs_of(study, runs)
+        print_now(f"{study.name}: {len(runs)} runs, {len(runs) - len(jobs)} of them are finished ({study.folder})")
+        ended = len(runs) - len(jobs)
+
+        def on_end(job, state: str) -> None:
+            nonlocal ended
+            ended += 1
+            print_now(f"[{ended}/{len(runs)}] {describe_end(job, state)}")
+
+        try:
+            if arguments.engine == "ray":
+                from idavlm.ablation.ray_engine import run_with_ray
+
+                resources = {"cpus": arguments.cpus, "gpus": arguments.gpus}
+                run_with_ray(jobs, num_jobs=arguments.jobs, **resources, on_end=on_end)
+            else:
+                run_locally(jobs, num_jobs=arguments.jobs or 1, on_end=on_end)
+        except KeyboardInterrupt:
+            kept = f"Finished runs are kept in {study.folder}. Repeat the command to continue."
+            raise KeyboardInterrupt(kept) from None
+        return _report(study)
+
+
+def _report(study) -> int:
+    """Write the report, print the tables and the failed runs; 1 if a run has failed."""
+    from idavlm.ablation.report import write_study_report
+    from idavlm.ablation.tables import markdown_tables
+
+    summary = write_study_report(study, command=shlex.join(["idavlm", *sys.argv[1:]]))
+    print("\n" + "\n\n".join(markdown_tables(summary)))
+    failed, missing = (
+        summary.states.get("failed", []),
+        [*summary.states.get("new", []), *summary.states.get("killed", [])],
+    )
+    for kind, names in (("failed", failed), ("have not finished", missing)):
+        if names:
+            print(f"\n{len(names)} runs {kind}: {', '.join(names)}")
+    print(f"\n{study.folder / 'report.html'}")
+    return 1 if failed else 0
