@@ -1,8 +1,8 @@
 """Builds tuning data from annotations: in parts, in parallel, resumable, with the same bytes for any number of workers.
 
-A source divides its annotations into units (a question, an image, a film). Units are grouped into parts. A part is built
-by one worker, which depends on nothing but the source, the seed and the number of the part. A complete part is one file;
-a build that was killed continues with the parts that are missing. At the end the parts are joined in order.
+A source divides its annotations into units (a question, an image, a film). Units are grouped into parts. A part is
+built by one worker, which depends on nothing but the source, the seed and the number of the part. A complete part is
+one file; a build that was killed continues with the parts that are missing. At the end the parts are joined in order.
 """
 
 import json
@@ -206,8 +206,8 @@ def _check_plan(out: Path, found: dict[str, Any], plan: dict[str, Any]) -> None:
     flat, expected = ({**each, **(each.get("options") or {})} for each in (found, plan))
     changed = [name for name in expected if name != "options" and flat.get(name) != expected[name]]
     raise ValueError(
-        f"out={str(out)!r} was built with other options ({', '.join(changed) or 'options'} differ); pass them again, or "
-        "pass a new folder."
+        f"out={str(out)!r} was built with other options ({', '.join(changed) or 'options'} differ); pass them again, "
+        "or pass a new folder."
     )
 
 
@@ -228,8 +228,8 @@ def _run(job: _Job, missing: list[int], workers: int, engine: str) -> Iterator[i
                 yield future.result()
         except BrokenProcessPool:
             raise ValueError(
-                f"workers={workers}: a worker was killed, probably because memory is short; pass fewer workers. Complete "
-                "parts are kept."
+                f"workers={workers}: a worker was killed, probably because memory is short; pass fewer workers. "
+                "Complete parts are kept."
             ) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)

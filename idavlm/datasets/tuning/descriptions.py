@@ -20,9 +20,9 @@ TASKS = ("caption_single", "qa_single", "caption_multi", "qa_multi")
 
 _COMMON = (
     "You write data about images of a film. Every person of interest has a name and a bounding box (left, top, right, "
-    "bottom) in pixels. Use these names, and attribute to each person only what the person in that box is or does. Write "
-    "about what can be seen, and do not guess. If an image is unclear, or you cannot tell the people apart, reply with the "
-    "single word NO. "
+    "bottom) in pixels. Use these names, and attribute to each person only what the person in that box is or does. "
+    "Write about what can be seen, and do not guess. If an image is unclear, or you cannot tell the people apart, "
+    "reply with the single word NO. "
 )
 INSTRUCTIONS = {
     "caption_single": _COMMON + f"Describe the image in one or two sentences of less than {MAX_CAPTION_WORDS} words.",
@@ -91,8 +91,8 @@ class Describer(Protocol):
 class DescriptionFile:
     """Descriptions from a JSON Lines file: ``{"film", "task", "frames", "text"}``.
 
-    ``frames`` are file names of frames (``"shot_0007_img_1.jpg"``). In ``text``, ``[nm0000123]`` stands for the name of a
-    person. A question and its answer are on two lines.
+    ``frames`` are file names of frames (``"shot_0007_img_1.jpg"``). In ``text``, ``[nm0000123]`` stands for the name of
+    a person. A question and its answer are on two lines.
 
     Args:
         path: the file.
@@ -104,7 +104,7 @@ class DescriptionFile:
     def __init__(self, path: str | Path) -> None:
         records = JsonRecords(path)
         self.fingerprint = records.fingerprint
-        self._texts: dict[tuple[str, str, tuple[str, ...]], tuple[str, str]] = {}
+        self._texts: dict[tuple[str, str, tuple[str, ...]], str] = {}
         for number, entry in enumerate(records.decode_all()):
             if isinstance(entry, DataError):
                 raise entry
@@ -113,14 +113,14 @@ class DescriptionFile:
             if task not in TASKS:
                 raise DataError(f"task={quote(task)} is not known; choose one of {', '.join(TASKS)}.", where=where)
             frames = tuple(map(str, take(entry, "frames", list, where)))
-            self._texts[film, task, frames] = (where, text)
+            self._texts[film, task, frames] = text
 
     def __call__(self, requests: Sequence[DescriptionRequest]) -> list[str | None]:
         """Return the texts of the file with the names of each record."""
         return [self._text(request) for request in requests]
 
     def _text(self, request: DescriptionRequest) -> str | None:
-        where, text = self._texts.get((request.film, request.task, request.frames), ("", None))
+        text = self._texts.get((request.film, request.task, request.frames))
         if text is None:
             return None
         # A person without a name in the record is filtered like a text that names nobody.

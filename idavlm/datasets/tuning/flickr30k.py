@@ -84,9 +84,9 @@ class Flickr30kEntities:
 
     A phrase of the type ``people`` becomes a name if its chain has one box and the phrase is about one person, or if it
     says how many people it is about and has as many boxes ("two men"). Crowds and pronouns stay as they are. Each
-    occurrence of a phrase is replaced where it stands. A caption is left out if it has fewer than ten words, if it is in
-    ``UNRELATED_CAPTIONS``, or if it names nobody or more than five people. References are changed crops, because every
-    image shows other people.
+    occurrence of a phrase is replaced where it stands. A caption is left out if it has fewer than ten words, if it is
+    in ``UNRELATED_CAPTIONS``, or if it names nobody or more than five people. References are changed crops, because
+    every image shows other people.
 
     Args:
         annotations: folder of Flickr30k Entities. ``val.txt`` and ``test.txt`` in it are held out.
@@ -112,8 +112,9 @@ class Flickr30kEntities:
         self.annotations = Path(annotations)
         if not (self.annotations / "Sentences").is_dir() or not (self.annotations / "Annotations").is_dir():
             raise ValueError(
-                f"annotations={str(annotations)!r} has no folders Sentences and Annotations; pass the folder of Flickr30k "
-                "Entities. Shikra's CWB_flickr30k_train.jsonl has no types of phrases; it serves as_published=True only."
+                f"annotations={str(annotations)!r} has no folders Sentences and Annotations; pass the folder of "
+                "Flickr30k Entities. Shikra's CWB_flickr30k_train.jsonl has no types of phrases; it serves "
+                "as_published=True only."
             )
         self.image_root = Path(images)
         self.seed = seed
@@ -291,8 +292,8 @@ class Flickr30kEntities:
 class PublishedFlickr30k:
     """Builds records from Shikra's ``CWB_flickr30k_train.jsonl`` as IDA-VLM's script does, with its mistakes.
 
-    A phrase is a person if it contains one of :data:`PUBLISHED_KEYWORDS`, and phrases are replaced by their text, so that
-    two phrases "a man" get the same name. People are introduced in the order of the caption by crops of the scene.
+    A phrase is a person if it contains one of :data:`PUBLISHED_KEYWORDS`, and phrases are replaced by their text, so
+    that two phrases "a man" get the same name. People are introduced in the order of the caption by crops of the scene.
     Shikra's templates, which the script uses, are replaced by a few requests of the same form.
 
     Args:

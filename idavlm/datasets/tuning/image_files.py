@@ -28,8 +28,8 @@ def changed_crop(image: Image.Image, box: list[float], rng: Random) -> Image.Ima
     """Cut a reference out of the image that is asked about, so that equal pixels do not give the answer away.
 
     A random part of at least 85 % of the width and height of the box is cut out, mirrored in half of the cases, scaled
-    to 60 to 90 % of its size, and changed in brightness, contrast and saturation by up to 25 %. Scaling alone makes every
-    pixel a mixture of several.
+    to 60 to 90 % of its size, and changed in brightness, contrast and saturation by up to 25 %. Scaling alone makes
+    every pixel a mixture of several.
 
     Args:
         image: the RGB image.

@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +220,8 @@ class _FilmComposer:
         self.key = source._film_keys[film.name]
         self.split = source.splits.of(self.key)
         self.cast = [person for person in source._casts[film.name] if source._person_splits.get(person) == self.split]
-        report.counts["actors of held-out films"] += len(source._casts[film.name]) - len(self.cast)
+        if len(self.cast) < len(source._casts[film.name]):
+            report.counts["actors of held-out films"] += len(source._casts[film.name]) - len(self.cast)
         self._readable: dict[str, bool] = {}
         self.solos: dict[str, list[Frame]] = defaultdict(list)
         for frame in film.frames:
@@ -334,10 +335,10 @@ class _FilmComposer:
         """Frames of two to five bodies, ``min_people`` to four of them with references, two shots apart."""
         found: list[Frame] = []
         for frame in self.film.frames:
-            people = self._people(frame)
-            if len(frame.bodies) in BODIES and min_people <= len(people) <= MAX_INTRODUCED:
-                if (not found or frame.shot - found[-1].shot >= DESCRIPTION_GAP) and self._is_readable(frame):
-                    found.append(frame)
+            is_next = not found or frame.shot - found[-1].shot >= DESCRIPTION_GAP
+            has_people = min_people <= len(self._people(frame)) <= MAX_INTRODUCED
+            if is_next and has_people and len(frame.bodies) in BODIES and self._is_readable(frame):
+                found.append(frame)
         return found
 
     def _people(self, frame: Frame) -> list[str]:
@@ -505,22 +506,23 @@ def read_film(annotations: Path, film: str) -> Film:
     bodies: dict[tuple[int, int], list[Body]] = defaultdict(list)
     resolutions: dict[tuple[int, int], tuple[float, float]] = {}
     problems: list[str] = []
-    incomplete: Counter = Counter()
+    incomplete: set[str] = set()
     for number, entry in enumerate(take(annotation, "cast", list, str(path))):
         where = f"{path} cast[{number}]"
         try:
             place, resolution, body = _read_body(entry, where)
         except DataError as error:
             problems.append(str(error))
-            if isinstance(entry, dict):  # the frame has a body that is not known: it is no frame of one person
-                incomplete[entry.get("shot_idx"), entry.get("img_idx")] += 1
+            # The frame has a body that is not known: it must not pass for a frame of one person.
+            if isinstance(entry, dict):
+                incomplete.add(f"{entry.get('shot_idx')} {entry.get('img_idx')}")
             continue
         bodies[place].append(body)
         resolutions[place] = resolution
     frames = [
         Frame(film, *place, resolutions[place], tuple(bodies[place]))
         for place in sorted(bodies)
-        if place not in incomplete
+        if f"{place[0]} {place[1]}" not in incomplete
     ]
     starts = []
     for number, scene in enumerate(annotation.get("scene") or []):

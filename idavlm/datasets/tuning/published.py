@@ -1,4 +1,4 @@
-"""What IDA-VLM's scripts share (``ID_reference_data``): names, box text, mirrored crops, templates. For comparison only.
+"""What IDA-VLM's scripts share (``ID_reference_data``): names, box text, mirrored crops, templates. To compare.
 
 The rules are reproduced with their mistakes: two people may share a name, boxes are in 0..1000 where Qwen-VL uses
 0..999, and a reference holds the pixels of the scene. What is not reproduced is chance without a seed.
@@ -60,9 +60,9 @@ def image_tag(path: str) -> str:
 def conversation(
     name: str, texts: Sequence[str], *, data: str, annotation: str, image_keys: Sequence[str], people: dict[str, str]
 ) -> dict[str, Any]:
-    """Return a record of Qwen-VL's format: user and assistant turns in alternation, and the ``meta`` of other records."""
+    """Return a record of Qwen-VL's format: alternating turns, and the ``meta`` of other records."""
     turns = [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(texts)]
-    meta = {"data": data, "annotation": annotation, "images": list(image_keys), "people": people}
+    meta = {"data": data, "annotation": annotation.rpartition("/")[2], "images": list(image_keys), "people": people}
     return {"id": name, "conversations": turns, "meta": meta}
 
 

@@ -1,4 +1,4 @@
-"""Records of built data sets: introduced people, their references, scenes, questions, and where all of it comes from."""
+"""Records of built data sets: introduced people, their references, scenes, questions, and where they come from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -92,8 +92,8 @@ def identity_record(
 ) -> dict[str, Any]:
     """Return a record of the schema, checked by :func:`idavlm.data.parse_sample`.
 
-    ``meta`` says where the record comes from: ``data``, ``annotation``, the keys ``images`` and ``people`` by which data
-    sets are split, and for ``references`` and ``scenes`` the image of the source, the crop, shot and scene.
+    ``meta`` says where the record comes from: ``data``, ``annotation``, the keys ``images`` and ``people`` by which
+    data sets are split, and for ``references`` and ``scenes`` the image of the source, the crop, shot and scene.
 
     Args:
         name: id of the record.
@@ -138,7 +138,7 @@ def identity_record(
     parse_sample(record, where=annotation)
     record["meta"] = {
         "data": data,
-        "annotation": annotation,
+        "annotation": annotation.rpartition("/")[2],
         "images": list(image_keys),
         "people": {identity.name: identity.key for identity in introduced},
         "references": [_origin(reference) for identity in introduced for reference in identity.references],

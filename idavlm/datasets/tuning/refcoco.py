@@ -107,14 +107,15 @@ class RefCOCO:
         self.problems: list[str] = []
         referred = [entry for file in files for entry in _read(file, self.problems)]
         known = sorted({entry.category for entry in referred} - {""})
-        for category in (self.categories or []) if not as_published else []:
+        for category in [] if as_published else self.categories or []:
             if category not in known:
+                found = ", ".join(known) or "they name no categories"
                 raise ValueError(
-                    f"categories: {category!r} is in none of the files ({', '.join(known) or 'they name no categories'}); "
-                    "pass categories=None (--categories all), or another one."
+                    f"categories: {category!r} is in none of the files ({found}); pass categories=None "
+                    "(--categories all), or another one."
                 )
         self.options = {
-            "annotations": {file.name if len(files) == 1 else str(file): file.stat().st_size for file in files},
+            "annotations": {"/".join(file.parts[-2:]): file.stat().st_size for file in files},
             "seed": seed,
             "distractors": distractors,
             "categories": self.categories,

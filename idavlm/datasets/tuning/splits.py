@@ -26,7 +26,7 @@ def strictest(splits: Iterable[str]) -> str:
 
 
 def film_key(title: str) -> str:
-    """Key of a film by its title or by VCR's folder of it: ``"lsmdc_3008_FIGHT_CLUB"`` and ``"Fight Club (1999)"`` agree.
+    """Key of a film: the same for ``"lsmdc_3008_FIGHT_CLUB"`` (VCR) and ``"Fight Club (1999)"`` (MovieNet).
 
     A film is in VCR and in MovieNet under different names. One key keeps it in one split of both.
     """

@@ -91,16 +91,17 @@ class VCR:
 
     People whom the question, the right answer or the right rationale mention get names and are introduced by a crop of
     the frame that is changed (:func:`idavlm.datasets.tuning.changed_crop`), because VCR does not say who is who in
-    other frames. Tags are read from the token lists, so that "2 hours" stays as it is. Other objects are written as their
-    class. A record is left out if it mentions nobody, more than five people, someone whose box is smaller than 8 % of the
-    frame, or two objects of one class. Films are split as a whole; ``val.jsonl`` is held out.
+    other frames. Tags are read from the token lists, so that "2 hours" stays as it is. Other objects are written as
+    their class. A record is left out if it mentions nobody, more than five people, a box smaller than 8 % of the frame,
+    or two objects of one class. Films are split as a whole; ``val.jsonl`` is held out.
 
     Args:
         annotations: a file of VCR, or the folder of ``train.jsonl`` and ``val.jsonl``.
         images: the folder ``vcr1images``.
         seed: seed of all choices.
         distractors: share of the records that introduce someone of another film too, who is not in the image.
-        as_published: build records as IDA-VLM's script does, with its mistakes, from the texts ``*_orig``. Every line is
+        as_published: build records as IDA-VLM's script does, with its mistakes, from the texts ``*_orig``. Every line
+        is
             used for training.
         splits: shares of validation and test.
     """
