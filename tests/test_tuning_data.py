@@ -750,7 +750,7 @@ def test_movienet_without_scenes_takes_references_fifty_shots_away(tmp_path):
 
 
 def test_movienet_distractors_are_cast_who_are_not_there(tmp_path):
-    cast = film_cast() + [movienet_body(26, "others", [700, 300, 900, 600], possible_pids=["nm3"])]
+    cast = [*film_cast(), movienet_body(26, "others", [700, 300, 900, 600], possible_pids=["nm3"])]
     write_film(tmp_path, "tt1", cast, scenes=FILM_SCENES)
     build_tuning_data(movienet(tmp_path, distractors=1.0), tmp_path / "out")
     absent = [[record["meta"]["people"][name] for name in distractors(record)] for record in records(tmp_path / "out")]
@@ -1081,7 +1081,7 @@ def test_a_complete_folder_is_left_alone_and_other_options_are_an_error(tmp_path
         build_tuning_data(vcr(tmp_path / "vcr", seed=1), tmp_path / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="holds 'thesis.txt'"):
+    with pytest.raises(ValueError, match=r"holds 'thesis.txt'"):
         build_tuning_data(source, tmp_path / "other")
     assert build_tuning_data(source, tmp_path / "limited", limit=2)["records"]["train"] == 2
 
@@ -1159,11 +1159,11 @@ def test_the_command_refuses_options_without_effect(tmp_path):
     assert run("vcr", *paths) == 0
     with pytest.raises(ValueError, match="--held-out has no effect with --as-published"):
         run("vcr", *paths[:-1], tmp_path / "published", "--as-published", "--held-out", tmp_path / "out")
-    with pytest.raises(ValueError, match="held_out.json does not exist"):
+    with pytest.raises(ValueError, match=r"held_out\.json does not exist"):
         run("vcr", *paths[:-1], tmp_path / "second", "--held-out", tmp_path)
     write_album(tmp_path / "album")
+    paths = ["--annotations", tmp_path / "album/scenes.jsonl", "--images", tmp_path / "album"]
     with pytest.raises(ValueError, match="'matching:1' is not TASK=SHARE"):
-        paths = ["--annotations", tmp_path / "album/scenes.jsonl", "--images", tmp_path / "album"]
         run("folder", *paths, "--out", tmp_path / "x", "--shares", "matching:1")
 
 
