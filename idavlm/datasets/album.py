@@ -87,13 +87,6 @@ class IdentitySampler:
             )
         return [rng.choice(family) for family in rng.sample(list(by_family.values()), count)]
 
-    def draw_beside(self, others: Sequence[str], rng: Random) -> str | None:
-        """Draw an identity of another family than ``others``, from a pool that holds all; None without one."""
-        families = {self._family(identity) for identity in others}
-        pools = [pool for pool in self._pools if set(others) <= set(pool)]
-        candidates = [identity for pool in pools for identity in pool if self._family(identity) not in families]
-        return rng.choice(candidates) if candidates else None
-
     def _family(self, identity: str) -> str:
         return self._families.get(identity, identity)
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from idavlm.data.schema import TASK_TYPES
 from idavlm.datasets.album import Album, AlbumImage, Appearance
-from idavlm.utils import check_choice
 
 Record = dict[str, Any]
 Naming = Callable[[Sequence[str], Random], Sequence[str]]
@@ -87,60 +85,27 @@ class RecordComposer:
         rng: source of all random choices.
         naming: :func:`drawn_names` or :func:`own_names`.
         question: question about the activity of an identity.
-        distractors: share of the records that also introduce an identity that is in none of their images. Location
-            records ask for it as well, and the answer is that it is not there.
-
-    Raises:
-        ValueError: ``distractors`` is not a share.
     """
 
-    def __init__(
-        self,
-        album: Album,
-        rng: Random,
-        naming: Naming,
-        question: str = "What is {name} doing?",
-        *,
-        distractors: float = 0.0,
-    ) -> None:
-        if not 0 <= distractors <= 1:
-            raise ValueError(f"distractors={distractors!r} must be between 0 and 1.")
+    def __init__(self, album: Album, rng: Random, naming: Naming, question: str = "What is {name} doing?") -> None:
         self.album = album
         self.rng = rng
         self.naming = naming
         self.question = question
-        self.distractors = distractors
 
-    def training(self, count: int, *, shares: Mapping[str, float] | None = None) -> Iterator[Record]:
-        """Yield ``count`` training records in random order.
+    def training(self, count: int) -> Iterator[Record]:
+        """Yield ``count`` training records of the tasks of :data:`TRAIN_SHARES` in random order.
 
         ``"type"`` of a record is its task. Many records contain several questions.
-
-        Args:
-            count: number of records.
-            shares: relative frequency of each task; None for :data:`TRAIN_SHARES`. Tasks other than matching and
-                location need activities.
-
-        Raises:
-            ValueError: a task is unknown, a share is negative or all are zero, or the album has no images for a task.
         """
-        shares = _checked_shares(TRAIN_SHARES if shares is None else shares)
-        tasks = self.rng.choices(list(shares), list(shares.values()), k=count)
+        tasks = self.rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()), k=count)
         for number, task in enumerate(tasks):
             draft = self._draft(task, evaluation=False)
             yield {**draft.record(f"{task}-{number}", draft.questions), "type": task}
 
-    def evaluation(self, count: int, *, shares: Mapping[str, float] | None = None) -> Iterator[Record]:
-        """Yield evaluation records with one question each: ``count`` x share of each task.
-
-        Args:
-            count: number of records of a task with share 1.
-            shares: share of each task; None for :data:`TEST_SHARES`.
-
-        Raises:
-            ValueError: as :meth:`training`.
-        """
-        for task, share in _checked_shares(TEST_SHARES if shares is None else shares).items():
+    def evaluation(self, count: int) -> Iterator[Record]:
+        """Yield evaluation records with one question each: ``count`` x :data:`TEST_SHARES` of each task."""
+        for task, share in TEST_SHARES.items():
             for number in range(round(count * share)):
                 draft = self._draft(task, evaluation=True)
                 question = draft.questions[number % len(draft.questions)]
@@ -202,10 +167,6 @@ class RecordComposer:
 
     def _ask_location(self, draft: "_Draft") -> list[_Question]:
         questions = [_Question(f"Where is {name}?", target=name) for name in draft.names.values()]
-        questions += [
-            _Question(f"Where is {name}?", f"{name} is not in the image.", target=name)
-            for name in draft.absent.values()
-        ]
         self.rng.shuffle(questions)
         return questions
 
@@ -279,8 +240,7 @@ class _Draft:
 
     Attributes:
         images: images of the messages.
-        names: names of the introduced identities that are in the images, by identity.
-        absent: name of the distractor, if there is one, by identity.
+        names: names of the introduced identities, by identity.
         references: paths of their reference photos, by identity.
         questions: questions to ask.
     """
@@ -291,13 +251,7 @@ class _Draft:
         rng = composer.rng
         self.images = images
         self.evaluation = evaluation
-        distractor = self._choose_distractor(composer, introduced)
-        named = [*introduced, *distractor]
-        names = dict(zip(named, composer.naming(named, rng), strict=True))
-        self.names = {identity: names[identity] for identity in introduced}
-        self.absent = {identity: names[identity] for identity in distractor}
-        if distractor:
-            rng.shuffle(named)
+        self.names = dict(zip(introduced, composer.naming(introduced, rng), strict=True))
         self.questions: list[_Question] = []
         self.references = {
             identity: self._choose_references(
@@ -306,16 +260,8 @@ class _Draft:
                 MAX_REFERENCES if evaluation else self._num_references(len(introduced), rng),
                 rng,
             )
-            for identity in named
+            for identity in introduced
         }
-
-    def _choose_distractor(self, composer: RecordComposer, introduced: list[str]) -> list[str]:
-        """An identity with photos that is in no image and may appear together with the introduced ones, or none."""
-        if not composer.distractors or composer.rng.random() >= composer.distractors:
-            return []
-        shown = {appearance.identity for image in self.images for appearance in image.appearances}
-        drawn = composer.album.sampler.draw_beside([*shown, *introduced], composer.rng)
-        return [drawn] if drawn is not None else []
 
     @staticmethod
     def _num_references(num_introduced: int, rng: Random) -> int:
@@ -359,8 +305,7 @@ class _Draft:
                 question.text if number else [*self._image_parts(), {"type": "text", "text": "\n" + question.text}]
             )
             messages.append({"role": "user", "content": content})
-            has_box = question.target and not question.answer
-            answer = [{"type": "box", "name": question.target}] if has_box else question.answer
+            answer = [{"type": "box", "name": question.target}] if question.target else question.answer
             messages.append({"role": "assistant", "content": answer})
         boxes = [
             {"name": self._label(appearance), "image": image.path, "box": list(appearance.box)}
@@ -368,8 +313,7 @@ class _Draft:
             for appearance in image.appearances
             if self.evaluation or appearance.identity in self.names
         ]
-        names = self.names | self.absent
-        identities = [{"name": names[identity], "images": paths} for identity, paths in self.references.items()]
+        identities = [{"name": self.names[identity], "images": paths} for identity, paths in self.references.items()]
         return {"id": name, "source": "identity", "identities": identities, "messages": messages, "boxes": boxes}
 
     def _image_parts(self) -> list[dict[str, str]]:
@@ -380,16 +324,6 @@ class _Draft:
             text = ("\n" if number > 1 else "") + image_label(number) + ": "
             parts += [{"type": "text", "text": text}, {"type": "image", "image": image.path}]
         return parts
-
-
-def _checked_shares(shares: Mapping[str, float]) -> dict[str, float]:
-    for task, share in shares.items():
-        check_choice("shares: task", task, TASK_TYPES)
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < float("inf"):
-            raise ValueError(f"shares: {task}={share!r} must be a number of at least 0.")
-    if not any(shares.values()):
-        raise ValueError("shares: all tasks have the share 0; pass a positive one.")
-    return {task: share for task, share in shares.items() if share}
 
 
 def image_label(number: int) -> str:
