@@ -16,6 +16,7 @@ from idavlm.datasets.record_composer import (
     TEST_SHARES,
     TRAIN_SHARES,
     RecordComposer,
+    RecordOptions,
     drawn_names,
     own_names,
 )
@@ -52,7 +53,8 @@ class PhotoFolder:
         annotations: the file of scenes.
         images: the folder.
         seed: seed of all choices.
-        distractors: share of the records that introduce someone who is not there too.
+        distractors: share of the records about a scene that introduce someone who is not there too, and of the test
+            records of location and qa_single that ask for someone who is not there.
         records: number of training records.
         test_records: number of test records of the tasks of share 1, see ``test_shares``.
         shares: share of each task in the training records; None for
@@ -89,7 +91,7 @@ class PhotoFolder:
         check_choice("names", names, NAMINGS)
         self.image_root = Path(images)
         self.seed = seed
-        self.distractors = distractors
+        self.record_options = RecordOptions(train_absent_share=distractors, test_absent_share=distractors)
         self.shares = dict(TRAIN_SHARES if shares is None else shares)
         if test_shares is None:
             test_shares = {task: share for task, share in TEST_SHARES.items() if self.shares.get(task)}
@@ -255,7 +257,7 @@ class PhotoFolder:
         people = {person: person for person in album.photos}
         naming = own_names(people) if self.naming == "own" else drawn_names(FIRST_NAMES)
         rng = Random(f"{self.seed} folder {split} {first}")
-        composer = RecordComposer(album, rng, naming, self.question, distractors=self.distractors)
+        composer = RecordComposer(album, rng, naming, self.question, self.record_options)
         if split == "test":
             records = composer.evaluation(self.test_records, shares=self.test_shares)
         else:
