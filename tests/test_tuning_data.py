@@ -953,8 +953,9 @@ def test_a_folder_becomes_records_of_the_six_tasks(tmp_path):
     tasks = {"matching", "location", "qa_single", "caption_single", "qa_multi", "caption_multi"}
     assert {record["type"] for record in records(tmp_path / "out")} == tasks
     assert {record["type"] for record in records(tmp_path / "out", "test")} == tasks
-    with_distractor = sum(bool(distractors(record)) for record in records(tmp_path / "out"))
-    assert 30 < with_distractor < 110
+    about_scenes = [record for record in records(tmp_path / "out") if record["type"] in ("location", "qa_single")]
+    with_distractor = sum(bool(distractors(record)) for record in about_scenes)
+    assert 0.1 < with_distractor / len(about_scenes) < 0.4
     for record in records(tmp_path / "out"):
         owners = {image.split("/")[2] for identity in record["identities"] for image in identity["images"]}
         assert len(owners) == len(record["identities"])
@@ -974,6 +975,12 @@ def test_a_folder_takes_shares_and_names(tmp_path):
     assert set(found) == {"matching", "location"}
     names = {identity["name"] for record in records(tmp_path / "out") for identity in record["identities"]}
     assert names == {"Kate", "Tom", "Ida", "Omar", "Zoe"}
+    write_lines(
+        tmp_path / "all.jsonl",
+        [{"image": "scenes/0.jpg", "people": [{"name": n, "box": [1, 1, 50, 50]} for n in names]}],
+    )
+    with pytest.raises(ValueError, match=r"distractors=0\.25: everyone is in scenes/0\.jpg"):
+        PhotoFolder(tmp_path / "all.jsonl", tmp_path, shares=options["shares"])
     with pytest.raises(ValueError, match="'poem' is not known"):
         build_tuning_data(album(tmp_path, shares={"poem": 1.0}), tmp_path / "bad")
 

@@ -202,6 +202,13 @@ class PhotoFolder:
                 )
                 album = None
             albums[split] = album
+        for album in filter(None, albums.values()):
+            full = [scene.path for scene in album.scenes if len(scene.appearances) == len(album.photos)]
+            if full and self.record_options.train_absent_share:
+                raise ValueError(
+                    f"distractors={self.record_options.train_absent_share}: everyone is in {full[0]}, so that no one "
+                    "is left to be introduced although absent; pass distractors=0 (--distractors 0), or add people."
+                )
         needs_activities = [task for task in self.shares if task not in ("matching", "location") and self.shares[task]]
         if albums["train"] is not None and needs_activities and not albums["train"].activities:
             raise ValueError(
