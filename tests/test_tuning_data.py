@@ -169,6 +169,8 @@ def test_a_key_is_in_the_same_split_for_all_sources_and_seeds():
     assert Splits(0.1, 0.2, {train: "test"}).of(train, own="val") == "test"
     with pytest.raises(ValueError, match="test=1"):
         Splits(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"val=0\.5 and test=0\.5 leave nothing"):
+        Splits(0.5, 0.5)
 
 
 def test_a_film_has_one_key_in_vcr_and_movienet():
@@ -356,7 +358,7 @@ def test_no_damaged_annotation_stops_a_build(tmp_path):
     """Randomly damaged annotations of every format are left out or reported; nothing else happens."""
     rng = random.Random(0)
     image = vcr_frame(tmp_path, "f", 0)
-    lines = [mutate(vcr_line(image), rng) for _ in range(150)]
+    lines = [json.dumps(mutate(vcr_line(image), rng)) for _ in range(150)]
     description = build_vcr_lines(tmp_path, [*lines, vcr_line(image)], distractors=0.5)
     assert description["problems"] > 50
     assert records(tmp_path / "out")[-1]["meta"]["annotation"] == "train.jsonl:151"
@@ -386,7 +388,7 @@ def test_no_damaged_annotation_stops_a_build(tmp_path):
             source = refcoco(folder, tmp_path / "coco", as_published=published, categories=None)
             build_tuning_data(source, tmp_path / f"refcoco{number}{published}")
 
-    write_lines(tmp_path / "shikra.jsonl", [mutate(shikra_line("1"), rng) for _ in range(40)])
+    write_lines(tmp_path / "shikra.jsonl", [json.dumps(mutate(shikra_line("1"), rng)) for _ in range(40)])
     write_flickr(tmp_path / "flickr", ["1"])
     images = tmp_path / "flickr" / "flickr30k-images"
     build_tuning_data(PublishedFlickr30k(tmp_path / "shikra.jsonl", images), tmp_path / "shikra")
