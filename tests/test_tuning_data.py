@@ -565,7 +565,7 @@ def test_published_flickr_replaces_phrases_by_their_text(tmp_path):
     write_lines(tmp_path / "shikra.jsonl", lines)
     source = PublishedFlickr30k(tmp_path / "shikra.jsonl", tmp_path / "flickr30k-images")
     description = build_tuning_data(source, tmp_path / "out")
-    same, moment, nobody, two = (
+    same, moment, trees, two = (
         [turn["value"] for turn in record["conversations"]] for record in records(tmp_path / "out")
     )
     introduced = [word for word in same[0].split() if word in NAMES]
@@ -574,7 +574,7 @@ def test_published_flickr_replaces_phrases_by_their_text(tmp_path):
     assert same[1] == f"{later} in a hat looks at {later} while it rains outside ."
     (mom,) = (word for word in moment[0].split() if word in NAMES)
     assert moment[1].startswith(f"Man waits for {mom} one")
-    assert nobody[0].startswith(". ")
+    assert trees[0].startswith(". ")
     first, second = (word for word in two[0].split() if word in NAMES)
     assert two[1].startswith(f"{first} and {second} talk")
     assert description["dropped"] == {"a box is smaller than 3000 square pixels": 1, "fewer than 10 words": 1}
@@ -905,7 +905,7 @@ def test_published_movienet_location(tmp_path):
     [
         ("qa_single", "What?\nThey talk.", True),
         ("qa_single", "What?\nNodding.", False),
-        ("qa_single", "Nobody?\nYes.", False),
+        ("qa_single", "None?\nYes.", False),
         ("qa_single", "What?\n\nThey talk.", False),
         ("qa_multi", "no\nNodding.", True),
         ("qa_multi", "no", False),

@@ -91,7 +91,7 @@ class VCR:
     People whom the question, the right answer or the right rationale mention get names and are introduced by a crop of
     the frame that is changed (:func:`idavlm.datasets.tuning.changed_crop`), because VCR does not say who is who in
     other frames. Tags are read from the token lists, so that "2 hours" stays as it is. Other objects are written as
-    their class. A record is left out if it mentions nobody, more than five people, a box smaller than 8 % of the frame,
+    their class. A record is left out if it mentions no one, more than five people, a box smaller than 8 % of the frame,
     or two objects of one class. Films are split as a whole; ``val.jsonl`` is held out.
 
     Args:
