@@ -97,14 +97,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def check_readable(out: Path, reader: str = "idavlm") -> None:
-    """All records obey the schema, and all images open."""
+    """All records obey the schema, all images open, and all boxes are inside."""
+    store, sizes = ImageStore(out / "images"), {}
     for path in out.glob("t*.jsonl"):
         for sample in RecordDataset(path, reader=reader):
-            store = ImageStore(sample.image_root)
             for image in sample.images:
-                store.open(image)
+                if image not in sizes:
+                    sizes[image] = store.open(image).size
             for box in sample.boxes:
-                height, width = store.size(box.image)
+                width, height = sizes[box.image]
                 assert 0 <= box.box[0] < box.box[2] <= width
                 assert 0 <= box.box[1] < box.box[3] <= height
 
