@@ -48,6 +48,7 @@ PACKAGES = [
     "conversion",
     "data",
     "datasets",
+    "datasets.tuning",
     "evaluation",
     "experimental",
     "models",

@@ -84,6 +84,27 @@ def test_tasks_have_their_shares(training, evaluation):
     }
 
 
+def test_shares_choose_the_tasks(source):
+    composer = RecordComposer(source, Random(3), drawn_names(NAMES))
+    tasks = Counter(
+        record["type"] for record in composer.training(200, shares={"matching": 1, "location": 3, "qa_multi": 0})
+    )
+    assert set(tasks) == {"matching", "location"}
+    assert 120 < tasks["location"] < 180
+    shares = {"caption_multi": 1.0, "matching": 0.5}
+    assert Counter(record["type"] for record in composer.evaluation(8, shares=shares)) == {
+        "caption_multi": 8,
+        "matching": 4,
+    }
+    for wrong, message in (
+        ({"poem": 1}, "'poem' is not known"),
+        ({"matching": -1}, "matching=-1"),
+        ({"matching": 0}, "share 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(composer.training(1, shares=wrong))
+
+
 def test_references_are_other_images_and_other_shots(source, training, evaluation):
     for record in training + evaluation:
         shown = {box["image"] for box in record["boxes"]}
