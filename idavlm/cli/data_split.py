@@ -10,7 +10,7 @@ from idavlm.cli.arguments import name, path, positive_int
 from idavlm.cli.data_arguments import add_source_arguments, progress_bar, source_of
 from idavlm.data.errors import DataError
 from idavlm.data.images import RecordImages
-from idavlm.data.record_meta import people_of, shots_of
+from idavlm.data.record_meta import meta_of, people_of, shots_of
 from idavlm.data.record_splits import TOLERANCE, split_records
 from idavlm.data.schema import Sample
 from idavlm.data.table_records import SUFFIX, TableRecords
@@ -94,6 +94,7 @@ def _keys(sample: Sample, jobs: dict, *, names_are_people: bool) -> tuple[list[H
     known = names if names_are_people else [people[each] for each in names if each in people]
     keys: list[Hashable] = [("person", person) for person in known]
     keys += [("shot", shot) for shot in shots_of(sample).values()]
+    keys += [("image", str(key)) for key in meta_of(sample, "images")]
     for image in sample.images:
         root = sample.image_root
         held = root.images if isinstance(root, RecordImages) else {}

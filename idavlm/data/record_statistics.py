@@ -7,7 +7,7 @@ from typing import Any
 
 from idavlm.data.errors import DataError
 from idavlm.data.images import ImageStore, RecordImages
-from idavlm.data.record_meta import distractors_of, people_of
+from idavlm.data.record_meta import meta_of, people_of
 from idavlm.data.schema import Sample
 
 PER_MILLE = 1000
@@ -117,7 +117,7 @@ def record_statistics(
         found.records["evaluation"] += sample.is_evaluation
         if sample.identities:
             count["identities per record"].add(len(sample.identities))
-            count["distractors per record"].add(len(distractors_of(sample)))
+            count["distractors per record"].add(len(meta_of(sample, "distractors")))
         for identity in sample.identities:
             count["photos per identity"].add(len(identity.images))
             found.names[identity.name] += 1

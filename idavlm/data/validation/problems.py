@@ -20,7 +20,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "names_alike": (ERROR, "two names of a record differ only in case, white space or Unicode form"),
     "name_generic": (WARNING, "a name reads as a description, such as 'the man'"),
     "person_twice": (ERROR, "two names of a record are one person, by meta.people"),
-    "meta": (ERROR, "meta.people, meta.shots or meta.distractors names what the record does not have"),
+    "meta": (ERROR, "meta names what the record does not have, or has another type"),
     # Texts
     "markup_in_text": (ERROR, "a text holds the placeholder of another format, such as <image> or <bbox>"),
     "question_missing": (WARNING, "a user turn has images, but no text"),
@@ -47,13 +47,17 @@ CHECKS: dict[str, tuple[str, str]] = {
         ERROR,
         "a reference is an image that is asked about: scaled, mirrored or compressed again",
     ),
-    "reference_from_scene": (ERROR, "a reference is cut out of an image that is asked about"),
-    "same_shot": (ERROR, "a reference and an image that is asked about are of one shot, by meta.shots"),
+    "reference_from_scene": (
+        ERROR,
+        "a reference is cut out of a scene; a warning if meta says so",
+    ),
+    "same_shot": (ERROR, "a reference and an image that is asked about are of one shot, by meta"),
+    "same_scene": (WARNING, "a reference and an image that is asked about are of one scene of a film, by meta"),
     # Leaks between training and held-out records
     "person_in_both": (ERROR, "training and held-out records introduce one person"),
     "image_in_both": (ERROR, "training and held-out records hold one image"),
     "similar_image_in_both": (ERROR, "training and held-out records hold one image, scaled or compressed again"),
-    "shot_in_both": (ERROR, "training and held-out records hold images of one shot, by meta.shots"),
+    "shot_in_both": (ERROR, "training and held-out records hold images of one shot, by meta"),
     "record_in_both": (ERROR, "training and held-out records ask the same about the same images"),
     # With a processor
     "encoding": (ERROR, "the processor cannot encode a record: too long, the chat template refuses it, ..."),

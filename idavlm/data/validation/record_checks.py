@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from idavlm.data.errors import quote
 from idavlm.data.introductions import reads_as_name
-from idavlm.data.record_meta import META_FIELDS, distractors_of, people_of, shots_of
+from idavlm.data.record_meta import META_FIELDS, meta_of, origins_of, people_of
 from idavlm.data.schema import Box, Sample
 from idavlm.data.validation.problems import WARNING
 from idavlm.utils import contains_name
@@ -65,7 +65,7 @@ def check_texts(sample: Sample) -> Iterator[Finding]:
             )
     for image in sorted(set(sample.reference_images) & set(sample.message_images)):
         yield Finding("reference_is_scene", f"{quote(image)} is a reference and an image that is asked about.")
-    yield from _check_shots(sample)
+    yield from _check_origins(sample)
 
 
 def _check_names(sample: Sample) -> Iterator[Finding]:
@@ -75,7 +75,7 @@ def _check_names(sample: Sample) -> Iterator[Finding]:
     text = "\n".join(texts)
     names = [identity.name for identity in sample.identities]
     mentioned = [name for name in names if contains_name(text, name, ignore_case=False)]
-    distractors = distractors_of(sample)
+    distractors = meta_of(sample, "distractors")
     for name in names:
         if name in mentioned:
             continue
@@ -102,27 +102,25 @@ def _check_names(sample: Sample) -> Iterator[Finding]:
 def _check_meta(sample: Sample) -> Iterator[Finding]:
     if not isinstance(sample.meta, dict):
         return
-    names = {identity.name for identity in sample.identities} | {box.name for box in sample.all_boxes}
-    known = {"people": names, "shots": set(sample.images), "distractors": names}
-    for field in META_FIELDS:
+    for field, kind in META_FIELDS.items():
         value = sample.meta.get(field)
-        if value is None:
-            continue
-        if not isinstance(value, list if field == "distractors" else dict):
-            yield Finding("meta", f"meta.{field} is {type(value).__name__} {quote(value)}; see the schema.")
-            continue
-        for entry in value:
-            if entry not in known[field]:
-                what = "an image of the record" if field == "shots" else "a name of the record"
-                yield Finding("meta", f"meta.{field} holds {quote(entry)}, which is not {what}.")
-        if field != "distractors":
-            for entry in value.values():
-                if not isinstance(entry, str) or not entry:
-                    yield Finding("meta", f"meta.{field} holds {quote(entry)}; keys are non-empty strings.")
+        if value is not None and not isinstance(value, kind):
+            yield Finding("meta", f"meta.{field} is {type(value).__name__} {quote(value)}, expected a {kind.__name__}.")
+    names = {identity.name for identity in sample.identities} | {box.name for box in sample.all_boxes}
+    for field in ("people", "distractors"):
+        for name in meta_of(sample, field):
+            if name not in names:
+                yield Finding("meta", f"meta.{field} holds {quote(name)}, which is not a name of the record.")
+    for field, images in (("references", sample.reference_images), ("scenes", sample.message_images)):
+        for entry in meta_of(sample, field):
+            if not isinstance(entry, dict) or entry.get("image") not in images:
+                yield Finding("meta", f"meta.{field} holds {quote(entry)}, whose image is not one of the {field}.")
     introduced: dict[str, str] = {}
     for identity in sample.identities:
         person = people_of(sample).get(identity.name)
-        if person is not None and str(person) in introduced:
+        if person is None:
+            continue
+        if str(person) in introduced:
             yield Finding(
                 "person_twice",
                 f"{quote(introduced[str(person)])} and {quote(identity.name)} are both the person {quote(person)}.",
@@ -130,15 +128,18 @@ def _check_meta(sample: Sample) -> Iterator[Finding]:
         introduced[str(person)] = identity.name
 
 
-def _check_shots(sample: Sample) -> Iterator[Finding]:
-    shots = shots_of(sample)
-    for reference in dict.fromkeys(sample.reference_images):
-        for scene in dict.fromkeys(sample.message_images):
-            if reference != scene and reference in shots and shots[reference] == shots.get(scene):
-                yield Finding(
-                    "same_shot",
-                    f"reference {quote(reference)} and {quote(scene)} are of the shot {quote(shots[scene])}.",
-                )
+def _check_origins(sample: Sample) -> Iterator[Finding]:
+    """References of the shot or of the scene that is asked about. Whole copies and crops are found by their pixels."""
+    references, scenes = (origins_of(sample, field) for field in ("references", "scenes"))
+    for reference, first in references.items():
+        for scene, second in scenes.items():
+            if reference == scene:
+                continue
+            for field, check in (("shot", "same_shot"), ("scene", "same_scene")):
+                if first.get(field) and first[field] == second.get(field):
+                    key = quote(first[field])
+                    yield Finding(check, f"reference {quote(reference)} and {quote(scene)} are of the {field} {key}.")
+                    break
 
 
 def _check_turns(sample: Sample) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import numpy as np
 from idavlm.data.dataset import ReadRecord
 from idavlm.data.errors import DataError, quote
 from idavlm.data.images import ImageStore, RecordImages
-from idavlm.data.record_meta import distractors_of, people_of, shots_of
+from idavlm.data.record_meta import meta_of, people_of, shots_of
 from idavlm.data.schema import Sample
 from idavlm.data.validation.image_facts import (
     GreyCopies,
@@ -120,6 +120,7 @@ class _Validation:
         self.trained_references: set[bytes] = set()
         self.people: dict[str, str] = {}
         self.shots: dict[str, str] = {}
+        self.image_keys: dict[str, str] = {}
         self.questions: dict[bytes, str] = {}
 
     def check_source(self, source: RecordSource, held_out: bool, mapped: Map, progress: Progress | None) -> None:
@@ -274,7 +275,7 @@ class _Validation:
             sample = record.sample
             for identity in sample.identities:
                 boxes = {box.image: box for box in sample.boxes if box.name == identity.name}
-                is_elsewhere = bool(boxes) or identity.name in distractors_of(sample)
+                is_elsewhere = bool(boxes) or identity.name in meta_of(sample, "distractors")
                 for reference in dict.fromkeys(identity.images):
                     for scene in dict.fromkeys(sample.message_images):
                         first, second = record.numbers[reference], record.numbers[scene]
@@ -310,13 +311,10 @@ class _Validation:
             jobs.append((*zip(roots, (reference, scene), strict=True), place))
         for (key, _), is_cut in zip(candidates, mapped(_compare_images, jobs), strict=True):
             for record, name, reference, scene in pairs[key] if is_cut else ():
-                yield (
-                    record,
-                    Finding(
-                        "reference_from_scene",
-                        f"reference {quote(reference)} of {quote(name)} is cut out of {quote(scene)}.",
-                    ),
-                )
+                level = WARNING if _says_cut(record.sample, reference, scene) else None
+                text = f"reference {quote(reference)} of {quote(name)} is cut out of {quote(scene)}"
+                text += ", as meta says." if level else "."
+                yield record, Finding("reference_from_scene", text, level)
 
     def _pair(self, key: tuple) -> tuple:
         first, second, box, search = key
@@ -335,6 +333,8 @@ class _Validation:
             self.people.setdefault(person, where)
         for shot in shots_of(record.sample).values():
             self.shots.setdefault(shot, where)
+        for key in meta_of(record.sample, "images"):
+            self.image_keys.setdefault(str(key), where)
         for question in self._questions(record):
             self.questions.setdefault(question, where)
         yield from ()
@@ -361,6 +361,9 @@ class _Validation:
             elif number in self.similar.found:
                 other = self.trained_images[self.digests[self.similar.found[number]]]
                 yield Finding("similar_image_in_both", f"{quote(path)} is a copy of an image of {other}.")
+        for key in dict.fromkeys(map(str, meta_of(sample, "images"))):
+            if key in self.image_keys:
+                yield Finding("image_in_both", f"meta.images holds {quote(key)}, as does {self.image_keys[key]}.")
         for path, shot in shots_of(sample).items():
             if shot in self.shots:
                 yield Finding(
@@ -401,6 +404,12 @@ def _root(sample: Sample, path: str) -> Path | RecordImages:
     if isinstance(root, RecordImages):
         return RecordImages(root.root, {path: root.images[path]} if path in root.images else {}, root.allow_urls)
     return root
+
+
+def _says_cut(sample: Sample, reference: str, scene: str) -> bool:
+    """Whether ``meta`` says that a reference was cut out of a scene: a builder changes the pixels of such a crop."""
+    first, second = origins_of(sample, "references").get(reference), origins_of(sample, "scenes").get(scene)
+    return bool(first and second and first.get("box") and first.get("of") and first["of"] == second.get("of"))
 
 
 def _compare_small_copies(job: tuple) -> bool | Place | None:
