@@ -14,7 +14,7 @@ import numpy as np
 from idavlm.data.dataset import ReadRecord
 from idavlm.data.errors import DataError, quote
 from idavlm.data.images import ImageStore, RecordImages
-from idavlm.data.record_meta import meta_of, people_of, shots_of
+from idavlm.data.record_meta import meta_of, origins_of, people_of, shots_of
 from idavlm.data.schema import Sample
 from idavlm.data.validation.image_facts import (
     GreyCopies,
