@@ -29,10 +29,13 @@ STEP = 1.12
 CANDIDATE = 0.72
 """Correlation in the small copies from which on a crop is compared in the images themselves."""
 
-DETAIL = 64
-"""Longest side of the crop, in pixels, at which the images themselves are compared."""
+AREA = 64
+"""Longest side, in pixels, of the area around a box in which a crop is searched for."""
 
-CORRELATION, EDGE_CORRELATION = 0.94, 0.7
+DETAIL = 32
+"""Longest side of a crop, in pixels, at which the images themselves are compared. Finer details are lost by JPEG."""
+
+CORRELATION, EDGE_CORRELATION = 0.94, 0.55
 """Correlation of grey values and of their differences (edges) from which on pixels are the same."""
 
 LEAST_DEVIATION = 3.0
@@ -86,11 +89,11 @@ def find_crop(crop: np.ndarray, scene: np.ndarray, box: tuple[float, ...] | None
             return None
         cut = Image.fromarray(scene).crop((int(left), int(top), int(np.ceil(right)), int(np.ceil(bottom))))
         left, top = int(left), int(top)
-        zoom = DETAIL / max(cut.size)
+        zoom = AREA / max(cut.size)
         area = np.asarray(cut.resize([max(4, round(side * zoom)) for side in cut.size], Image.Resampling.BICUBIC))
         scale *= zoom
         left, top = left * zoom, top * zoom
-    smallest = SMALLEST if box is None else DETAIL // 4
+    smallest = SMALLEST if box is None else AREA // 4
     sizes = _sizes(crop.shape, area.shape, smallest)
     if box is not None:  # a crop of the box may have been scaled to another aspect ratio
         shape = (box[3] - box[1], box[2] - box[0])
@@ -126,9 +129,8 @@ def is_cut_from(crop: Image.Image, scene: Image.Image, place: Place) -> bool:
     (x1, y1, x2, y2), _, _ = found
     window = area[y1:y2, x1:x2].astype(np.float32)
     small = _resized(template, (window.shape[0], window.shape[1]))
-    return all(
-        _correlation(np.diff(small, axis=axis), np.diff(window, axis=axis)) >= EDGE_CORRELATION for axis in (0, 1)
-    )
+    edges = [_correlation(np.diff(small, axis=axis), np.diff(window, axis=axis)) for axis in (0, 1)]
+    return sum(edges) / 2 >= EDGE_CORRELATION
 
 
 def _sizes(crop: tuple[float, ...], area: tuple[int, ...], smallest: int) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Records of the schema itself."""
 
+from dataclasses import fields
 from typing import Any
 
 from idavlm.data.schema import Box, Part, Sample
@@ -45,4 +46,6 @@ def _part(part: Part) -> dict[str, Any]:
 
 
 def _box(box: Box) -> dict[str, Any]:
-    return {"name": box.name, "image": box.image, "box": list(box.box)} | ({"relative": True} if box.relative else {})
+    """The fields of a box; those with their default are left out."""
+    values = {field.name: (getattr(box, field.name), field.default) for field in fields(Box)}
+    return {name: value for name, (value, default) in values.items() if value != default}
