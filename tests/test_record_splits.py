@@ -33,7 +33,7 @@ def test_no_key_is_in_two_splits_and_shares_are_met(seed):
 
 
 def test_shares_that_cannot_be_met_are_errors():
-    with pytest.raises(ValueError, match=r"test would have 0.0% .* the largest has 9 records"):
+    with pytest.raises(ValueError, match=r"train would have 100.0% .* the largest has 9 records"):
         split_records([["a"]] * 9, {"train": 0.5, "test": 0.5})
     with pytest.raises(ValueError, match="sum to 1"):
         split_records([["a"]], {"train": 0.5, "test": 0.4})

@@ -5,11 +5,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from idavlm.cli.arguments import name, path
 from idavlm.data.readers import READERS
 from idavlm.data.validation import RecordSource
-from idavlm.training.config import RecordFile, read_data_recipe
+
+if TYPE_CHECKING:
+    from idavlm.training.config import RecordFile
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -61,6 +64,8 @@ def read_sources(files: Sequence[Path], arguments: argparse.Namespace) -> tuple[
     train, held_out = [], []
     for file in files:
         if file.suffix in RECIPE_SUFFIXES:
+            from idavlm.training.config import read_data_recipe  # takes seconds, as it imports transformers
+
             data = read_data_recipe(file)
             train += map(_source, [*data.train_data, *data.general_data])
             held_out += map(_source, [*data.eval_data, *data.task_data])
@@ -80,7 +85,7 @@ def source_of(file: Path, arguments: argparse.Namespace) -> RecordSource:
     )
 
 
-def _source(file: RecordFile) -> RecordSource:
+def _source(file: "RecordFile") -> RecordSource:
     return RecordSource(file.path, file.image_root, file.reader, file.unused_fields, file.allow_urls)
 
 

@@ -16,7 +16,6 @@ from idavlm.data.schema import Box, Message, Part, Sample
 from idavlm.data.table_records import SUFFIX
 from idavlm.data.writers import WRITERS, BoxText, Losses
 from idavlm.data.writers.table import TableWriter
-from idavlm.models import BoxFormat
 
 BOX_FORMATS = {"llava": "unit", "qwen_vl": "qwen"}
 """Box formats that formats of records imply."""
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--box-format",
         type=name,
-        help=f"text of boxes in formats without boxes ({', '.join(BoxFormat.KINDS)}); by default unit for llava, qwen "
+        help="text of boxes in formats without boxes, a box format such as norm1000; by default unit for llava, qwen "
         "for qwen_vl",
     )
     parser.add_argument("--image-prefix", type=name, help="folder that is put before the image paths that are written")
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     prefix = "" if arguments.image_prefix is None else arguments.image_prefix.rstrip("/") + "/"
     if arguments.to == OWN and (prefix.startswith("/") or ".." in Path(prefix).parts):
         raise ValueError(f"--image-prefix {prefix}: paths of the schema stay below the image root; use a relative one.")
-    box_text = None if kind is None else _box_text(BoxFormat(kind), prefix)
+    box_text = None if kind is None else _box_text(kind, prefix)
     losses, errors, count = Losses(), ErrorLog(), 0
     source = source_of(arguments.records, arguments)
     with _open(out) as write, progress_bar() as progress:
@@ -86,7 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(errors)
 
 
-def _box_text(box_format: BoxFormat, prefix: str) -> BoxText:
+def _box_text(kind: str, prefix: str) -> BoxText:
+    from idavlm.models import BoxFormat  # takes seconds, as it imports transformers
+
+    box_format = BoxFormat(kind)
+
     def write(box: Box, sample: Sample) -> str:
         height, width = ImageStore(sample.image_root).size(box.image.removeprefix(prefix))
         edges = box.box

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,18 +14,18 @@ from idavlm.data.json_records import JsonRecords
 from idavlm.data.mixing import MODES
 from idavlm.data.table_records import SUFFIX, TableRecords
 from idavlm.data.validation import RecordSource
-from idavlm.training.config import RecordFile, read_data_recipe
-from idavlm.training.config_file import CoreLoader
 from idavlm.utils import markdown_table, write_text
+
+if TYPE_CHECKING:
+    from idavlm.training.config import RecordFile
 
 KEYS = ("train_data", "general_data", "eval_data", "task_data")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    options = ", ".join(field.name for field in fields(RecordFile) if field.name != "path")
     parser.epilog = (
-        f"FILE is a path, or PATH,OPTION=VALUE,... with the options of a file of records: {options}. For example "
+        "FILE is a path, or PATH,OPTION=VALUE,... with options of a file of records in a configuration, for example "
         "data/vcr/train.jsonl,max_records=30000 or llava.json,reader=llava,image_root=coco."
     )
     file = {"nargs": "+", "metavar": "FILE", "default": []}
@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the recipe, and print how many records of each file it uses."""
+    from idavlm.training.config import read_data_recipe  # takes seconds, as it imports transformers
+
     if arguments.out.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--out {arguments.out} must end with .yaml.")
     if not arguments.train:
@@ -107,8 +109,11 @@ def recipe_text(recipe: dict[str, Any], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(text: str, seed: int) -> RecordFile:
+def _read(text: str, seed: int) -> "RecordFile":
     """A file of records from ``PATH,OPTION=VALUE,...``."""
+    from idavlm.training.config import RecordFile
+    from idavlm.training.config_file import CoreLoader
+
     file, *options = text.split(",")
     values: dict[str, Any] = {"path": file}
     for option in options:
@@ -125,7 +130,7 @@ def _read(text: str, seed: int) -> RecordFile:
         raise ValueError(f"{text!r}: {error}") from None
 
 
-def _count(file: RecordFile) -> int:
+def _count(file: "RecordFile") -> int:
     """Number of records; the first of them must be readable, and there must be enough."""
     is_table = Path(file.path).suffix == SUFFIX or Path(file.path).is_dir()
     count = len(TableRecords(file.path) if is_table else JsonRecords(file.path))
@@ -142,8 +147,8 @@ def _count(file: RecordFile) -> int:
     return count
 
 
-def _without_defaults(file: RecordFile) -> dict[str, Any]:
-    defaults = {field.name: field.default for field in fields(RecordFile)}
+def _without_defaults(file: "RecordFile") -> dict[str, Any]:
+    defaults = {field.name: field.default for field in fields(file)}
     return {name: value for name, value in asdict(file).items() if value != defaults[name]}
 
 

@@ -77,6 +77,8 @@ def _check_names(sample: Sample) -> Iterator[Finding]:
     mentioned = [name for name in names if contains_name(text, name, ignore_case=False)]
     distractors = meta_of(sample, "distractors")
     for name in names:
+        if not reads_as_name(name):
+            yield Finding("name_generic", f"{quote(name)} reads as a description; use a name.")
         if name in mentioned:
             continue
         if contains_name(text, name):
@@ -89,8 +91,6 @@ def _check_names(sample: Sample) -> Iterator[Finding]:
                 "meta.distractors if it is introduced on purpose.",
                 WARNING if mentioned else None,
             )
-        if not reads_as_name(name):
-            yield Finding("name_generic", f"{quote(name)} reads as a description; use a name.")
     alike: dict[str, str] = {}
     for name in names:
         folded = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -213,11 +213,12 @@ def check_boxes(sample: Sample, sizes: Mapping[str, tuple[int, int]]) -> Iterato
         elif max(box.box) <= 1 and min(size) > SMALL_SIDE:
             yield Finding("box_units", f'{name} is within 0..1; add "relative": true, or write pixels.')
             continue
-        boxes.setdefault(box.image, []).append((box, (x1, y1, x2, y2)))
         across, down = (OUTSIDE_PIXELS + OUTSIDE_SHARE * side for side in (width, height))
         if x1 < -across or y1 < -down or x2 > width + across or y2 > height + down:
             yield Finding("box_outside", f"{name} leaves the image{_hint(box, size)}.")
-        elif x2 - x1 < SMALL_SIDE or y2 - y1 < SMALL_SIDE:
+            continue
+        boxes.setdefault(box.image, []).append((box, (x1, y1, x2, y2)))
+        if x2 - x1 < SMALL_SIDE or y2 - y1 < SMALL_SIDE:
             yield Finding("box_small", f"{name} has a side of less than {SMALL_SIDE} pixels.")
     for image, found in boxes.items():
         height, width = sizes[image]
