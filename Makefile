@@ -8,6 +8,7 @@
 #   make bench        CPU benchmarks
 #   make fuzz         random inputs for an hour: records, images, texts, answers, configurations, predictions
 #   make resume       kill training runs at random moments, resume them, and compare bit for bit; a few minutes
+#   make data-build   build 20,000 synthetic records of VCR, with one and two workers and killed five times
 #   make test-distributed  all models and kinds of batches under DDP, ZeRO and FSDP2, two processes; minutes
 #   make gpu          tests and benchmarks of the attention kernels on a CUDA GPU, in the environment of PYTHON
 #   make clean        remove environments, builds and caches
@@ -27,7 +28,7 @@ PIP_INSTALL := -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
-.PHONY: test test-oldest test-distributed lint docs format demo bench fuzz resume gpu clean
+.PHONY: test test-oldest test-distributed lint docs format demo bench fuzz resume data-build gpu clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -62,6 +63,10 @@ fuzz: $(VENV)/installed
 
 resume: $(VENV)/installed
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m tests.killed_runs --kills $(KILLS)
+
+RECORDS ?= 20000
+data-build: $(VENV)/installed
+	nice $(BIN)/python -m benchmarks.data_build --records $(RECORDS) --kills 5
 
 # DeepSpeed compiles its operators when it is installed or first used, against the torch that is there.
 test-distributed: $(VENV)/deepspeed

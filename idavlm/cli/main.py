@@ -10,7 +10,7 @@ COMMANDS: dict[str, str] = {
     "train": "train a model as a configuration file describes it",
     "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
-    "data": "check, describe, show, mix, convert and split files of records",
+    "data": "build, check, describe, show, mix, convert and split files of records",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
 """Name -> line of ``--help``. ``idavlm/cli/NAME.py`` defines ``add_arguments(parser)`` and ``run(arguments)``, which

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from idavlm.data.schema import TASK_TYPES
 from idavlm.datasets.album import Album, AlbumImage, Appearance
-from idavlm.utils.checks import check_positive
+from idavlm.utils.checks import check_choice, check_positive
 
 Record = dict[str, Any]
 Naming = Callable[[Sequence[str], Random], Sequence[str]]
@@ -143,19 +144,36 @@ class RecordComposer:
         self.question = question
         self.options = options
 
-    def training(self, count: int) -> Iterator[Record]:
-        """Yield ``count`` training records of the tasks of :data:`TRAIN_SHARES` in random order.
+    def training(self, count: int, *, shares: Mapping[str, float] | None = None) -> Iterator[Record]:
+        """Yield ``count`` training records in random order.
 
         ``"type"`` of a record is its task. Many records contain several questions.
+
+        Args:
+            count: number of records.
+            shares: relative frequency of each task; None for :data:`TRAIN_SHARES`. Tasks other than matching and
+                location need activities.
+
+        Raises:
+            ValueError: a task is unknown, a share is negative or all are zero, or the album has no images for a task.
         """
-        tasks = self.rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()), k=count)
+        shares = _checked_shares(TRAIN_SHARES if shares is None else shares)
+        tasks = self.rng.choices(list(shares), list(shares.values()), k=count)
         for number, task in enumerate(tasks):
             draft = self._draft(task, evaluation=False)
             yield {**draft.record(f"{task}-{number}", draft.questions), "type": task}
 
-    def evaluation(self, count: int) -> Iterator[Record]:
-        """Yield evaluation records with one question each: ``count`` x :data:`TEST_SHARES` of each task."""
-        for task, share in TEST_SHARES.items():
+    def evaluation(self, count: int, *, shares: Mapping[str, float] | None = None) -> Iterator[Record]:
+        """Yield evaluation records with one question each: ``count`` x share of each task.
+
+        Args:
+            count: number of records of a task with share 1.
+            shares: share of each task; None for :data:`TEST_SHARES`.
+
+        Raises:
+            ValueError: as :meth:`training`.
+        """
+        for task, share in _checked_shares(TEST_SHARES if shares is None else shares).items():
             for number in range(round(count * share)):
                 draft = self._draft(task, evaluation=True)
                 question = draft.questions[number % len(draft.questions)]
@@ -417,6 +435,17 @@ class _Draft:
             text = ("\n" if number > 1 else "") + image_label(number) + ": "
             parts += [{"type": "text", "text": text}, {"type": "image", "image": image.path}]
         return parts
+
+
+def _checked_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """The tasks with a positive share."""
+    for task, share in shares.items():
+        check_choice("shares: task", task, TASK_TYPES)
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < float("inf"):
+            raise ValueError(f"shares: {task}={share!r} must be a number of at least 0.")
+    if not any(shares.values()):
+        raise ValueError("shares: all tasks have the share 0; pass a positive one.")
+    return {task: share for task, share in shares.items() if share}
 
 
 def image_label(number: int) -> str:
