@@ -75,6 +75,7 @@ def _plot(found: RecordStatistics, file: Path) -> Path:
         labels, heights = _bars(values)
         ax.bar(range(len(labels)), heights, color=COLOURS[0], zorder=2)
         step = max(1, len(labels) // 8)
+        ax.set_xlim(-1, max(2, len(labels)))
         ax.set_xticks(range(0, len(labels), step), labels[::step], fontsize=8, color=INK)
         ax.set_title(name, fontsize=10, color=INK, loc="left")
         tidy(ax)
