@@ -47,6 +47,7 @@ PACKAGES = [
     "conversion",
     "data",
     "datasets",
+    "datasets.tuning",
     "evaluation",
     "experimental",
     "models",

@@ -97,14 +97,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def check_readable(out: Path, reader: str = "idavlm") -> None:
-    """All records obey the schema, and all images open."""
+    """All records obey the schema, all images open, and all boxes are inside."""
+    store, sizes = ImageStore(out / "images"), {}
     for path in out.glob("t*.jsonl"):
         for sample in RecordDataset(path, reader=reader):
-            store = ImageStore(sample.image_root)
             for image in sample.images:
-                store.open(image)
+                if image not in sizes:
+                    sizes[image] = store.open(image).size
             for box in sample.boxes:
-                height, width = store.size(box.image)
+                width, height = sizes[box.image]
                 assert 0 <= box.box[0] < box.box[2] <= width
                 assert 0 <= box.box[1] < box.box[3] <= height
 
@@ -169,6 +170,8 @@ def test_a_key_is_in_the_same_split_for_all_sources_and_seeds():
     assert Splits(0.1, 0.2, {train: "test"}).of(train, own="val") == "test"
     with pytest.raises(ValueError, match="test=1"):
         Splits(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"val=0\.5 and test=0\.5 leave nothing"):
+        Splits(0.5, 0.5)
 
 
 def test_a_film_has_one_key_in_vcr_and_movienet():
@@ -356,7 +359,7 @@ def test_no_damaged_annotation_stops_a_build(tmp_path):
     """Randomly damaged annotations of every format are left out or reported; nothing else happens."""
     rng = random.Random(0)
     image = vcr_frame(tmp_path, "f", 0)
-    lines = [mutate(vcr_line(image), rng) for _ in range(150)]
+    lines = [json.dumps(mutate(vcr_line(image), rng)) for _ in range(150)]
     description = build_vcr_lines(tmp_path, [*lines, vcr_line(image)], distractors=0.5)
     assert description["problems"] > 50
     assert records(tmp_path / "out")[-1]["meta"]["annotation"] == "train.jsonl:151"
@@ -386,7 +389,7 @@ def test_no_damaged_annotation_stops_a_build(tmp_path):
             source = refcoco(folder, tmp_path / "coco", as_published=published, categories=None)
             build_tuning_data(source, tmp_path / f"refcoco{number}{published}")
 
-    write_lines(tmp_path / "shikra.jsonl", [mutate(shikra_line("1"), rng) for _ in range(40)])
+    write_lines(tmp_path / "shikra.jsonl", [json.dumps(mutate(shikra_line("1"), rng)) for _ in range(40)])
     write_flickr(tmp_path / "flickr", ["1"])
     images = tmp_path / "flickr" / "flickr30k-images"
     build_tuning_data(PublishedFlickr30k(tmp_path / "shikra.jsonl", images), tmp_path / "shikra")
@@ -563,7 +566,7 @@ def test_published_flickr_replaces_phrases_by_their_text(tmp_path):
     write_lines(tmp_path / "shikra.jsonl", lines)
     source = PublishedFlickr30k(tmp_path / "shikra.jsonl", tmp_path / "flickr30k-images")
     description = build_tuning_data(source, tmp_path / "out")
-    same, moment, nobody, two = (
+    same, moment, trees, two = (
         [turn["value"] for turn in record["conversations"]] for record in records(tmp_path / "out")
     )
     introduced = [word for word in same[0].split() if word in NAMES]
@@ -572,7 +575,7 @@ def test_published_flickr_replaces_phrases_by_their_text(tmp_path):
     assert same[1] == f"{later} in a hat looks at {later} while it rains outside ."
     (mom,) = (word for word in moment[0].split() if word in NAMES)
     assert moment[1].startswith(f"Man waits for {mom} one")
-    assert nobody[0].startswith(". ")
+    assert trees[0].startswith(". ")
     first, second = (word for word in two[0].split() if word in NAMES)
     assert two[1].startswith(f"{first} and {second} talk")
     assert description["dropped"] == {"a box is smaller than 3000 square pixels": 1, "fewer than 10 words": 1}
@@ -903,7 +906,7 @@ def test_published_movienet_location(tmp_path):
     [
         ("qa_single", "What?\nThey talk.", True),
         ("qa_single", "What?\nNodding.", False),
-        ("qa_single", "Nobody?\nYes.", False),
+        ("qa_single", "None?\nYes.", False),
         ("qa_single", "What?\n\nThey talk.", False),
         ("qa_multi", "no\nNodding.", True),
         ("qa_multi", "no", False),

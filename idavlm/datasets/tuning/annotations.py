@@ -67,7 +67,17 @@ def check_kind(value: Any, name: str, kind: type, where: str) -> Any:
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
     if not fits or (kind is str and not value.strip()):
         raise DataError(f"{name}={quote(value)} must be {_TYPES[kind]}; repair or remove the annotation.", where=where)
+    if kind is str:
+        check_unicode(value, name, where)
     return value
+
+
+def check_unicode(text: str, name: str, where: str) -> None:
+    """Raise DataError if a text holds half a surrogate pair, which JSON may escape but no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name}={quote(text)} holds half a surrogate pair; remove it.", where=where) from None
 
 
 def read_json(path: Path) -> Any:

@@ -256,14 +256,9 @@ def _build_in_worker(part: int) -> int:
     return _worker_job.build(part)
 
 
-class _RayWorker:
-    """Builds the parts that Ray Data sends to it."""
-
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"units": self.job.build(int(row["part"]))}
+def _build_on_ray(row: dict[str, Any], job: _Job) -> dict[str, Any]:
+    """Build the part of a row of Ray Data."""
+    return {"units": job.build(int(row["part"]))}
 
 
 def _run_on_ray(job: _Job, missing: list[int], workers: int) -> Iterator[int]:
@@ -274,7 +269,7 @@ def _run_on_ray(job: _Job, missing: list[int], workers: int) -> Iterator[int]:
     if not missing:
         return
     parts = ray.data.from_items([{"part": part} for part in missing], override_num_blocks=len(missing))
-    built = parts.map(_RayWorker, fn_constructor_args=(job,), concurrency=workers)
+    built = parts.map(_build_on_ray, fn_kwargs={"job": job}, compute=ray.data.TaskPoolStrategy(size=workers))
     for row in built.iter_rows():
         yield row["units"]
 

@@ -123,7 +123,7 @@ class DescriptionFile:
         text = self._texts.get((request.film, request.task, request.frames))
         if text is None:
             return None
-        # A person without a name in the record is filtered like a text that names nobody.
+        # A person without a name in the record is filtered like a text that names no one.
         return _PLACEHOLDER.sub(lambda match: request.names.get(match[1], match[0]), text)
 
 
@@ -161,4 +161,4 @@ def _check_text(text: str, names: Sequence[str], max_words: int | None = None) -
     if max_words is not None and len(text.split()) >= max_words:
         raise Unsuitable("the description is too long")
     if _PLACEHOLDER.search(text) or not any(contains_name(text, name) for name in names):
-        raise Unsuitable("the description names nobody whom the record introduces")
+        raise Unsuitable("the description names no person whom the record introduces")

@@ -85,7 +85,7 @@ class Flickr30kEntities:
     A phrase of the type ``people`` becomes a name if its chain has one box and the phrase is about one person, or if it
     says how many people it is about and has as many boxes ("two men"). Crowds and pronouns stay as they are. Each
     occurrence of a phrase is replaced where it stands. A caption is left out if it has fewer than ten words, if it is
-    in ``UNRELATED_CAPTIONS``, or if it names nobody or more than five people. References are changed crops, because
+    in ``UNRELATED_CAPTIONS``, or if it names no one or more than five people. References are changed crops, because
     every image shows other people.
 
     Args:

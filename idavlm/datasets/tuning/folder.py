@@ -64,7 +64,7 @@ class PhotoFolder:
         names: ``"drawn"`` for names that are drawn anew for each record, so that the model learns to use the
             photos; ``"own"`` for the names of the folders.
         question: question about the activity of a person.
-        splits: shares of validation and test. The default holds nobody out.
+        splits: shares of validation and test. The default holds no one out.
     """
 
     name = "folder"

@@ -78,6 +78,7 @@ class PartImages:
         self.read_embedded = read_embedded
         self._num_crops = 0
         self._folders: set[Path] = set()
+        self._placed: set[str] = set()
         # Several annotations of one image follow one another in all sources.
         self._open = lru_cache(_CACHED)(self._read)
         self.size = lru_cache(_CACHED * 64)(self._size)
@@ -109,17 +110,21 @@ class PartImages:
             DataError: the image is missing or cannot be read.
             ValueError: a hard link is impossible, for example between two file systems.
         """
-        self.size(path)  # the image is readable and inside the root
-        target = self.out / "scenes" / path
+        if path not in self._placed:
+            self.size(path)  # the image is readable and inside the root
+            self._place(path, self.out / "scenes" / path)
+            self._placed.add(path)
+        return Scene(f"scenes/{path}", path, shot, scene)
+
+    def _place(self, path: str, target: Path) -> None:
         self._make_folder(target.parent)
         data = self.read_embedded(path) if self.read_embedded is not None else None
         if data is not None:
             _replace(target, lambda part: part.write_bytes(data))
-        elif self.scenes == "copy":
-            _replace(target, lambda part: shutil.copyfile(self.source / path, part))
-        else:
+        elif self.scenes == "link":
             _link((self.source / path).resolve(), target)
-        return Scene(f"scenes/{path}", path, shot, scene)
+        elif not _is_copy(self.source / path, target):
+            _replace(target, lambda part: shutil.copy2(self.source / path, part))
 
     def whole(self, path: str, *, shot: str = "", scene: str = "") -> Reference:
         """Put an image of the source into the built data set and return it as a reference."""
@@ -161,6 +166,14 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    """Whether another part has copied a file: copies have its size and time."""
+    if not target.exists():
+        return False
+    first, second = source.stat(), target.stat()
+    return (first.st_size, first.st_mtime_ns) == (second.st_size, second.st_mtime_ns)
 
 
 def _link(source: Path, target: Path) -> None:

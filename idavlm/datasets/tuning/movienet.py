@@ -345,7 +345,7 @@ class _FilmComposer:
         return [person for person in self.cast if person in self.solos and frame.body_of(person) is not None]
 
     def _chains(self) -> list[list[Frame]]:
-        """Chains of three or four frames that have somebody in common. The frame that ends a chain begins the next."""
+        """Chains of three or four frames that have a person in common. The frame that ends a chain begins the next."""
         chains: list[list[Frame]] = []
         chain: list[Frame] = []
         common: set[str] = set()

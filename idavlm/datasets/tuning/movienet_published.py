@@ -181,7 +181,7 @@ class _PublishedFilm:
         return found
 
     def _chains(self, task: str) -> list[list[tuple[int, int]]]:
-        """Chains of frames that share somebody. The frame that ends a chain is lost."""
+        """Chains of frames that share a person. The frame that ends a chain is lost."""
         solos, last = self._solo_frames(count_ids=False), -1
         rng = Random(f"{self.source.seed} movienet {self.film} chains")
         chains: list[list[tuple[int, int]]] = []

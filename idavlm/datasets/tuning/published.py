@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
+from idavlm.datasets.tuning.annotations import check_unicode
+
 NAMES = (
     *("James", "John", "Robert", "Michael", "William", "David", "Richard", "Joseph", "Thomas", "Charles"),
     *("Daniel", "Matthew", "Anthony", "Mark", "Donald", "Steven", "Paul", "Andrew", "Joshua", "Kenneth"),
@@ -61,6 +63,8 @@ def conversation(
     name: str, texts: Sequence[str], *, data: str, annotation: str, image_keys: Sequence[str], people: dict[str, str]
 ) -> dict[str, Any]:
     """Return a record of Qwen-VL's format: alternating turns, and the ``meta`` of other records."""
+    for text in (name, *texts, *people, *people.values()):
+        check_unicode(text, "a text", annotation)
     turns = [{"from": ("user", "assistant")[n % 2], "value": text} for n, text in enumerate(texts)]
     meta = {"data": data, "annotation": annotation.rpartition("/")[2], "images": list(image_keys), "people": people}
     return {"id": name, "conversations": turns, "meta": meta}

@@ -337,7 +337,9 @@ def _pickle_rows(file: Path) -> Iterator[tuple[str, Any]]:
     by_name: dict[str, dict[int, dict]] = {}
     for name in ("annotations", "images", "categories"):
         entries = take(instances, name, list, str(path))
-        by_name[name] = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
+        by_name[name] = {
+            entry["id"]: entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), int)
+        }
     for number, ref in enumerate(check_kind(refs, "the pickle", list, str(file))):
         where = f"{file}[{number}]"
 
@@ -348,7 +350,7 @@ def _pickle_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 missing = f"ann_id={annotation_id}" if annotation is None else f"image_id={image_id}"
                 raise DataError(f"{missing} is not in {path}.", where=where)
             sentences = take(ref, "sentences", list, where)
-            category = by_name["categories"].get(ref.get("category_id"), {})
+            category = by_name["categories"].get(take(ref, "category_id", int, where), {})
             return Referred(
                 where=where,
                 image_id=image_id,
@@ -356,8 +358,8 @@ def _pickle_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 split=_split(take(ref, "split", str, where), where),
                 category=category.get("name", ""),
                 box=_corners(annotation.get("bbox"), where),
-                size=tuple(take(image, name, float, where) for name in ("width", "height")),
-                file_name=str(ref.get("file_name")),
+                size=_size(image, where),
+                file_name=take(ref, "file_name", str, where),
                 expressions=tuple(take(sentence, "sent", str, where) for sentence in sentences),
             )
 
@@ -401,7 +403,7 @@ def _read_jxu124(row: dict, where: str, place: tuple[str, int, int] | None) -> R
         split=_split(take(row, "split", str, where), where),
         category=_category(row.get("category_id", annotation.get("category_id"))),
         box=_corners(annotation.get("bbox"), where),
-        size=tuple(take(image, name, float, where) for name in ("width", "height")),
+        size=_size(image, where),
         file_name=take(row, "file_name", str, where),
         expressions=tuple(str(caption) for caption in captions),
         embedded=place,
@@ -445,6 +447,14 @@ def _corners(box: Any, where: str) -> list[float]:
         raise DataError(f"bbox={quote(box)} must be four numbers [x, y, width, height].", where=where)
     x, y, width, height = box
     return [x, y, x + width, y + height]
+
+
+def _size(image: Any, where: str) -> tuple[float, float]:
+    """(width, height) that an annotation gives for an image."""
+    width, height = (take(image, name, float, where) for name in ("width", "height"))
+    if not (0 < width < 1e6 and 0 < height < 1e6):
+        raise DataError(f"width={width} and height={height} are no size of an image.", where=where)
+    return width, height
 
 
 def _parsed(text: Any, name: str, where: str) -> dict:

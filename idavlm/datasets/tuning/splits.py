@@ -49,8 +49,10 @@ class Splits:
 
     def __init__(self, val: float = 0.01, test: float = 0.01, held_out: Mapping[str, str] | None = None) -> None:
         for name, share in (("val", val), ("test", test)):
-            if not 0 <= share < 1 or val + test >= 1:
-                raise ValueError(f"{name}={share} must be at least 0, and val and test together less than 1.")
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}={share} must be a share of at least 0 and less than 1.")
+        if val + test >= 1:
+            raise ValueError(f"val={val} and test={test} leave nothing for training; pass smaller shares.")
         self.val = val
         self.test = test
         self.held_out = dict(held_out or {})

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -28,7 +28,6 @@ MIN_AREA = 0.08
 REASON_QUESTIONS = ("Why?", "Explain why.", "How do you know?", "Give a reason for the answer.")
 PUBLISHED_REASON_QUESTIONS = ("explain why", "give a reason for the answer")
 
-_OWN_SPLITS = {"train": "train", "val": "val", "test": "test"}
 _TAG = re.compile(r"\b(\d+)\b")
 _MAX_TRIALS = 20
 
@@ -42,7 +41,7 @@ class Question:
     Attributes:
         name: ``annot_id``.
         where: file and line.
-        split: ``"train"`` or ``"val"``, by the file.
+        split: ``"val"`` if ``val.jsonl`` has questions about the film, else ``"train"``.
         film: key of the film.
         image: path of the frame.
         objects: class of each object.
@@ -92,7 +91,7 @@ class VCR:
     People whom the question, the right answer or the right rationale mention get names and are introduced by a crop of
     the frame that is changed (:func:`idavlm.datasets.tuning.changed_crop`), because VCR does not say who is who in
     other frames. Tags are read from the token lists, so that "2 hours" stays as it is. Other objects are written as
-    their class. A record is left out if it mentions nobody, more than five people, a box smaller than 8 % of the frame,
+    their class. A record is left out if it mentions no one, more than five people, a box smaller than 8 % of the frame,
     or two objects of one class. Films are split as a whole; ``val.jsonl`` is held out.
 
     Args:
@@ -135,6 +134,14 @@ class VCR:
             "test": self.splits.test,
         }
         self._ends = list(accumulate(map(len, self.files)))
+        # A film that val.jsonl has is held out as a whole.
+        self._held_out_films = {
+            _film(entry)
+            for file in self.files
+            if file.path.stem == "val"
+            for entry in file.decode_all()
+            if isinstance(entry, dict)
+        }
         self._metadata = lru_cache(64)(read_json)
 
     def __len__(self) -> int:
@@ -267,12 +274,12 @@ class VCR:
         choices, rationales = (_choices(entry, name, len(objects), where) for name in ("answer", "rationale"))
         metadata_path = take(entry, "metadata_fn", str, where)
         metadata = self._metadata(self.image_root / metadata_path)
-        size = tuple(take(metadata, name, float, where, context=metadata_path) for name in ("width", "height"))
+        size = _size(metadata, where)
         return Question(
             name=str(entry.get("annot_id", unit)),
             where=where,
-            split=_OWN_SPLITS.get(file.path.stem, "train"),
-            film=film_key(str(entry.get("movie") or PurePosixPath(image).parts[0])),
+            split="val" if _film(entry) in self._held_out_films else "train",
+            film=_film(entry),
             image=image,
             objects=objects,
             boxes=take(metadata, "boxes", list, where, context=metadata_path),
@@ -311,7 +318,7 @@ class VCR:
         turns = [_replace_numbers(text, labels) for text in texts]
 
         metadata = self._metadata(self.image_root / (image[:-3] + "json"))
-        size = tuple(take(metadata, name, float, where) for name in ("width", "height"))
+        size = _size(metadata, where)
         crops, people = [], {}
         for number, box in enumerate(take(metadata, "boxes", list, where)):
             label = labels.get(str(number + 1))
@@ -342,16 +349,21 @@ class VCR:
             prompt += "".join(f"{label}: {tag}\n" for label, tag in tags)
         else:
             prompt = "".join(f"{label} is {tag}\n" for label, tag in tags) + f"In the image {image_tag(scene.image)}\n"
-        film = film_key(str(entry.get("movie") or PurePosixPath(image).parts[0]))
         record = conversation(
             f"vcr-{entry.get('annot_id', unit)}",
             [prompt + turns[0], turns[1], rng.choice(PUBLISHED_REASON_QUESTIONS), turns[2]],
             data=self.name,
             annotation=where,
-            image_keys=[film],
+            image_keys=[_film(entry)],
             people=people,
         )
         return "train", record
+
+
+def _film(entry: dict[str, Any]) -> str:
+    """Key of the film of a line: its field ``movie``, or the first folder of its image."""
+    movie = entry.get("movie") or str(entry.get("img_fn")).partition("/")[0]
+    return film_key(str(movie))
 
 
 def _files(annotations: Path) -> list[Path]:
@@ -361,6 +373,14 @@ def _files(annotations: Path) -> list[Path]:
     if not found:
         raise ValueError(f"annotations={str(annotations)!r} holds neither train.jsonl nor val.jsonl of VCR.")
     return found
+
+
+def _size(metadata: Any, where: str) -> tuple[float, float]:
+    """(width, height) that the boxes of a frame refer to."""
+    width, height = (take(metadata, name, float, where, context="the metadata") for name in ("width", "height"))
+    if not (0 < width < 1e6 and 0 < height < 1e6):
+        raise DataError(f"width={width} and height={height} of the metadata are no size of an image.", where=where)
+    return width, height
 
 
 def _tokens(value: Any, name: str, num_objects: int, where: str) -> Tokens:
