@@ -34,7 +34,7 @@ TRAINING = {
     "boxes": [
         {"name": "Kate", "image": "a.jpg", "box": [10, 20.5, 110, 220]},
         {"name": "Tom Sawyer", "image": "a.jpg", "box": [1, 2, 30, 40]},
-        {"name": "Tom Sawyer", "image": "b.jpg", "box": [5, 6, 70, 80]},
+        {"name": "Tom Sawyer", "image": "b.jpg", "box": [5, 6, 70, 80], "label": "waving"},
     ],
     "meta": {"people": {"Kate": "nm1"}, "note": [1, {"two": None}]},
 }
@@ -204,6 +204,7 @@ def data(tmp_path):
     maker = RecordMaker(tmp_path / "images")
     records = [maker.record("0"), maker.record("1"), maker.question("2", "location"), maker.question("3")]
     records[0]["meta"] = {"people": {"Kate": "nm1"}, "note": [1]}
+    records[0]["boxes"][1]["label"] = "reading"
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return tmp_path
 
