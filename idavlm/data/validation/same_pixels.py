@@ -35,8 +35,12 @@ AREA = 64
 DETAIL = 32
 """Longest side of a crop, in pixels, at which the images themselves are compared. Finer details are lost by JPEG."""
 
-CORRELATION, EDGE_CORRELATION = 0.94, 0.55
-"""Correlation of grey values and of their differences (edges) from which on pixels are the same."""
+CORRELATION, CELL_CORRELATION = 0.94, 0.8
+"""Correlation of grey values from which on pixels are the same: of the whole crop, and of three quarters of the cells
+of a 3 x 3 grid. Two photos that were taken one after the other differ in some cells."""
+
+CELLS = 3
+"""Cells of a side of this grid, and least number of cells that have enough content to be compared."""
 
 LEAST_DEVIATION = 3.0
 """Standard deviation of grey values (0..255) below which a region has too little content to be compared."""
@@ -129,8 +133,15 @@ def is_cut_from(crop: Image.Image, scene: Image.Image, place: Place) -> bool:
     (x1, y1, x2, y2), _, _ = found
     window = area[y1:y2, x1:x2].astype(np.float32)
     small = _resized(template, (window.shape[0], window.shape[1]))
-    edges = [_correlation(np.diff(small, axis=axis), np.diff(window, axis=axis)) for axis in (0, 1)]
-    return sum(edges) / 2 >= EDGE_CORRELATION
+    found = []
+    for cell, other in zip(_cells(small), _cells(window), strict=True):
+        if min(cell.std(), other.std()) >= LEAST_DEVIATION:
+            found.append(_correlation(cell, other))
+    return len(found) >= CELLS and float(np.quantile(found, 0.25)) >= CELL_CORRELATION
+
+
+def _cells(image: np.ndarray) -> list[np.ndarray]:
+    return [cell for row in np.array_split(image, CELLS) for cell in np.array_split(row, CELLS, axis=1)]
 
 
 def _sizes(crop: tuple[float, ...], area: tuple[int, ...], smallest: int) -> list[tuple[int, int]]:
