@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "ablate": "run the variants of a program over seeds, and write tables of the results",
     "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
+    "data": "build, check, describe, show, mix, convert and split files of records",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
 """Name -> line of ``--help``. ``idavlm/cli/NAME.py`` defines ``add_arguments(parser)`` and ``run(arguments)``, which

@@ -298,6 +298,67 @@ class RecordDataset(Dataset):
         return f"{where}: could not be used before, but can be used now."
 
 
+@dataclass(frozen=True, slots=True)
+class ReadRecord:
+    """One record of a file, as :func:`read_records` yields it.
+
+    Attributes:
+        where: file and line, as in errors.
+        line: number of the line in which the record begins, from 1; None for a row of a table.
+        record: the record as it is in the file; None if it is not valid JSON.
+        sample: the checked record, or the error that says why it cannot be used.
+    """
+
+    where: str
+    line: int | None
+    record: Any
+    sample: Sample | DataError
+
+
+def read_records(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    reader: str = "idavlm",
+    unused_fields: str = "raise",
+    allow_urls: bool = False,
+) -> Iterator[ReadRecord]:
+    """Yield every record of a file with its sample or its error, in one pass. Images are not opened.
+
+    Args:
+        path, image_root, reader, unused_fields, allow_urls: as in :class:`RecordDataset`.
+
+    Raises:
+        DataError: the file does not exist, or cannot be divided into records.
+        ImportError: a table without the package ``datasets``.
+    """
+    path = Path(path)
+    root = path.parent / "images" if image_root is None else Path(image_root)
+    is_table = path.suffix == SUFFIX or path.is_dir()
+    converter = _SampleReader(reader, root, None, "raise", unused_fields, allow_urls, holds_images=is_table)
+    records = TableRecords(path) if is_table else JsonRecords(path)
+    rows = map(records.__getitem__, range(len(records))) if is_table else records.decode_all()
+    lines = [None] * len(records) if is_table else records.line_numbers()
+    for number, (record, line) in enumerate(zip(rows, lines, strict=True)):
+        where = records.where(number)
+        if isinstance(record, DataError):
+            yield ReadRecord(where, line, None, record)
+            continue
+        try:
+            places = converter.places(record, where)
+        except DataError as error:
+            yield ReadRecord(where, line, record, error)
+            continue
+        for place in places:
+            part = record if place == _NOT_PACKED else record[place]
+            name = where if place == _NOT_PACKED else f"{where}[{place}]"
+            try:
+                sample = converter.sample(record, place, where)
+            except DataError as error:
+                sample = error
+            yield ReadRecord(name, line, part, sample)
+
+
 class RecordStream(IterableDataset):
     """Samples of a ``datasets.IterableDataset``, read one after the other (``load_dataset(..., streaming=True)``).
 

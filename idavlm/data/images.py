@@ -172,6 +172,23 @@ class ImageStore:
             is_turned = image.format != "TIFF" and _orientation(image, path, decode=decode) >= 5
             return (image.width, image.height) if is_turned else (image.height, image.width)
 
+    def read_bytes(self, path: str) -> bytes:
+        """Return the bytes of an image file, or those that the record holds. They are not decoded.
+
+        Raises:
+            DataError: of kind ``"image"``: the file is missing, outside the root, a URL that is not allowed, or the
+                record holds a PIL image.
+        """
+        held = self.record.images.get(path)
+        if isinstance(held, Image.Image):
+            raise _image_error(path, "is a PIL image, which has no file; save it")
+        if held is not None:
+            return held
+        if _is_url(path) and self.record.allow_urls:
+            return download(path)
+        with self._open_file(path) as stream:
+            return stream.read()
+
     def has(self, path: str) -> bool:
         """Whether there is such an image. It may be damaged or outside the root; a URL is not looked up."""
         if path in self.record.images or (_is_url(path) and self.record.allow_urls):

@@ -61,6 +61,20 @@ class JsonRecords:
         """File and line of a record; file and index if the file is a JSON list."""
         return f"{self.path}[{index}]" if self._is_list else f"{self.path}:{self._spans[index, 2]}"
 
+    def line_numbers(self) -> list[int]:
+        """The line, from 1, in which each record begins."""
+        if not self._is_list:
+            return self._spans[:, 2].tolist()
+        numbers, line, position = [], 1, 0
+        with self.path.open("rb") as file:
+            for start, end, _ in self._spans.tolist():
+                file.seek(position)
+                line += file.read(start - position).count(b"\n")
+                text = file.read(end - start)
+                numbers.append(line + text[: len(text) - len(text.lstrip())].count(b"\n"))
+                line, position = line + text.count(b"\n"), end
+        return numbers
+
     def __getitem__(self, index: int) -> Any:
         """Decode a record.
 

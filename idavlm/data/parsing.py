@@ -52,7 +52,7 @@ def parse_sample(
     Args:
         record: the object read from JSON. Unknown fields are errors, because a misspelt ``identities`` would otherwise
             produce a sample without references. So are the fields that a reader lists in ``unused_fields``. ``meta``
-            may hold anything and is ignored.
+            may hold anything; it is stored in ``Sample.meta``.
         where: file and line for messages, as ``"train.jsonl:17"``.
         image_root: folder that the image paths are relative to, or the images of the record; stored in
             ``Sample.image_root``. URLs are errors, unless it is a :class:`idavlm.data.RecordImages` that allows them.
@@ -124,6 +124,7 @@ def _parse(record: Any, where: str, image_root: "Path | RecordImages | None", pr
         target=_known_name(target, spellings, "target") if isinstance(target, str) else target,
         where=where,
         image_root=image_root,
+        meta=record.get("meta"),
     )
     _check_task(record, sample)
     return sample

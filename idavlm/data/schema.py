@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from idavlm.data.images import RecordImages
@@ -91,6 +91,7 @@ class Sample:
         where: file and line of the record, for messages.
         image_root: folder that the image paths are relative to, or a :class:`idavlm.data.RecordImages` that holds the
             images of the record.
+        meta: ``"meta"`` of the record, as it is; None if it has none. Neither processors nor models use it.
     """
 
     id: str
@@ -104,6 +105,7 @@ class Sample:
     target: str | None = None
     where: str = ""
     image_root: "Path | RecordImages | None" = None
+    meta: Any = None
 
     @property
     def is_evaluation(self) -> bool:

@@ -68,6 +68,10 @@ class TableRecords:
             for record in pyarrow.table(columns, names=batch.column_names).to_pylist():
                 yield without_nulls(record)
 
+    def write(self, path: Path, chosen: list[int]) -> None:
+        """Write the chosen records into a parquet file, with their images."""
+        self._table.select(chosen).to_parquet(path)
+
     @property
     def fingerprint(self) -> str:
         """Hash of the files, or the fingerprint of the data set."""

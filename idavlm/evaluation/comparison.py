@@ -1,7 +1,5 @@
 """Compare two evaluation runs on the same items: paired bootstrap, wins and losses, an HTML page of the differences."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +8,10 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from PIL import Image, ImageDraw
 
 from idavlm.data.errors import DataError, quote
 from idavlm.data.images import ImageStore
+from idavlm.data.page_images import small_jpeg
 from idavlm.data.schema import Sample
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.bootstrap import RESAMPLES, Interval, bootstrap_mean, resampled_means
@@ -203,24 +201,10 @@ def _figures(pair: Pair, sample: Sample) -> list[dict[str, str]]:
         except DataError:
             figures.append({"image": "", "caption": f"{path} is missing"})
             continue
-        scale = min(1.0, _SIDE / max(image.size))
-        small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-        draw = ImageDraw.Draw(small)
-        for box, colour in ((pair[0].gold_box, GOLD), (pair[0].box, A), (pair[1].box, B)):
-            if box is not None and number == len(images):
-                _draw_box(draw, [edge * scale for edge in box], small.size, colour)
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=82)
-        figures.append({"image": base64.b64encode(buffer.getvalue()).decode(), "caption": caption})
+        boxes = [(pair[0].gold_box, GOLD), (pair[0].box, A), (pair[1].box, B)] if number == len(images) else []
+        small = small_jpeg(image, _SIDE, [(box, colour) for box, colour in boxes if box is not None])
+        figures.append({"image": small, "caption": caption})
     return figures
-
-
-def _draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], size: tuple[int, int], colour: str) -> None:
-    """Draw the part of a box that lies in the image; a box without extent is not drawn."""
-    x1, x2 = (min(max(edge, 0.0), size[0]) for edge in (box[0], box[2]))
-    y1, y2 = (min(max(edge, 0.0), size[1]) for edge in (box[1], box[3]))
-    if x1 < x2 and y1 < y2:
-        draw.rectangle([x1, y1, x2, y2], outline=colour, width=3)
 
 
 def _header(a: str, b: str) -> list[str]:

@@ -16,11 +16,11 @@ from idavlm.data.schema import Sample
 from idavlm.evaluation.answer_image import PREDICTED, TRUE
 from idavlm.evaluation.answers import question_text
 from idavlm.evaluation.generation import evaluating, model_inputs
-from idavlm.evaluation.plots import INK, new_figure, save
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.modules.positions import square_grid
 from idavlm.utils import ImageRole
 from idavlm.utils.answer_parsing import parse_image_number
+from idavlm.utils.figures import INK, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

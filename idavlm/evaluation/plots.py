@@ -7,30 +7,16 @@ from typing import TYPE_CHECKING
 
 from idavlm.data.schema import TASK_TYPES
 from idavlm.evaluation.results import EvaluationResult, main_metric
+from idavlm.utils.figures import COLOURS, INK, new_figure, save, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#1b6ca8", "#e08e45", "#7a9e7e", "#b07aa1", "#c75146", "#5b5f97", "#8c7853")
-INK, FAINT = "#2b2d33", "#d9dce1"
 _DASHES = (0, (5, 2))
 
 LogHistory = Sequence[Mapping[str, float]]
 """``trainer.state.log_history``: one mapping per logged step, with "step" and the logged values."""
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """A figure without pyplot: it needs no display and changes no global state.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; install it with: pip install 'idavlm[eval]'") from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> Path | None:
@@ -61,7 +47,7 @@ def plot_curves(path: str | Path, logs: Mapping[str, Sequence[LogHistory]]) -> P
         return None
     figure = new_figure(4.6 * len(panels), 3.6)
     for ax, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _tidy(ax)
+        tidy(ax)
         ax.set_title(title, fontsize=11, color=INK, loc="left")
         ax.set_xlabel("step", fontsize=9, color=INK)
         for number, (variant, seeds) in enumerate(logs.items()):
@@ -104,7 +90,7 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
         return None
     figure = new_figure(max(6.0, 0.8 + len(rows) * (0.34 * len(summaries) + 0.3)), 3.9)
     ax = figure.subplots()
-    _tidy(ax)
+    tidy(ax)
     width = 0.8 / len(summaries)
     for number, (variant, seeds) in enumerate(summaries.items()):
         for place, (task, metric, _) in enumerate(rows):
@@ -132,14 +118,6 @@ def plot_bars(path: str | Path, results: Mapping[str, Sequence[EvaluationResult]
     return save(figure, path)
 
 
-def save(figure: "Figure", path: str | Path) -> Path:
-    """Write ``figure`` as PNG; missing folders are created."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
-
-
 def _curve(history: LogHistory, key: str) -> tuple[list[float], list[float]]:
     found = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
     return [step for step, _ in found], [value for _, value in found]
@@ -157,13 +135,3 @@ def _draw_legend(owner: "Axes | Figure", ax: "Axes", **style) -> None:
     unique = dict(zip(labels, handles, strict=True))
     if unique:
         owner.legend(unique.values(), unique.keys(), frameon=False, **style)
-
-
-def _tidy(ax: "Axes") -> None:
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color("#9a9da5")
-    ax.grid(axis="y", color=FAINT, lw=0.7, zorder=0)
-    ax.set_axisbelow(True)
-    ax.tick_params(colors=INK, labelsize=9)

@@ -1,6 +1,7 @@
 """Model, processor and data sets of a training run, from its configuration."""
 
 import inspect
+import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -244,7 +245,10 @@ def _records(file: RecordFile, encode) -> Dataset:
     )
     if file.max_records is None or file.max_records >= len(dataset):
         return dataset
-    return Subset(dataset, range(file.max_records))
+    if file.seed is None:
+        return Subset(dataset, range(file.max_records))
+    chosen = random.Random(file.seed).sample(range(len(dataset)), file.max_records)
+    return Subset(dataset, sorted(chosen))
 
 
 def _join(datasets: Sequence[Dataset]) -> Dataset:

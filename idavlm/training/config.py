@@ -25,6 +25,9 @@ from idavlm.utils.checks import check_type
 RECORDS = ("train_data", "general_data", "eval_data", "task_data")
 """Keys whose values are files of records."""
 
+MIXING = ("mixing_mode", "mixing_ratio")
+"""Keys of :class:`idavlm.IDTrainingArguments` that a data recipe may have, too."""
+
 
 @dataclass
 class ModelArguments:
@@ -109,7 +112,8 @@ class RecordFile:
         on_error: ``"raise"``, or ``"skip"`` to leave out invalid records.
         unused_fields: ``"raise"``, or ``"warn"`` to ignore fields that the reader does not use.
         allow_urls: whether images may be URLs.
-        max_records: number of records that are used, from the start; None for all.
+        max_records: number of records that are used; None for all.
+        seed: seed of the random choice of ``max_records`` records; None for those at the start of the file.
     """
 
     path: str
@@ -119,12 +123,15 @@ class RecordFile:
     unused_fields: str = "raise"
     allow_urls: bool = False
     max_records: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("reader", self.reader, READERS)
         check_choice("on_error", self.on_error, ("raise", "skip"))
         check_choice("unused_fields", self.unused_fields, ("raise", "warn"))
         check_positive(max_records=self.max_records)
+        if self.seed is not None and self.max_records is None:
+            raise ValueError(f"seed={self.seed} has no effect without max_records; leave it out.")
 
 
 @dataclass
@@ -163,6 +170,10 @@ class DataArguments:
             raise ValueError(f"num_logged_samples={self.num_logged_samples} must be at least 0.")
 
 
+RECIPE_KEYS = (*(field.name for field in fields(DataArguments)), *MIXING)
+"""Keys of a data recipe."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The configuration of a training run.
@@ -187,7 +198,9 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
 
     Args:
         path: YAML file. Its keys are the fields of :class:`ModelArguments`, :class:`DataArguments` and
-            :class:`idavlm.IDTrainingArguments`.
+            :class:`idavlm.IDTrainingArguments`. The key ``data`` names another YAML file, a data recipe, with the
+            fields of :class:`DataArguments` and :data:`MIXING`; its path is relative to the folder of this file. Keys
+            that are set here replace those of the recipe.
         overrides: ``key=value`` of the command line, for example ``learning_rate=1e-5`` or
             ``lora.language_model.r=8``. Values are YAML.
 
@@ -201,7 +214,8 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     hints = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
     hints["resume_from_checkpoint"] |= bool
     names = [field.name for group in groups for field in fields(group) if field.init]
-    file.check_keys(names)
+    file.include("data", RECIPE_KEYS)
+    file.check_keys([*names, "data"])
     file.check_placeholders()
     for name, value in file.values.items():
         _check_value(f"{file.where(name)}: {name}", value, hints[name])
@@ -211,6 +225,26 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
             *HfArgumentParser(groups).parse_dict(with_present_names(copy.deepcopy(file.values))), file.values
         )
     except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{_where_named(file, str(error))}: {error}") from error
+
+
+def read_data_recipe(path: str | Path) -> DataArguments:
+    """Read a data recipe: a YAML file with the fields of :class:`DataArguments` and, optionally, :data:`MIXING`.
+
+    Raises:
+        ValueError: an unknown key, or a value that is not valid; with file and line.
+        OSError: the file cannot be read.
+    """
+    file = OptionFile(path)
+    file.check_keys(RECIPE_KEYS)
+    file.check_placeholders()
+    hints = typing.get_type_hints(DataArguments)
+    values = {name: value for name, value in file.values.items() if name not in MIXING}
+    for name, value in values.items():
+        _check_value(f"{file.where(name)}: {name}", value, hints[name])
+    try:
+        return DataArguments(**values)
+    except ValueError as error:
         raise ValueError(f"{_where_named(file, str(error))}: {error}") from error
 
 

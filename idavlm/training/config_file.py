@@ -77,6 +77,38 @@ class OptionFile:
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else "; no key is known here."
                 raise ValueError(f"{self.where(*outer, str(key))}: unknown key {'.'.join((*outer, str(key)))!r}{hint}")
 
+    def include(self, key: str, known: Iterable[str]) -> None:
+        """Replace a key that names another file by the options of that file, apart from those that are set here.
+
+        The path is relative to the folder of this file; that of an override is relative to the current folder.
+
+        Args:
+            key: the key; nothing happens if it is not set.
+            known: the keys that the other file may have.
+
+        Raises:
+            ValueError: the value is not the path of a file, or the file has an unknown key or is invalid.
+        """
+        value = self.values.pop(key, None)
+        if value is None:
+            return
+        place = self.where(key)
+        if not isinstance(value, str):
+            raise ValueError(f"{place}: {key}={value!r} has the wrong type; expected the path of a file.")
+        path = Path(value) if place.startswith("override ") else self.path.parent / value
+        if not path.is_file():
+            raise ValueError(f"{place}: {key}={value!r} is not a file ({path}); correct the path.")
+        other = OptionFile(path)
+        other.check_keys(known)
+        for name, option in other.values.items():
+            if name in self.values:
+                continue
+            self.values[name] = option
+            prefix = f"{name}."
+            for inner, inner_place in other._places.items():
+                if inner == name or inner.startswith(prefix):
+                    self._places[inner] = inner_place
+
     def check_placeholders(self) -> None:
         """Raise ``ValueError`` if a value is still :data:`PLACEHOLDER`."""
         missing = [".".join(keys) for keys, value in _leaves(self.values) if value == PLACEHOLDER]

@@ -113,6 +113,8 @@ class Fields:
         record = {"identities": [*(given or []), *(identities or [])], "messages": messages}
         if self.record.get("id") is not None:
             record["id"] = self.record["id"]
+        if self.record.get("meta") is not None:
+            record["meta"] = self.record["meta"]
         boxes = self.record.get("boxes")
         if boxes is not None:
             record["boxes"] = self._boxes(boxes, images_of(messages))

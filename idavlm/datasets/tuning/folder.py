@@ -285,11 +285,13 @@ class PhotoFolder:
             if part["type"] == "image"
         ]
         photos = [path for identity in record["identities"] for path in identity["images"]]
+        boxed = {box["name"] for box in record["boxes"]}
         return {
             "data": self.name,
             "annotation": self.annotations.path.name,
             "images": [f"folder:{path}" for path in dict.fromkeys([*scenes, *photos])],
             "people": {each["name"]: _key(owners[each["images"][0]]) for each in record["identities"]},
+            "distractors": [each["name"] for each in record["identities"] if each["name"] not in boxed],
             "references": [
                 {"image": f"scenes/{path}", "of": path, "box": None, "shot": shots[path]} for path in photos
             ],

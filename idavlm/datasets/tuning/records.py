@@ -93,7 +93,8 @@ def identity_record(
     """Return a record of the schema, checked by :func:`idavlm.data.parse_sample`.
 
     ``meta`` says where the record comes from: ``data``, ``annotation``, the keys ``images`` and ``people`` by which
-    data sets are split, and for ``references`` and ``scenes`` the image of the source, the crop, shot and scene.
+    data sets are split, the names of ``distractors``, and for ``references`` and ``scenes`` the image of the source,
+    the crop, shot and scene (:mod:`idavlm.data.record_meta`).
 
     Args:
         name: id of the record.
@@ -141,6 +142,7 @@ def identity_record(
         "annotation": annotation.rpartition("/")[2],
         "images": list(image_keys),
         "people": {identity.name: identity.key for identity in introduced},
+        "distractors": [identity.name for identity in introduced if not identity.boxes],
         "references": [_origin(reference) for identity in introduced for reference in identity.references],
         "scenes": [_origin(scene) for scene in scenes],
     }
