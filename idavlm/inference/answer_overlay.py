@@ -44,7 +44,12 @@ def draw_identity_map(image: Image.Image, identity_map: IdentityMap, name: str, 
     """
     share = identity_map.share(name).numpy()
     left, top, right, bottom = identity_map.crop_box
-    crop = [round(left * image.width), round(top * image.height), round(right * image.width), round(bottom * image.height)]
+    crop = [
+        round(left * image.width),
+        round(top * image.height),
+        round(right * image.width),
+        round(bottom * image.height),
+    ]
     scaled = (255 * opacity * share / max(float(share.max()), 0.5)).astype(np.uint8)
     heat = Image.fromarray(scaled).resize((crop[2] - crop[0], crop[3] - crop[1]), Image.Resampling.BILINEAR)
     mask = Image.new("L", image.size)

@@ -427,7 +427,9 @@ class _RowTokens(LogitsProcessor):
         finite = scores.amax(-1).isfinite().tolist()  # NaN if any is NaN; logits of -inf may be intended
         for row, is_finite in zip(self.rows, finite, strict=True):
             if not is_finite:
-                row.fail(RuntimeError("the model computes logits that are NaN or infinite; check its weights and dtype"))
+                row.fail(
+                    RuntimeError("the model computes logits that are NaN or infinite; check its weights and dtype")
+                )
         if self.image_token is not None:
             scores[:, self.image_token] = -torch.inf
         if self.is_greedy:
