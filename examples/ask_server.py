@@ -3,8 +3,8 @@
     idavlm serve &
     python examples/ask_server.py --identity Kate kate_1.jpg kate_2.jpg --scene scene.jpg --question "Where is Kate?"
 
-With --bank NAME, the photos are sent once and stored in a bank of this name, which is deleted in the end. The API key is
-read from IDAVLM_API_KEY.
+With --bank NAME, the photos are sent once, to a bank of this name that is deleted in the end. The environment variable
+IDAVLM_API_KEY holds the API key.
 """
 
 import argparse
