@@ -224,10 +224,9 @@ def test_logits_that_are_not_finite_are_an_error(small):
         engine.submit(PromptEncoder(processor).encode(turn("Where is Kate?"))).result(60)
 
 
-def test_workflows_do_not_share_a_batch(root):
+def test_workflows_do_not_share_a_batch():
     processor = small_processor()
-    model = small_model(processor, connector="mlp", tower="vit")
-    processor.image_seq_length = model.config.image_seq_length
+    model = small_model(processor)
     add_inner_adaptors(model.language_model, layers=[0, 1], workflows=["grounding", "chat"])
     talkative(model)
     prompt = PromptEncoder(processor).encode(turn("Where is Kate?"))
@@ -419,9 +418,10 @@ def test_banks_are_kept_where_asked_and_deleted_for_good(engine, root, tmp_path)
     again = BankStore(engine, folder=tmp_path / "banks")
     assert again.names() == ["office"]
     loaded = again.get("office").bank
+    kept = store.get("office").bank
     for name in photos:
-        for mine, other in zip(loaded.photos(name), store.get("office").bank.photos(name), strict=True):
-            assert torch.equal(mine.features, other.features)
+        pairs = zip(loaded.photos(name), kept.photos(name), strict=True)
+        assert all(torch.equal(mine.features, other.features) for mine, other in pairs)
     for call, error in (
         (lambda: store.create("third", photos), TooManyBanks),
         (lambda: store.create("office", photos), FileExistsError),
@@ -433,7 +433,8 @@ def test_banks_are_kept_where_asked_and_deleted_for_good(engine, root, tmp_path)
     ):
         with pytest.raises(error):
             call()
-    alive = [weakref.ref(photo) for name in photos for photo in store.get("office").bank.photos(name)]
+    alive = [weakref.ref(photo) for name in photos for photo in kept.photos(name)]
+    del kept
     store.delete("office")
     gc.collect()
     assert [reference() for reference in alive] == [None] * 3

@@ -41,6 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(128)  # a client that comes while the model is loaded waits
     except OSError as error:
         raise OSError(f"--host {host} --port {port} cannot be used ({error}); pass another port or host.") from error
     listener.setblocking(False)
