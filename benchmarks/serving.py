@@ -5,7 +5,8 @@
 The server is a process of its own. Each client creates a bank of its cast (or sends the photos with every request,
 --photos) and asks where the identities of its scenes are. First one client asks one request after the other, then all
 clients ask at the same time, against the same server. Every answer is compared with the answer of `idavlm.ask` to the
-same question alone. The program fails if an answer is lost or differs, and, with --least-speedup, if the throughput of
+same question alone. Requests per second depend on other work on the machine; the time that the processor spends on a
+request does not. The program fails if an answer is lost or differs, and, with --least-speedup, if the throughput of
 all clients together is less than that multiple of the throughput of one.
 """
 
@@ -31,6 +32,7 @@ from idavlm.evaluation import load_checkpoint
 from idavlm.utils import describe_machine, markdown_table
 
 KEY = "benchmark"
+COLUMNS = ["clients", "requests", "requests/s", "median s", "p95 s", "rows per batch", "processor ms per request"]
 
 
 @dataclass
@@ -79,7 +81,7 @@ def main() -> None:
     finally:
         process.terminate()
         status = process.wait(60)
-    print(markdown_table(["clients", "requests", "requests/s", "median s", "p95 s", "rows per batch"], rows))
+    print(markdown_table(COLUMNS, rows))
     wrong = [text for client in clients for text in client.wrong]
     speedup = float(rows[1][2]) / float(rows[0][2])
     print(f"\n{len(wrong)} answers lost or mixed; throughput x {speedup:.1f}; exit status of the server {status}")
@@ -166,16 +168,16 @@ async def measure(clients: list[Client], url: str, server: psutil.Process, argum
         rows, memory = [], []
         for several, seconds in ((clients[:1], arguments.single_seconds), (clients, arguments.seconds)):
             memory.append((server.num_fds(), server.memory_info().rss >> 20))
-            before = await batches(api)
+            before, work = await batches(api), sum(server.cpu_times()[:2])
             start = time.perf_counter()
             await run_clients(api, several, seconds, arguments)
             passed = time.perf_counter() - start
-            after = await batches(api)
+            after, work = await batches(api), sum(server.cpu_times()[:2]) - work
             times = sorted(second for client in several for second in client.seconds)
             per_batch = (after["sum"] - before["sum"]) / (after["count"] - before["count"])
             p95 = times[int(0.95 * (len(times) - 1))]
             row = [len(several), len(times), f"{len(times) / passed:.1f}", f"{statistics.median(times):.3f}"]
-            rows.append([*row, f"{p95:.3f}", f"{per_batch:.1f}"])
+            rows.append([*row, f"{p95:.3f}", f"{per_batch:.1f}", f"{1000 * work / len(times):.1f}"])
             for client in several:
                 client.seconds.clear()
         memory.append((server.num_fds(), server.memory_info().rss >> 20))

@@ -62,7 +62,6 @@ class GracefulServer(uvicorn.Server):
                 http=_timed_protocol(settings.body_timeout, settings.stall_timeout),
                 ws="none",
                 lifespan="on",
-                access_log=False,
                 log_config=None,
                 timeout_graceful_shutdown=5,
                 limit_concurrency=4 * settings.max_requests + _MORE_CONNECTIONS,
@@ -96,6 +95,7 @@ def _timed_protocol(header_timeout: float, stall_timeout: float) -> type[H11Prot
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
+            self.access_log = False  # whatever the logging is set to: paths hold the names of banks
             self._timers = {}
             self._start("headers", header_timeout)
 
