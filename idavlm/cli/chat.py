@@ -1,9 +1,11 @@
 """``idavlm chat``: talk to a model in the terminal, about images and a cast of named identities."""
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ COMMANDS = {
     "/map": ("NAME FILE", "write the last image with the identity map of NAME"),
     "/workflow": ("[NAME]", "choose a workflow of a model with inner adaptors, or list them"),
     "/clear": ("", "begin a new conversation; the identities stay"),
-    "/save": ("FILE", "append the conversation to a file of records (JSON lines)"),
+    "/save": ("DIR", "append the conversation to the records in DIR/chat.jsonl, and copy its images to DIR/images"),
     "/help": ("", "list the commands"),
     "/quit": ("", "leave; so does Ctrl-D. Ctrl-C ends an answer"),
 }
@@ -220,19 +222,33 @@ class ChatSession:
         self.write("new conversation\n")
 
     def save(self, out: str) -> None:
-        """Append the conversation to a file as a record, with absolute paths of the images."""
+        """Append the conversation to a file as a record, with copies of its images."""
+        from idavlm.utils import append_lines
+
         if not self.messages:
             raise ValueError("there is no answer yet, so there is nothing to save.")
-        identities = [{"name": name, "images": list(map(str, files))} for name, files in self.photos.items()]
+        images = Path(out) / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        identities = [
+            {"name": name, "images": [_copied(file, images) for file in files]} for name, files in self.photos.items()
+        ]
+        messages = []
+        for turn in self.messages:
+            if turn["role"] == "user":
+                content = [
+                    {**part, "image": _copied(Path(part["image"]), images)} if part["type"] == "image" else part
+                    for part in turn["content"]
+                ]
+                turn = {**turn, "content": content}
+            messages.append(turn)
         record = {
-            "id": f"chat-{len(self.messages)}",
+            "id": f"chat-{uuid.uuid4().hex}",
             "source": "identity" if identities else "general",
             "identities": identities,
-            "messages": self.messages,
+            "messages": messages,
         }
-        with Path(out).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.write(f"{out}\n")
+        append_lines(Path(out) / "chat.jsonl", [json.dumps(record, ensure_ascii=False)])
+        self.write(f"{Path(out) / 'chat.jsonl'}\n")
 
     def help(self) -> None:
         """List the commands."""
@@ -244,14 +260,19 @@ class ChatSession:
     def _last_image(self):
         from idavlm.data.photos import PhotoLoader
 
-        images = [part["image"] for turn in self.messages for part in turn["content"] if _is_image(part)]
+        turns = (turn["content"] for turn in self.messages if turn["role"] == "user")
+        images = [part["image"] for content in turns for part in content if part["type"] == "image"]
         if not images:
             raise ValueError("the conversation has no image; /image FILE adds one to the next question.")
         return PhotoLoader().load(images[-1], field="the image")
 
 
-def _is_image(part: Any) -> bool:
-    return isinstance(part, dict) and part["type"] == "image"
+def _copied(file: Path, folder: Path) -> str:
+    """Copy an image into a folder, under a name by its content, and return the name."""
+    content = file.read_bytes()
+    name = f"{hashlib.sha256(content).hexdigest()[:16]}{file.suffix.lower()}"
+    (folder / name).write_bytes(content)
+    return name
 
 
 def _file(text: str) -> Path:
