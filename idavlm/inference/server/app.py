@@ -245,7 +245,7 @@ class _Answer:
         self.created = int(time.time())
 
     async def next_piece(self, request: Request) -> str | None:
-        """The next piece of text; None at the end. Raises the error of the answer. Cancels it if the client has left."""
+        """The next piece of text; None at the end. Raises the error of the answer; cancels it if the client left."""
         piece = asyncio.ensure_future(self.pieces.get())
         left = asyncio.ensure_future(_until_disconnected(request))
         try:
