@@ -1,19 +1,18 @@
 """Throughput of `idavlm serve`: many clients, each with a cast of its own, against one client that waits.
 
-    python -m benchmarks.serving --model runs/train_idformer/characters/seed-0/with-id-former --prompt-prefix "\\n"
+    python -m benchmarks.serving
 
-The server is a process of its own. Each client creates a bank of its cast (or sends the photos with every request,
---photos) and asks where the identities of its scenes are. First one client asks one request after the other, then all
-clients ask at the same time, against the same server. Every answer is compared with the answer of `idavlm.ask` to the
-same question alone. Requests per second depend on other work on the machine; the time that the processor spends on a
-request does not. The program fails if an answer is lost or differs, and, with --least-speedup, if the throughput of
-all clients together is less than that multiple of the throughput of one.
+The server is a process of its own. Each client has one record of the drawn characters: it creates a bank of its cast
+(or sends the photos with every request, --photos) and asks its question again and again. First one client asks one
+request after the other, then all clients ask at the same time, against the same server. Every answer is compared with
+that of `generate` to the same question alone. Requests per second depend on other work on the machine; the time that
+the processor spends on a request does not. The program fails if an answer is lost or differs, and, with
+--least-speedup, if the throughput of all clients together is less than that multiple of the throughput of one.
 """
 
 import argparse
 import asyncio
 import base64
-import itertools
 import os
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import httpx
 import openai
 import psutil
 
-from idavlm import RecordDataset, ask
+from idavlm import RecordDataset
 from idavlm.datasets import build_characters
 from idavlm.evaluation import load_checkpoint
 from idavlm.utils import describe_machine, markdown_table
@@ -36,21 +35,13 @@ COLUMNS = ["clients", "requests", "requests/s", "median s", "p95 s", "rows per b
 
 
 @dataclass
-class Question:
-    """A question about a scene and a cast, and the answer that a single caller gets."""
-
-    text: str
-    scene: Path
-    expected: str = ""
-
-
-@dataclass
 class Client:
-    """One client: its cast and its questions."""
+    """One client: its cast, its question (texts and images in order), and the answer that a single caller gets."""
 
     number: int
     cast: dict[str, list[Path]]
-    questions: list[Question]
+    question: list[str | Path]
+    expected: str = ""
     seconds: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -63,12 +54,12 @@ def main() -> None:
     parser.add_argument("--single-seconds", type=float, default=15.0, help="of one client alone")
     parser.add_argument("--photos", action="store_true", help="send the photos with every request instead of a bank")
     parser.add_argument("--stream", action="store_true", help="stream the answers")
-    parser.add_argument("--question", default="Where is {name}?")
-    parser.add_argument("--prompt-prefix", default="", help=r"text before a question; \n is a line break")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--max-batch-size", type=int, default=64)
     parser.add_argument("--least-speedup", type=float, help="fail below this multiple of one client's throughput")
-    parser.add_argument("--data", type=Path, default=Path("runs/serving"), help="folder of the drawn cast")
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/serving"), help="folder of the records; drawn if it is new"
+    )
     parser.add_argument("--server-cpu", type=int, help="processor of the server (Linux)")
     arguments = parser.parse_args()
 
@@ -92,50 +83,47 @@ def main() -> None:
 
 
 def make_clients(arguments) -> list[Client]:
-    """Clients with casts and scenes that no other client has, as far as the drawn data has that many."""
-    folder = build_characters(
-        arguments.data,
-        num_train=8,
-        num_test=max(arguments.clients, 16),
-        num_train_scenes=8,
-        num_test_scenes=4 * arguments.clients,
-        num_train_records=8,
-        num_test_records=16 * arguments.clients,
-        num_general=4,
-        num_general_records=4,
-        seed=11,
-    )
-    found: dict[Path, dict[str, list[Path]]] = {}
-    for sample in RecordDataset(folder / "test.jsonl"):
-        images = sample.message_images
-        if len(images) == 1 and "scenes" in images[0] and len(sample.identities) > 1:
-            cast = {each.name: [folder / "images" / image for image in each.images] for each in sample.identities}
-            found.setdefault(folder / "images" / images[0], cast)
-    scenes = itertools.cycle(found.items())
-    prefix = arguments.prompt_prefix.replace("\\n", "\n")
+    """Clients with one record each, of all tasks."""
+    folder = arguments.data
+    if not (folder / "test.jsonl").exists():
+        build_characters(folder, num_test_records=8 * arguments.clients, num_train_records=8, seed=11)
+    samples = [sample for sample in RecordDataset(folder / "test.jsonl") if sample.identities]
+    samples = samples[:: max(len(samples) // arguments.clients, 1)][: arguments.clients]
+    if len(samples) < arguments.clients:
+        sys.exit(f"{folder} has {len(samples)} records of identities; pass --clients {len(samples)} or another --data")
+    images = folder / "images"
     clients = []
-    for number in range(arguments.clients):
-        scene, cast = next(scenes)
-        questions = [Question(prefix + arguments.question.format(name=name), scene) for name in cast]
-        clients.append(Client(number, cast, questions))
+    for number, sample in enumerate(samples):
+        cast = {identity.name: [images / image for image in identity.images] for identity in sample.identities}
+        parts = next(message.content for message in sample.messages if message.role == "user")
+        question = [images / part.image if part.type == "image" else part.text for part in parts]
+        clients.append(Client(number, cast, question))
     return clients
 
 
 def with_expected_answers(clients: list[Client], arguments) -> None:
-    """Ask every question alone, without a server."""
+    """Answer every question alone, without a server."""
     model, processor = load_checkpoint(arguments.model)
+    num_tokens = 0
     for client in clients:
-        for question in client.questions:
-            question.expected = ask(
-                model,
-                processor,
-                question.text,
-                images=[question.scene],
-                identities=client.cast,
-                max_new_tokens=arguments.max_new_tokens,
-            )
-    answers = [question.expected for client in clients for question in client.questions]
-    print(f"{len(clients)} clients, {len(answers)} questions, {len(set(answers))} different answers\n")
+        identities = [{"type": "identity", "name": name, "images": of} for name, of in client.cast.items()]
+        parts = [
+            {"type": "image", "image": part} if isinstance(part, Path) else {"type": "text", "text": part}
+            for part in client.question
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [*identities, *parts]}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        num_tokens += len(answer)
+        client.expected = processor.decode(answer, skip_special_tokens=True).strip()
+    different = len({client.expected for client in clients})
+    print(f"{len(clients)} clients, {different} different answers, {num_tokens / len(clients):.1f} tokens per answer\n")
 
 
 def start_server(arguments) -> tuple[subprocess.Popen, str]:
@@ -191,11 +179,9 @@ async def run_clients(api, clients: list[Client], seconds: float, arguments) -> 
 
 
 async def ask_until(api, client: Client, end: float, arguments) -> None:
-    """Ask the questions of a client in turn, and compare the answers."""
-    bodies = [body_of(client, question, arguments) for question in client.questions]
-    for question, body in itertools.cycle(zip(client.questions, bodies, strict=True)):
-        if time.perf_counter() > end:
-            return
+    """Ask the question of a client again and again, and compare the answers."""
+    body = body_of(client, arguments)
+    while time.perf_counter() < end:
         start = time.perf_counter()
         try:
             if arguments.stream:
@@ -207,14 +193,16 @@ async def ask_until(api, client: Client, end: float, arguments) -> None:
             client.wrong.append(f"client {client.number}: {type(error).__name__}: {error}")
             return
         client.seconds.append(time.perf_counter() - start)
-        if answer != question.expected:
-            client.wrong.append(f"client {client.number}: {question.text!r}: {answer!r} != {question.expected!r}")
+        if answer != client.expected:
+            client.wrong.append(f"client {client.number}: {answer!r} in place of {client.expected!r}")
 
 
-def body_of(client: Client, question: Question, arguments) -> dict:
+def body_of(client: Client, arguments) -> dict:
     content = [
-        {"type": "image_url", "image_url": {"url": data_url(question.scene)}},
-        {"type": "text", "text": question.text},
+        {"type": "image_url", "image_url": {"url": data_url(part)}}
+        if isinstance(part, Path)
+        else {"type": "text", "text": part}
+        for part in client.question
     ]
     extra = {"bank": f"cast-{client.number}"}
     if arguments.photos:
