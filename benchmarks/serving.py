@@ -24,6 +24,7 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
+import torch
 
 from idavlm import RecordDataset
 from idavlm.datasets import build_characters
@@ -64,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     clients = make_clients(arguments)
-    print(f"{describe_machine('cpu')}\n")
+    print(f"{describe_machine(torch.device('cpu'))}\n")
     with_expected_answers(clients, arguments)
     process, url = start_server(arguments)
     try:
