@@ -51,6 +51,7 @@ PACKAGES = [
     "datasets.tuning",
     "evaluation",
     "experimental",
+    "inference",
     "models",
     "modules",
     "ops",

@@ -34,7 +34,7 @@ WORDS = {
     "crop_box": r"\bshown[_ ]parts?\b",
     "token_identity_index": r"\bname_identity\b",
     "name_mask": r"\bis_name\b",
-    "modules_to_copy": r"\bowned=|\bowned_\w+|\w_owned\b|['\"]owned['\"]",
+    "modules_to_copy": r"\bowned=|\bowned_(?!by\b)\w+|\w_owned\b|['\"]owned['\"]",
     "backends": r"attention_ways|ways_that_run",
     "layer": r"\bfloor \d|\bfloors\b",
     "pass": r"\bgive \w+=",

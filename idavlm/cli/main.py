@@ -12,6 +12,8 @@ COMMANDS: dict[str, str] = {
     "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
     "data": "build, check, describe, show, mix, convert and split files of records",
+    "chat": "talk to a model in the terminal, about images and a cast of named identities",
+    "serve": "serve a model by the OpenAI interface, with identities and named banks",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
 """Name -> line of ``--help``. ``idavlm/cli/NAME.py`` defines ``add_arguments(parser)`` and ``run(arguments)``, which

@@ -69,6 +69,11 @@ class IdentityBank:
         with torch.no_grad():
             self._photos[name] = tuple(_encode(self.model, inputs))
 
+    def photos(self, name: str) -> tuple[StoredPhoto, ...]:
+        """The encoded photos of an identity. Raises KeyError if the bank does not have it."""
+        self._check(name)
+        return self._photos[name]
+
     def remove(self, name: str) -> None:
         """Remove an identity. Raises KeyError if the bank does not have it."""
         self._check(name)
@@ -99,7 +104,8 @@ class IdentityBank:
         folder.mkdir(parents=True, exist_ok=True)
         tensors, names = {}, []
         for number, (name, photos) in enumerate(self._photos.items()):
-            names.append({"name": name, "photos": len(photos), "deepstack": len(photos[0].deepstack)})
+            sizes = [photo.size for photo in photos]
+            names.append({"name": name, "photos": len(photos), "deepstack": len(photos[0].deepstack), "sizes": sizes})
             for index, photo in enumerate(photos):
                 tensors[f"{number}.{index}"] = photo.features.cpu().contiguous()
                 for level, features in enumerate(photo.deepstack):
@@ -128,8 +134,9 @@ class IdentityBank:
                 StoredPhoto(
                     tensors[f"{number}.{index}"],
                     tuple(tensors[f"{number}.{index}.{level}"] for level in range(identity["deepstack"])),
+                    size if size is None else tuple(size),
                 )
-                for index in range(identity["photos"])
+                for index, size in enumerate(identity.get("sizes") or [None] * identity["photos"])
             )
         return bank
 
@@ -172,4 +179,9 @@ def _encode(model, inputs) -> list[StoredPhoto]:
     if seam is None:
         features, _ = model.image_features(inputs["pixel_values"])
         return [StoredPhoto(photo) for photo in features]
-    return [StoredPhoto(tokens, tuple(levels)) for tokens, levels in seam.encode(inputs)]
+    encoded = seam.encode(inputs)
+    sizes = inputs["original_image_sizes"].tolist() if "original_image_sizes" in inputs else [None] * len(encoded)
+    return [
+        StoredPhoto(tokens, tuple(levels), None if size is None else tuple(size))
+        for (tokens, levels), size in zip(encoded, sizes, strict=True)
+    ]
