@@ -1,0 +1,1 @@
+"""Uses of trained models beyond one question: films."""
