@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--fps", type=float, default=2.0, help="frames that are looked at per second")
     parser.add_argument("--pictures-per-second", type=float, default=8.0, help="pictures per second of the video")
     parser.add_argument("--photos", type=int, default=3, help="reference photos of each character")
-    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--smoothing", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -126,15 +126,15 @@ def count_encoded_images(model) -> list[int]:
 def presence_scores(tracks: Sequence[Track], truth: Truth, seconds: float, fps: float) -> dict[str, float]:
     """Precision and recall of presence per second and person."""
     # Only the pictures that were sampled can be known.
-    sampled = [shown for number, (_, shown) in enumerate(truth) if number % max(1, round(len(truth) / seconds / fps)) == 0]
+    sampled = [
+        shown for number, (_, shown) in enumerate(truth) if number % max(1, round(len(truth) / seconds / fps)) == 0
+    ]
     of_second = np.array_split(np.arange(len(sampled)), round(seconds))
     right = wrong = missed = 0
     for second, numbers in enumerate(of_second):
         for name in CAST.values():
             visible = max((sampled[number].get(name, ((), 0.0))[1] for number in numbers), default=0.0)
-            found = any(
-                track.name == name and track.start < second + 1 and track.end > second for track in tracks
-            )
+            found = any(track.name == name and track.start < second + 1 and track.end > second for track in tracks)
             right += found and visible >= 0.5
             wrong += found and visible == 0
             missed += not found and visible >= 0.5

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
     parser.add_argument("--fps", type=float, default=2.0, help="frames that are looked at per second; by default 2")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="score from which a frame speaks for a person; by default 0.5"
+        "--threshold", type=float, default=0.9, help="score from which a frame speaks for a person; by default 0.9"
     )
     parser.add_argument(
         "--cut-threshold", type=float, default=0.15, help="change of the picture that is a cut; by default 0.15"

@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "train": "train a model as a configuration file describes it",
     "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
+    "film": "find out who appears when and where in a film",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
 """Name -> line of ``--help``. ``idavlm/cli/NAME.py`` defines ``add_arguments(parser)`` and ``run(arguments)``, which

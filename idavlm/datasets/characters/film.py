@@ -87,9 +87,7 @@ def draw_film(
         yield _draw(scenery.copy(), actors, time - start_of_shot, shot, time, size, seed, seed_of_shot)
 
 
-def draw_photos(
-    identity: str, folder: Path, *, count: int, size: int = 256, seed: int = 0
-) -> list[Path]:
+def draw_photos(identity: str, folder: Path, *, count: int, size: int = 256, seed: int = 0) -> list[Path]:
     """Draw reference photos of one character of a film, each in another activity."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -130,7 +128,14 @@ def _cast_of_shot(identities: Sequence[str], rng: np.random.Generator) -> list[_
 
 
 def _draw(
-    image: Image.Image, actors: Sequence[_Actor], time: float, shot: int, film_time: float, size: int, seed: int, light: int
+    image: Image.Image,
+    actors: Sequence[_Actor],
+    time: float,
+    shot: int,
+    film_time: float,
+    size: int,
+    seed: int,
+    light: int,
 ) -> FilmFrame:
     boxes = {}
     for actor in sorted(actors, key=lambda actor: actor.ground):

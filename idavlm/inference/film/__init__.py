@@ -6,4 +6,14 @@ from idavlm.inference.film.detection import Detection, detect
 from idavlm.inference.film.frames import Film, Frame
 from idavlm.inference.film.tracks import FrameDetections, Track, find_tracks
 
-__all__ = ["Detection", "Film", "Frame", "FrameDetections", "Track", "analyse_film", "detect", "find_tracks", "read_cast"]
+__all__ = [
+    "Detection",
+    "Film",
+    "Frame",
+    "FrameDetections",
+    "Track",
+    "analyse_film",
+    "detect",
+    "find_tracks",
+    "read_cast",
+]

@@ -34,7 +34,7 @@ def analyse_film(
     out: str | Path,
     *,
     frames_per_second: float = 2.0,
-    threshold: float = 0.5,
+    threshold: float = 0.9,
     cut_threshold: float = 0.15,
     smoothing: float = 3.0,
     progress: bool = True,
@@ -140,7 +140,7 @@ def _header(bank: IdentityBank, film: Film) -> dict[str, Any]:
         for photo in photos:
             features.update(photo.features.float().cpu().numpy().tobytes())
     return {
-        "film": [str(film.source.resolve()), film.num_frames],
+        "film": [str(film.source.resolve()), len(film.files) or film.source.stat().st_size],
         "frame rate": film.frames_per_second,
         "cast": list(bank.names),
         "model or photos": features.hexdigest(),

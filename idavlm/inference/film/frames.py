@@ -118,7 +118,9 @@ def _open(source: Path) -> Any:
     try:
         container = av.open(str(source))
     except av.error.FFmpegError as error:
-        raise ValueError(f"{source} is no video that FFmpeg reads ({error}); convert it, for example to MP4.") from error
+        raise ValueError(
+            f"{source} is no video that FFmpeg reads ({error}); convert it, for example to MP4."
+        ) from error
     if not container.streams.video:
         container.close()
         raise ValueError(f"{source} holds no video stream; pass a video file or a folder of images.")

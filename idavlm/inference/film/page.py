@@ -83,7 +83,9 @@ def _timeline(
     parts = [f'<svg class="timeline" viewBox="0 0 {_LABEL + _WIDTH} {height}" role="img" aria-label="Timeline">']
     for number, (start, end) in enumerate(shots):
         colour = ("#f4f5f7", "#e7e9ee")[number % 2]
-        parts.append(_rectangle(_LABEL + start * scale, 0, (end - start) * scale, height - 24, colour, f"shot {number + 1}"))
+        parts.append(
+            _rectangle(_LABEL + start * scale, 0, (end - start) * scale, height - 24, colour, f"shot {number + 1}")
+        )
     for row, name in enumerate(names):
         parts.append(f'<text x="0" y="{row * _ROW + 18}" font-size="14">{escape(name)}</text>')
         for track in tracks:
