@@ -3,10 +3,11 @@
     python -m benchmarks.film --model idavlm-tiny --seconds 480
 
 Characters walk through drawn scenes, up to four at a time, with cuts. Eight characters play; six of them are introduced
-by three photos each. The video is written as MP4, analysed, and compared with the truth. A second of the film counts as
-one decision per introduced character: present if at least half of the figure is in the picture at some sampled time of
-that second; seconds in which only smaller parts of the figure are visible do not count. A track is right if in most of its frames
-the character is there, and its box is right if the IoU with the true box is at least 0.3 or 0.5.
+by three photos each. The video is written as MP4, analysed, and compared with the truth.
+
+A second of the film counts as one decision per introduced character. The character is present if at least half of the
+figure is in the picture at some sampled time of that second. Seconds in which only smaller parts are visible do not
+count. A track is right if the character is there in most of its frames. IoU compares the boxes with the true boxes.
 """
 
 import argparse
@@ -148,8 +149,8 @@ def track_scores(tracks: Sequence[Track], truth: Truth) -> dict[str, float]:
     for track in tracks:
         inside = [shown for time, shown in truth if track.start <= time < track.end]
         right.append(np.mean([track.name in shown for shown in inside]) > 0.5)
-        for time, box in track.boxes:
-            shown = truth[int(np.abs(times - time).argmin())][1]
+        for moment, box in track.boxes:
+            shown = truth[int(np.abs(times - moment).argmin())][1]
             if track.name in shown:
                 ious["all"].append(iou(box, shown[track.name][0]))
     values = np.array(ious["all"])

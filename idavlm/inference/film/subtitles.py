@@ -1,5 +1,6 @@
 """WebVTT subtitles: the names of the people who are in the picture."""
 
+import itertools
 from collections.abc import Sequence
 
 from idavlm.inference.film.tracks import Track
@@ -9,7 +10,7 @@ def subtitles(tracks: Sequence[Track]) -> str:
     """Return a WebVTT file with one cue per span of time in which the same people are present."""
     times = sorted({round(time, 3) for track in tracks for time in (track.start, track.end)})
     cues: list[tuple[float, float, list[str]]] = []
-    for start, end in zip(times, times[1:], strict=False):
+    for start, end in itertools.pairwise(times):
         present = {track.name for track in tracks if round(track.start, 3) <= start and end <= round(track.end, 3)}
         names = sorted(present)
         if cues and names and cues[-1][1] == start and cues[-1][2] == names:  # the next shot shows the same people
