@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "train": "train a model as a configuration file describes it",
     "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
+    "web": "serve a web page to ask about pictures of a cast",
     "film": "find out who appears when and where in a film",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }
