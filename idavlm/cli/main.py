@@ -10,6 +10,8 @@ COMMANDS: dict[str, str] = {
     "train": "train a model as a configuration file describes it",
     "merge": "merge a LoRA adapter into its model",
     "ask": "ask a model about images, with reference photos of named identities",
+    "chat": "talk to a model in the terminal, about images and a cast of named identities",
+    "serve": "serve a model by the OpenAI interface, with identities and named banks",
     "web": "serve a web page to ask about pictures of a cast",
     "film": "find out who appears when and where in a film",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",

@@ -88,6 +88,11 @@ class IdentityBank:
             photos, _ = _encode(self.model, inputs)
         self._photos[name] = tuple(photos)
 
+    def photos(self, name: str) -> tuple[StoredPhoto, ...]:
+        """The encoded photos of an identity. Raises KeyError if the bank does not have it."""
+        self._check(name)
+        return self._photos[name]
+
     def remove(self, name: str) -> None:
         """Remove an identity. Raises KeyError if the bank does not have it."""
         self._check(name)
@@ -118,7 +123,8 @@ class IdentityBank:
         folder.mkdir(parents=True, exist_ok=True)
         tensors, names = {}, []
         for number, (name, photos) in enumerate(self._photos.items()):
-            names.append({"name": name, "photos": len(photos), "deepstack": len(photos[0].deepstack)})
+            sizes = [photo.size for photo in photos]
+            names.append({"name": name, "photos": len(photos), "deepstack": len(photos[0].deepstack), "sizes": sizes})
             for index, photo in enumerate(photos):
                 tensors[f"{number}.{index}"] = photo.features.cpu().contiguous()
                 for level, features in enumerate(photo.deepstack):
@@ -147,8 +153,9 @@ class IdentityBank:
                 StoredPhoto(
                     tensors[f"{number}.{index}"],
                     tuple(tensors[f"{number}.{index}.{level}"] for level in range(identity["deepstack"])),
+                    size if size is None else tuple(size),
                 )
-                for index in range(identity["photos"])
+                for index, size in enumerate(identity.get("sizes") or [None] * identity["photos"])
             )
         return bank
 
@@ -206,4 +213,9 @@ def _encode(model, inputs) -> tuple[list[StoredPhoto], Sequence[tuple[int, int] 
         features, grid_size = model.image_features(inputs["pixel_values"])
         return [StoredPhoto(photo) for photo in features], [grid_size] * len(features)
     encoded, grids = seam.encode(inputs)
-    return [StoredPhoto(tokens, tuple(levels)) for tokens, levels in encoded], grids
+    sizes = inputs["original_image_sizes"].tolist() if "original_image_sizes" in inputs else [None] * len(encoded)
+    photos = [
+        StoredPhoto(tokens, tuple(levels), None if size is None else tuple(size))
+        for (tokens, levels), size in zip(encoded, sizes, strict=True)
+    ]
+    return photos, grids

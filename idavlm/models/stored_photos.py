@@ -16,10 +16,13 @@ class StoredPhoto:
         features: ``[L, C]`` what the ID-Former reads: patches of the vision tower in an
             :class:`idavlm.IDAVLMForConditionalGeneration`, image tokens in an attached model.
         deepstack: DeepStack features ``[L, C]`` of the photo, one tensor per level (Qwen3-VL).
+        size: (height, width) of the photo, if the number of its image tokens depends on it. A blank image of this size
+            then takes the place of the photo in a prompt.
     """
 
     features: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,38 @@ class SelectedIdentities:
                     "this order and with all their photos, in every prompt."
                 )
             found.update(zip(images, photos, strict=True))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class IdentitiesOfSamples:
+    """Stored photos of a batch whose samples introduce different identities. ``generate`` takes it as ``identities``.
+
+    Attributes:
+        photos: for each sample, the stored photo of each of its references in the order of the images; None for a
+            photo that the vision tower encodes.
+    """
+
+    photos: tuple[tuple[StoredPhoto | None, ...], ...]
+
+    def stored(self, image_roles: Tensor, sample_index: Tensor, identity_index: Tensor) -> dict[int, StoredPhoto]:
+        """Return the stored photo of each reference of a batch that has one, by the number of the image.
+
+        Raises:
+            ValueError: a sample has another number of references.
+        """
+        references: list[list[int]] = [[] for _ in self.photos]
+        for image, (role, sample) in enumerate(zip(image_roles.tolist(), sample_index.tolist(), strict=True)):
+            if role == ImageRole.REFERENCE:
+                references[sample].append(image)
+        found = {}
+        for sample, (images, photos) in enumerate(zip(references, self.photos, strict=True)):
+            if len(images) != len(photos):
+                raise ValueError(
+                    f"sample {sample} has {len(images)} references, but photos[{sample}] has {len(photos)} entries; "
+                    "pass one entry per reference."
+                )
+            found.update((image, photo) for image, photo in zip(images, photos, strict=True) if photo is not None)
         return found
 
 
