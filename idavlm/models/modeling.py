@@ -22,6 +22,7 @@ from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.dummy_image import dummy_pixels, runs_all_modules, statistics_kept
 from idavlm.models.generation import ImageGenerationMixin
+from idavlm.models.id_former_class import find_id_former, import_id_former
 from idavlm.models.identity_names import (
     NO_IDENTITY,
     add_learned_embeddings,
@@ -182,6 +183,8 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         """
         if (processor is None) == (image_token_id is None):
             raise ValueError(f"image_token_id={image_token_id} and processor={type(processor)}: pass one of the two.")
+        if options.get("id_former_class") is not None:
+            import_id_former(options["id_former_class"])
         if processor is not None:
             image_token_id = processor.image_token_id
             length = "num_queries" if connector in ("id_former", "resampler") else "image_seq_length"
@@ -785,7 +788,7 @@ def _build_joint(config: IDAVLMConfig) -> nn.Module:
         options["num_queries"] = config.image_seq_length
         options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
     if config.connector == "id_former":
-        return IDFormer(**options)
+        return find_id_former(config.id_former_class)(**options)
     return build_connector(config.connector, **options)
 
 
