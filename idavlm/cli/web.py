@@ -1,6 +1,7 @@
 """``idavlm web``: a web page on which people upload a cast and ask about pictures."""
 
 import argparse
+from pathlib import Path
 
 from idavlm.cli.arguments import name, path, positive_int
 
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     with BatchingEngine(model, processor) as engine:
         page = build_web_page(
             engine,
-            title=f"idavlm: {arguments.model}",
+            title=f"idavlm: {Path(arguments.model).name}",
             examples=() if arguments.no_examples else drawn_examples(),
             max_new_tokens=arguments.max_new_tokens,
         )

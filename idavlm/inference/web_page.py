@@ -101,10 +101,18 @@ def build_web_page(
         with gr.Row():
             with gr.Column(scale=2):
                 gallery = gr.Gallery(
-                    label="Cast", columns=4, height=260, interactive=False, object_fit="contain", elem_id="cast"
+                    label="Cast",
+                    columns=4,
+                    height=260,
+                    interactive=False,
+                    object_fit="contain",
+                    buttons=["fullscreen"],
+                    elem_id="cast",
                 )
                 name_box = gr.Textbox(label="Name", placeholder="Kate", elem_id="name")
-                files = gr.File(label="Photos of this person", file_count="multiple", file_types=["image"], elem_id="photos")
+                files = gr.File(
+                    label="Photos of this person", file_count="multiple", file_types=["image"], elem_id="photos"
+                )
                 add_button = gr.Button("Add to the cast", elem_id="add")
                 with gr.Row():
                     person = gr.Dropdown([], label="Person", elem_id="person", scale=2)
@@ -115,8 +123,9 @@ def build_web_page(
                 ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
                 answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
                 with gr.Row():
-                    drawn = gr.Image(label="Boxes of the answer", interactive=False, elem_id="boxes")
-                    heat = gr.Image(label="Identity map of the person", interactive=False, elem_id="map")
+                    shown = {"interactive": False, "buttons": ["fullscreen", "download"]}
+                    drawn = gr.Image(label="Boxes of the answer", elem_id="boxes", **shown)
+                    heat = gr.Image(label="Identity map of the person", elem_id="map", **shown)
         if examples:
             gr.Markdown("### Examples")
             with gr.Row():
