@@ -11,7 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=path, help="images that the question is about")
     parser.add_argument("question", type=name, help='for example "Where is Kate?"')
     parser.add_argument(
-        "--model", required=True, type=name, help="checkpoint of idavlm, or a vision-language model of transformers"
+        "--model",
+        default="idavlm-tiny",
+        type=name,
+        help="checkpoint of idavlm, or a vision-language model of transformers; by default the package's small model "
+        "for drawn characters",
     )
     parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
     parser.add_argument(

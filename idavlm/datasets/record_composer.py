@@ -13,12 +13,12 @@ Naming = Callable[[Sequence[str], Random], Sequence[str]]
 """Names of the identities of one record: ``naming(identities, rng)``, all different."""
 
 TRAIN_SHARES = {
-    "matching": 0.45,
-    "location": 0.4,
-    "qa_single": 0.06,
-    "caption_single": 0.03,
-    "qa_multi": 0.03,
-    "caption_multi": 0.03,
+    "matching": 0.3,
+    "location": 0.25,
+    "qa_single": 0.17,
+    "caption_single": 0.12,
+    "qa_multi": 0.1,
+    "caption_multi": 0.06,
 }
 """Tasks of training records and their shares. Matching and location depend on identities only: a small model learns to
 recognise identities from them, and learns activities much later."""
@@ -46,6 +46,9 @@ NUM_FALSE_ANSWERS = 3
 
 THIRD_IMAGE_SHARE = 0.7
 """Share of the records about several images that have three images instead of two."""
+
+DESCRIBED_PHOTO_SHARE = 0.3
+"""Share of the training records of ``caption_single`` that describe a photo of one identity instead of a scene."""
 
 MAX_TRIALS = 1000
 
@@ -174,7 +177,7 @@ class RecordComposer:
             "matching": (self._choose_photos, self._ask_matching),
             "location": (self._choose_scene, self._ask_location),
             "qa_single": (self._choose_scene, self._ask_qa_single),
-            "caption_single": (self._choose_scene, self._ask_caption),
+            "caption_single": (self._choose_scene_or_photo, self._ask_caption),
             "qa_multi": (self._choose_several, self._ask_qa_multi),
             "caption_multi": (self._choose_several, self._ask_caption),
         }[task]
@@ -214,6 +217,15 @@ class RecordComposer:
         if not asks_about_absent:
             return [scene], introduced, shown
         return [scene], introduced, absent if evaluation else introduced
+
+    def _choose_scene_or_photo(self, evaluation: bool) -> tuple[list[AlbumImage], list[str], list[str]]:
+        """As :meth:`_choose_scene`; in training often a photo of one identity, which is easier to describe."""
+        if not evaluation and self.rng.random() < DESCRIBED_PHOTO_SHARE:
+            [identity] = self.album.sampler.draw(1, self.rng)
+            photo = self.rng.choice(self.album.photos[identity])
+            if photo.appearances[0].activity:
+                return [photo], [identity], [identity]
+        return self._choose_scene(evaluation)
 
     def _choose_several(self, evaluation: bool) -> tuple[list[AlbumImage], list[str], list[str]]:
         """One image each of two identities, which are introduced, and often another image of one of them."""
@@ -402,6 +414,7 @@ class _Draft:
             messages.append({"role": "assistant", "content": answer})
         boxes = [
             {"name": self._label(appearance), "image": image.path, "box": list(appearance.box)}
+            | ({"label": appearance.activity} if appearance.activity else {})
             for image in self.images
             for appearance in image.appearances
             if self.evaluation or appearance.identity in self.names

@@ -16,6 +16,7 @@ from idavlm.models import (
     IdentityProcessor,
     load_id_former,
 )
+from idavlm.models.pretrained import resolve_pretrained
 from idavlm.utils import read_json_object
 
 _JSON_FILES = (
@@ -40,8 +41,9 @@ def load_checkpoint(
     Unlike ``from_pretrained``, which gives missing weights random values, this is for models that are used as they are.
 
     Args:
-        path: folder or hub name of the checkpoint: a model of idavlm, or an image-text model of transformers. The
-            latter has no ID-Former unless ``id_former`` is passed: references are then images of the prompt.
+        path: folder or hub name of a checkpoint, or the name of a model of the package (``"idavlm-tiny"``). It is a
+            model of idavlm, or an image-text model of transformers; the latter has no ID-Former unless ``id_former`` is
+            passed: references are then images of the prompt.
         id_former: folder of :func:`idavlm.save_id_former`. ``path`` is then an image-text model of transformers, to
             which the ID-Former is attached.
         device: device of the model.
@@ -52,7 +54,7 @@ def load_checkpoint(
             part of the model, or not finite (they are listed); ``device`` cannot be used.
         OSError: ``path`` has no model.
     """
-    device = _usable(device)
+    device, path = _usable(device), resolve_pretrained(path)
     for name in _JSON_FILES:
         if (Path(path) / name).is_file():
             read_json_object(Path(path) / name)  # the errors of transformers do not name the file

@@ -39,6 +39,7 @@ from idavlm.models.placeholders import (
     scatter_image_tokens,
     unread_images,
 )
+from idavlm.models.pretrained import resolve_pretrained
 from idavlm.models.quantized_parts import adopt_quantization
 from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto, images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
@@ -220,6 +221,11 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         model.generation_config = language_model.generation_config
         adopt_quantization(model, {"vision_tower": vision_tower, "language_model": language_model})
         return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """``PreTrainedModel.from_pretrained``; loads the models of the package (``"idavlm-tiny"``) by their names."""
+        return super().from_pretrained(resolve_pretrained(pretrained_model_name_or_path), *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

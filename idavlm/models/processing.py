@@ -35,6 +35,7 @@ from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_batch import image_fields
 from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names, split_at_names
 from idavlm.models.packed_identities import FIELD, pack_token_identities
+from idavlm.models.pretrained import resolve_pretrained
 from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
 
@@ -130,6 +131,11 @@ class IDAVLMProcessor(ProcessorMixin):
                 )
             self.__dict__["_pixels_shape"] = (_sizes_of(value), _check_fixed_size(value))
         super().__setattr__(name, value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "IDAVLMProcessor":
+        """``ProcessorMixin.from_pretrained``; loads the models of the package (``"idavlm-tiny"``) by their names."""
+        return super().from_pretrained(resolve_pretrained(pretrained_model_name_or_path), **kwargs)
 
     @property
     def image_token_id(self) -> int:
