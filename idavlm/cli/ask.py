@@ -73,7 +73,7 @@ def _draw(image_file: Path, answer: str, processor, out: Path) -> None:
 
     from idavlm.data.photos import PhotoLoader
 
-    image = PhotoLoader().load(image_file, field="the image")
+    image = PhotoLoader(**processor.image_limits).load(image_file, field="the image")
     box = processor.parse_box(answer, (image.height, image.width))
     if box is None:
         raise ValueError(f"the answer {answer[:200]!r} holds no box, so --draw {out} has nothing to draw.")
