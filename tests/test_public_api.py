@@ -49,6 +49,7 @@ PACKAGES = [
     "datasets",
     "evaluation",
     "experimental",
+    "inference",
     "models",
     "modules",
     "ops",

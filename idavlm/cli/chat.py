@@ -163,8 +163,8 @@ class ChatSession:
 
     def identities(self) -> None:
         """List the identities."""
-        for name, files in self.photos.items():
-            self.write(f"{name}: {', '.join(map(str, files))}\n")
+        for introduced, files in self.photos.items():
+            self.write(f"{introduced}: {', '.join(map(str, files))}\n")
         if not self.photos:
             self.write("no identity is introduced; /identity NAME PHOTO... introduces one\n")
 

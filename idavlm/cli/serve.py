@@ -110,7 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
     from idavlm.evaluation import load_checkpoint
     from idavlm.inference import BankStore, BatchingEngine
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("idavlm").setLevel(logging.INFO)
     device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_checkpoint(
         arguments.model, id_former=arguments.id_former, device=device, dtype=arguments.dtype
@@ -125,6 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     banks = BankStore(engine, folder=arguments.store, max_banks=arguments.max_banks)
     gate = create_app(engine, banks, settings)
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     print(f"{settings.model_name} on {device}: http://{host}:{port}/v1", flush=True)
     serve(gate, listener=listener)
 

@@ -1,7 +1,7 @@
 """Inference for many callers: batching, prompts with banks, answers with boxes and identity maps, banks on disk."""
 
 from idavlm.inference.answer_overlay import draw_boxes, draw_identity_map
-from idavlm.inference.bank_store import BankStore, StoredBank
+from idavlm.inference.bank_store import BankStore, StoredBank, TooManyBanks
 from idavlm.inference.batching import (
     BatchingEngine,
     BatchReport,
@@ -37,6 +37,7 @@ __all__ = [
     "PromptEncoder",
     "PromptTooLong",
     "StoredBank",
+    "TooManyBanks",
     "answer_question",
     "draw_boxes",
     "draw_identity_map",

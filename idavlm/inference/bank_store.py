@@ -19,6 +19,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _UNFINISHED = ".unfinished-"
 
 
+class TooManyBanks(RuntimeError):
+    """A store that is full."""
+
+
 @dataclass(frozen=True, eq=False)
 class StoredBank:
     """A named bank.
@@ -40,8 +44,8 @@ class BankStore:
     """Named banks of the model of an engine. Threads may share it.
 
     A bank holds features of photos, from which a person can be recognised as from the photos. The store holds banks in
-    memory. It writes a bank to its folder only if :meth:`create` is called with ``keep=True``. The photos themselves are
-    never written.
+    memory. It writes a bank to its folder only if :meth:`create` is called with ``keep=True``. It never writes the
+    photos themselves.
 
     Args:
         engine: runs the model.
@@ -94,12 +98,12 @@ class BankStore:
         Raises:
             FileExistsError: there is a bank of this name.
             PermissionError: ``keep`` without a folder.
-            OverflowError: there are ``max_banks`` banks already.
+            TooManyBanks: there are ``max_banks`` banks already.
             ValueError: a name or photos that cannot be used.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(
-                f"name={name!r} must be 1 to 64 letters, digits, '_', '.' and '-', of which the first is a letter or digit."
+                f"name={name!r} must be 1 to 64 letters, digits, '_', '.' and '-', and begin with a letter or digit."
             )
         if not identities:
             raise ValueError("identities is empty; pass the photos of at least one identity.")
@@ -109,7 +113,7 @@ class BankStore:
             if name in self._banks or name in self._reserved:
                 raise FileExistsError(f"there is a bank {name!r} already; delete it first, or use another name.")
             if len(self._banks) + len(self._reserved) >= self.max_banks:
-                raise OverflowError(f"there are {self.max_banks} banks already; delete one first.")
+                raise TooManyBanks(f"there are {self.max_banks} banks already; delete one first.")
             self._reserved.add(name)
         try:
             bank = IdentityBank(self.engine.model, self.engine.processor)

@@ -321,10 +321,7 @@ class BatchingEngine:
                     self._changed.wait()
                 if not self._waiting and not self._jobs:
                     return
-                jobs = list(self._jobs)
-                self._jobs.clear()
-            for function, future in jobs:
-                _settle(function, future)
+            self._run_jobs()
             self._wait_for_prepared()
             with self._changed:
                 self._running = self._next_batch()
@@ -334,6 +331,13 @@ class BatchingEngine:
                 # Answers that are not complete go on after the requests that have waited longer.
                 self._waiting.extend(row for row in self._running if not row.is_done)
                 self._running = []
+
+    def _run_jobs(self) -> None:
+        """Run the functions of :meth:`run`. Nothing keeps them afterwards: they may hold photos."""
+        with self._changed:
+            jobs, self._jobs = self._jobs, deque()
+        for function, future in jobs:
+            _settle(function, future)
 
     def _wait_for_prepared(self) -> None:
         """Wait until the batch is full, no request is being prepared, or ``max_wait`` is over."""

@@ -13,7 +13,7 @@ from idavlm.inference.generation_options import GenerationOptions
 from idavlm.inference.prompts import Prompt, PromptEncoder
 from idavlm.models import IdentityBank
 from idavlm.models.attach import image_features_with_identities
-from idavlm.models.crop_box import FULL_IMAGE, crop_box
+from idavlm.models.crop_box import FULL_IMAGE
 from idavlm.models.identity_names import find_names
 from idavlm.models.token_grids import token_grids
 from idavlm.utils import ImageRole
@@ -39,7 +39,7 @@ class IdentityMap:
     Attributes:
         image: number of the image in the prompt, references not counted.
         names: names of the identities.
-        shares: ``[rows, columns, G + 1]``, mean over the identity layers. The last entry is the share of the null token.
+        shares: ``[rows, columns, G + 1]``, mean over the identity layers. The last one is the share of the null token.
         crop_box: left, top, right and bottom of the part of the image that the patches show, relative to the image.
     """
 
@@ -180,7 +180,7 @@ def identity_maps(engine: BatchingEngine, prompt: Prompt) -> tuple[IdentityMap, 
     for number, image in enumerate(scenes):
         if grids[image] is not None:
             shares = of_images[image].unflatten(0, grids[image])
-            box = crop_box(processor.image_processor, prompt.scene_sizes[number])
+            box = processor.crop_box(prompt.scene_sizes[number])
             found.append(IdentityMap(number, prompt.names, shares, box))
     return tuple(found)
 

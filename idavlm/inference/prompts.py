@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from idavlm.data.errors import DataError, quote
-from idavlm.data.messages import conversation_to_sample, has_identities, read_conversation
+from idavlm.data.messages import OTHER_PARTS, conversation_to_sample, has_identities, read_conversation
 from idavlm.data.photos import PhotoLoader
 from idavlm.models import IdentityBank
 from idavlm.models.stored_photos import StoredPhoto
@@ -107,6 +107,8 @@ class PromptEncoder:
         loader = PhotoLoader() if loader is None else loader
         images, stored = [], {}
         for photo in read.photos:
+            if photo.key in OTHER_PARTS:
+                raise DataError(f"{photo.field} is a {photo.key} part; prompts have text, images and identities.")
             if isinstance(photo.image, StoredPhoto):
                 height, width = photo.image.size or _FIXED_SIZE
                 images.append(Image.new("RGB", (width, height)))

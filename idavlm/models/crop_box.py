@@ -35,6 +35,14 @@ def crop_box(image_processor, size: tuple[int, int]) -> tuple[float, float, floa
     return _measured(image_processor, image_processor.to_json_string(), size)
 
 
+def crops_images(image_processor) -> bool:
+    """Whether the image processor crops images or pads them to a square, without splitting them into tiles."""
+    if not getattr(image_processor, "image_grid_pinpoints", None):
+        pads = hasattr(image_processor, "pad_to_square") and getattr(image_processor, "do_pad", False)
+        return bool(getattr(image_processor, "do_center_crop", False) or pads)
+    return False
+
+
 def _follows_settings(image_processor) -> bool:
     """Whether resizing, cropping and padding are transformers' own, so that the settings say what happens."""
     kind = type(image_processor)

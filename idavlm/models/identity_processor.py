@@ -43,7 +43,7 @@ from idavlm.models.chat_rendering import (
     tokens_of_span,
     with_reference_lines,
 )
-from idavlm.models.crop_box import FULL_IMAGE, crop_box
+from idavlm.models.crop_box import FULL_IMAGE, crop_box, crops_images
 from idavlm.models.identity_batch import (
     BOX_FIELDS,
     IDENTITY_FIELDS,
@@ -782,7 +782,7 @@ class IdentityProcessor(ProcessorMixin):
     def crop_box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of the part of an image of this (height, width) that the model sees, in 0..1."""
         image_processor = self.processor.image_processor
-        return crop_box(image_processor, size) if _crops(image_processor) else FULL_IMAGE
+        return crop_box(image_processor, size) if crops_images(image_processor) else FULL_IMAGE
 
     def _kept(self, box: Sequence[float], size: tuple[int, int]) -> tuple[float, ...] | None:
         """Move a box into the part of the image that the image processor keeps; None if it lies outside."""
@@ -818,14 +818,6 @@ def _key(image: Any) -> Any:
 def _size(image: Any) -> tuple[int, int]:
     """Height and width."""
     return (image.height, image.width) if isinstance(image, Image.Image) else tuple(get_image_size(image))
-
-
-def _crops(image_processor) -> bool:
-    """Whether the image processor crops images or pads them to a square, without splitting them into tiles."""
-    if not getattr(image_processor, "image_grid_pinpoints", None):
-        pads = hasattr(image_processor, "pad_to_square") and getattr(image_processor, "do_pad", False)
-        return bool(getattr(image_processor, "do_center_crop", False) or pads)
-    return False
 
 
 def _truncation_limit(arguments: dict[str, Any], tokenizer) -> int | None:

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from idavlm.inference.bank_store import BankStore, StoredBank
+from idavlm.inference.bank_store import BankStore, StoredBank, TooManyBanks
 from idavlm.inference.batching import BatchingEngine, Cancelled, DeadlineExceeded, EngineClosed, Generation
 from idavlm.inference.identity_answer import named_boxes
 from idavlm.inference.prompts import Prompt, PromptEncoder, PromptTooLong
@@ -24,6 +24,8 @@ from idavlm.inference.server.metrics import CONTENT_TYPE, Metrics
 from idavlm.inference.server.request_images import Forbidden, RequestImages
 from idavlm.inference.server.schema import BankRequest, ChatRequest
 from idavlm.inference.server.settings import ServerSettings
+
+_SERVER_ERROR = ApiError(500, "the server failed; see its log.", code="server_error")
 
 _PREPARING_THREADS = 4
 """Threads that decode images and tokenize."""
@@ -63,7 +65,7 @@ def create_app(engine: BatchingEngine, banks: BankStore, settings: ServerSetting
         return await on_api_error(request, ApiError(error.status_code, str(error.detail), code="not_found"))
 
     async def on_bug(request: Request, error: Exception) -> Response:
-        return await on_api_error(request, _failure(error))
+        return await on_api_error(request, _SERVER_ERROR)  # the gate logs it
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -122,7 +124,7 @@ class _Routes:
         self._check_model(body.model)
         deadline = start + self.settings.deadline
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
-        with self.engine.preparing(), as_api_errors():
+        with self.engine.preparing(), _as_api_errors():
             options = body.options(
                 default_new_tokens=self.settings.default_new_tokens, max_new_tokens=self.settings.max_new_tokens
             )
@@ -153,7 +155,7 @@ class _Routes:
                 403, "this server stores nothing; send the photos with every request.", code="storing_disabled"
             )
         body = await _read(request, BankRequest)
-        with as_api_errors():
+        with _as_api_errors():
             stored = await asyncio.get_running_loop().run_in_executor(self.pool, self._create_bank, body)
         return _bank(stored)
 
@@ -165,8 +167,10 @@ class _Routes:
 
     async def delete_bank(self, name: str) -> dict[str, Any]:
         self._bank_of(name)
-        with as_api_errors():
+        try:
             await asyncio.get_running_loop().run_in_executor(self.pool, self.banks.delete, name)
+        except KeyError:  # another request has deleted it meanwhile
+            self._bank_of(name)
         return {"id": name, "object": "identity_bank", "deleted": True}
 
     def _model(self) -> dict[str, Any]:
@@ -339,7 +343,7 @@ async def _read(request: Request, model: type[_Body]) -> _Body:
 
 
 @contextmanager
-def as_api_errors() -> Iterator[None]:
+def _as_api_errors() -> Iterator[None]:
     """Turns the errors of prompts, banks and answers into those of the interface."""
     try:
         yield
@@ -358,8 +362,7 @@ def _api_error(error: BaseException) -> ApiError | None:
         (Forbidden, lambda: ApiError(403, str(error), code="forbidden", param="messages")),
         (PermissionError, lambda: ApiError(403, str(error), code="forbidden", param="store")),
         (FileExistsError, lambda: ApiError(409, str(error), code="bank_exists", param="name")),
-        (OverflowError, lambda: ApiError(429, str(error), code="too_many_banks")),
-        (KeyError, lambda: ApiError(404, str(error.args[0]), code="bank_not_found")),
+        (TooManyBanks, lambda: ApiError(429, str(error), code="too_many_banks")),
         (DeadlineExceeded, lambda: ApiError(503, f"{error}.", code="deadline_exceeded")),
         ((EngineClosed, Cancelled), lambda: ApiError(503, "the server is stopping.", code="stopping")),
         (ValueError, lambda: ApiError(400, str(error), code="invalid_value")),
@@ -370,7 +373,7 @@ def _api_error(error: BaseException) -> ApiError | None:
 def _failure(error: Exception) -> ApiError:
     """A fault of the server, which is logged without its message: that may quote the request."""
     log_failure(error)
-    return ApiError(500, "the server failed; see its log.", code="server_error")
+    return _SERVER_ERROR
 
 
 def _put_from_thread(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue, piece: str | None) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from idavlm.inference.server.errors import ApiError
 from idavlm.inference.server.metrics import Metrics
@@ -15,6 +16,8 @@ logger = logging.getLogger("idavlm.serve")
 
 RELEASE_BODY = "idavlm.release_body"
 """Key of the scope: a function that a route calls once it no longer needs the body."""
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 _DISCARDED = 8
 """A client that sends before it reads gets its error only if what it sends is read: up to this many largest bodies."""
@@ -61,8 +64,8 @@ class Gate:
                 await body.discard()
                 await _send_error(response.send, error)
         except Exception as error:
+            log_failure(error)
             if not response.is_started:
-                log_failure(error)
                 await _send_error(response.send, ApiError(500, "the server failed; see its log.", code="server_error"))
         finally:
             self.num_requests -= 1
@@ -72,11 +75,16 @@ class Gate:
     def _check(self, scope) -> None:
         if scope["path"] == "/health":
             return
+        headers = dict(scope["headers"])
+        keys = self.settings.api_keys
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not keys and urlsplit(f"//{host}").hostname not in _LOOPBACK:
+            # A page of another site, whose name now leads to this machine, can send requests through a browser.
+            raise ApiError(403, f"the host {host[:100]!r} is not this machine; set an API key.", code="forbidden")
         if self.is_stopping:
             raise ApiError(503, "the server is stopping.", code="stopping")
-        keys = self.settings.api_keys
         if keys:
-            header = dict(scope["headers"]).get(b"authorization", b"")
+            header = headers.get(b"authorization", b"")
             scheme, _, given = header.partition(b" ")
             # All keys are compared, so that the time does not tell which one is nearly right.
             matches = [hmac.compare_digest(given.strip(), key.encode()) for key in keys]

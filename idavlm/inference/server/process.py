@@ -41,6 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(128)  # a client that comes while the model is loaded waits
     except OSError as error:
         raise OSError(f"--host {host} --port {port} cannot be used ({error}); pass another port or host.") from error
     listener.setblocking(False)
@@ -61,7 +62,6 @@ class GracefulServer(uvicorn.Server):
                 http=_timed_protocol(settings.body_timeout, settings.stall_timeout),
                 ws="none",
                 lifespan="on",
-                access_log=False,
                 log_config=None,
                 timeout_graceful_shutdown=5,
                 limit_concurrency=4 * settings.max_requests + _MORE_CONNECTIONS,
@@ -95,6 +95,7 @@ def _timed_protocol(header_timeout: float, stall_timeout: float) -> type[H11Prot
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
+            self.access_log = False  # whatever the logging is set to: paths hold the names of banks
             self._timers = {}
             self._start("headers", header_timeout)
 

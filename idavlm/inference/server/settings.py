@@ -52,7 +52,7 @@ class ServerSettings:
     stop_timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        check_positive(**{field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"})
+        check_positive(**{field.name: getattr(self, field.name) for field in fields(self) if field.type is int})
         for name in ("body_timeout", "deadline", "stall_timeout", "stop_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number of seconds.")
