@@ -187,3 +187,31 @@ def test_what_does_not_fit_is_named(root, tmp_path):
     smol_bank = filled(smol, smol_processor, photos)
     with pytest.raises(ValueError, match="idefics3 encodes the images of a sample together"):
         smol.generate(**prompts(smol_processor, photos, root), identities=smol_bank.select(), **GREEDY)
+
+
+def test_the_identity_map_of_a_bank_is_that_of_the_model(root):
+    processor = small_processor()
+    model = small_model(processor, num_identity_heads=1)
+    photos = {name: [Image.open(root / photo) for photo in photos] for name, photos in CAST.items()}
+    inputs = prompts(processor, photos, root)
+    names = ("pixel_values", "image_roles", "sample_index", "identity_index")
+    with torch.no_grad():
+        _, maps, grid_size = model.encode_images(**{name: inputs[name] for name in names}, output_identity_maps=True)
+    bank_map = filled(model, processor, photos).identity_map(Image.open(root / "scene.png"))
+    assert bank_map.names == ("Kate", "Tom")
+    assert bank_map.grid_size == grid_size
+    torch.testing.assert_close(bank_map.log_shares.exp().T, maps[0][-1, :, :2])
+
+
+def test_the_identity_map_of_a_bank_has_a_grid_or_none(built, root):
+    model, processor, photos = built
+    bank = filled(model, processor, photos)
+    bank_map = bank.identity_map(Image.open(root / "scene.png"))
+    assert bank_map.log_shares.shape[0] == 2
+    assert (bank_map.log_shares.exp().sum(0) < 1 + 1e-5).all()
+    if bank_map.grid_size is not None:
+        assert bank_map.grid_size[0] * bank_map.grid_size[1] == bank_map.log_shares.shape[1]
+    bank.remove("Kate")
+    bank.remove("Tom")
+    with pytest.raises(ValueError, match="the bank is empty"):
+        bank.identity_map(Image.open(root / "scene.png"))

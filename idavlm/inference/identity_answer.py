@@ -13,7 +13,7 @@ from idavlm.inference.generation_options import GenerationOptions
 from idavlm.inference.prompts import Prompt, PromptEncoder
 from idavlm.models import IdentityBank
 from idavlm.models.attach import image_features_with_identities
-from idavlm.models.crop_box import FULL_IMAGE, crop_box, crops_images
+from idavlm.models.crop_box import FULL_IMAGE
 from idavlm.models.identity_names import find_names
 from idavlm.models.token_grids import token_grids
 from idavlm.utils import ImageRole
@@ -180,8 +180,7 @@ def identity_maps(engine: BatchingEngine, prompt: Prompt) -> tuple[IdentityMap, 
     for number, image in enumerate(scenes):
         if grids[image] is not None:
             shares = of_images[image].unflatten(0, grids[image])
-            is_cropped = lengths is None or crops_images(processor.image_processor)
-            box = crop_box(processor.image_processor, prompt.scene_sizes[number]) if is_cropped else FULL_IMAGE
+            box = processor.crop_box(prompt.scene_sizes[number])
             found.append(IdentityMap(number, prompt.names, shares, box))
     return tuple(found)
 

@@ -373,19 +373,23 @@ class ImageFeaturesWithIdentities(ReplacedMethod):
         self._add_residual(output, call, arguments, stored, new)
         return output if as_dict or as_dict is None else output.to_tuple()
 
-    def encode(self, arguments: Mapping[str, Any]) -> list[tuple[Tensor, list[Tensor]]]:
+    def encode(
+        self, arguments: Mapping[str, Any]
+    ) -> tuple[list[tuple[Tensor, list[Tensor]]], tuple[tuple[int, int] | None, ...]]:
         """The image tokens of each image before the ID-Former, and its DeepStack features, one tensor per level.
 
-        Without ``num_image_tokens``, which the processor makes if there are identities, all tokens are of one image.
+        Also returns rows and columns of the tokens of each image, None where they form no grid. Without
+        ``num_image_tokens``, which the processor makes if there are identities, all tokens are of one image.
         """
         names = inspect.signature(self.original).parameters
         passed = {name: arguments[name] for name in names if arguments.get(name) is not None}
         output = self.original(**passed, return_dict=True)
         tokens = _flat(output.pooler_output)
         lengths = arguments["num_image_tokens"].tolist() if "num_image_tokens" in arguments else [len(tokens)]
+        grids = token_grids(self.model.config, lengths, output.pooler_output, passed)
         tokens = tokens.split(lengths)
         levels = [_flat(level).split(lengths) for level in output.get("deepstack_features") or ()]
-        return [(part, [level[image] for level in levels]) for image, part in enumerate(tokens)]
+        return [(part, [level[image] for level in levels]) for image, part in enumerate(tokens)], grids
 
     def _add_residual(
         self,

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from idavlm.models.attach import image_features_with_identities
 from idavlm.models.same_model import check_same_model, model_probe
@@ -14,6 +16,22 @@ from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto
 
 FEATURES, INDEX = "identities.safetensors", "identities.json"
 """Files that :meth:`IdentityBank.save` writes."""
+
+
+@dataclass(frozen=True, eq=False)
+class BankIdentityMap:
+    """The identity map of an image over all identities of a bank.
+
+    Attributes:
+        names: the G names of the bank.
+        log_shares: ``[G, P]`` logarithm of the share of attention that each patch (or image token of an attached model)
+            pays to the photos of each identity. The rest of a patch's attention goes to the null token.
+        grid_size: rows and columns of the patches, row by row; None where the image tokens form no grid.
+    """
+
+    names: tuple[str, ...]
+    log_shares: Tensor
+    grid_size: tuple[int, int] | None
 
 
 class IdentityBank:
@@ -67,7 +85,8 @@ class IdentityBank:
             [{"role": "user", "content": [part]}], tokenize=True, return_dict=True, return_tensors="pt"
         )
         with torch.no_grad():
-            self._photos[name] = tuple(_encode(self.model, inputs))
+            photos, _ = _encode(self.model, inputs)
+        self._photos[name] = tuple(photos)
 
     def photos(self, name: str) -> tuple[StoredPhoto, ...]:
         """The encoded photos of an identity. Raises KeyError if the bank does not have it."""
@@ -147,6 +166,22 @@ class IdentityBank:
         if the whole bank were introduced, in the first identity layer of the ID-Former. Use it to choose whom to
         introduce when the bank holds more identities than fit into the prompt.
         """
+        identity_map = self.identity_map(image)
+        scores = identity_map.log_shares.amax(1).tolist()
+        best = sorted(zip(identity_map.names, scores, strict=True), key=lambda entry: -entry[1])
+        return best[:count]
+
+    def identity_map(self, image: Any) -> "BankIdentityMap":
+        """Which identity of the whole bank each part of an image shows. The vision tower encodes one image.
+
+        The map is that of the first identity layer of the ID-Former, as if the whole bank were introduced, however many
+        identities it has.
+
+        Raises:
+            ValueError: the bank is empty.
+        """
+        if not self._photos:
+            raise ValueError("the bank is empty; add identities with bank.add(name, photos).")
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image", "image": image}]}],
             tokenize=True,
@@ -154,34 +189,33 @@ class IdentityBank:
             return_tensors="pt",
         )
         with torch.no_grad():
-            (scene,) = _encode(self.model, inputs)
-            references = [photo.features for photos in self._photos.values() for photo in photos]
-            energies = self.model.id_former.reference_energies(scene.features, references)
+            photos, grids = _encode(self.model, inputs)
+            references = [photo.features for of_identity in self._photos.values() for photo in of_identity]
+            energies = self.model.id_former.reference_energies(photos[0].features, references)
         *of_photos, null = energies
         of_photos = iter(of_photos)
         of_identities = [
             torch.stack([next(of_photos) for _ in photos]).logsumexp(0) for photos in self._photos.values()
         ]
-        shares = torch.stack([*of_identities, null]).log_softmax(0)[:-1]
-        scores = shares.amax(1).tolist()
-        best = sorted(zip(self._photos, scores, strict=True), key=lambda entry: -entry[1])
-        return best[:count]
+        log_shares = torch.stack([*of_identities, null]).log_softmax(0)[:-1]
+        return BankIdentityMap(self.names, log_shares, grids[0])
 
     def _check(self, name: str) -> None:
         if name not in self._photos:
             raise KeyError(f"name={name!r} is not in the bank; it has {', '.join(self._photos) or 'no identity'}.")
 
 
-def _encode(model, inputs) -> list[StoredPhoto]:
-    """Features of each image of ``inputs``, before the ID-Former."""
+def _encode(model, inputs) -> tuple[list[StoredPhoto], Sequence[tuple[int, int] | None]]:
+    """Features of each image of ``inputs``, before the ID-Former, and their rows and columns where they form a grid."""
     inputs = inputs.to(model.device)
     seam = image_features_with_identities(model)
     if seam is None:
-        features, _ = model.image_features(inputs["pixel_values"])
-        return [StoredPhoto(photo) for photo in features]
-    encoded = seam.encode(inputs)
+        features, grid_size = model.image_features(inputs["pixel_values"])
+        return [StoredPhoto(photo) for photo in features], [grid_size] * len(features)
+    encoded, grids = seam.encode(inputs)
     sizes = inputs["original_image_sizes"].tolist() if "original_image_sizes" in inputs else [None] * len(encoded)
-    return [
+    photos = [
         StoredPhoto(tokens, tuple(levels), None if size is None else tuple(size))
         for (tokens, levels), size in zip(encoded, sizes, strict=True)
     ]
+    return photos, grids

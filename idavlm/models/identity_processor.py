@@ -779,10 +779,14 @@ class IdentityProcessor(ProcessorMixin):
             "box_identity": torch.tensor(box_identity, dtype=torch.long),
         }
 
+    def crop_box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the part of an image of this (height, width) that the model sees, in 0..1."""
+        image_processor = self.processor.image_processor
+        return crop_box(image_processor, size) if crops_images(image_processor) else FULL_IMAGE
+
     def _kept(self, box: Sequence[float], size: tuple[int, int]) -> tuple[float, ...] | None:
         """Move a box into the part of the image that the image processor keeps; None if it lies outside."""
-        image_processor = self.processor.image_processor
-        left, top, right, bottom = crop_box(image_processor, size) if crops_images(image_processor) else FULL_IMAGE
+        left, top, right, bottom = self.crop_box(size)
         height, width = size
         x1, x2 = ((value / width - left) / (right - left) for value in (box[0], box[2]))
         y1, y2 = ((value / height - top) / (bottom - top) for value in (box[1], box[3]))

@@ -744,9 +744,13 @@ class IDAVLMProcessor(ProcessorMixin):
             "box_identity": torch.tensor(box_identity, dtype=torch.long),
         }
 
+    def crop_box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the part of an image of this (height, width) that the model sees, in 0..1."""
+        return crop_box(self.image_processor, size)
+
     def _crop(self, box: list[float], size: tuple[int, int]) -> list[float] | None:
         """Move a box as if the image processor's crop were the whole image. None if nothing of it is left."""
-        kept = crop_box(self.image_processor, size)
+        kept = self.crop_box(size)
         if kept == FULL_IMAGE:
             return box
         left, top, right, bottom = kept
