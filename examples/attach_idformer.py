@@ -273,7 +273,7 @@ def attach(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneratio
         max_identities=4,
         contrastive_loss_weight=3.0,
     )
-    nn.init.normal_(model.id_former.identity_embedding.weight, std=2 * TOKEN_STD)
+    nn.init.normal_(model.id_former.identity_embedding.weight, std=TOKEN_STD)  # as strong as the image tokens
     return model
 
 

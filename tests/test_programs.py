@@ -1,6 +1,7 @@
 """Benchmarks and examples run, at sizes that take seconds. Their measurements are not asserted."""
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from benchmarks import (
     attention_backends,
@@ -30,6 +32,7 @@ from benchmarks import (
     resampler_designs,
     throughput,
 )
+from idavlm import IdentityProcessor, load_id_former
 from idavlm.data import RecordDataset
 from idavlm.datasets.characters import build_characters
 from tests import small_models
