@@ -34,12 +34,13 @@ import torch
 from general_vlm import (
     BOXES,
     DRAWN_SIZE,
-    TOKEN_STD,
     Photo,
     Record,
+    Scene,
     StoredFeatures,
     batches,
     cached_tokenize,
+    cells,
     collate,
     draw_general_images,
     general_scores,
@@ -74,7 +75,7 @@ REFERENCES = ("right", "wrong", "none")
 @dataclass
 class AttachArguments:
     steps: list[int] = field(
-        default_factory=lambda: [1000, 1200, 300, 600],
+        default_factory=lambda: [1000, 1200, 300, 300],
         metadata={"help": "Steps of the tower, of the language model, of the ID-Former from boxes, and of tuning."},
     )
     seeds: int = field(default=1, metadata={"help": "Number of seeds. The general model is trained once."})
@@ -122,9 +123,11 @@ def main(args: AttachArguments) -> None:
         train_tower(model, general_pixels, scenes, steps=tower_steps, log=log)
         torch.save(model.state_dict(), out / "tower.pt")
     paths = sorted({path for sample in [*train, *test] for path in sample.images})
-    pixels = np.stack([np.asarray(resized(Image.open(test[0].image_root / path))) for path in paths])
-    general_features, features = tower_features(model, general_pixels), tower_features(model, pixels)
     rows = {path: row for row, path in enumerate(paths)}
+    if not (out / "features.pt").exists():
+        pixels = np.stack([np.asarray(resized(Image.open(test[0].image_root / path))) for path in paths])
+        torch.save((tower_features(model, general_pixels), tower_features(model, pixels)), out / "features.pt")
+    general_features, features = torch.load(out / "features.pt")
     tower, model.model.vision_tower = model.model.vision_tower, StoredFeatures()
     if (out / "base.pt").exists():
         model.load_state_dict(torch.load(out / "base.pt"))
@@ -162,12 +165,13 @@ def main(args: AttachArguments) -> None:
     # --- Identities ---
     tokenize = cached_tokenize(tokenizer)
     records = [identity_record(sample, rows, tokenize) for sample in train]
+    vectors = known_differences(model, general_features, scenes, count=4)
     for seed in range(args.seeds):
         set_seed(seed)
         options = {"seed": seed, "log": log, "scores": some_scores}
 
         log(f"seed {seed}: ID-Former from boxes")
-        attached = attach(copy.deepcopy(model))
+        attached = attach(copy.deepcopy(model), vectors)
         train_identities(attached, records, features, steps=box_steps, learning_rate=5e-3, from_boxes=True, **options)
         with_both = with_lora(copy.deepcopy(attached), args.lora_r)
 
@@ -261,19 +265,46 @@ def has_id_former(model: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "id_former" for name, _ in model.named_modules())
 
 
-def attach(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """Attach an ID-Former that starts from scratch: it contributes from the first step, and both sides of its
-    comparison learn. Contrast with all references of a batch speeds that up several times."""
+@torch.no_grad()
+def known_differences(
+    model: LlavaForConditionalGeneration, features: Tensor, scenes: Sequence[Scene], *, count: int
+) -> Tensor:
+    """What the image tokens of some things have that those of figures lack, ``[count, 128]``.
+
+    The frozen model tells things apart. Added to the tokens of a figure and of its references, such a vector marks both
+    in a way that the model already compares. The things have different kinds and colours, and differ most from figures.
+    """
+    tokens = defaultdict(list)
+    for row, scene in enumerate(scenes):
+        if len(scene.items) == 1 and scene.items[0].box:
+            inside = cells(scene.items[0].box)
+            tokens[scene.items[0].key].append(model.model.multi_modal_projector(features[row])[inside])
+    means = {key: torch.cat(found).mean(0) for key, found in tokens.items()}
+    of_figures = means.pop(("person", ""))
+    differences = {key: mean - of_figures for key, mean in means.items()}
+    chosen: list[tuple[str, str]] = []
+    for key in sorted(differences, key=lambda key: -differences[key].norm()):
+        if len(chosen) < count and all(key[0] != kind and key[1] != colour for kind, colour in chosen):
+            chosen.append(key)
+    return torch.stack([differences[key] for key in chosen])
+
+
+def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForConditionalGeneration:
+    """Attach an ID-Former that starts from scratch, with ``vectors`` as the first embeddings of the identities.
+
+    It contributes from the first step, and both sides of its comparison learn. Contrast with all references of a batch
+    speeds that up several times.
+    """
     attach_id_former(
         model,
         num_heads=1,
         gate="none",
         detach_references=False,
         identity_embedding="learned",
-        max_identities=4,
+        max_identities=len(vectors),
         contrastive_loss_weight=3.0,
     )
-    nn.init.normal_(model.id_former.identity_embedding.weight, std=TOKEN_STD)  # as strong as the image tokens
+    model.id_former.identity_embedding.weight.data.copy_(vectors)
     return model
 
 
@@ -358,10 +389,10 @@ def write_report(out: Path, results: dict[str, list], args: AttachArguments, *, 
     for name, seeds in results.items():
         if not isinstance(seeds[0], dict):
             continue
-        cells = [f"{seeds[0]['trained']:,}"]
-        cells += [spread([scores[kind][task] for scores in seeds]) for task, kind in columns]
-        cells.append(spread([fmean(scores["general"].values()) for scores in seeds]))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        values = [f"{seeds[0]['trained']:,}"]
+        values += [spread([scores[kind][task] for scores in seeds]) for task, kind in columns]
+        values.append(spread([fmean(scores["general"].values()) for scores in seeds]))
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
     facts = [f"{name}: {seeds}" for name, seeds in results.items() if not isinstance(seeds[0], dict)]
     command = " ".join(["python", *sys.argv])
     facts += [f"steps: {args.steps}", f"seeds: {args.seeds}", f"command: `{command}`"]
