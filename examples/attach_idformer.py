@@ -75,7 +75,7 @@ REFERENCES = ("right", "wrong", "none")
 @dataclass
 class AttachArguments:
     steps: list[int] = field(
-        default_factory=lambda: [1000, 1200, 300, 300],
+        default_factory=lambda: [1000, 1200, 200, 250],
         metadata={"help": "Steps of the tower, of the language model, of the ID-Former from boxes, and of tuning."},
     )
     seeds: int = field(default=1, metadata={"help": "Number of seeds. The general model is trained once."})
@@ -292,7 +292,7 @@ def known_differences(
 def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForConditionalGeneration:
     """Attach an ID-Former that starts from scratch, with ``vectors`` as the first embeddings of the identities.
 
-    It contributes from the first step, and both sides of its comparison learn. Contrast with all references of a batch
+    The embeddings contribute from the first step, and both sides of the comparison learn. Contrast with all references of a batch
     speeds that up several times.
     """
     attach_id_former(
@@ -305,6 +305,8 @@ def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForCon
         contrastive_loss_weight=3.0,
     )
     model.id_former.identity_embedding.weight.data.copy_(vectors)
+    for layer in model.id_former.identity_layers:  # boxes alone do not train it, so it would add noise
+        nn.init.zeros_(layer.attention.out_proj.weight)
     return model
 
 

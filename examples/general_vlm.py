@@ -1,8 +1,8 @@
 """A small LLaVA that is trained from scratch on general images, for examples/attach_idformer.py.
 
 General images show things and unnamed figures. The model learns to say where a thing is, which picture shows it, and
-its colour, number and place. Some records introduce a thing by a name and reference pictures, as interleaved training
-data of released models do ("Kate is <picture of a red star>"). No record tells two figures apart.
+its colour, number and place. Some records introduce a thing by a name and reference images, as interleaved training
+data of released models do ("Kate is <image of a red star>"). No record tells two figures apart.
 """
 
 import pickle
@@ -513,7 +513,7 @@ class GeneralTasks:
         return getattr(self, task)()
 
     def where_name(self) -> Record:
-        """Names introduced by pictures of like things; where are they?"""
+        """Names introduced by images of like things; where are they?"""
         while True:
             row = self.rng.choice(self.crowds)
             named = self._introduce(self._unique(self.scenes[row].items), (row,), self.rng.randint(1, 4))
@@ -546,27 +546,27 @@ class GeneralTasks:
         return record
 
     def which_name(self) -> Record:
-        """Names introduced by pictures of like things; which picture shows them?"""
+        """Names introduced by images of like things; which picture shows them?"""
         while True:
-            pictures = self._pictures()
-            items = [self.scenes[row].items[0] for row in pictures]
-            named = self._introduce(items, pictures, 1 if self.held_out else self.rng.randint(1, 4))
+            images = self._draw_choices()
+            items = [self.scenes[row].items[0] for row in images]
+            named = self._introduce(items, images, 1 if self.held_out else self.rng.randint(1, 4))
             if named:
                 break
         record, shown = self._record("which_name"), {}
         for name, item, photos in named:
             shown[name] = self._show(record, name, item, photos)
-        photos = self._show_pictures(record, pictures)
+        photos = self._show_choices(record, images)
         for name, item, _ in named:
             self._answer_which(record, f"Which picture shows {name}?", name, items.index(item), photos, shown[name])
         return record
 
     def which_word(self) -> Record:
         """Which picture shows the star?"""
-        pictures = self._pictures(different_kinds=True)
-        items = [self.scenes[row].items[0] for row in pictures]
+        images = self._draw_choices(different_kinds=True)
+        items = [self.scenes[row].items[0] for row in images]
         record = self._record("which_word")
-        photos = self._show_pictures(record, pictures)
+        photos = self._show_choices(record, images)
         numbers = self.rng.sample(range(len(items)), 1 if self.held_out else len(items))
         for number in numbers:
             kind = items[number].kind
@@ -590,7 +590,7 @@ class GeneralTasks:
         return [item for item in items if sum(other.key == item.key for other in items) == 1]
 
     def _introduce(self, items: list[Item], avoid: Sequence[int], most: int) -> list[tuple[str, Item, list[int]]]:
-        """Names and reference pictures for up to ``most`` items."""
+        """Names and reference images for up to ``most`` items."""
         items = self.rng.sample(items, min(most, len(items)))
         names = self.rng.sample(FIRST_NAMES, len(items))
         named = []
@@ -601,8 +601,8 @@ class GeneralTasks:
                 named.append((name, item, self.rng.sample(rows, count)))
         return named
 
-    def _pictures(self, different_kinds: bool = False) -> list[int]:
-        """Pictures of one thing or figure each, all of different keys, often of similar ones."""
+    def _draw_choices(self, different_kinds: bool = False) -> list[int]:
+        """Images of one thing or figure each, all of different keys, often of similar ones."""
         count = 4 if self.held_out else self.rng.choice((2, 3, 4, 4))
         while True:
             first = self.rng.choice(self.keys)
@@ -614,7 +614,7 @@ class GeneralTasks:
                 return [self.rng.choice(self.singles[key]) for key in chosen]
 
     def _show(self, record: Record, name: str, item: Item, rows: list[int]) -> list[int]:
-        """Add reference pictures; returns the positions that show the item."""
+        """Add reference images; returns the positions that show the item."""
         positions = []
         for row in rows:
             label = record.text(f"{name} is ")
@@ -623,7 +623,7 @@ class GeneralTasks:
             positions += self._positions(photo, self.scenes[row].items[0])
         return positions
 
-    def _show_pictures(self, record: Record, rows: list[int]) -> list[Photo]:
+    def _show_choices(self, record: Record, rows: list[int]) -> list[Photo]:
         photos = []
         for number, row in enumerate(rows, 1):
             label = record.text(("\n" if number > 1 else "") + f"Picture {number}: ") + (number > 1)
@@ -659,7 +659,7 @@ class GeneralTasks:
 def guidance_loss(attentions: Sequence[Tensor], records: Sequence[Record]) -> dict[int, Tensor]:
     """How much two heads of the first three layers look elsewhere than they should, ``-log(share)``, by layer.
 
-    Layer 0: image tokens look at the word before them. Layer 1: the name in an answer looks at its reference pictures.
+    Layer 0: image tokens look at the word before them. Layer 1: the name in an answer looks at its reference images.
     Layer 2: it looks at what it refers to. A language model that has read much text and many interleaved images finds
     such steps by itself; one of this size, in minutes, does not.
     """
