@@ -292,8 +292,8 @@ def known_differences(
 def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForConditionalGeneration:
     """Attach an ID-Former that starts from scratch, with ``vectors`` as the first embeddings of the identities.
 
-    The embeddings contribute from the first step, and both sides of the comparison learn. Contrast with all references of a batch
-    speeds that up several times.
+    The embeddings contribute from the first step, and both sides of the comparison learn. Contrast with all references
+    of a batch speeds that up several times.
     """
     attach_id_former(
         model,
