@@ -1,6 +1,7 @@
 """Benchmarks and examples run, at sizes that take seconds. Their measurements are not asserted."""
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from benchmarks import (
     attention_backends,
@@ -30,6 +32,7 @@ from benchmarks import (
     resampler_designs,
     throughput,
 )
+from idavlm import IdentityProcessor, load_id_former
 from idavlm.data import RecordDataset
 from idavlm.datasets.characters import build_characters
 from tests import small_models
@@ -211,6 +214,36 @@ def test_a_model_is_trained_and_asked_and_fine_tuned(monkeypatch, capsys, tmp_pa
     assert "| task | metric | records | tuned | chance |" in out
     assert (tmp_path / "tuned" / "processor_config.json").exists()
     assert json.loads((tmp_path / "tuned" / "scores.json").read_text())["predictions"]
+
+
+def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_path):
+    """The example reports that general answers stay bit-identical, and its records have the text of the processor."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    out = run_example(monkeypatch, capsys, "attach_idformer.py", "--smoke", "--out", tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert report in out
+    assert "general logits bit-identical with the ID-Former attached and trained: [True]" in report
+    rows = [line.split(" | ")[0] for line in report.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| general model", "| ID-Former, model frozen", "| ID-Former and LoRA", "| LoRA alone"]
+
+    example = importlib.import_module("attach_idformer")
+    processor = IdentityProcessor.from_pretrained(tmp_path / "model")
+    tokenize = example.cached_tokenize(processor.tokenizer)
+    model = load_id_former(LlavaForConditionalGeneration.from_pretrained(tmp_path / "model"), tmp_path / "id-former")
+    for sample in RecordDataset(tmp_path / "data" / "characters" / "test.jsonl"):
+        if example.is_asked(sample):
+            encoded = processor.encode(sample, add_generation_prompt=True)
+            rows = {path: row for row, path in enumerate(sample.images)}
+            record = example.identity_record(sample, rows, tokenize)
+            assert record.ids == encoded["input_ids"].tolist()
+            batch = processor.collate([encoded])
+            with torch.no_grad():
+                features = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1]
+                stored = example.collate([record], features, prompts=True)
+                logits = model(**batch).logits
+                model.model.vision_tower, tower = example.StoredFeatures(), model.model.vision_tower
+                torch.testing.assert_close(model(**stored).logits, logits)
+                model.model.vision_tower = tower
 
 
 def test_a_model_is_fine_tuned_from_parts(monkeypatch, capsys, tmp_path):

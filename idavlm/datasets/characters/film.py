@@ -11,7 +11,7 @@ from idavlm.datasets.album import PixelBox
 from idavlm.datasets.characters.activities import ACTIVITIES, Activity
 from idavlm.datasets.characters.body import figure
 from idavlm.datasets.characters.drawing import look_of
-from idavlm.datasets.characters.images import Placed, draw_characters, in_light, paste, tight_box
+from idavlm.datasets.characters.images import Placed, draw_characters, in_light, paste_sketch, tight_box
 from idavlm.datasets.characters.places import PLACES, VARIANTS, background
 
 SHOT_SECONDS = (4.0, 10.0)
@@ -146,7 +146,7 @@ def _draw(
         activity = _walking(walked, way) if walks else actor.activity
         sketch = figure(look_of(actor.identity, seed), activity, np.random.default_rng(actor.seed))
         scale = actor.height * size / -sketch.bounds()[1]
-        drawn = paste(image, Placed(sketch, scale, float(x * size), actor.ground * size, bool(way < 0)))
+        drawn = paste_sketch(image, Placed(sketch, scale, float(x * size), actor.ground * size, bool(way < 0)))
         left, top, right, bottom = drawn.layer.getchannel("A").getbbox()
         whole = (right - left) * (bottom - top)
         inside = max(min(right + drawn.left, size) - max(left + drawn.left, 0), 0)

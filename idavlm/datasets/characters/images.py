@@ -51,7 +51,7 @@ def draw_characters(
     boxes: list[PixelBox] = [(0, 0, 0, 0)] * len(places)
     # Figures in front are drawn last.
     for number in sorted(range(len(places)), key=lambda number: places[number].y):
-        boxes[number] = tight_box(paste(image, places[number]), size)
+        boxes[number] = tight_box(paste_sketch(image, places[number]), size)
     return in_light(image, rng), boxes
 
 
@@ -65,7 +65,7 @@ def draw_objects(thing: str, colour: str, count: int, place: str, rng: np.random
         x = (column + 0.5) * column_width + rng.uniform(-0.5, 0.5) * max(column_width - 28 * scale, 0)
         y = size * rng.uniform(0.74, 0.95)
         sketch = draw_thing(thing, named_colour(colour, rng))
-        paste(image, Placed(sketch, scale, x, y, bool(rng.random() < 0.5)))
+        paste_sketch(image, Placed(sketch, scale, x, y, bool(rng.random() < 0.5)))
     return in_light(image, rng)
 
 
@@ -119,7 +119,7 @@ def _random_background(rng: np.random.Generator, size: int) -> Image.Image:
     return background(place, int(rng.integers(VARIANTS)), size, rng)
 
 
-def paste(image: Image.Image, placed: Placed) -> Drawn:
+def paste_sketch(image: Image.Image, placed: Placed) -> Drawn:
     """Paste a sketch and its shadow on the ground."""
     drawn = placed.sketch.draw(placed.scale, (placed.x, placed.y), mirror=placed.mirror)
     wide, high = max(int(drawn.layer.width * 0.86), 4), max(int(placed.scale * 9), 3)

@@ -1,0 +1,414 @@
+"""Attach an ID-Former to a frozen vision-language model, and test it on identities that it was not trained on.
+
+    python examples/attach_idformer.py
+    python examples/attach_idformer.py --seeds 3
+    python examples/attach_idformer.py --smoke    # tiny sizes: does everything run?
+
+No model is downloaded. The script does the following:
+
+1. It trains a small ``LlavaForConditionalGeneration`` on general images (examples/general_vlm.py). That model has never
+   seen a character twice. From here on it is frozen.
+2. It attaches an ID-Former and trains that alone on the training identities: first from boxes, then with the loss of
+   the answers.
+3. It trains the alternatives: the ID-Former together with LoRA, and LoRA without an ID-Former.
+4. All of them answer questions about held-out identities, with the right references, with those of other identities,
+   and without references.
+
+The report is written to runs/attach_idformer/report.md, the models beside it. A run that was interrupted continues with
+the general model if that was finished.
+"""
+
+import copy
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+import numpy as np
+import torch
+from general_vlm import (
+    BOXES,
+    DRAWN_SIZE,
+    Photo,
+    Record,
+    Scene,
+    StoredFeatures,
+    batches,
+    cached_tokenize,
+    cells,
+    collate,
+    draw_general_images,
+    general_scores,
+    general_tests,
+    generate,
+    new_model,
+    new_processor,
+    resized,
+    tower_features,
+    train_base,
+    train_tower,
+    warmup_stable_decay,
+    word_tokenizer,
+)
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import Tensor, nn
+from transformers import HfArgumentParser, LlavaForConditionalGeneration, set_seed
+
+from idavlm import RecordDataset, ask, attach_id_former, save_id_former
+from idavlm.data import Sample
+from idavlm.datasets import build_characters
+from idavlm.evaluation.answers import Answer
+from idavlm.evaluation.baselines import with_wrong_references, without_references
+from idavlm.evaluation.scoring import score_answers
+from idavlm.utils import ImageRole, describe_machine
+
+LORA_MODULES = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+REFERENCES = ("right", "wrong", "none")
+
+
+@dataclass
+class AttachArguments:
+    steps: list[int] = field(
+        default_factory=lambda: [1000, 1200, 200, 250],
+        metadata={"help": "Steps of the tower, of the language model, of the ID-Former from boxes, and of tuning."},
+    )
+    seeds: int = field(default=1, metadata={"help": "Number of seeds. The general model is trained once."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA beside the ID-Former."})
+    smoke: bool = field(default=False, metadata={"help": "Tiny sizes, to see that everything runs."})
+    out: str = field(default="runs/attach_idformer", metadata={"help": "Folder of data, models and the report."})
+
+    def __post_init__(self):
+        if len(self.steps) != 4:
+            raise ValueError(f"steps={self.steps} must be four numbers: tower, language model, boxes and tuning.")
+
+
+def main(args: AttachArguments) -> None:
+    out, start = Path(args.out), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+
+    def log(text: str) -> None:
+        line = f"{time.time() - start:5.0f} s  {text}"
+        print(line, flush=True)
+        with (out / "log.txt").open("a") as file:
+            file.write(line + "\n")
+
+    sizes, num_scenes, num_plans, num_tests = {}, 6000, 1500, 200
+    tower_steps, base_steps, box_steps, tuning_steps = args.steps
+    if args.smoke:
+        sizes = {"num_train": 8, "num_test": 10, "num_train_scenes": 12, "num_test_scenes": 8, "num_general": 4}
+        sizes |= {"num_train_records": 40, "num_test_records": 2, "num_general_records": 8}
+        num_scenes, num_plans, num_tests = 180, 60, 1
+        tower_steps, base_steps, box_steps, tuning_steps = 1, 2, 1, 2
+
+    # --- Data ---
+    data = build_characters(out / "data" / "characters", **sizes)
+    general_pixels, scenes = draw_general_images(out / "data", num_scenes=num_scenes, num_plans=num_plans)
+    train = [sample for sample in RecordDataset(data / "train.jsonl") if is_asked(sample)]
+    test = [sample for sample in RecordDataset(data / "test.jsonl") if is_asked(sample)]
+    log(f"{len(scenes)} general images, {len(train)} training records, {len(test)} test records")
+
+    # --- The general model: vision tower and projector, then the language model on stored features of the tower ---
+    set_seed(0)
+    tokenizer = word_tokenizer()
+    model = new_model(tokenizer)
+    if (out / "tower.pt").exists():
+        model.load_state_dict(torch.load(out / "tower.pt"))
+    else:
+        train_tower(model, general_pixels, scenes, steps=tower_steps, log=log)
+        torch.save(model.state_dict(), out / "tower.pt")
+    paths = sorted({path for sample in [*train, *test] for path in sample.images})
+    rows = {path: row for row, path in enumerate(paths)}
+    if not (out / "features.pt").exists():
+        pixels = np.stack([np.asarray(resized(Image.open(test[0].image_root / path))) for path in paths])
+        torch.save((tower_features(model, general_pixels), tower_features(model, pixels)), out / "features.pt")
+    general_features, features = torch.load(out / "features.pt")
+    tower, model.model.vision_tower = model.model.vision_tower, StoredFeatures()
+    if (out / "base.pt").exists():
+        model.load_state_dict(torch.load(out / "base.pt"))
+    else:
+        train_base(model, general_features, scenes, tokenizer, steps=base_steps, seed=0, log=log)
+        torch.save(model.state_dict(), out / "base.pt")
+    model.requires_grad_(False).eval()
+
+    # --- Evaluation ---
+    general = general_tests(scenes, cached_tokenize(tokenizer), count=num_tests)
+    questions = {"right": test, "wrong": with_wrong_references(test), "none": list(map(without_references, test))}
+    few = [sample for task in ("matching", "location") for sample in test if sample.task == task][
+        :: max(1, len(test) // 80)
+    ]
+    results = defaultdict(list)
+
+    def evaluate(name: str, model: nn.Module) -> None:
+        scores = {
+            kind: identity_scores(model, samples, rows, features, tokenizer) for kind, samples in questions.items()
+        }
+        scores["general"] = general_scores(model, general_features, general, tokenizer)
+        scores["trained"] = num_trained(model)
+        results[name].append(scores)
+        log(f"{name}: {scores}")
+        (out / "results.json").write_text(json.dumps(results, indent=1))
+
+    def some_scores(model: nn.Module) -> dict[str, float]:
+        return identity_scores(model, few, rows, features, tokenizer)
+
+    evaluate("general model", model)
+    general_batch = collate([record for records in general.values() for record in records], general_features)
+    with torch.no_grad():
+        logits = model(**general_batch).logits
+
+    # --- Identities ---
+    tokenize = cached_tokenize(tokenizer)
+    records = [identity_record(sample, rows, tokenize) for sample in train]
+    vectors = known_differences(model, general_features, scenes, count=4)
+    for seed in range(args.seeds):
+        set_seed(seed)
+        options = {"seed": seed, "log": log, "scores": some_scores}
+
+        log(f"seed {seed}: ID-Former from boxes")
+        attached = attach(copy.deepcopy(model), vectors)
+        train_identities(attached, records, features, steps=box_steps, learning_rate=5e-3, from_boxes=True, **options)
+        with_both = with_lora(copy.deepcopy(attached), args.lora_r)
+
+        log(f"seed {seed}: ID-Former, model frozen")
+        train_identities(attached, records, features, steps=tuning_steps, learning_rate=2e-3, **options)
+        evaluate("ID-Former, model frozen", attached)
+        with torch.no_grad():
+            is_same = torch.equal(logits, attached(**general_batch).logits)
+        results["general logits bit-identical with the ID-Former attached and trained"].append(is_same)
+
+        log(f"seed {seed}: ID-Former and LoRA")
+        train_identities(with_both, records, features, steps=tuning_steps, learning_rate=2e-3, **options)
+        evaluate("ID-Former and LoRA", with_both)
+
+        log(f"seed {seed}: LoRA alone")
+        rank = round(num_trained(attached) / num_trained(with_lora(copy.deepcopy(model), 1)))
+        alone = with_lora(copy.deepcopy(model), rank)
+        steps = box_steps + tuning_steps
+        train_identities(alone, records, features, steps=steps, learning_rate=2e-3, **options)
+        evaluate("LoRA alone", alone)
+
+        if seed == 0:
+            model.model.vision_tower = attached.model.vision_tower = tower
+            model.save_pretrained(out / "model")
+            save_id_former(attached, out / "id-former")
+            processor = new_processor(tokenizer)
+            processor.save_pretrained(out / "model")
+            log(example_answer(attached, processor, test[-1]))
+            model.model.vision_tower = StoredFeatures()
+
+    report = write_report(out, results, args, seconds=time.time() - start)
+    print(report)
+
+
+def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[str], list[int]]) -> Record:
+    """The record of a sample; ``rows``: the row of each image among the stored features."""
+    record, names = Record(tokenize, sample.task), [identity.name for identity in sample.identities]
+    role = ImageRole.SCENE if names else ImageRole.GENERAL
+    for number, identity in enumerate(sample.identities):
+        for path in identity.images:
+            label = record.text(f"{identity.name} is ")
+            record.image(Photo(rows[path], ImageRole.REFERENCE, number), label)
+            record.text("\n")
+    question = ""
+    for message in sample.messages:
+        if message.role == "assistant":
+            answer = "".join(
+                part.text
+                if part.type == "text"
+                else BOXES.write("", sample.box_of_part(part).box, (DRAWN_SIZE, DRAWN_SIZE))
+                for part in message.content
+            )
+            name = question.split()[-1].rstrip("?")
+            record.turn(question, f"{name} {answer}")
+            question = ""
+            continue
+        for part in message.content:
+            if part.type == "image":
+                record.text(question)
+                question = ""
+                boxes = [box for box in sample.boxes if box.image == part.image and box.name in names]
+                record.image(Photo(rows[part.image], role, boxes=[(box.box, names.index(box.name)) for box in boxes]))
+            else:
+                question += part.text
+    if sample.is_evaluation:
+        record.turn(question, None)
+    return record
+
+
+def is_asked(sample: Sample) -> bool:
+    """Whether a record asks which picture shows someone, or where someone is: the two tasks of this script."""
+    texts = [part.text for message in sample.messages for part in message.content if part.type == "text"]
+    return sample.task in ("matching", "location") and not any("Who is" in text for text in texts)
+
+
+def identity_scores(
+    model: nn.Module, samples: Sequence[Sample], rows: dict[str, int], features: Tensor, tokenizer
+) -> dict[str, float]:
+    """Matching (accuracy) and location (share of boxes with an IoU of at least 0.5)."""
+    records = [identity_record(sample, rows, cached_tokenize(tokenizer)) for sample in samples]
+    texts = generate(model, records, features, tokenizer, identities=has_id_former(model))
+    answers = [
+        Answer(sample.id, text, image_size=(DRAWN_SIZE, DRAWN_SIZE))
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+    scores = score_answers(samples, answers, read_box=BOXES.read).main_scores
+    return {task: round(scores[task], 3) for task in ("matching", "location")}
+
+
+def has_id_former(model: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "id_former" for name, _ in model.named_modules())
+
+
+@torch.no_grad()
+def known_differences(
+    model: LlavaForConditionalGeneration, features: Tensor, scenes: Sequence[Scene], *, count: int
+) -> Tensor:
+    """What the image tokens of some things have that those of figures lack, ``[count, 128]``.
+
+    The frozen model tells things apart. Added to the tokens of a figure and of its references, such a vector marks both
+    in a way that the model already compares. The things have different kinds and colours, and differ most from figures.
+    """
+    tokens = defaultdict(list)
+    for row, scene in enumerate(scenes):
+        if len(scene.items) == 1 and scene.items[0].box:
+            inside = cells(scene.items[0].box)
+            tokens[scene.items[0].key].append(model.model.multi_modal_projector(features[row])[inside])
+    means = {key: torch.cat(found).mean(0) for key, found in tokens.items()}
+    of_figures = means.pop(("person", ""))
+    differences = {key: mean - of_figures for key, mean in means.items()}
+    chosen: list[tuple[str, str]] = []
+    for key in sorted(differences, key=lambda key: -differences[key].norm()):
+        if len(chosen) < count and all(key[0] != kind and key[1] != colour for kind, colour in chosen):
+            chosen.append(key)
+    return torch.stack([differences[key] for key in chosen])
+
+
+def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForConditionalGeneration:
+    """Attach an ID-Former that starts from scratch, with ``vectors`` as the first embeddings of the identities.
+
+    The embeddings contribute from the first step, and both sides of the comparison learn. Contrast with all references
+    of a batch speeds that up several times.
+    """
+    attach_id_former(
+        model,
+        num_heads=1,
+        gate="none",
+        detach_references=False,
+        identity_embedding="learned",
+        max_identities=len(vectors),
+        contrastive_loss_weight=3.0,
+    )
+    model.id_former.identity_embedding.weight.data.copy_(vectors)
+    for layer in model.id_former.identity_layers:  # boxes alone do not train it, so it would add noise
+        nn.init.zeros_(layer.attention.out_proj.weight)
+    return model
+
+
+def with_lora(model: LlavaForConditionalGeneration, rank: int) -> nn.Module:
+    """LoRA on all matrices of the language model; an attached ID-Former is trained in full."""
+    new = ["id_former"] if has_id_former(model) else []
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES, modules_to_save=new)
+    return get_peft_model(model, config)
+
+
+def num_trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def train_identities(
+    model: nn.Module,
+    records: Sequence[Record],
+    features: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float,
+    from_boxes: bool = False,
+    log: Callable[[str], None],
+    scores: Callable[[nn.Module], object],
+) -> None:
+    """Train what is not frozen: LoRA, an ID-Former, or both.
+
+    With ``from_boxes``, the identity attention is trained alone and the language model does not run. Otherwise the
+    identity embedding follows the boxes in the first third of the steps (teacher forcing).
+    """
+    rng, with_identities = Random(seed), has_id_former(model)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if "lora_" not in name], "lr": learning_rate},
+        {"params": [parameter for name, parameter in trained if "lora_" in name], "lr": 3e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps, warmup=20, decay=0.5))
+    stream, means, log_every = batches(lambda: rng.choice(records), rng), defaultdict(list), max(1, steps // 4)
+    model.train()
+    for step in range(steps):
+        batch = collate(next(stream), features, identities=with_identities)
+        if from_boxes:
+            batch = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask", "labels")}
+        elif with_identities:
+            batch["teacher_forcing"] = step < steps // 3
+        output = model(**batch)
+        optimizer.zero_grad()
+        output.loss.backward()
+        nn.utils.clip_grad_norm_([parameter for _, parameter in trained], 1.0)
+        optimizer.step()
+        schedule.step()
+        for name in ("loss", "language_loss", "identity_map_loss"):
+            if output.get(name) is not None:
+                means[name].append(output[name].item())
+        if step % log_every == log_every - 1 or step == steps - 1:
+            shown = {name: round(fmean(values[-log_every:]), 3) for name, values in means.items()}
+            log(f"  {step + 1}: {shown} {'' if from_boxes else scores(model)}")
+    model.eval()
+
+
+def example_answer(model: nn.Module, processor, sample: Sample) -> str:
+    """Ask the model a question of the test set about image files: no stored features."""
+    root, question = sample.image_root, sample.messages[-1].content[-1].text.strip()
+    answer = ask(
+        model,
+        processor,
+        "\n" + question,
+        images=[root / path for path in sample.message_images],
+        identities={identity.name: [root / path for path in identity.images] for identity in sample.identities},
+        max_new_tokens=16,
+    )
+    return f"{question} {answer!r} (right: {sample.answer or sample.target_box})"
+
+
+def write_report(out: Path, results: dict[str, list], args: AttachArguments, *, seconds: float) -> str:
+    """Write report.md: the mean of the seeds, with the lowest and the highest score."""
+    columns = [(task, references) for task in ("matching", "location") for references in REFERENCES]
+    lines = ["| trained | parameters | " + " | ".join(f"{task}, {kind}" for task, kind in columns) + " | general |"]
+    lines.append("| --- |" + " ---: |" * (len(columns) + 2))
+    for name, seeds in results.items():
+        if not isinstance(seeds[0], dict):
+            continue
+        values = [f"{seeds[0]['trained']:,}"]
+        values += [spread([scores[kind][task] for scores in seeds]) for task, kind in columns]
+        values.append(spread([fmean(scores["general"].values()) for scores in seeds]))
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    facts = [f"{name}: {seeds}" for name, seeds in results.items() if not isinstance(seeds[0], dict)]
+    command = " ".join(["python", *sys.argv])
+    facts += [f"steps: {args.steps}", f"seeds: {args.seeds}", f"command: `{command}`"]
+    facts += [f"seconds: {seconds:.0f}", f"machine: {describe_machine()}"]
+    text = "# An ID-Former on a frozen model\n\n" + "\n".join(lines) + "\n\n" + "  \n".join(facts) + "\n"
+    (out / "report.md").write_text(text)
+    return text
+
+
+def spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(AttachArguments, description=__doc__).parse_args_into_dataclasses()[0])

@@ -1,0 +1,786 @@
+"""A small LLaVA that is trained from scratch on general images, for examples/attach_idformer.py.
+
+General images show things and unnamed figures. The model learns to say where a thing is, which picture shows it, and
+its colour, number and place. Some records introduce a thing by a name and reference images, as interleaved training
+data of released models do ("Kate is <image of a red star>"). No record tells two figures apart.
+"""
+
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    FocalNetConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from idavlm import IdentityProcessor
+from idavlm.data.chat_templates import ROLE_TOKENS
+from idavlm.datasets.characters.activities import ACTIVITIES
+from idavlm.datasets.characters.body import figure
+from idavlm.datasets.characters.general import COUNTS, GeneralImage, plan_general
+from idavlm.datasets.characters.images import draw_objects, in_light, paste_sketch, place_figures, tight_box
+from idavlm.datasets.characters.look import CharacterLook
+from idavlm.datasets.characters.objects import COLOURS, THINGS, draw_thing, named_colour
+from idavlm.datasets.characters.places import PLACES, VARIANTS, background
+from idavlm.datasets.record_composer import FIRST_NAMES
+from idavlm.experimental.muon import MuonAdamW
+from idavlm.experimental.small_models import small_image_processor
+from idavlm.models import BoxFormat
+from idavlm.models.boxes import box_iou
+from idavlm.utils import IGNORE_INDEX, ImageRole
+
+DRAWN_SIZE = 128  # pixels; boxes are in pixels of this size
+IMAGE_SIZE = 96
+GRID = 6  # the tower makes 6 x 6 tokens of an image
+NUM_TOKENS = GRID * GRID
+WIDTH = 128
+BATCH_SIZE = 16
+BOXES = BoxFormat("bins32")
+TOKEN_STD = 0.1  # of image tokens and of the token embeddings of the new language model
+HELD_OUT = 10  # every tenth general image is for evaluation only
+GUIDED_HEADS = 2
+
+
+# --- General images: things and unnamed figures ---
+
+
+@dataclass
+class Item:
+    """A thing or a figure in a general scene. ``words`` are what the vision tower learns to see."""
+
+    kind: str
+    colour: str
+    words: dict[str, str]
+    box: list[int] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Items with the same key look alike to the script. No two figures are told apart."""
+        return self.kind, self.colour
+
+
+@dataclass
+class Scene:
+    """A general scene with the boxes of its items, or (``plan``) an image with questions and without boxes."""
+
+    items: list[Item]
+    place: str
+    plan: GeneralImage | None = None
+
+
+def colour_word(rgb: Sequence[float]) -> str:
+    """The nearest of the colour names."""
+    named = {name: np.array(named_colour(name, _Middle())) for name in COLOURS}
+    named |= {"grey": np.array((128, 128, 128)), "brown": np.array((122, 76, 42))}
+    return min(named, key=lambda name: np.abs(named[name] - np.array(rgb)).sum())
+
+
+class _Middle:
+    """Takes the place of a random generator: the middle of every range."""
+
+    def uniform(self, low: float, high: float) -> float:
+        return (low + high) / 2
+
+
+def look_words(look: CharacterLook) -> dict[str, str]:
+    """Words for what an unnamed figure wears."""
+    words = {name: getattr(look, name) for name in LOOK_STYLES}
+    return words | {name: colour_word(getattr(look, name)) for name in LOOK_COLOURS}
+
+
+LOOK_STYLES = ("shirt_pattern", "sleeves", "lower", "hair_style", "hat", "beard", "glasses", "extra")
+LOOK_COLOURS = (
+    *("skin", "hair_colour", "shirt_colour", "second_colour", "lower_colour", "shoe_colour"),
+    *("hat_colour", "extra_colour"),
+)
+
+
+def draw_scene(count: int, rng: np.random.Generator) -> tuple[Image.Image, Scene]:
+    """Draw ``count`` things and figures side by side, at about the same height."""
+    items, sketches = [], []
+    for _ in range(count):
+        if rng.random() < 0.5:
+            look = CharacterLook.from_seed(int(rng.integers(2**31)), 7, 7)
+            activity = ACTIVITIES[rng.integers(len(ACTIVITIES))]
+            sketch = figure(look, activity, rng)
+            item = Item("person", "", look_words(look) | {"activity": activity.name})
+        else:
+            kind, colour = str(rng.choice(list(THINGS))), str(rng.choice(list(COLOURS)))
+            sketch = draw_thing(kind, named_colour(colour, rng))
+            scale = rng.uniform(2.0, 3.6)
+            sketch.shapes = [shape._replace(points=shape.points * scale) for shape in sketch.shapes]
+            item = Item(kind, colour, {})
+        items.append(item)
+        sketches.append(sketch)
+    placed = place_figures(sketches, [bool(rng.random() < 0.5) for _ in items], rng, DRAWN_SIZE)
+    place = str(rng.choice(list(PLACES)))
+    image = background(place, int(rng.integers(VARIANTS)), DRAWN_SIZE, rng)
+    for number in sorted(range(count), key=lambda number: placed[number].y):
+        items[number].box = [int(side) for side in tight_box(paste_sketch(image, placed[number]), DRAWN_SIZE)]
+    return in_light(image, rng), Scene(items, place)
+
+
+def draw_general_images(
+    folder: Path, *, num_scenes: int, num_plans: int, seed: int = 123
+) -> tuple[np.ndarray, list[Scene]]:
+    """Draw general images once: ``num_plans`` of :func:`plan_general`, then ``num_scenes`` of one to four items."""
+    file, facts = folder / f"general-{num_scenes}.npy", folder / f"general-{num_scenes}.pkl"
+    if file.exists():
+        return np.load(file), pickle.loads(facts.read_bytes())
+    rng, images, scenes = np.random.default_rng(seed), [], []
+    for plan in plan_general(num_plans, Random(seed)):
+        images.append(draw_objects(plan.thing, plan.colour, plan.count, plan.place, rng, DRAWN_SIZE))
+        items = [Item(plan.thing, plan.colour, {})] if plan.count == 1 else []
+        scenes.append(Scene(items, plan.place, plan))
+    for number in range(num_scenes):
+        image, scene = draw_scene((1, 2, 3, 4, 3, 1)[number % 6], rng)
+        images.append(image)
+        scenes.append(scene)
+    pixels = np.stack([np.asarray(resized(image)) for image in images])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(file, pixels)
+    facts.write_bytes(pickle.dumps(scenes))
+    return pixels, scenes
+
+
+def resized(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+
+
+def cells(box: Sequence[float]) -> Tensor:
+    """Which of the tokens of an image have their centre in a box, ``[36]``."""
+    centres = (torch.arange(GRID) + 0.5) / GRID * DRAWN_SIZE
+    x1, y1, x2, y2 = box
+    inside_x, inside_y = (centres > x1) & (centres < x2), (centres > y1) & (centres < y2)
+    return (inside_y[:, None] & inside_x[None]).flatten()
+
+
+# --- The vision tower and the projector learn to see ---
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    vision = FocalNetConfig(
+        image_size=IMAGE_SIZE, patch_size=4, embed_dim=32, hidden_sizes=[32, 64, WIDTH], depths=[1, 1, 2],
+        focal_levels=[2, 2, 2], focal_windows=[3, 3, 3], use_conv_embed=True, drop_path_rate=0.0, mlp_ratio=2.0,
+        hidden_size=WIDTH,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=NUM_TOKENS, vision_feature_layer=-1, vision_feature_select_strategy="full",
+        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    nn.init.normal_(model.get_input_embeddings().weight, std=TOKEN_STD)
+    for layer in model.model.language_model.layers:
+        # At first, half of the heads look for tokens like the one that looks, and all heads copy what they find.
+        attention, half = layer.self_attn, WIDTH // 2
+        nn.init.orthogonal_(attention.q_proj.weight)
+        attention.k_proj.weight.data[:half].copy_(attention.q_proj.weight.data[:half])
+        nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
+        attention.o_proj.weight.data.copy_(attention.v_proj.weight.data.t())
+    return model
+
+
+def pixel_values(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def image_tokens(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> Tensor:
+    hidden = model.model.vision_tower(pixel_values(pixels), output_hidden_states=True).hidden_states[-1]
+    return model.model.multi_modal_projector(hidden)
+
+
+def train_tower(
+    model: LlavaForConditionalGeneration, pixels: np.ndarray, scenes: list[Scene], *, steps: int, log: Callable
+) -> None:
+    """Train tower and projector to see kind, colour, box and place, and what figures wear, at every token."""
+    targets = tower_targets(scenes)
+    sizes = {name: int(value.max()) + 1 for name, value in targets.items() if value.dtype == torch.long}
+    heads = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in sizes.items()})
+    heads["box"] = nn.Linear(WIDTH, 4)
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
+    others = [parameter for parameter in tower.parameters() if parameter.dim() != 2]
+    for layer in (projector.linear_1, projector.linear_2):
+        nn.init.orthogonal_(layer.weight)
+    optimizer = MuonAdamW(
+        [
+            {"params": matrices, "muon": True, "lr": 6e-3},
+            {"params": others, "muon": False, "lr": 2e-3},
+            {"params": [*heads.parameters(), *projector.parameters()], "muon": False, "lr": 3e-3},
+        ],
+        lr=6e-3,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 30) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
+    )
+    train = torch.tensor([number for number in range(len(scenes)) if number % HELD_OUT])
+    for step in range(steps):
+        rows = train[torch.randint(len(train), (48,))]
+        tokens = F.layer_norm(image_tokens(model, pixels[rows.numpy()]), (WIDTH,))
+        losses = {}
+        of_items = targets["cells"][rows] @ tokens  # the mean over the tokens of each item
+        for name, size in sizes.items():
+            target = targets[name][rows]
+            inputs = {1: tokens.mean(1), 4: of_items, NUM_TOKENS: tokens}[target[0].numel()]
+            scores, target = heads[name](inputs).view(-1, size), target.flatten()
+            if (target >= 0).any():
+                losses[name] = F.cross_entropy(scores, target, ignore_index=-1)
+        box = targets["boxes"][rows]
+        has_box = box[..., 0] >= 0
+        losses["box"] = (heads["box"](tokens[has_box]) - box[has_box]).abs().mean()
+        loss = sum({"kind": 2.0, "box": 20.0}.get(name, 1.0) * value for name, value in losses.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99 or step == steps - 1:
+            shown = {name: round(losses[name].item(), 3) for name in ("kind", "colour", "box", "hat") if name in losses}
+            log(f"tower {step + 1}: {loss.item():.2f} {shown}")
+    with torch.no_grad():  # the scale of the token embeddings of the language model
+        tokens = image_tokens(model, pixels[: min(500, len(pixels))]).flatten(0, 1)
+        scale = TOKEN_STD / tokens.std()
+        projector.linear_2.weight.mul_(scale)
+        projector.linear_2.bias.sub_(tokens.mean(0)).mul_(scale)
+
+
+def tower_targets(scenes: list[Scene]) -> dict[str, Tensor]:
+    """Classes of each token (kind, colour, row, column), of each figure (words) and of each image (place, count)."""
+    count, names = len(scenes), [*LOOK_STYLES, *LOOK_COLOURS, "activity"]
+    found = {
+        name: sorted({item.words[name] for scene in scenes for item in scene.items if item.words}) for name in names
+    }
+    kinds, colours, places = ["", *THINGS, "person"], list(COLOURS), list(PLACES)
+    targets = {name: torch.full((count, 4), -1) for name in names}
+    targets |= {name: torch.full((count, NUM_TOKENS), -1) for name in ("kind", "colour")}
+    targets["row"] = torch.arange(GRID).repeat_interleave(GRID).expand(count, -1)
+    targets["column"] = torch.arange(GRID).repeat(GRID).expand(count, -1)
+    targets["place"] = torch.tensor([places.index(scene.place) for scene in scenes])
+    plans = [scene.plan for scene in scenes]
+    targets["count"] = torch.tensor([plan.count if plan else -1 for plan in plans])
+    targets["thing"] = torch.tensor([list(THINGS).index(plan.thing) if plan else -1 for plan in plans])
+    targets["paint"] = torch.tensor([colours.index(plan.colour) if plan else -1 for plan in plans])
+    targets["boxes"] = torch.full((count, NUM_TOKENS, 4), -1.0)
+    targets["cells"] = torch.zeros(count, 4, NUM_TOKENS)
+    for row, scene in enumerate(scenes):
+        if scene.plan:
+            continue
+        targets["kind"][row] = 0
+        owners = torch.zeros(NUM_TOKENS, dtype=torch.long)
+        for number, item in enumerate(scene.items):
+            inside = cells(item.box)
+            owners += inside
+            targets["cells"][row, number] = inside / inside.sum().clamp(min=1)
+            targets["kind"][row, inside] = kinds.index(item.kind)
+            targets["colour"][row, inside] = colours.index(item.colour) if item.colour else -1
+            targets["boxes"][row, inside] = torch.tensor(item.box) / DRAWN_SIZE
+            for name in names if item.words else ():
+                targets[name][row, number] = found[name].index(item.words[name])
+        targets["kind"][row, owners > 1] = -1  # tokens of several items
+        targets["colour"][row, owners > 1] = -1
+        targets["boxes"][row, owners > 1] = -1
+    return targets
+
+
+class StoredFeatures(nn.Module):
+    """Takes the place of the frozen vision tower: ``pixel_values`` are the features of the tower, computed once."""
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
+
+
+@torch.no_grad()
+def tower_features(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> Tensor:
+    """Features of all images, ``[N, 36, 128]``."""
+    tower = model.model.vision_tower.eval()
+    parts = [
+        tower(pixel_values(pixels[start : start + 100]), output_hidden_states=True).hidden_states[-1]
+        for start in range(0, len(pixels), 100)
+    ]
+    return torch.cat(parts)
+
+
+# --- Text ---
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, whatever stands before it: a name is the same token in "Kate is" and "Where is Kate?"."""
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>", "<image>"]
+    plans = [
+        GeneralImage(
+            "",
+            thing,
+            "red",
+            count,
+            "park",
+        )
+        for thing in THINGS
+        for count in (1, 2)
+    ]
+    texts = [text for plan in plans for pair in plan.questions() for text in pair]
+    texts += [*FIRST_NAMES, *COLOURS, *(colour.capitalize() for colour in COLOURS), *COUNTS]
+    texts += [*(count.capitalize() for count in COUNTS), *(str(number) for number in range(32)), *PLACES.values()]
+    texts += [place.split(" ", 1)[1].capitalize() for place in PLACES.values()]
+    texts += ["an person : ? . ,", "Which picture shows the", "Where is the", "What is in the picture ?"]
+    pattern = r"\n|\w+|[^\w\s]"
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"), pre_tokenizers.Split(Regex(pattern), "isolated")]
+    )
+    words = dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text))
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*special, "\n", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_tokens([AddedToken(f"Picture {number}", normalized=False) for number in range(1, 9)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unknown|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<image>"],
+        chat_template=ROLE_TOKENS,
+    )
+
+
+def new_processor(tokenizer: PreTrainedTokenizerFast) -> IdentityProcessor:
+    """The processor of the model, with identities."""
+    wrapped = LlavaProcessor(
+        small_image_processor(IMAGE_SIZE),
+        tokenizer,
+        patch_size=IMAGE_SIZE // GRID,
+        vision_feature_select_strategy="full",
+        image_token="<image>",
+        chat_template=ROLE_TOKENS,
+    )
+    return IdentityProcessor(wrapped, box_format="bins32")
+
+
+def cached_tokenize(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
+    """The ids of a text. The texts of records repeat."""
+    return lru_cache(maxsize=None)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass
+class Photo:
+    """An image of a record: its row among the stored features, and what an attached ID-Former has to know about it."""
+
+    row: int
+    role: ImageRole = ImageRole.GENERAL
+    identity: int = 0
+    start: int = 0  # position of its first token
+    boxes: list[tuple[list[float], int]] = field(default_factory=list)  # of identities
+
+
+class Record:
+    """Token ids, labels and images of a conversation.
+
+    The text is that of IdentityProcessor: "Kate is <image>" for references, then the question. Answers begin with the
+    word that was asked for ("Kate 3 4 10 20"), which small models learn much faster.
+    """
+
+    def __init__(self, tokenize: Callable[[str], list[int]], task: str = ""):
+        self.tokenize = tokenize
+        self.task = task
+        self.ids, self.labels, self.photos = list(tokenize("<|user|>")), [IGNORE_INDEX], []
+        self.answer_start = 0
+        self.is_new = True  # no question yet
+        self.looks: list[tuple[int, int, list[int]]] = []
+        """Who looks where, for the base model: (layer, position, positions that it should attend to)."""
+
+    def text(self, text: str) -> int:
+        """Add text; returns the position of its first token."""
+        start, ids = len(self.ids), self.tokenize(text)
+        self.ids += ids
+        self.labels += [IGNORE_INDEX] * len(ids)
+        return start
+
+    def image(self, photo: Photo, label: int | None = None) -> Photo:
+        """Add an image whose text before it starts at ``label``."""
+        photo.start = len(self.ids)
+        self.photos.append(photo)
+        self.ids += self.tokenize("<image>") * NUM_TOKENS
+        self.labels += [IGNORE_INDEX] * NUM_TOKENS
+        looked = [photo.start - 1 if label is None else label]
+        self.looks += [(0, photo.start + number, looked) for number in range(NUM_TOKENS)]
+        return photo
+
+    def turn(self, question: str, answer: str | None) -> int:
+        """Add a question and its answer, or the question alone; returns the position of the answer."""
+        self.text(("" if self.is_new else "<|user|>") + question + "<|assistant|>")
+        self.is_new = False
+        self.answer_start = len(self.ids)
+        if answer is not None:
+            ids = self.tokenize(answer + "<|end|>")
+            self.ids += ids
+            self.labels += ids
+        return self.answer_start
+
+
+def collate(records: Sequence[Record], features: Tensor, *, prompts: bool = False, identities: bool = True) -> dict:
+    """A batch for the model; ``prompts`` ends each record before its last answer, for generation."""
+    ids = [record.ids[: record.answer_start] if prompts else record.ids for record in records]
+    longest = max(map(len, ids))
+    batch = {name: torch.zeros(len(ids), longest, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    batch["labels"] = torch.full((len(ids), longest), IGNORE_INDEX)
+    for row, of_row in enumerate(ids):
+        place = slice(longest - len(of_row), longest) if prompts else slice(0, len(of_row))
+        batch["input_ids"][row, place] = torch.tensor(of_row)
+        batch["attention_mask"][row, place] = 1
+        batch["labels"][row, place] = torch.tensor(records[row].labels[: len(of_row)])
+    if prompts:
+        del batch["labels"]
+    photos = [photo for record in records for photo in record.photos]
+    batch["pixel_values"] = features[[photo.row for photo in photos]].float()
+    if not identities or not any(photo.role == ImageRole.REFERENCE for photo in photos):
+        return batch
+    boxes = [(box, image, identity) for image, photo in enumerate(photos) for box, identity in photo.boxes]
+    batch |= {
+        "image_roles": torch.tensor([int(photo.role) for photo in photos]),
+        "sample_index": torch.tensor([row for row, record in enumerate(records) for _ in record.photos]),
+        "identity_index": torch.tensor([photo.identity for photo in photos]),
+        "num_image_tokens": torch.full((len(photos),), NUM_TOKENS),
+        "original_image_sizes": torch.full((len(photos), 2), DRAWN_SIZE),
+    }
+    if not prompts:
+        batch |= {
+            "boxes": torch.tensor([box for box, _, _ in boxes], dtype=torch.float).view(-1, 4),
+            "box_image": torch.tensor([image for _, image, _ in boxes], dtype=torch.long),
+            "box_identity": torch.tensor([identity for _, _, identity in boxes], dtype=torch.long),
+        }
+    return batch
+
+
+def batches(draw: Callable[[], Record], rng: Random) -> Iterator[list[Record]]:
+    """Endless batches of records of similar length."""
+    while True:
+        pool = sorted((draw() for _ in range(BATCH_SIZE * 6)), key=lambda record: len(record.ids))
+        groups = [pool[start : start + BATCH_SIZE] for start in range(0, len(pool), BATCH_SIZE)]
+        rng.shuffle(groups)
+        yield from groups
+
+
+# --- General training of the language model ---
+
+
+class GeneralTasks:
+    """Draws records about general images. ``held_out``: about images and pairings that were not trained on."""
+
+    def __init__(self, scenes: list[Scene], tokenize: Callable, rng: Random, *, held_out: bool = False):
+        self.scenes, self.tokenize, self.rng, self.held_out = scenes, tokenize, rng, held_out
+        rows = [row for row in range(len(scenes)) if (row % HELD_OUT == 0) == held_out]
+        self.singles, of_all = defaultdict(list), defaultdict(list)
+        for row, scene in enumerate(scenes):
+            if len(scene.items) == 1:
+                of_all[scene.items[0].key].append(row)
+        for row in rows:
+            if len(scenes[row].items) == 1:
+                self.singles[scenes[row].items[0].key].append(row)
+        self.references = of_all if held_out else self.singles
+        self.crowds = [row for row in rows if len(scenes[row].items) > (1 if held_out else 0) and not scenes[row].plan]
+        self.plans = [row for row in rows if scenes[row].plan]
+        self.keys = list(self.singles)
+
+    def record(self) -> Record:
+        task = self.rng.choices(
+            ("where_name", "where_word", "which_name", "which_word", "general"), (0.36, 0.14, 0.28, 0.07, 0.15)
+        )[0]
+        return getattr(self, task)()
+
+    def where_name(self) -> Record:
+        """Names introduced by images of like things; where are they?"""
+        while True:
+            row = self.rng.choice(self.crowds)
+            named = self._introduce(self._unique(self.scenes[row].items), (row,), self.rng.randint(1, 4))
+            if named:
+                break
+        record, shown = self._record("where_name"), {}
+        for name, item, photos in named:
+            shown[name] = self._show(record, name, item, photos)
+        photo = record.image(Photo(row))
+        record.text("\n")
+        self.rng.shuffle(named)
+        for name, item, _ in named[: 1 if self.held_out else None]:
+            self._answer_where(record, f"Where is {name}?", name, item, photo, shown[name])
+        return record
+
+    def where_word(self) -> Record:
+        """Where is the star?"""
+        while True:
+            row = self.rng.choice(self.crowds)
+            items = self.scenes[row].items
+            found = [item for item in items if sum(other.kind == item.kind for other in items) == 1]
+            if found:
+                break
+        record = self._record("where_word")
+        photo = record.image(Photo(row))
+        record.text("\n")
+        self.rng.shuffle(found)
+        for item in found[: 1 if self.held_out else None]:
+            self._answer_where(record, f"Where is the {item.kind}?", item.kind, item, photo, [])
+        return record
+
+    def which_name(self) -> Record:
+        """Names introduced by images of like things; which picture shows them?"""
+        while True:
+            images = self._draw_choices()
+            items = [self.scenes[row].items[0] for row in images]
+            named = self._introduce(items, images, 1 if self.held_out else self.rng.randint(1, 4))
+            if named:
+                break
+        record, shown = self._record("which_name"), {}
+        for name, item, photos in named:
+            shown[name] = self._show(record, name, item, photos)
+        photos = self._show_choices(record, images)
+        for name, item, _ in named:
+            self._answer_which(record, f"Which picture shows {name}?", name, items.index(item), photos, shown[name])
+        return record
+
+    def which_word(self) -> Record:
+        """Which picture shows the star?"""
+        images = self._draw_choices(different_kinds=True)
+        items = [self.scenes[row].items[0] for row in images]
+        record = self._record("which_word")
+        photos = self._show_choices(record, images)
+        numbers = self.rng.sample(range(len(items)), 1 if self.held_out else len(items))
+        for number in numbers:
+            kind = items[number].kind
+            self._answer_which(record, f"Which picture shows the {kind}?", kind, number, photos, [])
+        return record
+
+    def general(self) -> Record:
+        """Colour, number, place and description of one kind of thing."""
+        row = self.rng.choice(self.plans)
+        record = self._record("general")
+        record.image(Photo(row))
+        record.text("\n")
+        for question, answer in self.rng.sample(self.scenes[row].plan.questions(), 1 if self.held_out else 4):
+            record.turn(question, answer)
+        return record
+
+    def _record(self, task: str) -> Record:
+        return Record(self.tokenize, task)
+
+    def _unique(self, items: list[Item]) -> list[Item]:
+        return [item for item in items if sum(other.key == item.key for other in items) == 1]
+
+    def _introduce(self, items: list[Item], avoid: Sequence[int], most: int) -> list[tuple[str, Item, list[int]]]:
+        """Names and reference images for up to ``most`` items."""
+        items = self.rng.sample(items, min(most, len(items)))
+        names = self.rng.sample(FIRST_NAMES, len(items))
+        named = []
+        for name, item in zip(names, items, strict=True):
+            rows = [row for row in self.references[item.key] if row not in avoid]
+            count = min(len(rows), 2 if self.held_out or (len(items) < 3 and self.rng.random() < 0.5) else 1)
+            if count:
+                named.append((name, item, self.rng.sample(rows, count)))
+        return named
+
+    def _draw_choices(self, different_kinds: bool = False) -> list[int]:
+        """Images of one thing or figure each, all of different keys, often of similar ones."""
+        count = 4 if self.held_out else self.rng.choice((2, 3, 4, 4))
+        while True:
+            first = self.rng.choice(self.keys)
+            similar = [key for key in self.keys if key[0] == first[0] or key[1] == first[1]]
+            keys = self.keys if different_kinds or self.rng.random() < 0.7 else similar
+            chosen = self.rng.sample(keys, min(count, len(keys)))
+            kinds = {kind for kind, _ in chosen}
+            if len(chosen) == count and (len(kinds) == count or not different_kinds):
+                return [self.rng.choice(self.singles[key]) for key in chosen]
+
+    def _show(self, record: Record, name: str, item: Item, rows: list[int]) -> list[int]:
+        """Add reference images; returns the positions that show the item."""
+        positions = []
+        for row in rows:
+            label = record.text(f"{name} is ")
+            photo = record.image(Photo(row), label)
+            record.text("\n")
+            positions += self._positions(photo, self.scenes[row].items[0])
+        return positions
+
+    def _show_choices(self, record: Record, rows: list[int]) -> list[Photo]:
+        photos = []
+        for number, row in enumerate(rows, 1):
+            label = record.text(("\n" if number > 1 else "") + f"Picture {number}: ") + (number > 1)
+            photos.append(record.image(Photo(row), label))
+        record.text("\n")
+        return photos
+
+    def _positions(self, photo: Photo, item: Item) -> list[int]:
+        inside = cells(item.box) if item.box else torch.ones(NUM_TOKENS, dtype=torch.bool)
+        return [photo.start + number for number in inside.nonzero().flatten().tolist()]
+
+    def _answer_where(
+        self, record: Record, question: str, word: str, item: Item, photo: Photo, shown: list[int]
+    ) -> None:
+        box = BOXES.write("", item.box, (DRAWN_SIZE, DRAWN_SIZE))
+        start = record.turn(question, f"{word} {box}")
+        self._look(record, start, shown, self._positions(photo, item))
+
+    def _answer_which(
+        self, record: Record, question: str, word: str, number: int, photos: list[Photo], shown: list[int]
+    ) -> None:
+        start = record.turn(question, f"{word} Picture {number + 1}")
+        item = self.scenes[photos[number].row].items[0]
+        self._look(record, start, shown, self._positions(photos[number], item))
+
+    def _look(self, record: Record, start: int, shown: list[int], target: list[int]) -> None:
+        if shown:
+            record.looks.append((1, start, shown))
+        if target:
+            record.looks.append((2, start, target))
+
+
+def guidance_loss(attentions: Sequence[Tensor], records: Sequence[Record]) -> dict[int, Tensor]:
+    """How much two heads of the first three layers look elsewhere than they should, ``-log(share)``, by layer.
+
+    Layer 0: image tokens look at the word before them. Layer 1: the name in an answer looks at its reference images.
+    Layer 2: it looks at what it refers to. A language model that has read much text and many interleaved images finds
+    such steps by itself; one of this size, in minutes, does not.
+    """
+    losses = {}
+    for layer in range(3):
+        places = [
+            (row, query, key)
+            for row, record in enumerate(records)
+            for of_layer, query, keys in record.looks
+            if of_layer == layer
+            for key in keys
+        ]
+        if not places:
+            continue
+        rows, queries, keys = torch.tensor(places).t()
+        weights = attentions[layer][:, :GUIDED_HEADS]  # [B, heads, T, T]
+        length = weights.shape[-1]
+        shares = weights.new_zeros(GUIDED_HEADS, len(records) * length)
+        shares = shares.index_add(1, rows * length + queries, weights[rows, :, queries, keys].t())
+        asked = (rows * length + queries).unique()
+        losses[layer] = -shares[:, asked].clamp(min=1e-6).log().mean()
+    return losses
+
+
+def train_base(
+    model: LlavaForConditionalGeneration,
+    features: Tensor,
+    scenes: list[Scene],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    steps: int,
+    seed: int,
+    log: Callable,
+    log_every: int = 100,
+) -> None:
+    """Train the language model on general data; vision tower and projector stay as they are."""
+    rng, tokenize = Random(seed), cached_tokenize(tokenizer)
+    tasks = GeneralTasks(scenes, tokenize, rng)
+    tests = general_tests(scenes, tokenize, count=60)
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
+    embeddings = model.get_input_embeddings().weight
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() == 2 and parameter is not embeddings]
+    others = [parameter for parameter in trained if parameter.dim() != 2]
+    optimizer = MuonAdamW(
+        [
+            {"params": matrices, "muon": True, "lr": 3e-3},
+            {"params": [*others, embeddings], "muon": False, "lr": 1.5e-3},
+        ],
+        lr=3e-3,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps, warmup=30, decay=0.4))
+    means, stream = defaultdict(list), batches(tasks.record, rng)
+    model.model.language_model.set_attn_implementation("eager")  # the implementation that returns the attention
+    model.train()
+    for step in range(steps):
+        records = next(stream)
+        batch = collate(records, features)
+        output = model(**batch, output_attentions=True)
+        guidance = guidance_loss(output.attentions, records)
+        # The guidance ends before the training does.
+        weight = 0.5 * max(0.0, 1 - step / (0.7 * steps))
+        loss = output.loss + weight * sum(guidance.values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*others, embeddings], 1.0)
+        optimizer.step()
+        schedule.step()
+        means["loss"].append(output.loss.item())
+        for layer, value in guidance.items():
+            means[f"layer {layer}"].append(value.item())
+        if step % log_every == log_every - 1 or step == steps - 1:
+            shown = {name: round(fmean(values[-log_every:]), 3) for name, values in means.items()}
+            log(f"base {step + 1}: {shown} {general_scores(model, features, tests, tokenizer)}")
+    model.model.language_model.set_attn_implementation("sdpa")
+    model.requires_grad_(False)
+    model.eval()
+
+
+def warmup_stable_decay(steps: int, *, warmup: int, decay: float) -> Callable[[int], float]:
+    """Factor of the learning rate: linear warmup, constant, then linear decay over the last ``decay`` of the steps."""
+    return lambda step: min(1, (step + 1) / warmup, max(0.02, (steps - step) / (decay * steps)))
+
+
+def general_tests(scenes: list[Scene], tokenize: Callable, *, count: int) -> dict[str, list[Record]]:
+    tasks = GeneralTasks(scenes, tokenize, Random(77), held_out=True)
+    names = ("where_name", "which_name", "where_word", "which_word", "general")
+    return {name: [getattr(tasks, name)() for _ in range(count)] for name in names}
+
+
+def general_scores(model, features: Tensor, tests: dict[str, list[Record]], tokenizer) -> dict[str, float]:
+    """Share of right answers: the same text, or for "where" a box with an IoU of at least 0.5."""
+    scores = {}
+    for name, records in tests.items():
+        right = []
+        for record, answer in zip(records, generate(model, records, features, tokenizer), strict=True):
+            expected = tokenizer.decode(record.ids[record.answer_start :], skip_special_tokens=True)
+            if name.startswith("where"):
+                boxes = [BOXES.parse(text, (DRAWN_SIZE, DRAWN_SIZE)) for text in (answer, expected)]
+                right.append(boxes[0] is not None and box_iou(*boxes) >= 0.5)
+            else:
+                right.append(answer == expected)
+        scores[name] = round(fmean(right), 2)
+    return scores
+
+
+@torch.no_grad()
+def generate(model, records: Sequence[Record], features: Tensor, tokenizer, *, identities: bool = True) -> list[str]:
+    """Greedy answers to the last question of each record."""
+    was_training = model.training
+    model.eval()
+    answers = {}
+    order = sorted(range(len(records)), key=lambda number: len(records[number].ids))
+    for start in range(0, len(order), 50):
+        rows = order[start : start + 50]
+        batch = collate([records[row] for row in rows], features, prompts=True, identities=identities)
+        output = model.generate(**batch, max_new_tokens=16, do_sample=False)
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers |= dict(zip(rows, texts, strict=True))
+    model.train(was_training)
+    return [answers[row] for row in range(len(records))]
