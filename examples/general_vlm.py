@@ -348,7 +348,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     texts += [*FIRST_NAMES, *COLOURS, *(colour.capitalize() for colour in COLOURS), *COUNTS]
     texts += [*(count.capitalize() for count in COUNTS), *(str(number) for number in range(32)), *PLACES.values()]
     texts += [place.split(" ", 1)[1].capitalize() for place in PLACES.values()]
-    texts += ["an person : ? . ,", "Which picture shows the", "Where is the", "What is in the picture ?"]
+    texts += ["an person : ? . ,", "Which picture shows the", "Where is the", "What is in the picture?"]
     pattern = r"\n|\w+|[^\w\s]"
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"), pre_tokenizers.Split(Regex(pattern), "isolated")]
