@@ -1,4 +1,4 @@
-"""Introduce two identities by photos, ask where the first one is, and draw the answer. Run `make demo` first.
+"""Introduce two drawn characters by photos, ask where the first one is, and draw the answer of the model.
 
 python examples/quickstart.py [--identity Kate kate.jpg --identity Tom tom1.jpg tom2.jpg --scene party.jpg]
 """
@@ -7,24 +7,27 @@ import argparse
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor
 from idavlm.data import Identity, Message, Part, RecordDataset, Sample
+from idavlm.datasets import build_characters
 from idavlm.evaluation import generate_texts, identity_maps
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", default="runs/train_idformer/characters/seed-0/with-id-former")
-parser.add_argument("--data", default="runs/train_idformer/data/characters/test.jsonl", help="default images")
+parser.add_argument("--model", default="idavlm-tiny", help="checkpoint; idavlm-tiny is part of the package")
 parser.add_argument("--identity", nargs="+", action="append", help="name and photos; the question is about the first")
 parser.add_argument("--scene", help="image to ask about; paths are relative to the current folder")
 parser.add_argument("--out", default="runs/quickstart.png")
 args = parser.parse_args()
 if (args.scene is None) != (args.identity is None):
     parser.error("--identity and --scene need each other.")
-model, processor = AutoModelForImageTextToText.from_pretrained(args.model), AutoProcessor.from_pretrained(args.model)
+model = IDAVLMForConditionalGeneration.from_pretrained(args.model).eval()
+processor = IDAVLMProcessor.from_pretrained(args.model)
 identities, scene, root = [Identity(name, photos) for name, *photos in args.identity or []], args.scene, Path.cwd()
-if scene is None:  # identities and scene of a test question
-    record = next(sample for sample in RecordDataset(args.data) if sample.task == "location")
+if scene is None:  # characters of a small data set that is drawn now
+    sizes = {"num_train": 5, "num_test": 8, "num_train_scenes": 4, "num_test_scenes": 4, "num_general": 1}
+    data = build_characters("runs/quickstart", **sizes, num_train_records=1, num_general_records=1, seed=7)
+    record = next(sample for sample in RecordDataset(data / "test.jsonl") if sample.task == "location")
     identities, scene, root = record.identities, record.message_images[0], record.image_root
 question = [Part("image", image=scene), Part("text", text=f"\nWhere is {identities[0].name}?")]
 sample = Sample("quickstart", "identity", identities, [Message("user", question)], image_root=root)

@@ -7,44 +7,53 @@
 
 The script does the following for each seed:
 
-1. Identity pretraining: the vision tower and the identity attention of an ID-Former are trained from boxes.
+1. Tower pretraining: the vision tower is trained from boxes, to tell individuals apart and, if boxes have labels, what
+   an individual does.
 2. The frozen vision tower encodes every image once, and its features are stored.
-3. Instruction tuning: two models read these features and are trained on the same batches, one with the ID-Former, the
-   other with a plain resampler.
-4. Both models answer questions about held-out identities, the first one also without references and with references of
+3. Identity pretraining: the identity attention of an ID-Former is trained on these features, from boxes.
+4. Instruction tuning: two models are trained on the features and on the same batches, one with the ID-Former, the other
+   with a plain resampler.
+5. Both models answer questions about held-out identities, the first one also without references and with references of
    other identities.
 
-The report is written to runs/train_idformer/<data>/report.md. examples/quickstart.py uses the trained model.
+The report is written to runs/train_idformer/<data>/report.md, and the scores to metrics.json in the folder --out.
+examples/quickstart.py uses the trained model. `idavlm ablate` runs the script with other options, see
+recipes/ablations.
 """
 
 import functools
+import inspect
 import json
 import multiprocessing
 import shutil
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from random import Random
 
 import torch
 from torch.utils.data import Subset
 from transformers import HfArgumentParser, set_seed
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments, RecordDataset
-from idavlm.data import CurriculumSampler, CurriculumStage
-from idavlm.datasets import build_characters, build_faces, build_wesnoth
+from idavlm.data import CurriculumSampler, CurriculumStage, Sample
+from idavlm.datasets import RecordOptions, build_characters, build_faces, build_wesnoth
 from idavlm.evaluation import (
     EvaluationResult,
     check_wrong_references,
     evaluate,
     pick_examples,
     score_table,
+    write_metrics,
     write_report,
 )
 from idavlm.experimental.muon import muon_adamw
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.models import ImageFeatures
+from idavlm.models import ImageFeatures, import_id_former
+from idavlm.utils.locks import wait_for_lock
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 STEPS = {"characters": (700, 1000), "wesnoth": (2000, 1700), "faces": (1500, 1700)}
@@ -52,7 +61,6 @@ DEFAULT_STEPS = (1500, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
 HIDDEN_SIZE = 128
-NUM_QUERIES = 16
 TOKEN_SCALE = 0.3  # see initialise_image_tokens
 
 # Columns of the report: the model, and the references that it receives.
@@ -62,6 +70,8 @@ COLUMNS = {
     "wrong references": ("with-id-former", "wrong"),
     "without ID-Former": ("without-id-former", "right"),
 }
+VARIANTS = ("with-id-former", "without-id-former")
+REFERENCES = ("right", "none", "wrong")
 
 
 @dataclass
@@ -72,76 +82,171 @@ class DemoArguments:
             "help": "characters, wesnoth, faces, or a folder with train.jsonl, general.jsonl, test.jsonl, images/."
         },
     )
+    test_data: str | None = field(
+        default=None, metadata={"help": "Data set whose held-out identities are tested; by default that of --data."}
+    )
     seeds: int = field(default=1, metadata={"help": "Number of seeds."})
+    seed: int = field(default=0, metadata={"help": "First seed."})
     steps: list[int] | None = field(
         default=None, metadata={"help": "Steps of identity pretraining and of instruction tuning."}
     )
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted run from its checkpoints."})
     out: str = field(default="runs/train_idformer", metadata={"help": "Folder of data, checkpoints and reports."})
+    data_root: str | None = field(default=None, metadata={"help": "Folder of built data; by default <out>/data."})
+    variants: list[str] = field(
+        default_factory=lambda: list(VARIANTS), metadata={"help": "Models that are trained.", "choices": VARIANTS}
+    )
+    references: list[str] = field(
+        default_factory=lambda: list(REFERENCES),
+        metadata={"help": "References that the model with ID-Former is tested with.", "choices": REFERENCES},
+    )
 
     def __post_init__(self):
         if self.steps is not None and len(self.steps) != 2:
             raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
 
 
-def main(args: DemoArguments) -> None:
+@dataclass
+class SizeArguments:
+    """Sizes of a data set that is built. None is the default of its builder; not every builder has every option."""
+
+    num_train: int | None = field(default=None, metadata={"help": "Number of training identities."})
+    num_photos: int | None = field(default=None, metadata={"help": "Images of each training identity alone."})
+    num_train_records: int | None = field(default=None, metadata={"help": "Number of training records."})
+    num_test_records: int | None = field(default=None, metadata={"help": "Number of test records of a task."})
+
+
+@dataclass
+class IDFormerArguments:
+    """Options of idavlm.IDFormer, and the weights of the losses of identity pretraining.
+
+    gate="none" and detach_references=False: the identity attention starts from scratch, so it contributes and learns
+    from the first step, from both sides of the comparison. One head compares patches with patches, or finds null.
+    Contrast with all references of a batch, not only those of a sample, speeds up learning several times.
+    """
+
+    id_former_class: str | None = field(default=None, metadata={"help": "Own class, such as my_package.MyIDFormer."})
+    num_queries: int = 16
+    num_identity_layers: int = 1
+    num_identity_heads: int = 1
+    gate: str = "none"
+    feed_forward: str = "none"
+    detach_references: bool = False
+    identity_keys: str = "patches"
+    null_token: bool = True
+    identity_embedding: str = field(default="learned", metadata={"help": "learned or none."})
+    max_identities: int = 4
+    identity_map_loss_weight: float = 1.0
+    contrastive_loss_weight: float = 3.0
+
+    def options(self) -> dict:
+        """Arguments of IDAVLMForConditionalGeneration.from_parts."""
+        if self.identity_embedding != "none":
+            return asdict(self)
+        return {**asdict(self), "identity_embedding": None, "max_identities": None}
+
+
+@dataclass
+class TuningArguments:
+    """Options of instruction tuning."""
+
+    mixing_ratio: float = field(default=0.05, metadata={"help": "Share of general batches; 0 for none."})
+    mixing_mode: str = field(default="extra", metadata={"help": "extra, interleave or joint."})
+    general_steps: int = field(
+        default=0, metadata={"help": "Steps on general records alone, before instruction tuning on identities."}
+    )
+    num_general_test: int = field(
+        default=0, metadata={"help": "Number of general images that are held out to test general questions."}
+    )
+
+
+def main(
+    args: DemoArguments,
+    sizes: SizeArguments,
+    records: RecordOptions,
+    id_former: IDFormerArguments,
+    tuning: TuningArguments,
+) -> None:
     start = time.time()
+    if id_former.id_former_class is not None:
+        import_id_former(id_former.id_former_class)  # an error of the user's class comes before the data are built
 
     # --- Data ---
-    if args.data in BUILDERS:
-        data = BUILDERS[args.data](Path(args.out) / "data" / args.data)
-        pretraining_steps, tuning_steps = args.steps or STEPS[args.data]
-    else:
-        data = Path(args.data)
-        pretraining_steps, tuning_steps = args.steps or DEFAULT_STEPS
+    data_root = Path(args.data_root or Path(args.out) / "data")
+    data = build_data(args.data, data_root, sizes, records)
+    test_data = data if args.test_data is None else build_data(args.test_data, data_root, sizes, records)
+    pretraining_steps, tuning_steps = args.steps or STEPS.get(args.data, DEFAULT_STEPS)
     out = Path(args.out) / Path(args.data).name
-    test = list(RecordDataset(data / "test.jsonl"))
-    check_wrong_references(test)  # before the training, because the evaluation comes last
+    test = list(RecordDataset(test_data / "test.jsonl"))
+    if "wrong" in args.references:
+        check_wrong_references(test)  # before the training, because the evaluation comes last
 
     # --- Identity pretraining, one seed after the other ---
-    seed_folders = [out / f"seed-{seed}" for seed in range(args.seeds)]
-    for seed, folder in enumerate(seed_folders):
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    seed_folders = [out / f"seed-{seed}" for seed in seeds]
+    for seed, folder in zip(seeds, seed_folders, strict=True):
         if not args.resume:
             shutil.rmtree(folder, ignore_errors=True)  # results of an earlier run
         if not (folder / "identity-pretraining" / "config.json").exists():
-            pretrain_identities(data, folder, seed=seed, steps=pretraining_steps)
+            pretrain_identities(
+                data, folder, seed=seed, steps=pretraining_steps, id_former=id_former, test_data=test_data
+            )
 
     # --- Instruction tuning and evaluation, in two processes that share the processor cores ---
     with ProcessPoolExecutor(
         max_workers=2,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(max(1, torch.get_num_threads() // 2),),
+        initializer=start_worker,
+        initargs=(max(1, torch.get_num_threads() // 2), id_former.id_former_class),
     ) as pool:
+        options = {"steps": tuning_steps, "resume": args.resume, "num_queries": id_former.num_queries, "tuning": tuning}
         trainings = {
             variant: [
-                pool.submit(tune, variant, data, folder, seed=seed, steps=tuning_steps, resume=args.resume)
-                for seed, folder in enumerate(seed_folders)
+                pool.submit(tune, variant, data, folder, seed=seed, **options)
+                for seed, folder in zip(seeds, seed_folders, strict=True)
             ]
-            for variant in ("with-id-former", "without-id-former")
+            for variant in args.variants
         }
-        logs = {variant: [training.result() for training in seeds] for variant, seeds in trainings.items()}
+        logs = {variant: [training.result() for training in trainings[variant]] for variant in args.variants}
         evaluations = {
-            column: [pool.submit(answer, variant, data, folder, references=references) for folder in seed_folders]
+            column: [pool.submit(answer, variant, test_data, folder, references=references) for folder in seed_folders]
             for column, (variant, references) in COLUMNS.items()
+            if variant in args.variants and references in args.references
         }
-        results = {column: [evaluation.result() for evaluation in seeds] for column, seeds in evaluations.items()}
+        results = {column: [evaluation.result() for evaluation in found] for column, found in evaluations.items()}
+        general = {}  # the general questions, and where the model was trained on these first, the scores before tuning
+        if tuning.num_general_test:
+            options = {"references": "right", "num_general_test": tuning.num_general_test}
+            asked = [pool.submit(answer, args.variants[0], data, folder, **options) for folder in seed_folders]
+            general["general"] = [evaluation.result() for evaluation in asked]
+        if tuning.num_general_test and tuning.general_steps:
+            files = [folder / args.variants[0] / "general_before.json" for folder in seed_folders]
+            general["general before tuning"] = [EvaluationResult.load(file) for file in files]
 
     # --- Report ---
-    model, processor = load(seed_folders[0], "with-id-former")
+    model, processor = load(seed_folders[0], args.variants[0])
+    write_metrics(
+        Path(args.out),
+        results | general,
+        records=dict.fromkeys(results, test_data / "test.jsonl"),
+        parameters=model.num_parameters(),
+        seconds=time.time() - start,
+    )
+    first_column = next(iter(results))
     report = write_report(
         out,
         results,
         model="Small VLM with and without ID-Former",
-        data=f"held-out identities of {out.name}",
+        data=f"held-out identities of {Path(args.test_data or args.data).name}",
         logs=logs,
-        examples=pick_examples(model, processor, test, results["with ID-Former"][0]),
+        examples=pick_examples(model, processor, test, results[first_column][0]),
         settings={
-            "seeds": list(range(args.seeds)),
+            "seeds": seeds,
             "steps of identity pretraining": pretraining_steps,
             "steps of instruction tuning": tuning_steps,
             "batch size": BATCH_SIZE,
             "parameters": model.num_parameters(),
+            **changed(sizes, records, id_former, tuning),
         },
         command=" ".join(["python", *sys.argv]),
         seconds=time.time() - start,
@@ -150,52 +255,80 @@ def main(args: DemoArguments) -> None:
     print(f"\n{report}")
 
 
-def pretrain_identities(
-    data: Path, folder: Path, *, seed: int, steps: int, attn_implementation: str = "sdpa", bf16: bool = False
-) -> list[dict[str, float]]:
-    """Train the vision tower and the identity attention from boxes, then store the features of all images.
+def changed(*options) -> dict[str, object]:
+    """The fields of dataclasses that differ from their defaults."""
+    values = {each.name: (getattr(group, each.name), each.default) for group in options for each in fields(group)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
-    Returns the log of the training. benchmarks/gpu.py compares the losses of attention backends.
+
+def build_data(name: str, root: Path, sizes: SizeArguments, records: RecordOptions) -> Path:
+    """Build a data set unless it is there; ``name`` may also be the folder of a data set."""
+    options = changed(sizes, records)
+    if name not in BUILDERS:
+        if options:
+            raise ValueError(f"{options} does not apply to data={name!r}, a folder; leave it out.")
+        return Path(name)
+    unknown = changed(sizes).keys() - inspect.signature(BUILDERS[name]).parameters.keys()
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are not options of data={name!r}; leave them out.")
+    folder = root / "-".join([name, *(f"{option}={value}" for option, value in options.items())])
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{folder.name}.lock", "w") as lock:  # several runs of a study may build the same data
+        wait_for_lock(lock.fileno())
+        return BUILDERS[name](folder, records=records, **changed(sizes))
+
+
+def pretrain_identities(
+    data: Path,
+    folder: Path,
+    *,
+    seed: int,
+    steps: int,
+    id_former: IDFormerArguments | None = None,
+    test_data: Path | None = None,
+    attn_implementation: str = "sdpa",
+    bf16: bool = False,
+) -> list[dict[str, float]]:
+    """Train the vision tower from boxes, store the features of all images, and train the identity attention on them.
+
+    Returns the log of the identity attention. benchmarks/gpu.py compares the losses of attention backends.
     """
     set_seed(seed)
     out = folder / "identity-pretraining"
-    train, general, test = (list(RecordDataset(data / f"{split}.jsonl")) for split in ("train", "general", "test"))
+    train, general = (list(RecordDataset(data / f"{split}.jsonl")) for split in ("train", "general"))
+    test = list(RecordDataset((test_data or data) / "test.jsonl"))
     processor = small_processor([*train, *general], image_size=IMAGE_SIZE)
-    processor.image_loader = functools.lru_cache(maxsize=None)(processor.load_image)  # keeps all images in memory
-
-    # gate="none" and detach_references=False: the identity attention starts from scratch, so it contributes and learns
-    # from the first step, from both sides of the comparison. One head compares patches with patches, or finds null.
-    # Contrast with all references of a batch, not only those of a sample, speeds up learning several times.
     model = IDAVLMForConditionalGeneration.from_parts(
-        small_vision_tower(hidden_size=HIDDEN_SIZE),
-        small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE),
+        small_vision_tower(hidden_size=HIDDEN_SIZE, layer_type="basic"),
+        small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE, num_hidden_layers=NUM_LAYERS),
         processor=processor,
         connector="id_former",
-        num_queries=NUM_QUERIES,
         num_heads=4,
-        num_identity_heads=1,
-        gate="none",
-        detach_references=False,
-        identity_keys="patches",
-        null_token=True,
-        identity_embedding="learned",
-        max_identities=4,
         token_position_embedding="sincos",
         output_proj=True,
         max_images=8,
-        contrastive_loss_weight=3.0,
         attn_implementation=attn_implementation,
+        **(id_former or IDFormerArguments()).options(),
     )
     initialise_image_tokens(model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    # The tower learns individuals and the labels of boxes in one plain loop on images, several times as fast as
+    # through the identity attention. From here on it is frozen, and every image is encoded once.
+    tower_log = pretrain_tower(model, processor, train, steps=tower_steps, seed=seed, bf16=bf16)
+    (folder / "tower.json").write_text(json.dumps(tower_log))
+    model.vision_tower.requires_grad_(False)
+    processor.image_loader = ImageFeatures.write(folder / "features", model, processor, [*train, *general, *test])
 
     trainer = IDTrainer(
         model,
         IDTrainingArguments(
             output_dir=str(out),
             stage="identity_pretraining",
+            freeze=["vision_tower"],
             max_steps=steps,
             per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=5e-3,
+            learning_rate=4e-3,
             adam_beta2=0.98,
             lr_scheduler_type="cosine",
             warmup_steps=30,
@@ -209,13 +342,28 @@ def pretrain_identities(
         processing_class=processor,
     )
     trainer.train()
-
-    ImageFeatures.write(folder / "features", model, processor, [*train, *general, *test])
     trainer.save_model()  # last, because --resume skips the stage if its model is saved
     return trainer.state.log_history
 
 
-def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resume: bool) -> list[dict[str, float]]:
+def start_worker(num_threads: int, id_former_class: str | None) -> None:
+    """Prepare a process that trains or evaluates."""
+    torch.set_num_threads(num_threads)
+    if id_former_class is not None:
+        import_id_former(id_former_class)
+
+
+def tune(
+    variant: str,
+    data: Path,
+    folder: Path,
+    *,
+    seed: int,
+    steps: int,
+    resume: bool,
+    num_queries: int,
+    tuning: TuningArguments,
+) -> list[dict[str, float]]:
     """Train a language model to read the features of the pretrained vision tower. Returns the log of the training."""
     out = folder / variant
     if resume and (out / "trainer_state.json").exists():  # saved at the end of the training
@@ -230,14 +378,14 @@ def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resum
     module_learning_rates = {"image_index_embedding": TOKEN_SCALE * learning_rate}
     if variant == "with-id-former":
         freeze = ["vision_tower", "id_former"]
-        teacher_forcing_steps = steps // 3
+        teacher_forcing_steps = steps // 3 if model.id_former.identity_embedding is not None else 0
     else:
         model = IDAVLMForConditionalGeneration.from_parts(
             model.vision_tower,
             small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE),
             processor=processor,
             connector="resampler",
-            num_queries=NUM_QUERIES,
+            num_queries=num_queries,
             num_heads=4,
             token_position_embedding="sincos",
             output_proj=True,
@@ -254,6 +402,13 @@ def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resum
         module_learning_rates=module_learning_rates,
         betas=(0.9, 0.98),
     )
+
+    kept, general_test = split_general(data, tuning.num_general_test)
+    general = Subset(RecordDataset(data / "general.jsonl", encode=processor.encode), kept)
+    if tuning.general_steps and not (resume and any(out.glob("checkpoint-*"))):
+        train_general(model, processor, general, out / "general", freeze=freeze, seed=seed, steps=tuning.general_steps)
+        if general_test:
+            evaluate(model, processor, general_test).save(out / "general_before.json")
 
     # Boxes take longest to learn: location questions only at first, and more of them than the data has later.
     samples = list(RecordDataset(data / "train.jsonl"))
@@ -280,7 +435,8 @@ def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resum
             max_steps=steps,
             per_device_train_batch_size=BATCH_SIZE,
             train_sampling_strategy="sequential",  # the order of the sampler
-            mixing_ratio=0.05,
+            mixing_ratio=tuning.mixing_ratio if tuning.mixing_ratio else IDTrainingArguments.mixing_ratio,
+            mixing_mode=tuning.mixing_mode,
             freeze=freeze,
             teacher_forcing_steps=teacher_forcing_steps,
             lr_scheduler_type="warmup_stable_decay",
@@ -295,7 +451,7 @@ def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resum
             seed=seed,
         ),
         train_dataset=Subset(RecordDataset(data / "train.jsonl", encode=processor.encode), sampler.indices),
-        general_dataset=RecordDataset(data / "general.jsonl", encode=processor.encode),
+        general_dataset=general if tuning.mixing_ratio else None,
         processing_class=processor,
         optimizers=(optimizer, None),
         task_evaluation=lambda model: evaluate(model, processor, validation, max_new_tokens=16).main_scores,
@@ -306,10 +462,51 @@ def tune(variant: str, data: Path, folder: Path, *, seed: int, steps: int, resum
     return trainer.state.log_history
 
 
-def answer(variant: str, data: Path, folder: Path, *, references: str) -> EvaluationResult:
-    """Evaluate a trained model on the held-out identities."""
+def train_general(model, processor, general, out: Path, *, freeze: list[str], seed: int, steps: int) -> None:
+    """Train on general records alone, so that instruction tuning on identities can forget what they teach."""
+    optimizer = muon_adamw(model, modules=["language_model"], learning_rate=6e-3, betas=(0.9, 0.98))
+    arguments = IDTrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH_SIZE,
+        freeze=freeze,
+        warmup_steps=30,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+    )
+    IDTrainer(model, arguments, train_dataset=general, processing_class=processor, optimizers=(optimizer, None)).train()
+
+
+def split_general(data: Path, num_test_images: int) -> tuple[list[int], list[Sample]]:
+    """Numbers of the general records that are trained on, and multiple-choice questions about the last images.
+
+    False answers are answers to the same question about other images.
+    """
+    samples = list(RecordDataset(data / "general.jsonl"))
+    images = list(dict.fromkeys(sample.images[0] for sample in samples))
+    held_out = set(images[len(images) - num_test_images :])
+    kept = [number for number, sample in enumerate(samples) if sample.images[0] not in held_out]
+    questions, answers = {}, defaultdict(dict)
+    for sample in samples:
+        question, answer = (message.content[-1].text for message in sample.messages[:2])
+        answers[question][answer] = None
+        if sample.images[0] in held_out:
+            questions[sample.images[0], question] = (sample, answer)
+    test = []
+    for (_, question), (sample, answer) in questions.items():
+        others = [other for other in answers[question] if other != answer]
+        false = Random(sample.id).sample(others, min(3, len(others)))
+        if false:  # in small data, a question may have one answer only
+            asked = sample.messages[:1]
+            test.append(replace(sample, messages=asked, task="qa_single", answer=answer, false_answers=false))
+    return kept, test
+
+
+def answer(variant: str, data: Path, folder: Path, *, references: str, num_general_test: int = 0) -> EvaluationResult:
+    """Evaluate a trained model on the held-out identities, or on the questions about held-out general images."""
     model, processor = load(folder, variant)
-    test = list(RecordDataset(data / "test.jsonl"))
+    test = split_general(data, num_general_test)[1] if num_general_test else list(RecordDataset(data / "test.jsonl"))
     return evaluate(model, processor, test, references=references, batch_size=32)
 
 
@@ -334,9 +531,10 @@ def initialise_image_tokens(model: IDAVLMForConditionalGeneration, scale: float 
         torch.nn.init.eye_(resampler.output_proj.weight)
         resampler.output_norm.weight.fill_(scale * 1.5**0.5)
         model.image_index_embedding.weight.normal_(std=scale)
-        if model.id_former is not None:
+        if model.id_former is not None and model.id_former.identity_embedding is not None:
             model.id_former.identity_embedding.weight.normal_(std=2 * scale)
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(DemoArguments, description=__doc__).parse_args_into_dataclasses()[0])
+    groups = (DemoArguments, SizeArguments, RecordOptions, IDFormerArguments, TuningArguments)
+    main(*HfArgumentParser(groups, description=__doc__).parse_args_into_dataclasses())

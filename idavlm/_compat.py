@@ -62,19 +62,27 @@ def takes_cache(method: Callable) -> Callable:
     if cache_name() == NEW:
         from transformers.utils.deprecation import deprecate_kwarg
 
-        return deprecate_kwarg(OLD, version="5.40.0", new_name=NEW)(method)
+        deprecated = deprecate_kwarg(OLD, version="5.40.0", new_name=NEW)(method)
 
-    @functools.wraps(method)
-    def run(*args, **kwargs):
-        if OLD in kwargs:
-            kwargs[NEW] = kwargs.pop(OLD)
-        return method(*args, **kwargs)
+        @functools.wraps(method)
+        def run(*args, **kwargs):
+            return (deprecated if OLD in kwargs else method)(*args, **kwargs)
 
-    # generate() rejects arguments that are not in the signature.
-    signature = inspect.signature(method)
-    renamed = [p.replace(name=OLD) if p.name == NEW else p for p in signature.parameters.values()]
-    run.__signature__ = signature.replace(parameters=renamed)
-    return run
+    else:
+
+        @functools.wraps(method)
+        def run(*args, **kwargs):
+            if OLD in kwargs:
+                kwargs[NEW] = kwargs.pop(OLD)
+            return method(*args, **kwargs)
+
+        # generate() rejects arguments that are not in the signature.
+        signature = inspect.signature(method)
+        renamed = [p.replace(name=OLD) if p.name == NEW else p for p in signature.parameters.values()]
+        run.__signature__ = signature.replace(parameters=renamed)
+
+    # torch.compile would compile this wrapper for every combination of arguments. It compiles the method only.
+    return torch.compiler.disable(run, recursive=False)
 
 
 def auto_image_processor() -> type:

@@ -182,6 +182,43 @@ IMAGES = [
     ("الصورة 3", 3),
     ("तस्वीर 2 में केट है।", 2),
     ("Hình 2", 2),
+    # as Qwen3-VL, InternVL 3.5, Gemma 3, GPT, Claude and thinking models write, in several languages
+    ("Based on the reference, **Kate** appears in **Image 3**.", 3),
+    ("The character Kate is shown in **Picture 2**, wearing a blue dress and holding a book. In Picture "
+     "1, the person has short hair.", 2),
+    ('```json\n{\n  "match": 2,\n  "explanation": "Same hair as in the reference photo"\n}\n```', 2),
+    ("Got it, let's look at the images. Image 1 is a man. Image 2 is a girl with a bow. So the answer sh"
+     "ould be image 4.\n</think>\n\nImage 4", 4),
+    ("Let's compare:\n- **Image 1**: ❌ different hair\n- **Image 2**: ❌ different face\n- **Image 3**:"
+     " ✅ same person\n- **Image 4**: ❌ a child", 3),
+    ("Kate is in the **fourth** image.", 4), ("Picture 1\n\n*(Kate is the woman in the red coat on the right.)*", 1),
+    ("The image that shows Kate is the first one.", 1),
+    ("<think>\nThe reference has a scar. Image-1 no scar. Image-2 has one.\n</think>\n\nImage-2", 2),
+    ("The image showing Kate is Image-4.", 4), ("Image-3: Kate", 3),
+    ("Kate can be seen in Image-1, where she's sitting at the table.", 1),
+    ("Here's my analysis:\n\n*   **Image 1:** This shows a different woman.\n*   **Image 2:** This appea"
+     "rs to be Kate.\n*   **Image 3:** A man.\n\n**Therefore, the answer is Image 2.**", 2),
+    ("Okay, let's analyze the images to find Kate. \n\nThe correct answer is **Image 3**. \n\nHere's why"
+     ": Image 1 and 2 show men, and Image 4 a child.", 3),
+    ("Image 2 — the woman in the green jacket matches the reference photo of Kate.", 2),
+    ("I don't identify real people, but the person who looks most similar to the reference is in Image 3"
+     ".", 3),
+    ("The closest match is Image 4.", 4), ("My best guess would be Image 1 (though I'm not fully certain).", 1),
+    ("Most likely image 2, though image 3 is also plausible.", 2), ("Image 3 (confidence: 85%)", 3),
+    ("**Image 1** ✅", 1), ("I'd go with #3.", 3), ("2️⃣", 2), ("Image № 2", 2), ("Answer: Image\xa03", 3),
+    ("Final Answer: (Image 2)", 2), ("$$\\boxed{\\text{Image } 3}$$", 3), ("\\boxed{\\textbf{2}}", 2),
+    ('{"answer": [3]}', 3), ('{"thought": "Image 1 shows a man.", "final_answer": "Picture 4"}', 4),
+    ("<answer>Image 2: Kate</answer>", 2), ("凯特在第3张图片中。", 3),
+    ("根据参考图片，凯特出现在图片2中，图片1是另一个人。", 2), ("正确答案是图片四。", 4), ("选择：图2", 2),
+    ("四张图中，只有第二张是凯特。", 2), ("ケイトは2枚目の写真に写っています。", 2), ("正解は画像4です。", 4),
+    ("ケイトがいるのは3番目の画像です。", 3), ("Kate ist im zweiten Bild zu sehen.", 2),
+    ("Bild 3 zeigt Kate, Bild 1 zeigt eine andere Frau.", 3), ("Auf dem dritten Foto.", 3),
+    ("Kate befindet sich auf Foto 2.", 2), ("كيت موجودة في الصورة 2.", 2), ("الصورة رقم 3", 3),
+    ("الإجابة هي الصورة ٤.", 4), ("세 번째 이미지입니다.", 3), ("사진 4에 있습니다.", 4), ("C'est l'image n° 2.", 2),
+    ("Kate est sur la quatrième image.", 4),
+    ("Kate does not appear in any of the four images.", None),
+    ("I can't tell who these people are from their faces.", None), ("0", None),
+    ("All four images show the same woman.", None), ("Images 1 and 4.", None),
 ]  # fmt: skip
 
 
@@ -196,6 +233,9 @@ def test_image_numbers_of_a_known_count_and_name():
     several = "Image 1 shows Tom. Image 2 shows Kate. Image 3 shows a dog."
     assert parse_image_number(several, name="Kate") == 2
     assert parse_image_number(several, name="Mia") is None
+    listed = "\n1. A woman with black hair\n2. A woman with red hair\n3. A man\n\n**Image 2** shows Kate."
+    assert parse_image_number(listed, name="Kate") == 2
+    assert parse_image_number("La segunda imagen es Kate; la primera no lo es.", name="Kate") == 2
     other = "Image 1 shows Joanna. Image 2 shows Ann."
     assert parse_image_number(other, name="Ann") == 2, "a name is a whole word"
 
@@ -242,6 +282,30 @@ LETTERS = [
     ("Réponse : C", "C"), ("La bonne réponse est B.", "B"), ("Die richtige Antwort ist C.", "C"), ("Antwort: B", "B"),
     ("A resposta correta é B.", "B"), ("Правильный ответ: B", "B"), ("الإجابة: B", "B"), ("उत्तर: C", "C"),
     ("Đáp án: B", "B"),
+    # as Qwen3-VL, InternVL 3.5, Gemma 3, GPT, Claude and thinking models write, in several languages
+    ("**Answer:** B", "B"), ("**B)** Pizza", "B"), ("The correct answer is **C. A red hat**.", "C"),
+    ("Answer: **(D)**", "D"), ("Based on the image, <sks> is holding a cup, so the answer is **A**.", "A"),
+    ("Correct option: B", "B"), ("Selected option: C", "C"), ("My choice: D", "D"), ("→ B", "B"),
+    ("**Final answer:** $\\boxed{\\text{C}}$", "C"), ("Thus the answer is \\(\\boxed{A}\\).", "A"),
+    ("\\boxed{B. \\text{Pizza}}", "B"),
+    ("<think>Options: A lamp, B fern. It's a fern.</think>\n\nThe answer is B.", "B"),
+    ("So the correct one is C, the hat.\n</think>\nC", "C"), ('{"answer": "(C)"}', "C"),
+    ('{"selected_option": "B", "confidence": 0.9}', "B"), ('{"correct_answer": "D"}', "D"), ("```\nB\n```", "B"),
+    ("Option: B", "B"), ("B is the correct answer.", "B"), ("B, because there is a fern next to it.", "B"),
+    ("I would choose option (C) because the cat is sleeping.", "C"), ("The answer should be D.", "D"),
+    ("The correct choice is option A: a lamp.", "A"),
+    ("Let's see.\nA. lamp - no\nB. fern - yes\nC. hat - no\nAnswer: B", "B"), ("A: ❌\nB: ❌\nC: ✅\nD: ❌", "C"),
+    ("A) ✗ B) ✓ C) ✗", "B"), ("Neither A nor C is right; D is.", "D"), ("It can't be A or B. I'd say C.", "C"),
+    ("Not A.", None), ("None of the options is correct.", None),
+    ("I'm sorry, but I can't determine that from the image.", None), ("A or C, hard to say.", None), ("**A**", "A"),
+    ("(a) lamp", "A"), ("A: lamp", "A"), ("A — a lamp", "A"), ("Choice B", "B"),
+    ("B\n\nExplanation: The image shows a fern, while A (a lamp) is not visible.", "B"),
+    ("B. A fern.\n\nA lamp is not visible in the image.", "B"), ("答案：**C**", "C"), ("正确答案是（B）", "B"),
+    ("选项C是正确的。", "C"), ("因此，答案选D。", "D"), ("B选项正确", "B"), ("正解は「C」です。", "C"),
+    ("選択肢Bが正しいです。", "B"), ("答えはBです。", "B"), ("Die Antwort lautet: C", "C"), ("Antwort: B) Pizza", "B"),
+    ("Option B ist richtig.", "B"), ("Richtig ist D.", "D"), ("الجواب هو B", "B"), ("الإجابة الصحيحة هي C.", "C"),
+    ("الخيار B", "B"), ("정답은 B입니다.", "B"), ("La réponse correcte est l'option C.", "C"),
+    ("La respuesta es: D", "D"),
 ]  # fmt: skip
 
 
@@ -403,6 +467,51 @@ BOXES = [
     ("Kate befindet sich bei [120; 40; 630; 490].", KATE),
     ("KateさんはTomさん[700, 100, 900, 400]の左、[120, 40, 630, 490]です。最終回答: [120, 40, 630, 490]", KATE),
     ("[١٢٠, ٤٠, ٦٣٠, ٤٩٠]", KATE),
+    # as Qwen3-VL, InternVL 3.5, Gemma 3, GPT, Claude and thinking models write, in several languages
+    ('```json\n[\n\t{"bbox_2d": [120, 40, 630, 490], "label": "Kate"}\n]\n```', KATE),
+    ('```json\n[\n\t{"bbox_2d": [700, 100, 900, 400], "label": "Tom"},\n\t{"bbox_2d": [120, 40, 630, 490'
+     '], "label": "Kate (woman in red)"}\n]\n```', KATE),
+    ('[{"bbox_2d": [120, 40, 630, 490], "label": "the woman named Kate"}, {"bbox_2d": [700, 100, 900, 40'
+     '0], "label": "the man named Tom"}]', KATE),
+    ('[{"bbox_2d": [700, 100, 900, 400], "text_content": "Tom"}, {"bbox_2d": [120, 40, 630, 490], "text_'
+     'content": "Kate"}]', KATE),
+    ('<think>Kate is on the left, maybe [100, 30, 600, 480].</think>```json\n[{"bbox_2d": [120, 40, 630,'
+     ' 490], "label": "Kate"}]\n```', KATE),
+    ("Kate[[120, 40, 630, 490]]", KATE), ("The bounding box of Kate is <box>[[120, 40, 630, 490]]</box>.", KATE),
+    ("<|begin_of_box|>[120,40,630,490]<|end_of_box|>", KATE),
+    ("Kate <|begin_of_box|>[[120,40,630,490]]<|end_of_box|>", KATE), ("**Kate**: `[120, 40, 630, 490]`", KATE),
+    ("| Name | x1 | y1 | x2 | y2 |\n|---|---|---|---|---|\n| Tom | 700 | 100 | 900 | 400 |\n| Kate | 120"
+     " | 40 | 630 | 490 |", KATE),
+    ("1. Tom: (700, 100, 900, 400)\n2. Kate: (120, 40, 630, 490)", KATE),
+    ("Bounding box: x_min = 120, y_min = 40, x_max = 630, y_max = 490", KATE),
+    ("x_min: 120\ny_min: 40\nx_max: 630\ny_max: 490", KATE),
+    ('{"xmin": 120, "ymin": 40, "xmax": 630, "ymax": 490}', KATE),
+    ('{"bounding_box": {"x": 120, "y": 40, "width": 510, "height": 450}}', KATE),
+    ('{"name": "Kate", "bounding_box": {"x_min": 120, "y_min": 40, "x_max": 630, "y_max": 490}}', KATE),
+    ('{"Kate": {"x1": 120, "y1": 40, "x2": 630, "y2": 490}}', KATE), ('{"answer": "[120, 40, 630, 490]"}', KATE),
+    ('{"location": "(120, 40), (630, 490)"}', KATE), ("<answer>[120, 40, 630, 490]</answer>", KATE),
+    ('<answer>[{"bbox_2d": [120, 40, 630, 490]}]</answer>', KATE), ("$\\boxed{[120, 40, 630, 490]}$", KATE),
+    ("$[120, 40, 630, 490]$", KATE), ("\\boxed{(120, 40, 630, 490)}", KATE),
+    ("Kate is located at approximately (120, 40) – (630, 490).", KATE),
+    ("Top-left: (120, 40), bottom-right: (630, 490)", KATE),
+    ("Kate is at coordinates (120, 40) [top-left] and (630, 490) [bottom-right].", KATE),
+    ("I'd estimate Kate's bounding box as roughly [120, 40, 630, 490], but I can't be precise.", KATE),
+    ("I can't identify people, but the woman in red is at [120, 40, 630, 490].", KATE),
+    ("Here is the bounding box for Kate:\n\n[120, 40, 630, 490]\n\nLet me know if you need anything else"
+     "!", KATE),
+    ("The image is 1000 pixels wide and 500 pixels high. Kate: [120, 40, 630, 490]", KATE),
+    ("image_size: 1000x500; bbox: 120,40,630,490", KATE), ("Kate: [120, 40, 630, 490]; score: 0.97", KATE),
+    ('[{"label": "Kate", "score": 0.97, "box": {"xmin": 120, "ymin": 40, "xmax": 630, "ymax": 490}}]', KATE),
+    ("[[120, 40], [630, 490]]", KATE), ('[{"bbox_2d": [[120, 40], [630, 490]], "label": "Kate"}]', KATE),
+    ("(x1=120, y1=40), (x2=630, y2=490)", KATE), ("[120,40,630,490]<|im_end|>", KATE),
+    ("Tom is not Kate. Kate: [120, 40, 630, 490]", KATE), ("凯特(Kate)的位置：[120, 40, 630, 490]", KATE),
+    ("图中Kate的坐标为（120，40），（630，490）。", KATE), ("左上角(120, 40)，右下角(630, 490)", KATE),
+    ("ケイト (Kate) の位置は [120, 40, 630, 490] です。Tomは [700, 100, 900, 400] です。", KATE),
+    ("左上 (120, 40)、右下 (630, 490)", KATE),
+    ("Die Begrenzungsbox von Kate ist [120, 40, 630, 490], die von Tom [700, 100, 900, 400].", KATE),
+    ("Oben links: (120, 40), unten rechts: (630, 490)", KATE), ("إحداثيات Kate هي [120, 40, 630, 490].", KATE),
+    ("Kate: [١٢٠، ٤٠، ٦٣٠، ٤٩٠]", KATE), ("```json\n[]\n```", None), ("Kate is not in this image.", None),
+    ('{"bbox_2d": [], "label": "Kate"}', None), ("I'm unable to provide bounding boxes for people.", None),
 ]  # fmt: skip
 
 
@@ -526,6 +635,46 @@ YES_NO = [
     ("Да.", True), ("Sim.", True), ("نعم", True), ("हाँ", True), ("ใช่", True),
     # neither
     ("Kate and Tom", None), ("A woman with a hat", None), ("She wears a hat.", None),
+    # as Qwen3-VL, InternVL 3.5, Gemma 3, GPT, Claude and thinking models write, in several languages
+    ("**Yes**, <sks> is visible in the image.", True),
+    ("Yes, I can see <bo> in this photo — it's the dog on the left.", True),
+    ("Yes. The mug in the photo matches the reference.", True),
+    ("Based on the visual features, it appears to be the same dog. So, yes.", True), ("The answer is **Yes**.", True),
+    ("<think>The cat has stripes... so no.\nWait, the reference has stripes too. So yes.</think>\nYes", True),
+    ("Got it, the mug has the same handle.</think>\n\n**Yes**", True),
+    ('{"answer": "yes", "reason": "There is no other dog."}', True), ('{"is_present": true}', True),
+    ('{"result": "No"}', False),
+    ('```json\n{"present": false, "explanation": "Yes, there is a dog, but not <bo>."}\n```', False),
+    ("<answer>no</answer>", False), ("\\boxed{\\text{No}}", False), ("✅ Yes", True), ("❌ No", False), ("❌", False),
+    ("👍", None), ("No — this is a different mug.", False),
+    ("No, <sks> is not in this photo. The photo shows a white cat.", False), ("Nope, that's a different dog.", False),
+    ("It is a different person.", False), ("That is not <bo>.", False),
+    ("There's no sign of Kate in the photo.", False), ("Kate isn't present here.", False),
+    ("I don't believe this is Kate.", False), ("This doesn't appear to be the same mug.", False),
+    ("Kate is nowhere to be seen.", False), ("Only Tom is visible; Kate isn't.", False),
+    ("It seems that Kate is present in the image.", True), ("Kate appears on the right side of the picture.", True),
+    ("Indeed, that's her.", True), ("Most likely yes.", True), ("Probably not.", False), ("Probably yes", True),
+    ("Likely no.", False), ("I believe so.", True), ("Not that I can see.", False),
+    ("I'm not able to identify individuals based on their appearance.", REFUSED),
+    ("I don't identify people based on facial features, so I can't say whether this is Kate.", REFUSED),
+    ("I can't determine from the image alone whether that is Kate.", REFUSED),
+    ("I apologize, but I cannot confirm whether Kate is in this photo.", REFUSED),
+    ("It's not possible for me to recognize individuals.", REFUSED), ("It's hard to tell.", REFUSED),
+    ("Can't say.", REFUSED), ("There is not enough information.", REFUSED),
+    ("I cannot identify the person, but yes, the clothes match.", True), ("Yes/No", None), ("Yes or No?", None),
+    ("是的，图片中有凯特。", True), ("图中有凯特。", True), ("没有，图中没有凯特。", False),
+    ("不是，这是另一只狗。", False), ("看不到凯特。", False), ("我无法确认图中的人是谁。", REFUSED),
+    ("抱歉，我不能识别真实人物。", REFUSED), ("答案：否", False), ("答案是：是", True), ("はい、います。", True),
+    ("いいえ、いません。", False), ("写っていません。", False), ("人物の特定はできません。", REFUSED),
+    ("わかりかねます。", REFUSED), ("はい", True), ("Ja, Kate ist auf dem Foto zu sehen.", True),
+    ("Nein, Kate ist nicht auf dem Bild.", False), ("Kate ist nicht zu sehen.", False),
+    ("Das kann ich nicht beurteilen.", REFUSED), ("Ich bin mir nicht sicher.", REFUSED),
+    ("Das lässt sich nicht erkennen.", REFUSED), ("Ich kann Personen nicht identifizieren.", REFUSED),
+    ("نعم، كيت موجودة في الصورة.", True), ("لا، كيت ليست في الصورة.", False),
+    ("لا أستطيع التعرف على الأشخاص.", REFUSED), ("لست متأكدًا", REFUSED), ("لا يمكنني تحديد هوية الأشخاص.", REFUSED),
+    ("Oui, Kate est visible sur la photo.", True), ("Non, ce n'est pas Kate.", False), ("Sí, es ella.", True),
+    ("No puedo confirmar si es ella.", REFUSED), ("네, 사진에 있습니다.", True), ("아니요, 다른 사람입니다.", False),
+    ("인물을 식별할 수 없습니다.", REFUSED),
 ]  # fmt: skip
 
 
@@ -573,6 +722,22 @@ NAMES = [
     ("케이트는 왼쪽에 있습니다.", "케이트", True), ("민수가 지수와", "민수", True), ("민수와 지수", "지수", True),
     (decomposed("민수는"), "민수", True), ("안녕하세요", "안", False), ("민수진", "민수", False),
     ("سارة في الصورة", "سارة", True), ("علی\u200cرضا", "علی", False), ("דנה בתמונה", "דנה", True),
+    # as Qwen3-VL, InternVL 3.5, Gemma 3, GPT, Claude and thinking models write, in several languages
+    ("**Kate** (left) and *Tom* (right)", "Kate", True), ("Kate, Tom, and Mia", "Mia", True),
+    ("Kate:Tom", "Tom", True), ("Kate—the woman in red", "Kate", True), ("Kate…", "Kate", True),
+    ("Kates hat", "Kate", False), ("Kateʼs hat", "Kate", True), ("Skate", "Kate", False), ("kate123", "Kate", False),
+    ("<sks>'s bowl", "<sks>", True), ("<sks>’s bowl", "sks", True), ("<sks1>", "<sks>", False),
+    ("the <bo> dog", "<bo>", True), ("bo's", "<bo>", False), ("`<bo>`", "bo", True), ('"name": "Kate"', "Kate", True),
+    ("Kate_Smith", "Kate", False), ("Kate-Ann", "Kate", True), ("Mary-Kate", "Kate", True), ("KATE", "Kate", True),
+    ("Dr.Kate", "Kate", True), ("#Kate", "Kate", True), ("Kate❤️", "Kate", True),
+    ("\\textbf{Kate} waves", "Kate", True), ("Kate\u200b waves", "Kate", True), ("Ka\xadte waves", "Kate", True),
+    ("ＫＡＴＥ", "Kate", True), ("凯特和汤姆", "汤姆", True), ("《凯特》", "凯特", True), ("凯特琳", "凯特琳", True),
+    ("ケイトは本を読んでいます", "ケイト", True), ("ケイトリン", "ケイトリン", True), ("花子さん", "花子", True),
+    ("케이트가", "케이트", True), ("케이트입니다", "케이트", True), ("Jürgen winkt", "Jürgen", True),
+    ("Jurgen winkt", "Jürgen", False), ("Jürgens Hut", "Jürgen", False), ("Großmann", "Grossmann", True),
+    ("كيت في الصورة", "كيت", True), ("وكيت", "كيت", False), ("كيت،", "كيت", True), ("Иваном", "Иван", False),
+    ("İpek", "İpek", True), ("Łukasz stoi", "Łukasz", True), ("D'Artagnan", "Artagnan", True),
+    ("Anne-Marie", "Anne-Marie", True), ("Anne‑Marie", "Anne-Marie", True),
 ]  # fmt: skip
 
 

@@ -331,7 +331,7 @@ def test_the_aspect_ratio_is_limited(root):
         assert open_image(root, "strip.png").size == size
     Image.new("RGB", (1, 5000)).save(root / "strip.png")
     with pytest.raises(
-        DataError, match=r"'strip.png' has 1 x 5000 pixels, an aspect ratio of 5000, more than 200; crop"
+        DataError, match=r"'strip.png' has 1 x 5000 pixels, .* of 5000, more than max_aspect_ratio=200; crop"
     ):
         open_image(root, "strip.png")
 
@@ -566,7 +566,8 @@ def test_narrow_images_are_refused_by_every_way_in(root):
     ]
     for image in ways:
         with pytest.raises(
-            DataError, match=r"has 2 x 8000 pixels, an aspect ratio of 4000, more than 200; crop or pad it"
+            DataError,
+            match=r"has 2 x 8000 pixels, .* of 4000, more than max_aspect_ratio=200; crop or pad it",
         ):
             loader.load(image, field="x")
     for image in ways:

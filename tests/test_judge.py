@@ -60,6 +60,30 @@ SCORES = [
     ("I'd need the image to judge it.", None), ("Names: 2/3, actions: 1/3", None),
     ("The overall quality is good.", None), ("Score: 85/100", None), ("8/5", None),
     ("Accuracy: 8/10\nCompleteness: 6/10", None),
+    # as Qwen3-VL, InternVL 3.5, Gemma 3, GPT, Claude and thinking models write, in several languages
+    ("**Score: 8/10**\n\nThe answer names both characters.", 8), ("Score: 8/10 ✅", 8), ("⭐ 8/10", 8),
+    ("**8/10**", 8), ("### Score\n\n**8 / 10**", 8),
+    ("The answer swaps Kate and Tom, which is a critical error.\nScore: 2", 2),
+    ("Both actions match the ground truth.\n\nScore: **10**", 10),
+    ("Kate is pouring tea in both. Tom is missing (1 of 2 characters).\nScore: 5", 5),
+    ("<think>\nThe answer says Tom pours tea. Score: 3? Let me see, maybe 2.\n</think>\n\nTom does not p"
+     "our tea.\nScore: 2", 2),
+    ("Okay, I'd say a 4.\n</think>\nOnly one of two people is right.\nScore: 4", 4),
+    ('{"reason": "Kate is right, Tom is not (1/2).", "score": 5}', 5),
+    ('```json\n{\n  "reasoning": "...",\n  "score": 9\n}\n```', 9), ('{"score": "8"}', 8),
+    ('{"evaluation": {"score": 7}}', 7), ("Score: 6 — the answer omits the second character.", 6), ("Score - 6", 6),
+    ("Score → 6", 6), ("Final Score: 6/10", 6), ("**Final Answer: 6**", 6), ("My score: 6", 6),
+    ("I'll give it a 7/10.", 7), ("I'd give this a 7 out of 10.", 7), ("Therefore, I assign a score of **3**.", 3),
+    ("I assign it 3 points.", 3), ("The score I assign is 3.", 3), ("Score: 10 (fully agrees)", 10),
+    ("Score: 1 (not at all)", 1), ("$\\text{Score: } 7$", 7), ("Score: \\boxed{7}", 7),
+    ("Score: 7\n\n---\n*Note: the answer has 3 more details.*", 7),
+    ("Reason: The answer mentions 2 of the 3 details.\nScore: 7", 7),
+    ("1. Names: correct\n2. Actions: wrong\n\nScore: 4", 4), ("理由：人物正确，动作错误。\n评分：4", 4),
+    ("得分：4/10", 4), ("分数：4", 4), ("最终评分：8", 8), ("我给8分。", 8), ("理由: 一致しています。\nスコア: 9", 9),
+    ("点数：9点", 9), ("9点です。", 9), ("Begründung: Kate stimmt, Tom nicht.\nPunktzahl: 5", 5),
+    ("Bewertung: 5/10", 5), ("Punkte: 5", 5), ("السبب: الإجابة صحيحة.\nالدرجة: 9", 9), ("التقييم: ٩/١٠", 9),
+    ("I'm not able to evaluate this without seeing the image.", None), ("Score: ?", None), ("Score: none", None),
+    ("Kate: 8/10, Tom: 4/10", None),
 ]  # fmt: skip
 
 WINNERS = [
@@ -72,6 +96,21 @@ WINNERS = [
     ("The better answer is B.", "B"), ("Both are equally good: [[tie]]", "tie"), ("It's a tie.", "tie"),
     ("[[A]]<|im_end|>", "A"), ("I can't judge this.", None), ("[[Tie]]", "tie"), ("**Winner:** B", "B"),
     ('{"winner": "tie"}', "tie"), ("Final verdict: [[A]]", "A"), ("答案B更好。", "B"), ("[A]", "A"),
+    # as Qwen3-VL, InternVL 3.5, Gemma 3, GPT, Claude and thinking models write, in several languages
+    ("Answer A attributes the tea to the right character, while answer B does not.\n[[A]]", "A"), ("**[[B]]**\n", "B"),
+    ("[[ B ]]", "B"), ("[[A]].", "A"), ("`[[A]]`", "A"), ("Both answers are right.\n[[tie]]", "tie"),
+    ("Both are wrong.\n**[[tie]]**", "tie"), ("[[TIE]]", "tie"), ("Tie", "tie"), ("tie.", "tie"),
+    ("<think>[[A]] seems better... no, B names Tom.</think>\nB names Tom.\n[[B]]", "B"),
+    ("A or B? A.</think>[[A]]", "A"), ("\\boxed{[[B]]}", "B"), ("\\boxed{\\text{tie}}", "tie"),
+    ('{"reason": "A is closer", "winner": "A"}', "A"), ('{"better": "B"}', "B"), ('{"answer": "tie"}', "tie"),
+    ('{"verdict": "[[B]]"}', "B"), ("Answer A is significantly better than Answer B.", "A"),
+    ("Answer B is the better one.", "B"), ("I prefer answer B.", "B"), ("Answer B wins.", "B"), ("A wins.", "A"),
+    ("The winner is Answer A.", "A"), ("Final verdict: B", "B"), ("**Verdict: tie**", "tie"),
+    ("Neither is better: [[tie]]", "tie"), ("It is a tie.", "tie"), ("They are equally good.", "tie"),
+    ("Answer A is not better than answer B.", None), ("回答A更好。", "A"), ("B更好", "B"),
+    ("[[B]]，因为它说对了人物。", "B"), ("平局：[[tie]]", "tie"), ("回答Bの方が良いです。\n[[B]]", "B"),
+    ("Antwort A ist besser.\n[[A]]", "A"), ("الإجابة A أفضل.\n[[A]]", "A"), ("I cannot compare them.", None),
+    ("A dog and a Bear.", None), ("Answer A mentions Kate.", None),
 ]  # fmt: skip
 
 

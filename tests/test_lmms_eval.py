@@ -1,18 +1,82 @@
-"""The plug-in of lmms-eval, run by its own runner; skipped if lmms-eval is not installed."""
+"""The plug-in of lmms-eval, run by its own runner, or by a small one with the same interface."""
 
+import importlib
 import json
 import runpy
 from importlib.metadata import entry_points
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
-from idavlm.evaluation.lmms_eval.messages import sample_of
+from idavlm.cli.main import main
+from idavlm.evaluation import Answer
+from idavlm.evaluation.chat_messages import sample_of
+from idavlm.evaluation.task_run import load_scores
+from idavlm.evaluation.tasks import TASKS
+from idavlm.models import BoxFormat
 from tests.fake_mmid import build_mmid
+from tests.fake_packages import use
 from tests.small_models import small_model, small_processor
+from tests.vlm_families import save_tiny_vlm, tiny_processor
 
-REASON = "lmms-eval is not installed: it brings torchvision and some seventy packages, too many for [dev]"
+PLUGIN = "idavlm.evaluation.lmms_eval"
+
+
+@pytest.fixture
+def runner():
+    """``evaluator`` of lmms-eval. It brings torchvision and some seventy packages, too many for [dev]."""
+    with use("lmms_eval", PLUGIN):
+        yield importlib.import_module("lmms_eval.evaluator")
+
+
+def evaluate(runner, checkpoint: Path, **options) -> dict[str, float]:
+    """The figures of the task ``idavlm_mmid``."""
+    from lmms_eval.tasks import TaskManager
+
+    from idavlm.evaluation import lmms_eval
+
+    arguments = {"pretrained": checkpoint, **options}
+    found = runner.simple_evaluate(
+        model="idavlm",
+        model_args=",".join(f"{name}={value}" for name, value in arguments.items()),
+        tasks=["idavlm_mmid"],
+        task_manager=TaskManager(include_path=str(Path(lmms_eval.__file__).parent), include_defaults=False),
+        batch_size=1,
+        device="cpu",
+        gen_kwargs="max_new_tokens=3",
+        bootstrap_iters=10,
+    )["results"]["idavlm_mmid"]
+    figures = {name.split(",")[0]: value for name, value in found.items() if name.endswith(",none")}
+    return {name: value for name, value in figures.items() if "stderr" not in name}
+
+
+def figures_of(predictions) -> dict:
+    """Scores of ``idavlm eval`` under the names of the task."""
+    values: dict[str, list[float]] = {}
+    for prediction in predictions:
+        for metric, value in prediction.scores.items():
+            name = f"{prediction.task.split('_')[0]}_{metric.replace('@', '_at_')}"
+            values.setdefault(name, []).append(value)
+    return {name: pytest.approx(fmean(found)) for name, found in values.items()}
+
+
+def answer_mmid(folder: Path, monkeypatch, family: str, *, is_attached: bool) -> tuple[Path, Path | None]:
+    """Run ``idavlm eval mmid`` on a tiny model of a family.
+
+    Returns:
+        The file of the benchmark and the folder of the ID-Former; the model is in ``folder / family``, the scores in
+        ``folder / "out"``.
+    """
+    # Without torchvision, AutoProcessor cannot load the processors of models with videos.
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path, **options: tiny_processor(family))
+    benchmark, id_former = build_mmid(folder, rounds=1), save_tiny_vlm(folder, family)
+    command = ["eval", "mmid", str(benchmark), "--model", str(folder / family), "--boxes", "pixels"]
+    command += ["--batch-size", "1", "--max-new-tokens", "3", "--device", "cpu", "--out", str(folder / "out")]
+    assert main([*command, "--id-former", str(id_former)] if is_attached else command) == 0
+    return benchmark, id_former if is_attached else None
 
 
 def test_messages_become_a_sample(tmp_path):
@@ -50,10 +114,8 @@ def test_the_folder_of_the_task(capsys):
     assert (Path(capsys.readouterr().out.strip()) / "idavlm_mmid.yaml").is_file()
 
 
-def test_the_task_in_its_own_runner(tmp_path, monkeypatch):
-    evaluator = pytest.importorskip("lmms_eval.evaluator", reason=REASON)
+def test_the_task_in_its_own_runner(tmp_path, monkeypatch, runner):
     from lmms_eval.models import get_model
-    from lmms_eval.tasks import TaskManager
 
     from idavlm.evaluation.lmms_eval import mmid_task
 
@@ -69,33 +131,57 @@ def test_the_task_in_its_own_runner(tmp_path, monkeypatch):
         mmid_task.MMIDTask(config={"task": "x", "output_type": "generate_until"})
     monkeypatch.setenv("MMID_BOXES", "pixels")
     model = get_model("idavlm")
-    gold = {str(item["id"]): item["answer"] for item in json.loads(benchmark.read_text())}
-
-    def run() -> dict:
-        found = evaluator.simple_evaluate(
-            model="idavlm",
-            model_args=f"pretrained={tmp_path / 'model'}",
-            tasks=["idavlm_mmid"],
-            task_manager=TaskManager(include_path=str(Path(mmid_task.__file__).parent), include_defaults=False),
-            batch_size=4,
-            device="cpu",
-            gen_kwargs="max_new_tokens=3",
-            bootstrap_iters=10,
-        )["results"]["idavlm_mmid"]
-        return {name.split(",")[0]: value for name, value in found.items() if name.endswith(",none")}
-
-    untrained = run()
+    for argument, message in (("system_prompt", "is not supported"), ("temperature", "is not known")):
+        with pytest.raises(ValueError, match=message):
+            model(str(tmp_path / "model"), **{argument: "Be brief."})
+    untrained = evaluate(runner, tmp_path / "model")
     assert untrained["location_acc_at_0.5"] == 0
-    # Right answers in place of the model's: every metric is 1.
+    gold = {str(item["id"]): item["answer"] for item in json.loads(benchmark.read_text())}
+    texts = dict(gold)
     monkeypatch.setattr(
         model,
         "_answer",
-        lambda self, chunk: [gold[self.task_dict[request[4]][request[5]][request[3]]["id"]] for request in chunk],
+        lambda self, chunk: [texts[self.task_dict[request[4]][request[5]][request[3]]["id"]] for request in chunk],
     )
-    full = run()
-    metrics = {name: value for name, value in full.items() if "stderr" not in name}
-    assert set(metrics) == {
+    right = evaluate(runner, tmp_path / "model")
+    assert set(right) == {
         "matching_accuracy", "location_mean_iou", "location_acc_at_0.5", "qa_closest_accuracy",
         "caption_name_precision", "caption_name_recall", "caption_name_f1",
     }  # fmt: skip
-    assert set(metrics.values()) == {1.0}
+    assert set(right.values()) == {1.0}
+    # Every second answer is another one.
+    items = TASKS["mmid"].load(benchmark, None)
+    texts |= dict.fromkeys(list(gold)[::2], "Image 1, where Cora is reading a map at [40, 30, 150, 190].")
+    answers = [Answer(item.sample.id, texts[item.sample.id]) for item in items]
+    expected = figures_of(TASKS["mmid"].score(items, answers, BoxFormat("pixels").read).predictions)
+    figures = evaluate(runner, tmp_path / "model")
+    assert figures == expected
+    assert all(0 < value < 1 for value in figures.values()), figures
+
+
+@pytest.mark.parametrize(("family", "is_attached"), [("qwen2_5_vl", True), ("llava", False)])
+def test_the_figures_are_those_of_idavlm_eval(tmp_path, monkeypatch, runner, family, is_attached):
+    """Of a model with an attached ID-Former, and of one without, to which references are images of the prompt."""
+    from lmms_eval.models import get_model
+
+    benchmark, id_former = answer_mmid(tmp_path, monkeypatch, family, is_attached=is_attached)
+    predictions = load_scores(tmp_path / "out")[0].predictions
+    monkeypatch.setenv("MMID_DATA", str(benchmark))
+    monkeypatch.setenv("MMID_BOXES", "pixels")
+    model, texts = get_model("idavlm"), {}
+    answer = model._answer
+
+    def recorded(self, chunk):
+        found = answer(self, chunk)
+        texts.update(
+            {self.task_dict[row[4]][row[5]][row[3]]["id"]: text for row, text in zip(chunk, found, strict=True)}
+        )
+        return found
+
+    monkeypatch.setattr(model, "_answer", recorded)
+    figures = evaluate(runner, tmp_path / family, **({"id_former": id_former} if id_former else {}))
+    assert texts == {prediction.id: prediction.text for prediction in predictions}
+    assert len(set(texts.values())) > 3
+    expected = figures_of(predictions)
+    del expected["qa_accuracy"]  # by likelihood, which lmms-eval does not ask for
+    assert figures == expected

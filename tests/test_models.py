@@ -1,7 +1,11 @@
 """The whole model: scatter, losses, generation with and without cache, batches, saving, parts."""
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -391,3 +395,24 @@ def test_a_compiled_model_has_the_losses_of_the_eager_one(model, processor, root
     compiled = torch.compile(model.train(), backend="eager")
     for name in ("language_loss", "identity_map_loss"):
         torch.testing.assert_close(compiled(**batch)[name], model(**batch)[name], atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_generation_compiles_no_function_more_than_four_times(model, processor, root):
+    """As often as transformers' own language models: for the prompt and for one token, each first for its length and
+    then for any. The wrapper that takes the cache under its old name is not compiled.
+    """
+    batches = [
+        inputs(processor.collate([prompts(processor, root, people=who)])) for who in (("Kate", "Tom"), ("Kate",))
+    ]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = [model.generate(**batch, **options) for batch in batches]
+    torch._dynamo.reset()
+    clear_compilation_metrics()
+    model.compile(backend="eager")
+    for batch, answer in zip(batches, expected, strict=True):
+        assert model.generate(**batch, **options).tolist() == answer.tolist()
+    found = Counter((Path(one.co_filename).name, one.co_name) for one in get_compilation_metrics())
+    assert found["modeling.py", "forward"] >= 2
+    assert {
+        name: count for name, count in found.items() if count > 4 or name[0] in ("_compat.py", "deprecation.py")
+    } == {}

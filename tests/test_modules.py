@@ -36,7 +36,7 @@ def test_cross_attention_equals_torch_multihead_attention(attn_implementation):
     out, weights = attention(
         query,
         keys,
-        query_bias=attention.query_bias(query_position),
+        query_position=query_position,
         key_bias=attention.key_bias(key_position),
         output_attentions=True,
     )

@@ -40,7 +40,7 @@ def test_import_loads_neither_transformers_nor_triton(code):
 
 def test_extras_are_optional():
     """The package, all of its subpackages and the commands import without the packages of the extras."""
-    hidden = ("peft", "timm", "matplotlib", "deepspeed", "flash_attn", "sentencepiece", "lmms_eval")
+    hidden = ("peft", "timm", "matplotlib", "deepspeed", "flash_attn", "sentencepiece", "lmms_eval", "vlmeval")
     imports = "".join(f"import idavlm.{package}\n" for package in [*PACKAGES, "cli.main"])
     run(f"import sys; sys.modules.update(dict.fromkeys({hidden}))\n{imports}")
 

@@ -15,6 +15,7 @@ from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.mc_llava import character_bleu
 from idavlm.evaluation.tasks.rap import normalize_answer
 from tests.fuzz.test_evaluation_files import mutate
+from tests.shuffled_answers import chance_of_labels, chance_of_sets, check_shuffled
 from tests.test_eval_tasks import NASTY, REFUSALS
 from tests.vlm_families import tiny_model, tiny_processor
 
@@ -463,6 +464,31 @@ def test_answers_of_any_model_are_scored_by_the_command(name, request, tmp_path,
     assert "## Not evaluated" in (tmp_path / "o" / "report.md").read_text()
     assert main([*command, "--id-former", "folder"]) == 2
     assert "--id-former folder is attached to a model; pass --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["yollava", "rap", "mc_llava"])
+def test_shuffled_answers_score_chance(name, request):
+    """Not of MyVLM: all its right captions hold the same name."""
+    items = TASKS[name].load(request.getfixturevalue(name), None)
+
+    def shuffled(items, texts):
+        answers = [Answer(item.sample.id, text) for item, text in zip(items, texts, strict=True)]
+        return TASKS[name].score(items, answers, None)
+
+    for task in dict.fromkeys(item.sample.task for item in items):
+        found = of_task(items, task)
+        texts = [item.sample.answer for item in found]
+        if len(set(texts)) == 1:  # in any order, they are right
+            continue
+        if task == "recognition":
+            positive = texts.count("Yes") / len(texts)
+            chance = {"positive": positive, "negative": 1 - positive}  # whose mean is 0.5
+        elif task == "caption":
+            names = [set(item.extra["names"]) for item in found]
+            chance = {"recall": chance_of_sets(names, names)}
+        else:  # right answers of vqa share no words
+            chance = {"word_f1" if task == "vqa" else "accuracy": chance_of_labels(texts)}
+        check_shuffled(shuffled, found, texts, chance)
 
 
 # --- Models of transformers ------------------------------------------------------------------------------------------

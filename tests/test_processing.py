@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -333,6 +334,9 @@ FAULTY_OPTIONS = pytest.mark.parametrize(
         ({"box_format": "yxyx"}, "box_format='yxyx'"),
         ({"image_seq_length": 0}, "image_seq_length=0"),
         ({"max_length": 0}, "max_length=0"),
+        ({"max_pixels": 0}, "max_pixels=0"),
+        ({"max_pixels": None}, "max_pixels=None must be"),
+        ({"max_aspect_ratio": 1.5}, "max_aspect_ratio=1.5 must be"),
         ({"image_token": "<photo>"}, "image_token='<photo>' is not a token"),
     ],
 )
@@ -364,7 +368,12 @@ LATER = {
     "tokenizer": small_tokenizer([*TEXTS, "is * Where"], vocab_size=340),
     "image_processor": small_image_processor(32),
     "pack_identities": True,
+    "max_pixels": 6000,
+    "max_aspect_ratio": 2,
 }
+
+LIMITS = {"max_length": (3, "more than max_length=3"), "max_pixels": (4799, "more than max_pixels=4799; scale")}
+LIMITS["max_aspect_ratio"] = (1, "more than max_aspect_ratio=1; crop")
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -398,13 +407,33 @@ def test_options_that_are_set_later_take_effect(root, tmp_path, name):
         assert (tmp_path / "later" / file.name).read_text() == file.read_text(), file.name
     if name == "pack_identities":
         assert "mm_token_type_ids" in later(**call)
-    elif name != "max_length":
+    elif name not in LIMITS:
         changed = later.encode(sample(root))
         assert any(not torch.equal(value, changed[field]) for field, value in default.items())
     else:
-        later.max_length = 3
-        with pytest.raises(DataError, match="more than max_length=3"):
+        limit, message = LIMITS[name]
+        setattr(later, name, limit)
+        with pytest.raises(DataError, match=message):
             later.encode(sample(root))
+
+
+@pytest.mark.parametrize("name", ["max_pixels", "max_aspect_ratio"])
+def test_limits_on_images_hold_before_decoding_on_every_way_in(root, monkeypatch, name):
+    """Files of records, files and PIL images of messages and of the call; the images have 80 x 60 pixels."""
+    limit, message = LIMITS[name]
+    processor, file = small_processor(**{name: limit}), str(root / "kate.png")
+    question = [{"role": "user", "content": [{"type": "image", "image": file}, {"type": "text", "text": "Who?"}]}]
+    in_memory = Image.open(root / "kate.png")
+    monkeypatch.setattr(Image.Image, "load", None)  # a decoded image is an error of another type
+    for refused in (
+        lambda: processor.encode(sample(root)),
+        lambda: processor.apply_chat_template(question, tokenize=True),
+        lambda: processor(images=[file], text="<image>"),
+        lambda: processor(images=[in_memory], text="<image>"),
+        lambda: processor(images=[np.zeros((60, 80, 3), np.uint8)], text="<image>"),
+    ):
+        with pytest.raises(DataError, match=message):
+            refused()
 
 
 def test_parts_that_are_set_later_are_checked(root):
@@ -596,6 +625,8 @@ def test_saved_and_loaded_with_all_options(root, tmp_path):
         "identity_format": "{name}: {image};",
         "box_format": "unit",
         "max_length": 300,
+        "max_pixels": 6000,
+        "max_aspect_ratio": 2,
     }
     processor = small_processor(**options)
     processor.encode(sample(root))  # what is cached is not saved

@@ -56,6 +56,13 @@ def test_id_former_benchmark(monkeypatch, capsys):
     assert out.count("frames") == 1
 
 
+def test_the_products_alone_are_all_products():
+    sizes = {"hidden_size": 32, "num_heads": 2, "num_queries": 4, "vision_hidden_size": 24}
+    _, module = id_former.build(sizes, torch.device("cpu"), torch.float32)
+    function = id_former.forward_backward(module, torch.randn(3, 9, 24), *id_former.batch([(2, 1)]))
+    assert id_former.flops(id_former.products_alone(function)) == id_former.flops(function)
+
+
 @pytest.fixture(autouse=True)
 def _small_matmul(monkeypatch):
     monkeypatch.setitem(measure.MATMUL_SIZE, "cpu", 64)
@@ -110,6 +117,20 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(monkeypatch, tmp_p
         assert content["status"] == "failed"
         assert error in content["failures"][0]
         assert "found before" in gpu.as_markdown(content)
+
+
+@pytest.mark.parametrize(("code", "failures"), [(0, 0), (9, 1)])
+def test_memory_accesses_are_checked_by_the_tool(monkeypatch, tmp_path, code, failures):
+    """On a GPU the tests run under compute-sanitizer, in place of which a script prints its arguments here."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@"\necho "ERROR SUMMARY: {failures} errors"\nexit {code}\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: str(tool))
+    report = gpu.Report("memory_accesses", tmp_path, 60, dry_run=False)
+    gpu_stages.memory_accesses(report)
+    assert report.content["parts"] == [{"note": f"ERROR SUMMARY: {failures} errors"}]
+    assert len(report.content["failures"]) == failures
+    assert all("exit code 9" in text and "-m pytest" in text for text in report.content["failures"])
 
 
 def test_throughput_benchmark(monkeypatch, capsys):

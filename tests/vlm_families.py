@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import PushToHubMixin
 
+from idavlm import attach_id_former, save_id_former
 from idavlm._compat import pil_image_processor
 from idavlm.experimental.small_models import byte_level_bpe
 
@@ -476,6 +478,23 @@ def tiny_model(family: str, **options) -> PreTrainedModel:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def save_tiny_vlm(folder: Path, family: str) -> Path:
+    """Write model and processor of a family to ``folder / family``, and an ID-Former whose gates are open.
+
+    Returns:
+        The folder of the ID-Former.
+    """
+    model = tiny_model(family)
+    model.save_pretrained(folder / family)
+    tiny_processor(family).save_pretrained(folder / family)
+    attach_id_former(model)
+    torch.manual_seed(0)
+    for parameter in model.id_former.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_id_former(model, folder / "id_former")
+    return folder / "id_former"
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:

@@ -11,7 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=path, help="images that the question is about")
     parser.add_argument("question", type=name, help='for example "Where is Kate?"')
     parser.add_argument(
-        "--model", required=True, type=name, help="checkpoint of idavlm, or a vision-language model of transformers"
+        "--model",
+        default="idavlm-tiny",
+        type=name,
+        help="checkpoint of idavlm, or a vision-language model of transformers; by default the package's small model "
+        "for drawn characters",
     )
     parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
     parser.add_argument(
@@ -69,7 +73,7 @@ def _draw(image_file: Path, answer: str, processor, out: Path) -> None:
 
     from idavlm.data.photos import PhotoLoader
 
-    image = PhotoLoader().load(image_file, field="the image")
+    image = PhotoLoader(**processor.image_limits).load(image_file, field="the image")
     box = processor.parse_box(answer, (image.height, image.width))
     if box is None:
         raise ValueError(f"the answer {answer[:200]!r} holds no box, so --draw {out} has nothing to draw.")

@@ -14,10 +14,10 @@ from idavlm.evaluation.baselines import check_wrong_references
 from idavlm.evaluation.checkpoint import load_checkpoint
 from idavlm.evaluation.judge import judge_answers
 from idavlm.evaluation.task_run import TaskRun
-from idavlm.evaluation.tasks import TASKS, EvaluationTask
+from idavlm.evaluation.tasks import TASKS
 from idavlm.evaluation.tasks.image_files import MISSING, with_sizes
 from idavlm.models import BoxFormat
-from idavlm.utils import lock_folder
+from idavlm.utils import first_line, lock_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,11 +87,11 @@ def _evaluate(arguments: argparse.Namespace, box_kind: str | None) -> None:
     if arguments.predictions is not None:
         items, answers, box_kind = _load_answers(arguments, task_run, box_kind)
         answers_by_references = {"right": answers}
-        read_box = None if box_kind is None else _box_reader(task, BoxFormat(box_kind))
+        read_box = None if box_kind is None else task.box_reader(BoxFormat(box_kind))
     else:
         items = task_run.load_items()
         answers_by_references, processor = _generate_answers(arguments, task_run, items)
-        read_box = _box_reader(task, processor if box_kind is None else BoxFormat(box_kind))
+        read_box = task.box_reader(processor if box_kind is None else BoxFormat(box_kind))
         box_kind = processor.box_format if box_kind is None else box_kind
     facts = {"answered by": f"`{arguments.predictions or arguments.model}`", "boxes": box_kind}
     judge = None
@@ -106,13 +106,6 @@ def _evaluate(arguments: argparse.Namespace, box_kind: str | None) -> None:
     facts["scored in"] = f"{time.perf_counter() - start:.1f} s"
     report = task_run.report(items, results, model=str(arguments.predictions or arguments.model), **facts)
     print(report.read_text(encoding="utf-8"), report, sep="\n")
-
-
-def _box_reader(task: EvaluationTask, boxes: Any) -> Any:
-    """What ``task.score`` reads boxes with, of a processor or a box format."""
-    if task.several_boxes:
-        return boxes.read_boxes
-    return boxes.read if isinstance(boxes, BoxFormat) else boxes.read_box
 
 
 def _load_answers(
@@ -163,9 +156,8 @@ def _generate_answers(arguments: argparse.Namespace, task_run: TaskRun, items: l
             for references in choices
         }
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--batch-size={arguments.batch_size} is too large for {device} ({reason}); reduce it."
+            f"--batch-size={arguments.batch_size} is too large for {device} ({first_line(error)}); reduce it."
         ) from error
     return answers, processor
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from idavlm.conversion.config_files import is_there, read_json
-from idavlm.conversion.errors import ConversionError, errors_of, first_line, listed, shown
+from idavlm.conversion.errors import ConversionError, errors_of, listed, shown
+from idavlm.utils import first_line
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 SHARDED = tuple(f"{name}.index.json" for name in WHOLE)

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer
 
 from idavlm.conversion.checkpoint_files import SourceCheckpoint
 from idavlm.conversion.config_files import GENERATION, check_fields, is_there, read_json
-from idavlm.conversion.errors import ConversionError, errors_of, first_line, shown
+from idavlm.conversion.errors import ConversionError, errors_of, shown
 from idavlm.conversion.key_mapping import KeyMap
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.processing import IDAVLMProcessor
+from idavlm.utils import first_line
 
 
 @dataclass

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from idavlm.utils import first_line
+
 SHOWN = 200
 """Characters of a value that a message quotes."""
 
@@ -17,13 +19,6 @@ def shown(value: Any) -> str:
     """``repr`` of a value, cut after :data:`SHOWN` characters."""
     text = repr(value)
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error message, with the next one if it ends in a colon; at most 2 * :data:`SHOWN` characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return text if len(text) <= 2 * SHOWN else text[: 2 * SHOWN] + "..."
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:

@@ -265,15 +265,15 @@ def size_problem(
     ratio = max(size) / max(min(size), 1)
     if ratio > max_aspect_ratio:
         return (
-            f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {max_aspect_ratio}; crop or pad "
-            "it"
+            f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than max_aspect_ratio="
+            f"{max_aspect_ratio}; crop or pad it, or raise max_aspect_ratio"
         )
     resized_height, resized_width = resized_size(size) if resized_size else size
     if resized_width * resized_height > max_pixels:
         return (
             f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}. The image processor would resize it to "
             f"{resized_width} x {resized_height} pixels, more than max_pixels={max_pixels}; crop or pad it to a lower "
-            "aspect ratio"
+            "aspect ratio, or raise max_pixels"
         )
     return None
 

@@ -217,7 +217,7 @@ def _part(entry: Any, field: str, paths: "_Paths") -> Part:
 
 def _box(entry: Any, field: str, images: dict[str, None], spellings: dict[str, str], paths: "_Paths") -> Box:
     _check(entry, dict, field, 'an object {"name", "image", "box"}')
-    _check_fields(entry, ("name", "image", "box", "relative"), field)
+    _check_fields(entry, ("name", "image", "box", "relative", "label"), field)
     name = _known_name(_text(entry.get("name"), f"{field}.name"), spellings, f"{field}.name")
     image = paths.check(entry.get("image"), f"{field}.image")
     if image not in images:
@@ -225,7 +225,8 @@ def _box(entry: Any, field: str, images: dict[str, None], spellings: dict[str, s
             f"{field}.image={quote(image)} is not an image of the messages "
             f"({shorten(', '.join(images)) or 'they have none'}); boxes are for scenes, not for reference photos."
         )
-    return Box(name, image, *_coordinates(entry, field, name))
+    label = _text(entry["label"], f"{field}.label") if "label" in entry else ""
+    return Box(name, image, *_coordinates(entry, field, name), label)
 
 
 def _coordinates(entry: dict, field: str, name: str) -> tuple[list[float], bool]:

@@ -63,13 +63,15 @@ class Identity:
 class Box:
     """A bounding box: ``box`` is ``[x1, y1, x2, y2]`` of identity ``name`` in pixels of the original ``image``.
 
-    If ``relative`` is true, it is in 0..1 of the width and height of the image.
+    If ``relative`` is true, it is in 0..1 of the width and height of the image. ``label`` says what the individual does
+    or is in the image ("waving"); empty if that is not known. The library does not use it; losses of your own may.
     """
 
     name: str
     image: str
     box: list[float]
     relative: bool = False
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)

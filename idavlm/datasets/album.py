@@ -87,6 +87,21 @@ class IdentitySampler:
             )
         return [rng.choice(family) for family in rng.sample(list(by_family.values()), count)]
 
+    def draw_absent(self, shown: Sequence[str], count: int, rng: Random) -> list[str]:
+        """Draw ``count`` identities of one pool whose families differ from each other and from those of ``shown``.
+
+        Raises:
+            ValueError: no pool has so many.
+        """
+        families = {self._family(identity) for identity in shown}
+        for _ in range(1000):
+            drawn = self.draw(count, rng)
+            if families.isdisjoint(map(self._family, drawn)):
+                return drawn
+        raise ValueError(
+            f"count={count} identities that are not among {len(shown)} others cannot be drawn; add identities."
+        )
+
     def _family(self, identity: str) -> str:
         return self._families.get(identity, identity)
 

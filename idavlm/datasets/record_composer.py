@@ -6,18 +6,19 @@ from random import Random
 from typing import Any
 
 from idavlm.datasets.album import Album, AlbumImage, Appearance
+from idavlm.utils.checks import check_positive
 
 Record = dict[str, Any]
 Naming = Callable[[Sequence[str], Random], Sequence[str]]
 """Names of the identities of one record: ``naming(identities, rng)``, all different."""
 
 TRAIN_SHARES = {
-    "matching": 0.45,
-    "location": 0.4,
-    "qa_single": 0.06,
-    "caption_single": 0.03,
-    "qa_multi": 0.03,
-    "caption_multi": 0.03,
+    "matching": 0.3,
+    "location": 0.25,
+    "qa_single": 0.17,
+    "caption_single": 0.12,
+    "qa_multi": 0.1,
+    "caption_multi": 0.06,
 }
 """Tasks of training records and their shares. Matching and location depend on identities only: a small model learns to
 recognise identities from them, and learns activities much later."""
@@ -31,12 +32,6 @@ TEST_SHARES = {
     "caption_multi": 0.5,
 }
 """Tasks of evaluation records, and the number of records as a share of ``count``."""
-
-NUM_CHOICES = 4
-"""Number of images in a matching record."""
-
-MAX_REFERENCES = 2
-"""Reference photos per identity: exactly this number in evaluation records, 1 to this number in training records."""
 
 MAX_INTRODUCED = 4
 """Maximum number of identities that a training record introduces. Each identity is one more class for every patch of
@@ -52,7 +47,13 @@ NUM_FALSE_ANSWERS = 3
 THIRD_IMAGE_SHARE = 0.7
 """Share of the records about several images that have three images instead of two."""
 
+DESCRIBED_PHOTO_SHARE = 0.3
+"""Share of the training records of ``caption_single`` that describe a photo of one identity instead of a scene."""
+
 MAX_TRIALS = 1000
+
+ABSENT = "Not here."
+"""Answer to the question where an identity is that is not in the scene."""
 
 ROLL_CALL_QUESTION = "Who is in the pictures?"
 
@@ -69,12 +70,55 @@ def own_names(names: Mapping[str, str]) -> Naming:
 
 
 @dataclass(frozen=True)
+class RecordOptions:
+    """What an ablation study varies about records.
+
+    Args:
+        max_references: reference photos per identity: exactly this number in evaluation records, 1 to this number in
+            training records.
+        num_choices: number of images in a matching record.
+        num_identities: number of identities that an evaluation record about a scene introduces. Those beyond the
+            identities of the scene are absent from it. With more than :data:`MAX_INTRODUCED`, training records
+            introduce 1 to this number, too.
+        train_absent_share: share of the training records about a scene that introduce an identity that is not in the
+            scene, and ask about it as well.
+        test_absent_share: share of the evaluation records of location and qa_single that ask about an identity that is
+            not in the scene.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    max_references: int = 2
+    num_choices: int = 4
+    num_identities: int = 2
+    train_absent_share: float = 0.0
+    test_absent_share: float = 0.0
+
+    def __post_init__(self):
+        check_positive(max_references=self.max_references, num_identities=self.num_identities)
+        if not 2 <= self.num_choices <= 8:
+            raise ValueError(f"num_choices={self.num_choices} must be an integer from 2 to 8.")
+        for name in ("train_absent_share", "test_absent_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a share from 0 to 1.")
+
+    def check_photos(self, num_photos: int) -> None:
+        """Raise ``ValueError`` unless ``num_photos`` photos per identity suffice: references, and two for questions."""
+        if num_photos < self.max_references + 2:
+            raise ValueError(
+                f"max_references={self.max_references} needs num_photos={self.max_references + 2} or more, but it is "
+                f"{num_photos}."
+            )
+
+
+@dataclass(frozen=True)
 class _Question:
     text: str
     answer: str = ""
     false_answers: list[str] = field(default_factory=list)
     target: str | None = None
-    """Name of the identity whose box is the answer."""
+    """Name of the identity that is to be located. Without ``answer``, its box is the answer."""
 
 
 class RecordComposer:
@@ -85,13 +129,22 @@ class RecordComposer:
         rng: source of all random choices.
         naming: :func:`drawn_names` or :func:`own_names`.
         question: question about the activity of an identity.
+        options: photos per identity, number of choices, absent identities.
     """
 
-    def __init__(self, album: Album, rng: Random, naming: Naming, question: str = "What is {name} doing?") -> None:
+    def __init__(
+        self,
+        album: Album,
+        rng: Random,
+        naming: Naming,
+        question: str = "What is {name} doing?",
+        options: RecordOptions = RecordOptions(),
+    ) -> None:
         self.album = album
         self.rng = rng
         self.naming = naming
         self.question = question
+        self.options = options
 
     def training(self, count: int) -> Iterator[Record]:
         """Yield ``count`` training records of the tasks of :data:`TRAIN_SHARES` in random order.
@@ -124,32 +177,57 @@ class RecordComposer:
             "matching": (self._choose_photos, self._ask_matching),
             "location": (self._choose_scene, self._ask_location),
             "qa_single": (self._choose_scene, self._ask_qa_single),
-            "caption_single": (self._choose_scene, self._ask_caption),
+            "caption_single": (self._choose_scene_or_photo, self._ask_caption),
             "qa_multi": (self._choose_several, self._ask_qa_multi),
             "caption_multi": (self._choose_several, self._ask_caption),
         }[task]
         for _ in range(MAX_TRIALS):
-            images, introduced = choose(evaluation)
-            draft = _Draft(self, images, introduced, evaluation)
+            images, introduced, asked = choose(evaluation)
+            draft = _Draft(self, images, introduced, asked, evaluation)
             draft.questions = ask(draft)
             if draft.questions:
                 return draft
         raise ValueError(f"the album has no images for {task} questions; add activities to its appearances.")
 
-    def _choose_photos(self, evaluation: bool) -> tuple[list[AlbumImage], list[str]]:
+    # These three return the images, the identities that are introduced, and those that are asked about.
+
+    def _choose_photos(self, evaluation: bool) -> tuple[list[AlbumImage], list[str], list[str]]:
         """One photo each of several identities; one identity is introduced, in training one to all of them."""
-        identities = self.album.sampler.draw(NUM_CHOICES, self.rng)
-        introduced = self.rng.sample(identities, 1 if evaluation else self.rng.randint(1, NUM_CHOICES))
-        return [self.rng.choice(self.album.photos[identity]) for identity in identities], introduced
+        identities = self.album.sampler.draw(self.options.num_choices, self.rng)
+        most = min(self.options.num_choices, MAX_INTRODUCED)
+        introduced = self.rng.sample(identities, 1 if evaluation else self.rng.randint(1, most))
+        return [self.rng.choice(self.album.photos[identity]) for identity in identities], introduced, introduced
 
-    def _choose_scene(self, evaluation: bool) -> tuple[list[AlbumImage], list[str]]:
+    def _choose_scene(self, evaluation: bool) -> tuple[list[AlbumImage], list[str], list[str]]:
         """A scene; two of its identities are introduced, in training one to all of them."""
-        scene = self.rng.choice(self.album.scenes)
-        most = 2 if evaluation else min(MAX_INTRODUCED, len(scene.appearances))
-        count = self.rng.randint(2 if evaluation else 1, most)
-        return [scene], [appearance.identity for appearance in self.rng.sample(scene.appearances, count)]
+        scene, options = self.rng.choice(self.album.scenes), self.options
+        size = len(scene.appearances)
+        is_fixed = evaluation or options.num_identities > MAX_INTRODUCED
+        most = options.num_identities if is_fixed else min(MAX_INTRODUCED, size)
+        count = self.rng.randint(most if evaluation else 1, most)
+        absent_share = options.test_absent_share if evaluation else options.train_absent_share
+        asks_about_absent = absent_share > 0 and self.rng.random() < absent_share
+        num_absent = max(count - size, int(asks_about_absent))
+        num_shown = min(size, max(count - num_absent, 0 if evaluation else 1))
+        shown = [appearance.identity for appearance in self.rng.sample(scene.appearances, num_shown)]
+        if not num_absent:
+            return [scene], shown, shown
+        absent = self.album.sampler.draw_absent([each.identity for each in scene.appearances], num_absent, self.rng)
+        introduced = self.rng.sample([*shown, *absent], len(shown) + len(absent))
+        if not asks_about_absent:
+            return [scene], introduced, shown
+        return [scene], introduced, absent if evaluation else introduced
 
-    def _choose_several(self, evaluation: bool) -> tuple[list[AlbumImage], list[str]]:
+    def _choose_scene_or_photo(self, evaluation: bool) -> tuple[list[AlbumImage], list[str], list[str]]:
+        """As :meth:`_choose_scene`; in training often a photo of one identity, which is easier to describe."""
+        if not evaluation and self.rng.random() < DESCRIBED_PHOTO_SHARE:
+            [identity] = self.album.sampler.draw(1, self.rng)
+            photo = self.rng.choice(self.album.photos[identity])
+            if photo.appearances[0].activity:
+                return [photo], [identity], [identity]
+        return self._choose_scene(evaluation)
+
+    def _choose_several(self, evaluation: bool) -> tuple[list[AlbumImage], list[str], list[str]]:
         """One image each of two identities, which are introduced, and often another image of one of them."""
         for _ in range(MAX_TRIALS):
             introduced = self.album.sampler.draw(2, self.rng)
@@ -162,20 +240,29 @@ class RecordComposer:
             images = list(dict.fromkeys(images))
             if len(images) > 1:
                 self.rng.shuffle(images)
-                return images, introduced
+                return images, introduced, introduced
         raise ValueError("the album has too few images with activities; add scenes.")
 
     def _ask_location(self, draft: "_Draft") -> list[_Question]:
-        questions = [_Question(f"Where is {name}?", target=name) for name in draft.names.values()]
+        questions = [
+            _Question(f"Where is {name}?", "" if draft.images[0].appearance_of(identity) else ABSENT, target=name)
+            for identity, name in draft.asked.items()
+        ]
         self.rng.shuffle(questions)
         return questions
 
     def _ask_qa_single(self, draft: "_Draft") -> list[_Question]:
-        scene = draft.images[0]
-        appearances = ((name, scene.appearance_of(identity)) for identity, name in draft.names.items())
+        scene, may_be_absent = draft.images[0], self.options.test_absent_share > 0
+        appearances = [(name, scene.appearance_of(identity)) for identity, name in draft.asked.items()]
         questions = [
-            self._activity_question(name, appearance, scene) for name, appearance in appearances if appearance.activity
+            self._activity_question(name, appearance, scene, may_be_absent=may_be_absent)
+            for name, appearance in appearances
+            if appearance is not None and appearance.activity
         ]
+        for name in (name for name, appearance in appearances if appearance is None):
+            activities = dict.fromkeys(each.activity for each in scene.appearances if each.activity)
+            false = [f"{name} is {activity}." for activity in activities][:NUM_FALSE_ANSWERS]
+            questions.append(_Question(self.question.format(name=name), f"{name} is not here.", false))
         self.rng.shuffle(questions)
         return questions
 
@@ -217,9 +304,18 @@ class RecordComposer:
         return questions
 
     def _activity_question(
-        self, name: str, appearance: Appearance, image: AlbumImage, number: int | None = None
+        self,
+        name: str,
+        appearance: Appearance,
+        image: AlbumImage,
+        number: int | None = None,
+        *,
+        may_be_absent: bool = False,
     ) -> _Question:
-        """Ask for the activity of an identity. False answers are the other activities in the image, then any others."""
+        """Ask for the activity of an identity. False answers are the other activities in the image, then any others.
+
+        Where other records ask about identities that are absent, that answer is a false one here.
+        """
         text = self.question.format(name=name)
         in_image = [other.activity for other in image.appearances]
         in_album = self.rng.sample(self.album.activities, len(self.album.activities))
@@ -231,7 +327,8 @@ class RecordComposer:
         return _Question(
             text if number is None else f"{text.rstrip('?')} in picture {number}?",
             f"{name} is {appearance.activity}.",
-            [f"{name} is {activity}." for activity in false[:NUM_FALSE_ANSWERS]],
+            [f"{name} is {activity}." for activity in false[:NUM_FALSE_ANSWERS]]
+            + [f"{name} is not here."] * may_be_absent,
         )
 
 
@@ -241,32 +338,39 @@ class _Draft:
     Attributes:
         images: images of the messages.
         names: names of the introduced identities, by identity.
+        asked: names of those that may be asked about.
         references: paths of their reference photos, by identity.
         questions: questions to ask.
     """
 
     def __init__(
-        self, composer: RecordComposer, images: list[AlbumImage], introduced: list[str], evaluation: bool
+        self,
+        composer: RecordComposer,
+        images: list[AlbumImage],
+        introduced: list[str],
+        asked: list[str],
+        evaluation: bool,
     ) -> None:
-        rng = composer.rng
+        rng, max_references = composer.rng, composer.options.max_references
         self.images = images
         self.evaluation = evaluation
         self.names = dict(zip(introduced, composer.naming(introduced, rng), strict=True))
+        self.asked = {identity: self.names[identity] for identity in asked}
         self.questions: list[_Question] = []
         self.references = {
             identity: self._choose_references(
                 composer.album,
                 identity,
-                MAX_REFERENCES if evaluation else self._num_references(len(introduced), rng),
+                max_references if evaluation else self._num_references(len(introduced), max_references, rng),
                 rng,
             )
             for identity in introduced
         }
 
     @staticmethod
-    def _num_references(num_introduced: int, rng: Random) -> int:
+    def _num_references(num_introduced: int, max_references: int, rng: Random) -> int:
         """Reference photos per identity in training: one if many identities are introduced, as photos cost time."""
-        return rng.randint(1, MAX_REFERENCES) if num_introduced <= MAX_REFERENCES else 1
+        return rng.randint(1, max_references) if num_introduced <= 2 else 1
 
     def _choose_references(self, album: Album, identity: str, count: int, rng: Random) -> list[str]:
         """Choose photos that are not in the record and whose shots differ from the record's and from each other."""
@@ -305,10 +409,12 @@ class _Draft:
                 question.text if number else [*self._image_parts(), {"type": "text", "text": "\n" + question.text}]
             )
             messages.append({"role": "user", "content": content})
-            answer = [{"type": "box", "name": question.target}] if question.target else question.answer
+            is_box = question.target is not None and not question.answer
+            answer = [{"type": "box", "name": question.target}] if is_box else question.answer
             messages.append({"role": "assistant", "content": answer})
         boxes = [
             {"name": self._label(appearance), "image": image.path, "box": list(appearance.box)}
+            | ({"label": appearance.activity} if appearance.activity else {})
             for image in self.images
             for appearance in image.appearances
             if self.evaluation or appearance.identity in self.names

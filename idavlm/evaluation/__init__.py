@@ -7,6 +7,7 @@ from idavlm.evaluation.checkpoint import load_checkpoint
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet, identity_maps, make_example, pick_examples
 from idavlm.evaluation.evaluator import evaluate
 from idavlm.evaluation.generation import generate_answers, generate_texts
+from idavlm.evaluation.metrics_file import RunMetrics, read_metrics, write_metrics
 from idavlm.evaluation.perplexity import text_perplexity
 from idavlm.evaluation.plots import plot_bars, plot_curves
 from idavlm.evaluation.report import interval_summary, interval_table, score_table, write_report
@@ -31,6 +32,7 @@ __all__ = [
     "Example",
     "Interval",
     "Prediction",
+    "RunMetrics",
     "TaskEvaluation",
     "bootstrap_mean",
     "box_iou",
@@ -54,6 +56,7 @@ __all__ = [
     "pick_examples",
     "plot_bars",
     "plot_curves",
+    "read_metrics",
     "score_answer",
     "score_answers",
     "score_box",
@@ -63,5 +66,6 @@ __all__ = [
     "text_perplexity",
     "with_wrong_references",
     "without_references",
+    "write_metrics",
     "write_report",
 ]

@@ -16,7 +16,8 @@ from idavlm.models import (
     IdentityProcessor,
     load_id_former,
 )
-from idavlm.utils import read_json_object
+from idavlm.models.pretrained import resolve_pretrained
+from idavlm.utils import first_line, read_json_object
 
 _JSON_FILES = (
     "config.json",
@@ -40,8 +41,9 @@ def load_checkpoint(
     Unlike ``from_pretrained``, which gives missing weights random values, this is for models that are used as they are.
 
     Args:
-        path: folder or hub name of the checkpoint: a model of idavlm, or an image-text model of transformers. The
-            latter has no ID-Former unless ``id_former`` is passed: references are then images of the prompt.
+        path: folder or hub name of a checkpoint, or the name of a model of the package (``"idavlm-tiny"``). It is a
+            model of idavlm, or an image-text model of transformers; the latter has no ID-Former unless ``id_former`` is
+            passed: references are then images of the prompt.
         id_former: folder of :func:`idavlm.save_id_former`. ``path`` is then an image-text model of transformers, to
             which the ID-Former is attached.
         device: device of the model.
@@ -52,7 +54,7 @@ def load_checkpoint(
             part of the model, or not finite (they are listed); ``device`` cannot be used.
         OSError: ``path`` has no model.
     """
-    device = _usable(device)
+    device, path = _usable(device), resolve_pretrained(path)
     for name in _JSON_FILES:
         if (Path(path) / name).is_file():
             read_json_object(Path(path) / name)  # the errors of transformers do not name the file
@@ -66,8 +68,8 @@ def load_checkpoint(
             processor = IDAVLMProcessor.from_pretrained(path)
     except Exception as error:  # transformers raises many types, depending on which file is missing
         raise ValueError(
-            f"{path}: no processor can be loaded ({_reason(error)}). A checkpoint holds model and processor; save the "
-            f"processor that the model was trained with by processor.save_pretrained({str(path)!r})."
+            f"{path}: no processor can be loaded ({first_line(error)}). A checkpoint holds model and processor; save "
+            f"the processor that the model was trained with by processor.save_pretrained({str(path)!r})."
         ) from error
     _check_weight_files(Path(path))
     options = {} if dtype is None else {"dtype": dtype}
@@ -82,8 +84,8 @@ def load_checkpoint(
         raise
     except Exception as error:  # a wrong configuration causes errors of any type
         raise ValueError(
-            f"{path}: the model cannot be loaded ({type(error).__name__}: {_reason(error)}); check config.json and the "
-            "weights of the checkpoint."
+            f"{path}: the model cannot be loaded ({type(error).__name__}: {first_line(error)}); check config.json and "
+            "the weights of the checkpoint."
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -92,7 +94,7 @@ def load_checkpoint(
         model = model.to(device)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"device={str(device)!r} has too little memory for {path} ({_reason(error)}); pass another device or a "
+            f"device={str(device)!r} has too little memory for {path} ({first_line(error)}); pass another device or a "
             "smaller dtype."
         ) from error
     if id_former is not None:
@@ -123,8 +125,8 @@ def _usable(device: str | torch.device) -> torch.device:
         torch.zeros(1, device=usable)
     except Exception as error:  # each backend raises a type of its own
         raise ValueError(
-            f"device={str(device)!r} cannot be used ({_reason(error)}); pass cpu, or the name of a present device such "
-            "as cuda or cuda:0."
+            f"device={str(device)!r} cannot be used ({first_line(error)}); pass cpu, or the name of a present device "
+            "such as cuda or cuda:0."
         ) from error
     if usable.type == "meta":
         raise ValueError("device='meta' holds no values; pass cpu, or the name of a present device such as cuda.")
@@ -147,7 +149,7 @@ def _check_weight_files(folder: Path) -> None:
                 pass
         except Exception as error:  # SafetensorError is no subclass of ValueError
             raise ValueError(
-                f"{file} is damaged or incomplete ({_reason(error)}); copy the checkpoint again."
+                f"{file} is damaged or incomplete ({first_line(error)}); copy the checkpoint again."
             ) from error
 
 
@@ -192,8 +194,3 @@ def _listed(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _reason(error: Exception) -> str:
-    """The first line of the message."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

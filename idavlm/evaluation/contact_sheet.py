@@ -148,12 +148,13 @@ def make_example(
 ) -> Example:
     """An example with the images of ``sample``, which are opened below ``sample.image_root``."""
     store = ImageStore(sample.image_root)
-    is_matching, is_location = sample.task == "matching", sample.task == "location"
+    is_matching = sample.task == "matching"
+    iou = prediction.scores.get("mean_iou")  # of a location question whose target is in the image
     return Example(
         references=[(identity.name, store.open(path)) for identity in sample.identities for path in identity.images],
         images=[store.open(path) for path in sample.message_images],
         question=question_text(sample),
-        answer=f"{prediction.text} (IoU {prediction.scores['mean_iou']:.2f})" if is_location else prediction.text,
+        answer=prediction.text if iou is None else f"{prediction.text} (IoU {iou:.2f})",
         gold=prediction.answer,
         right=prediction.main_score == 1,
         true_box=prediction.gold_box,

@@ -37,11 +37,11 @@ _OUT_OF_OTHER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?\s*(?:/|out of|of)\s*(?!(?:1
 _SCALE = r"(?:\s*\(\s*1\s*(?:-|to)\s*10\s*\))?"
 _OVERALL = (
     r"(?:overall|total|final|general|globale|gesamt\w*|总分|总体评分|综合评分|最终评分|総合評価|総合点|총점|총평)"
-    r"(?:\s+(?:score|rating|grade|verdict|assessment|result|mark))?"
+    r"(?:\s+(?:score|rating|grade|verdict|assessment|result|mark|answer))?"
 )
 _LABEL = (
     r"(?:score|rating|grade|mark|verdict|评分|得分|分数|打分|スコア|点数|評価|점수|평점|puntuaci[oó]n(?:\s+general)?|note(?:\s+globale)?"
-    r"|nota|pontua[cç][aã]o|(?:gesamt)?bewertung|punkte|оценка)"
+    r"|nota|pontua[cç][aã]o|(?:gesamt)?bewertung|punkt(?:e|zahl)|оценка|الدرجة|التقييم|النتيجة)"
 )
 _VALUE = rf"[\s\"'|_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)"
 _SCORE_FORMS = (
@@ -50,24 +50,27 @@ _SCORE_FORMS = (
         rf"\b{_OVERALL}{_SCALE}[\s\"'|:=_\[(]*+{_NUMBER}(?!\s*(?:-|to\b)\s*\d)|{_NUMBER}{_OF_TEN}?[ \t]+overall\b",
         re.IGNORECASE,
     ),
-    re.compile(rf"(?<!\w){_LABEL}{_SCALE}\s*(?:[\"']?\s*[:=|]|\n|\[|\()[\s:=]*+{_VALUE}", re.IGNORECASE),
+    re.compile(rf"(?<!\w){_LABEL}{_SCALE}\s*(?:[\"']?\s*(?:[:=|→]|-\s)|\n|\[|\()[\s:=]*+{_VALUE}", re.IGNORECASE),
     re.compile(
         rf"(?<!\w){_LABEL}(?:\s+[^\d.\n]{{0,30}}?(?:is|of|as|be)\s+|\s*[为是]\s*){_VALUE}"
-        rf"|\b(?:give|rate|score|grade)s?(?:\s+(?:it|this|the))?(?:\s+answer)?(?:\s+as)?(?:\s+an?)?\s+{_NUMBER}|给\s*{_NUMBER}\s*分"
+        rf"|\b(?:give|rate|score|grade|assign|award)s?(?:\s+(?:it|this|the))?(?:\s+answer)?(?:\s+as)?(?:\s+an?)?\s+{_NUMBER}|给\s*{_NUMBER}\s*分"
         rf"|\b(?:deserves|gets|earns|worth)\s+(?:an?\s+)?{_NUMBER}",
         re.IGNORECASE,
     ),
 )
 _OUT_OF_TEN = re.compile(_NUMBER + _OF_TEN, re.IGNORECASE)
-_ALONE = re.compile(rf"[\s\"'\[(<]*+{_NUMBER}[\s\"'\])>]*+(?:points?|分|점)?+[\s.。]*+", re.IGNORECASE)
+_ALONE = re.compile(rf"[\s\"'\[(<]*+{_NUMBER}[\s\"'\])>]*+(?:points?|分|점|点)?+(?:です)?+[\s.。]*+", re.IGNORECASE)
 _LEADING = re.compile(rf"\W*{_NUMBER}\s+-\s")
 _SCORE_KEYS = (
     re.compile(r"(?:overall|total|final)(?:_?(?:score|rating|grade|verdict))?"),
     re.compile(r"score|rating|grade|mark|verdict|answer|评分|得分"),
 )
 _WINNER = re.compile(
-    r"\[\[\s*(A|B|C|tie)\s*\]\]|(?:winner|verdict|better(?: answer)?)[\"']*\s*(?:is)?\s*[\"':=]*\s*(A|B|tie)\b"
-    r"|\b((?-i:A|B))\s+is\s+(?:\w+\s+)?better\b|\b(?:choose|pick|prefer)\s+(?:answer\s+)?((?-i:A|B))\b|(A|B)\s*更好"
+    r"\[\[\s*(A|B|C|tie)\s*\]\]"
+    r"|(?:winner|verdict|better(?: answer)?)[\"']*\s*(?:is)?\s*[\"':=]*\s*(?:answer\s+)?(A|B|tie)\b"
+    r"|\b((?-i:A|B))\s+is\s+(?:(?!not\b|no\b)\w+\s+)?better\b|\b((?-i:A|B))\s+wins\b"
+    r"|\b(equally)\s+(?:good|bad|right|wrong)\b"
+    r"|\b(?:choose|pick|prefer)\s+(?:answer\s+)?((?-i:A|B))\b|(A|B)\s*更好"
     r"|\bit(?:'s| is) a (tie)\b|[.!\n]\s*(tie)\W*\Z",
     re.I,
 )

@@ -13,6 +13,7 @@ from idavlm.models.attach import (
 )
 from idavlm.models.boxes import BoxFormat
 from idavlm.models.configuration import IDAVLMConfig
+from idavlm.models.id_former_class import import_id_former
 from idavlm.models.identity_bank import IdentityBank
 from idavlm.models.identity_processor import IdentityProcessor
 from idavlm.models.image_features import ImageFeatures
@@ -53,6 +54,7 @@ __all__ = [
     "ask",
     "attach_id_former",
     "detach_id_former",
+    "import_id_former",
     "load_id_former",
     "save_id_former",
     "scatter_image_tokens",

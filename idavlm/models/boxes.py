@@ -11,7 +11,7 @@ from idavlm.utils.answer_text import answer_parts, name_matches, normal_name, pl
 from idavlm.utils.json_text import find_json
 
 _NUMBER = r"-?(?:\d++(?:\.\d++)?+|\.\d++)"
-_COMMA = r"(?:\s*px)?\s*[,;|]\s*"
+_COMMA = r"(?:\s*px)?\s*[,;|、]\s*"
 _ONE_NUMBER, _BETWEEN_NUMBERS = re.compile(_NUMBER), re.compile(_COMMA)
 _UNIT, _PERCENT = re.compile(r"\s*px"), re.compile(r"\s*%")
 _PAIR = rf"[\[({{<]\s*{_NUMBER}{_COMMA}{_NUMBER}"

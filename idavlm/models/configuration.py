@@ -5,7 +5,8 @@ import math
 from transformers import AutoConfig, PretrainedConfig
 
 from idavlm._compat import cache_name
-from idavlm.modules import IDFormer, Resampler, add_inner_adaptors
+from idavlm.models.id_former_class import find_id_former
+from idavlm.modules import Resampler, add_inner_adaptors
 from idavlm.modules.connectors import build_connector, check_connector
 from idavlm.utils import check_arguments, check_choice, check_positive, check_type
 
@@ -22,6 +23,8 @@ class IDAVLMConfig(PretrainedConfig):
         connector_config: arguments of the ID-Former (:class:`idavlm.IDFormer`) or the connector. The widths come from
             the parts. A narrower ``hidden_size`` needs ``output_proj=True``, which projects to the width of the
             language model.
+        id_former_class: import path of a subclass of :class:`idavlm.IDFormer` that is built in its place, such as
+            ``"my_package.MyIDFormer"``. Its module must have been imported. ``connector_config`` holds its arguments.
         image_token_id: id of the placeholder token that image tokens replace.
         image_seq_length: number of image tokens per image. An ID-Former and a resampler set it to ``num_queries``.
         vision_feature_layer: hidden state of the vision tower to use: -1 for the output, -2 for the layer before, ...
@@ -60,6 +63,7 @@ class IDAVLMConfig(PretrainedConfig):
     text_config: PretrainedConfig | dict | None = None
     connector: str = "id_former"
     connector_config: dict | None = None
+    id_former_class: str | None = None
     image_token_id: int | None = None
     image_seq_length: int | None = None
     vision_feature_layer: int = -1
@@ -129,8 +133,13 @@ class IDAVLMConfig(PretrainedConfig):
 
     def _check_parts(self) -> None:
         """Check the arguments of the ID-Former or connector, and of the inner adaptors."""
+        if self.id_former_class is not None and self.connector != "id_former":
+            raise ValueError(
+                f"id_former_class={self.id_former_class!r} has no effect with connector={self.connector!r}; leave it "
+                "out, or use connector='id_former'."
+            )
         if self.connector == "id_former":
-            built, set_by_model = IDFormer, ("output_size",)
+            built, set_by_model = find_id_former(self.id_former_class), ("output_size",)
         elif self.connector == "resampler":
             built, set_by_model = Resampler, ("output_size",)
         else:

@@ -665,14 +665,14 @@ class IdentityProcessor(ProcessorMixin):
             )
         return ChatTemplate(self.tokenizer, template, self.image_token, options)
 
+    @property
+    def image_limits(self) -> dict[str, Any]:
+        """The limits on images as arguments of :class:`idavlm.data.ImageStore`."""
+        limits = {"max_pixels": self.max_pixels, "max_aspect_ratio": self.max_aspect_ratio}
+        return {**limits, "resized_size": functools.partial(resized_size, self.image_processor)}
+
     def _loader(self, image_root) -> PhotoLoader:
-        return PhotoLoader(
-            image_root,
-            allow_urls=self.allow_urls,
-            max_pixels=self.max_pixels,
-            max_aspect_ratio=self.max_aspect_ratio,
-            resized_size=functools.partial(resized_size, self.image_processor),
-        )
+        return PhotoLoader(image_root, allow_urls=self.allow_urls, **self.image_limits)
 
     def _image_and_header(self) -> tuple[str, str]:
         """Text of an image and header of a user turn in the chat template, if it has one for images."""

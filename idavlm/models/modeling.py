@@ -22,6 +22,7 @@ from idavlm.data.packing import tokens_of_samples, unpack
 from idavlm.models.configuration import IDAVLMConfig
 from idavlm.models.dummy_image import dummy_pixels, runs_all_modules, statistics_kept
 from idavlm.models.generation import ImageGenerationMixin
+from idavlm.models.id_former_class import find_id_former, import_id_former
 from idavlm.models.identity_names import (
     NO_IDENTITY,
     add_learned_embeddings,
@@ -38,6 +39,7 @@ from idavlm.models.placeholders import (
     scatter_image_tokens,
     unread_images,
 )
+from idavlm.models.pretrained import resolve_pretrained
 from idavlm.models.quantized_parts import adopt_quantization
 from idavlm.models.stored_photos import SelectedIdentities, StoredPhoto, images_to_encode, with_stored
 from idavlm.models.supervision import supervised_scenes, supervision_losses, target_identity_map
@@ -182,6 +184,8 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         """
         if (processor is None) == (image_token_id is None):
             raise ValueError(f"image_token_id={image_token_id} and processor={type(processor)}: pass one of the two.")
+        if options.get("id_former_class") is not None:
+            import_id_former(options["id_former_class"])
         if processor is not None:
             image_token_id = processor.image_token_id
             length = "num_queries" if connector in ("id_former", "resampler") else "image_seq_length"
@@ -217,6 +221,11 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         model.generation_config = language_model.generation_config
         adopt_quantization(model, {"vision_tower": vision_tower, "language_model": language_model})
         return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """``PreTrainedModel.from_pretrained``; loads the models of the package (``"idavlm-tiny"``) by their names."""
+        return super().from_pretrained(resolve_pretrained(pretrained_model_name_or_path), *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -785,7 +794,7 @@ def _build_joint(config: IDAVLMConfig) -> nn.Module:
         options["num_queries"] = config.image_seq_length
         options.setdefault("attn_implementation", config._attn_implementation or "sdpa")
     if config.connector == "id_former":
-        return IDFormer(**options)
+        return find_id_former(config.id_former_class)(**options)
     return build_connector(config.connector, **options)
 
 

@@ -3,6 +3,7 @@
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from idavlm.data import Collator, DataError, ImageStore, Sample, render_chat
 from idavlm.data.errors import quote, shorten
-from idavlm.data.images import size_problem
+from idavlm.data.images import MAX_ASPECT_RATIO, MAX_PIXELS, size_problem
 from idavlm.data.messages import (
     Conversation,
     conversation_of_text,
@@ -35,6 +36,7 @@ from idavlm.models.crop_box import FULL_IMAGE, crop_box
 from idavlm.models.identity_batch import image_fields
 from idavlm.models.identity_names import NO_IDENTITY, find_names, propagate_names, split_at_names
 from idavlm.models.packed_identities import FIELD, pack_token_identities
+from idavlm.models.pretrained import resolve_pretrained
 from idavlm.models.resized_size import resized_size
 from idavlm.utils import IGNORE_INDEX, ImageRole, check_positive
 
@@ -68,6 +70,8 @@ class IDAVLMProcessor(ProcessorMixin):
         box_format: see :class:`BoxFormat`.
         max_length: largest number of tokens of an encoded sample. A longer sample is an error and never cut. None for
             no limit.
+        max_pixels: limit on width x height of an image. Larger images are refused before they are decoded.
+        max_aspect_ratio: limit on the long side of an image, relative to the short side.
 
     Attributes:
         image_loader: function from an image root and a path to the prepared image and its original (height, width).
@@ -93,6 +97,8 @@ class IDAVLMProcessor(ProcessorMixin):
         box_format: str = "thousand",
         max_length: int | None = None,
         pack_identities: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: int = MAX_ASPECT_RATIO,
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -103,11 +109,17 @@ class IDAVLMProcessor(ProcessorMixin):
         self.box_format = box_format
         self.max_length = max_length
         self.pack_identities = pack_identities
+        self.max_pixels = max_pixels
+        self.max_aspect_ratio = max_aspect_ratio
         self.image_loader: ImageLoader | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check an option whenever it is set. Nothing is derived from options in advance."""
         if name in ("image_seq_length", "max_length"):
+            check_positive(**{name: value})
+        elif name in ("max_pixels", "max_aspect_ratio"):
+            if value is None:
+                raise ValueError(f"{name}=None must be an integer of at least 1.")
             check_positive(**{name: value})
         elif name == "image_format":
             _check_format(name, value, fields=("image",))
@@ -130,6 +142,11 @@ class IDAVLMProcessor(ProcessorMixin):
                 )
             self.__dict__["_pixels_shape"] = (_sizes_of(value), _check_fixed_size(value))
         super().__setattr__(name, value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "IDAVLMProcessor":
+        """``ProcessorMixin.from_pretrained``; loads the models of the package (``"idavlm-tiny"``) by their names."""
+        return super().from_pretrained(resolve_pretrained(pretrained_model_name_or_path), **kwargs)
 
     @property
     def image_token_id(self) -> int:
@@ -201,7 +218,7 @@ class IDAVLMProcessor(ProcessorMixin):
             ]
             return texts if is_batch(conversation) else texts[0]
         options = _tokenize_options(kwargs)
-        loader = PhotoLoader(image_root, allow_urls=allow_urls, resized_size=self._resized_size)
+        loader = PhotoLoader(image_root, allow_urls=allow_urls, **self.image_limits)
         samples = []
         for messages in conversations:
             read = read_conversation(messages)
@@ -298,7 +315,7 @@ class IDAVLMProcessor(ProcessorMixin):
         references = self._references_in(texts, image_text)
         rows = images_of_texts(images, [len(row) for row in references])
         conversations = [conversation_of_text(*row) for row in zip(named, rows, references, strict=True)]
-        loader = PhotoLoader(resized_size=self._resized_size)
+        loader = PhotoLoader(**self.image_limits)
         photos = [
             loader.load(photo.image, field=photo.field or f"images[{place}]")
             for conversation in conversations
@@ -555,13 +572,13 @@ class IDAVLMProcessor(ProcessorMixin):
             raise DataError(
                 f"image {quote(path)} has no image_root; pass one to the data set.", kind="image", file=path
             )
-        image = ImageStore(root, resized_size=self._resized_size).open(path)
+        image = ImageStore(root, **self.image_limits).open(path)
         return self._prepare(path, image)
 
     def _size_in_file(self, root: Path | None, image: str | Image.Image) -> tuple[int, int]:
         if isinstance(image, Image.Image):
             return image.height, image.width
-        return ImageStore(root or Path.cwd(), resized_size=self._resized_size).size(image)
+        return ImageStore(root or Path.cwd(), **self.image_limits).size(image)
 
     def _load(self, root: Path | None, image: str | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         if isinstance(image, Image.Image):
@@ -584,8 +601,11 @@ class IDAVLMProcessor(ProcessorMixin):
             raise self._refused(path, image, f"its output has shape {shapes}")
         return pixels, (image.height, image.width)
 
-    def _resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        return resized_size(self.image_processor, size)
+    @property
+    def image_limits(self) -> dict[str, Any]:
+        """The limits on images as arguments of :class:`idavlm.data.ImageStore`."""
+        limits = {"max_pixels": self.max_pixels, "max_aspect_ratio": self.max_aspect_ratio}
+        return {**limits, "resized_size": partial(resized_size, self.image_processor)}
 
     def _refused(self, path: str, image: Image.Image, problem: str) -> DataError:
         return DataError(
@@ -607,7 +627,7 @@ class IDAVLMProcessor(ProcessorMixin):
         for number, image in enumerate(images):
             if isinstance(image, Image.Image):
                 size = (image.height, image.width)
-                problem = size_problem(size, resized_size=self._resized_size)
+                problem = size_problem(size, **self.image_limits)
                 if problem:
                     raise ValueError(f"images[{number}] {problem}.")
         return self.image_processor(images, return_tensors="pt")["pixel_values"]

@@ -17,12 +17,13 @@ IMAGES_PER_CHUNK = 8
 class CrossAttention(nn.Module):
     """Multi-head cross-attention over N dense or ragged segments.
 
-    Computes ``out_proj(softmax(q k^T / sqrt(head_dim)) v)`` with ``q = q_proj(query) + query_bias``,
+    Computes ``out_proj(softmax(q k^T / sqrt(head_dim)) v)`` with ``q = q_proj(query + query_position)``,
     ``k = k_proj(key_value) + key_bias`` and ``v = v_proj(key_value)``. The result equals ``nn.MultiheadAttention`` on
-    ``(query + position, key_value + position, key_value)`` and needs less work. Positions, which are the same for all
-    images, are projected once and enter as biases (:meth:`query_bias`, :meth:`key_bias`). Queries that all segments
-    share are projected once. The attention matrix is not kept for the backward pass. On a CPU without gradients,
-    segments that share their queries are computed in chunks, which takes less memory and no more time.
+    ``(query + position, key_value + position, key_value)`` and needs less work and memory. Positions of keys, which are
+    the same for all images, are projected once and enter as a bias (:meth:`key_bias`), because the values need the
+    keys without positions. Queries that all segments share are projected once. The attention matrix is not kept for the
+    backward pass. On a CPU without gradients, segments that share their queries are computed in chunks, which takes
+    less memory and no more time.
 
     ``state_dict`` keys: ``q_proj``, ``out_proj`` of shape ``[C, C]`` and ``k_proj``, ``v_proj`` of shape ``[C, Ckv]``,
     each with ``.weight`` and ``.bias``. The projections are called as modules, so LoRA and quantised layers can replace
@@ -73,7 +74,7 @@ class CrossAttention(nn.Module):
         query: Tensor,
         key_value: Tensor,
         *,
-        query_bias: Tensor | None = None,
+        query_position: Tensor | None = None,
         key_bias: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
@@ -86,7 +87,7 @@ class CrossAttention(nn.Module):
             query: ``[N, Lq, C]``, or ``[Lq, C]`` if all segments share the queries. With ``cu_seqlens_q`` any shape
                 ``[..., C]``; the leading dimensions form one packed sequence.
             key_value: ``[N, Lk, Ckv]``. With ``cu_seqlens_k`` any shape ``[..., Ckv]``.
-            query_bias: added to the projected queries; broadcastable to ``[..., C]``.
+            query_position: added to the queries before their projection; broadcastable to ``[..., C]``.
             key_bias: ``[L, C]``, added to the projected keys by position within their segment, modulo L.
             output_attentions: also return the attention weights ``[N, H, max_seqlen_q, max_seqlen_k]``.
             cu_seqlens_q, cu_seqlens_k, segments: ``max_seqlen_q``, ``max_seqlen_k``, ``key_groups`` and
@@ -100,9 +101,9 @@ class CrossAttention(nn.Module):
         segments |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "key_bias": key_bias}
         segments["output_attentions"] = output_attentions
         if query.dim() == 2 and len(segments) == 4 and not output_attentions and saves_memory(query):
-            return self.out_proj(self._attend_in_chunks(self.queries(query, query_bias), key_value, segments))
+            return self.out_proj(self._attend_in_chunks(self.queries(query, query_position), key_value, segments))
         # No name for the projected queries, so that they are freed before the output is projected.
-        output, attentions = self._attend(self.queries(query, query_bias), key_value, segments)
+        output, attentions = self._attend(self.queries(query, query_position), key_value, segments)
         output = self.out_proj(output)
         if cu_seqlens_q is not None:
             output = output.view(query.shape)
@@ -121,22 +122,23 @@ class CrossAttention(nn.Module):
         output, attentions = result if segments["output_attentions"] else (result, None)
         return rearrange(output, "... h d -> ... (h d)"), attentions
 
-    def queries(self, query: Tensor, query_bias: Tensor | None = None) -> Tensor:
-        """Project queries ``[..., C]`` to ``[..., H, C / H]``."""
-        projected = self.q_proj(query)
-        return self._split_heads(projected if query_bias is None else projected + query_bias)
+    def queries(self, query: Tensor, position: Tensor | None = None) -> Tensor:
+        """Project queries ``[..., C]``, to which positions are added first, to ``[..., H, C / H]``."""
+        return self._split_heads(self.q_proj(query if position is None else query + position))
 
     def keys(self, key_value: Tensor) -> Tensor:
         """Project keys ``[..., Ckv]`` to ``[..., H, C / H]``."""
         return self._split_heads(self.k_proj(key_value))
 
-    def query_bias(self, position: Tensor) -> Tensor:
-        """Return the term that positions ``[..., C]`` add to projected queries. It is linear, so it can be resized."""
-        return _linear_part(self.q_proj, position)
-
     def key_bias(self, position: Tensor) -> Tensor:
-        """Return the term that positions ``[..., Ckv]`` add to projected keys."""
-        return _linear_part(self.k_proj, position)
+        """Return the term that positions ``[L, Ckv]`` add to projected keys. It is linear, so it can be resized.
+
+        That is ``k_proj(position)`` without its bias, which is what the projection of zeros returns, for any adapter
+        that wraps the projection. The zeros are a row of the same product: a product of one row reads all weights, and
+        its backward pass writes a gradient of all weights.
+        """
+        projected = self.k_proj(torch.cat([position, torch.zeros_like(position[:1])]))
+        return projected[:-1] - projected[-1:]
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "... (h d) -> ... h d", h=self.num_heads)
@@ -168,11 +170,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., C]`` to ``[..., C]``."""
         return self.down_proj(F.gelu(self.up_proj(self.norm(x))))
-
-
-def _linear_part(projection: nn.Module, x: Tensor) -> Tensor:
-    """Return ``projection(x)`` without its bias. Works for any adapter that wraps the projection."""
-    return projection(x) - projection(torch.zeros_like(x[:1]))
 
 
 def saves_memory(x: Tensor) -> bool:

@@ -84,7 +84,7 @@ class IdentityLayer(nn.Module):
         patches: Tensor,
         keys: Tensor,
         *,
-        query_bias: Tensor,
+        query_position: Tensor,
         output_attentions: bool = False,
         residual_only: bool = False,
         **segments,
@@ -94,7 +94,7 @@ class IdentityLayer(nn.Module):
         Args:
             patches: ``[S, P, C]`` patches of scenes, or ``[T, C]`` packed.
             keys: ``[T, C]`` packed reference tokens.
-            query_bias: ``[P, C]`` projected positions of the patches, or ``[T, C]``.
+            query_position: ``[P, C]`` positions of the patches, or ``[T, C]``.
             output_attentions: also return the attention weights, summed over groups of keys.
             residual_only: return what the layer adds to the patches, instead of the sum.
             segments: ``cu_seqlens_q``, ``key_groups``, ... of :func:`idavlm.cross_attention`, which group by sample.
@@ -102,7 +102,9 @@ class IdentityLayer(nn.Module):
         Returns:
             Patches in the shape of the input, and the weights ``[S * P, H, G + 1]`` or None.
         """
-        result = self.attention(patches, keys, query_bias=query_bias, output_attentions=output_attentions, **segments)
+        result = self.attention(
+            patches, keys, query_position=query_position, output_attentions=output_attentions, **segments
+        )
         attended, attentions = result if output_attentions else (result, None)
         residual = _gated(attended, self.attention_gate)
         output = patches + residual
@@ -420,7 +422,7 @@ class IDFormer(nn.Module):
         tokens = self.resampler.resample(references, key_bias) if self.identity_keys == "tokens" else None
         keys = self._identity_keys(references, tokens)
         attention = self.identity_layers[0].attention
-        query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
+        position = self.resampler.resize_to_patches(self.resampler.position, grid_size)
         null = keys.new_zeros(0, keys.shape[-1]) if self.null_token is None else self.null_token
         # Numbered over the batch: the same identity index in different samples gives different numbers.
         num_identities = (
@@ -428,7 +430,7 @@ class IDFormer(nn.Module):
         )
         owner = (sample_index * num_identities + identity_index)[is_reference]
         loss = identity_contrastive_loss(
-            attention.queries(patches[image, patch], query_bias[patch]),
+            attention.queries(patches[image, patch], position[patch]),
             attention.keys(torch.cat([null, keys.flatten(0, 1)])),
             owner=owner.repeat_interleave(keys.shape[1]),
             target=sample_index[image] * num_identities + targets[image, patch],
@@ -465,11 +467,11 @@ class IDFormer(nn.Module):
         tokens = self.resampler.resample(patches[1:], self.resampler.key_bias(grid_size))
         keys = self._identity_keys(patches[1:], tokens)
         attention = self.identity_layers[0].attention
-        query_bias = self.resampler.resize_to_patches(attention.query_bias(self.resampler.position), grid_size)
+        position = self.resampler.resize_to_patches(self.resampler.position, grid_size)
         null = keys[:0, 0] if self.null_token is None else self.null_token
         projected = attention.keys(torch.cat([keys.flatten(0, 1), null]))
         lengths = [keys.shape[1]] * len(keys) + [1] * len(null)
-        energies = attention_energies(attention.queries(patches[0], query_bias), projected, lengths)
+        energies = attention_energies(attention.queries(patches[0], position), projected, lengths)
         return energies if len(null) else F.pad(energies, (0, 0, 0, 1), value=-torch.inf)
 
     def _identity_keys(self, patches: Tensor, image_tokens: Tensor | None) -> Tensor:
@@ -499,11 +501,10 @@ class IDFormer(nn.Module):
             device=scenes.device,
         )
         needs_maps = output_attentions or self.identity_embedding_type is not None
+        position = self.resampler.resize_to_patches(self.resampler.position, grid_size)
         maps = []
         for layer in self.identity_layers:
-            query_bias = layer.attention.query_bias(self.resampler.position)
-            query_bias = self.resampler.resize_to_patches(query_bias, grid_size)
-            scenes, sums = layer(scenes, packed, query_bias=query_bias, output_attentions=needs_maps, **segments)
+            scenes, sums = layer(scenes, packed, query_position=position, output_attentions=needs_maps, **segments)
             if needs_maps:
                 maps.append(identity_map_from_attention(sums, groups, scenes.shape[1]))
         return scenes, tuple(maps)

@@ -257,9 +257,8 @@ class ResidualIDFormer(nn.Module):
         start = normed.index_select(0, scenes)
         change, maps = torch.zeros_like(start), []
         for layer in self.identity_layers:
-            query_bias = layer.attention.query_bias(position)
             added, sums = layer(
-                start + change, packed, query_bias=query_bias, output_attentions=True, residual_only=True, **segments
+                start + change, packed, query_position=position, output_attentions=True, residual_only=True, **segments
             )
             change = change + added
             maps.append(_map_of_all_tokens(sums.mean(1), scenes, len(tokens)))
@@ -352,10 +351,10 @@ class ResidualIDFormer(nn.Module):
         owner = owner.repeat_interleave(torch.tensor(key_lengths, dtype=torch.long)).to(keys.device)
         sample_of_token = samples.repeat_interleave(torch.tensor(images.lengths, dtype=torch.long)).to(keys.device)
         attention = self.identity_layers[0].attention
-        query_bias = attention.query_bias(self._token_positions(images)[is_labelled])
+        position = self._token_positions(images)[is_labelled]
         null = keys[:0] if self.null_token is None else self.null_token
         return identity_contrastive_loss(
-            attention.queries(normed[is_labelled], query_bias),
+            attention.queries(normed[is_labelled], position),
             attention.keys(torch.cat([null, keys])),
             owner=owner,
             target=(sample_of_token * num_identities + targets)[is_labelled],

@@ -24,6 +24,7 @@ _ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii")
 _VALUE = {
     **{word: number for words in (_ONES, _ORDINALS, _ROMAN, _HAN) for number, word in enumerate(words, 1)},
     "两": 2,
+    **{word: number for number, word in enumerate("첫두세네", 1)},
     **{letter: number for number, letter in enumerate("abcdefgh", 1)},
 }
 # Lower-case letters are words more often than choices ("in the picture a woman ..."), and "I" is a pronoun.
@@ -33,22 +34,22 @@ _CARDINAL = rf"(?:\d{{1,2}}(?![\d.]*\d|\s*%)|{'|'.join(_ONES)})"
 _NOUN = (
     r"(?:(?:pictures?|images?|photo(?:graph)?s?|pics?|imgs?|options?|choices?|candidates?|figures?|panels?|numbers?|no\.?"
     r"|im[aá]gen(?:es)?|im[aá]ge[mn]s?|fotos?|opci[oó]n|op[cç][aã]o|bild(?:er)?|immagine|изображени[еи]|фото|картинка"
-    r"|الصورة|तस्वीर|छवि|hình|ảnh)(?!\w)|(?:pictures?|images?|photos?|imgs?)(?=[\d_]))"
+    r"|الصورة|الخيار|तस्वीर|छवि|hình|ảnh)(?!\w)|(?:pictures?|images?|photos?|imgs?)(?=[\d_]))"
 )
 # Possessive quantifiers keep these patterns linear: text that does not match is not tried in other ways.
 _MENTION = re.compile(
-    rf"(?<!\w)(?<!reference )(?<!reference\n){_NOUN}[\s_-]*+(?:is\s++)?(?:#|n[or]\.?|n°|number|:|\()?\s*+[\"'(\[]*+"
+    rf"(?<!\w)(?<!reference )(?<!reference\n){_NOUN}[\s_-]*+(?:is\s++)?(?:#|n[or]\.?|n°|number|رقم|:|\()?\s*+[\"'(\[]*+"
     rf"(?P<noun>{_CARDINAL}(?![^\W_])|{_LETTER})"
     rf"|\b(?P<ordinal>{'|'.join(_ORDINALS)}|\d{{1,2}}(?:st|nd|rd|th))\b(?!\s+(?:reference|person|woman|man|character))"
     + "".join(rf"|\b(?P<ordinal{number}>{words})\s+{_NOUN}" for number, words in _FOREIGN_ORDINALS.items())
-    + rf"|(?:图片?|图像|照片|选项|画像|写真|写眞|이미지|사진|第)\s*+[#:(]?+\s*+"
+    + rf"|(?:图片?|图像|照片|选项|選択肢|画像|写真|写眞|이미지|사진|第)\s*+[#:(]?+\s*+"
     rf"(?P<asian>\d{{1,2}}|[{_HAN}两]|(?-i:[A-H]))(?![\da-z])"
-    rf"|(?P<counted>\d{{1,2}}|[{_HAN}两])\s*+(?:枚目|番目|番|张|번째|번)"
+    rf"|(?P<counted>\d{{1,2}}|[{_HAN}两])\s*+(?:枚目|番目|番|번째|번)|(?P<native>[첫두세네])\s*+번째"
     rf"|(?P<option>[A-H])\s*+(?:选项|项)"
     rf"|(?P<hash>#\s*+\d{{1,2}})(?!\w)"
     r"|[(\[](?P<bracketed>\d{1,2}|[a-h])[)\]]"
     # A number or letter at the start of a line or clause, with its verdict: "2: yes", "| 2 | no |", "A is wrong".
-    r"|(?:^|(?<=[\n.;,]))[\s|-]*+(?P<judged>\d{1,2}|(?-i:[A-H]))(?=\s*(?:[:|)-]|is|are)\s*(?:the\s)?"
+    r"|(?:^|(?<=[\n.;,]))[\s|-]*+(?P<judged>\d{1,2}|(?-i:[A-H]))(?=\s*(?:[:|)-][\s:]*+|(?:is|are)\s)\s*(?:the\s)?"
     r"(?:yes|no|not|true|false|right|wrong|correct|incorrect|match|different|other|same)\b)",
     re.IGNORECASE,
 )
@@ -57,9 +58,9 @@ _MENTION = re.compile(
 _BARE = re.compile(
     r"(?:(?:^|[.;:,!?(\n]|\b(?:is|be|it's|choose|pick|select|say|go with|guess|prefer|than|not|nor|neither|either|both"
     r"|between|and|or|so|but|definitely|probably|elijo|choisis|wähle|escolho|scelgo|выбираю|es|est|ist|la|el|le|é)(?=\s))\s*+(?:[\"'(\[]|option\s|letter\s)?+"
-    r"|(?:选|选择|是|应为|为|는|은|は)\s*+)"
-    rf"(?P<value>{_CARDINAL}|(?-i:[A-H])|[{_HAN}])[)\]\"']?"
-    r"(?=\s*(?:[.,;:!?)\n]|\Z|\b(?:because|since|as|is|are|was|and|or|nor|rather|but|not|seems|instead)\b)"
+    r"|(?:选|选择|是|应为|为|는|은|は)\s*+[「『]?)"
+    rf"(?P<value>{_CARDINAL}|(?-i:[A-H])|[{_HAN}])[)\]\"'」』]?"
+    r"(?=\s*(?:[.,;:!?)\n。、]|\Z|\b(?:because|since|as|is|are|was|and|or|nor|rather|but|not|seems|instead)\b)"
     r"|[选项是不和或だで입])",
     re.IGNORECASE,
 )
@@ -68,7 +69,9 @@ _MORE = re.compile(
     rf"({_CARDINAL}(?!\w)|{_OPTION}|[{_HAN}](?=[、和或,\s不]))",
     re.IGNORECASE,
 )
-_ALONE = re.compile(rf"[\s\"'(\[#<【]*(?P<value>{_CARDINAL}|[a-h]|[{_HAN}])(?!\w)[\s\"'.)\]:>!。,】]*", re.IGNORECASE)
+_ALONE = re.compile(
+    rf"[\s\"'(\[#<【「→]*(?P<value>{_CARDINAL}|[a-h]|[{_HAN}])(?!\w)[\s\"'.)\]:>!。,】」]*", re.IGNORECASE
+)
 _LABEL = re.compile(r"^[\s\"'(\[]*(?P<value>\d{1,2}|[A-Ha-h])(?:[.):\]]+\s+|\s*-\s+)(?=\S)", re.MULTILINE)
 _JOINED = re.compile(r"\s*+(?:,\s*+)?(?:and|or|nor|/|,|或|和)\s*+(?:(?:in|the)\s++)*+", re.IGNORECASE)
 _CLAUSE = re.compile(r"[.;!?。\n,]|\bbut(?![a-z\d_])|\bwhile\b|而是")
@@ -86,7 +89,7 @@ _NO_AFTER = re.compile(
     r"|[\s\"')]*+[:\-|][\s|]*+(?:no|not|false|wrong|incorrect|different|another|someone else|somebody else|other)\b"
     r"|[^.;!?\n]{0,20}?\b(?:une autre|otra|outra|eine andere|другой|другая)\b"
     r"|[\s\"')]*+\?(?!\s*yes\b)"
-    r"|[^。;]{0,6}(?:不是|并非|没有|不对)",
+    r"|[^。;]{0,6}(?:不是|并非|没有|不对)|[^。;,]{0,3}(?:另一|别的|其他|別人|別の|違)",
     re.IGNORECASE,
 )
 # Where the text after a mention turns to another image: "image 4, not image 1", "image 3 (not 1 or 2)".
@@ -98,8 +101,8 @@ _NEXT = re.compile(
 # What makes a mention a verdict, within its clause.
 _CUE = re.compile(
     r"\b(?:match(?:es|ed)?|same|choose|pick|select|go with|say|guess|answer|so|therefore|thus|hence|conclude"
-    r"|must be|should be|definitely|clearly|yes|right|correct|true|it is|it's|is in|appears? in|is shown in|found in"
-    r"|visible in|located in)\b|才是|应该|选",
+    r"|must be|should be|definitely|clearly|likely|yes|right|correct|true|it is|it's|is in|appears? in|is shown in"
+    r"|found in|visible in|located in)\b|才是|应该|选",
     re.IGNORECASE,
 )
 _CHOICE_KEYS = re.compile(
@@ -158,7 +161,8 @@ def parse_letter(text: str, *, count: int | None = None) -> str | None:
 
 def _parts(text: str, keys: re.Pattern) -> list[str]:
     """The parts of an answer in which to look for a verdict, without markup."""
-    parts = answer_parts(without_markdown(plain_answer(text)).translate(_TICKS))
+    text = _TICK_BEFORE_LABEL.sub("\\1\n", without_markdown(plain_answer(text)))  # "A) ✗ B) ✓": one line each
+    parts = answer_parts(text.translate(_TICKS))
     field = json_field(parts[-1], keys)
     return parts if field is None else answer_parts(json_text(field))
 
@@ -225,9 +229,9 @@ def _mentions(text: str, pattern: re.Pattern) -> list[_Mention]:
             and _JOINED.fullmatch(text, found[-1].end, match.start(group) if pattern is _BARE else match.start())
             is not None
         )
-        # "not image 1" or "image 1 is not her", within the clause
+        # "not image 1" or "image 1 is not her", within the clause; the "no" of "image no 1" denies nothing
         clause = _last_before(match.start(group), clauses)
-        negation = _last_before(match.start(group), negations)
+        negation = _last_before(match.start(group) if pattern is _BARE else match.start(), negations)
         denied_before = negation is not None and negation.start() >= (clause.end() if clause else 0)
         turn = bisect_left(turns, end)
         clause_end = turns[turn] if turn < len(turns) else len(text)
@@ -305,6 +309,7 @@ _YES_CLAUSE = re.compile(
 )
 _NO_CLAUSE = re.compile(rf"\W*(?:{_LEAD})*(?:{_NO})\W*|.*\b(?:no|nope)\W*", re.IGNORECASE | re.DOTALL)
 _TICKS = str.maketrans(dict.fromkeys("✅✔☑✓", ": yes") | dict.fromkeys("❌✗✘❎✖", ": no"))
+_TICK_BEFORE_LABEL = re.compile(r"(?<=\S)([ \t]*[✅✔☑✓❌✗✘❎✖])[ \t]+(?=[(\[]?(?:[A-H]|\d{1,2})[).:\]])")
 _YES_OR_NO = re.compile(
     r"\byes\s*(?:or|and|/|nor)\s*no\b|\bno\s*(?:or|and|/)\s*yes\b|是否|是不是|有没有", re.IGNORECASE
 )
@@ -321,13 +326,14 @@ _THAT = re.compile(
 _NEGATION = re.compile(
     r"\b(?:no|not|never|none|nobody|no one|neither|nor|cannot|absent|nowhere|missing)\b|n't\b"
     r"|\b(?:nicht|kein\w*|não|nunca|non|ne|pas|aucune?|не|нет|không|tidak|değil)\b|\bn'(?=[eé])"
-    r"|不|没|無|ない|ません|없|아니|아닙|ليس|नहीं|ไม่",
+    r"|不|没|無|ない|ません|없|아니|아닙|ليس|नहीं|ไม่"
+    r"|\A\W*(?:it|this|that|he|she)(?:'s| is| was)\s+(?:\w+\s+)?(?:a different|another|someone else|somebody else)\b",
     re.IGNORECASE,
 )
 _AFFIRMATION = re.compile(
     r"\b(?:is|are|was)\s+(?:\w+\s+)?(?:in|on|at|here|there|visible|present|shown|depicted|pictured)\b"
-    r"|\bappears\b|\bcan be (?:seen|found)\b|\bi (?:can )?(?:see|spot)\b|\bi think so\b"
-    r"|看到|看见|出现|在(?:图|照|画|里|这|左|右|中)",
+    r"|\bappears\b|\bcan be (?:seen|found)\b|\bi (?:can )?(?:see|spot)\b|\bi (?:think|believe|guess) so\b"
+    r"|看到|看见|出现|在(?:图|照|画|里|这|左|右|中)|(?:图|照片|画面)[片像]?[中里上]?有(?![没一两几个人])",
     re.IGNORECASE,
 )
 _PRESENCE_KEYS = re.compile(
@@ -350,26 +356,30 @@ _REFUSALS = (
     r"\b(?:unsure|unclear|uncertain|undetermined|indeterminate|no idea|insufficient information|is unknown)\b",
     r"\A\W*(?:it is |it's )?(?:unknown|n/a|not applicable)\W*\Z",
     # Chinese
-    r"不知道|不清楚|不确定|不能确定|无法(?!看到|看见|找到)|不能(?:识别|辨认|判断|回答)|看不清|看不出",
+    r"不知道|不清楚|不确定|不能(?:确定|确认)|无法(?!看到|看见|找到)|不能(?:识别|辨认|判断|回答|透露)|看不清|看不出",
     r"难以(?:判断|确定|辨认|识别)",
     # Japanese
-    r"(?:分かり|わかり)ません|(?:分から|わから)ない|(?:特定|判断|識別|お答え)(?:することは|は)?でき(?:ません|ない)",
+    r"(?:分かり|わかり)ません|(?:分から|わから)ない|(?:特定|判断|識別|確認|お答え)(?:することは|は)?でき(?:ません|ない)",
+    r"(?:分かり|わかり|お答えし|判断し)かね(?:ます|る)",
     # Korean
     r"모르겠|알 수 없|(?:확인|식별|판단|답변)할 수 없",
     # Spanish
     r"\bno\s+(?:lo\s+)?sé\b|\bno estoy segur",
-    r"\bno (?:puedo|es posible)\s+(?:identificar|determinar|saber|decir(?:lo)?|reconocer|responder|ayudar)",
+    r"\bno (?:puedo|es posible)\s+(?:identificar|determinar|saber|decir(?:lo)?|reconocer|responder|ayudar|confirmar)",
     # Portuguese, Italian
-    r"\bnão sei\b|\bnão tenho certeza|\bnão (?:posso|consigo)\s+(?:identificar|determinar|dizer)",
-    r"\bnon (?:lo )?so\b|\bnon sono sicur",
+    r"\bnão sei\b|\bnão tenho certeza|\bnão (?:posso|consigo)\s+(?:identificar|determinar|dizer|confirmar)",
+    r"\bnon (?:lo )?so\b|\bnon sono sicur|\bnon (?:posso|riesco a)\s+(?:identificare|determinare|dire|confermare)",
     # French
-    r"\bne sais pas\b|\bne suis pas sûr|\bne (?:peux|puis) pas\s+(?:identifier|dire|déterminer|reconnaître|répondre)",
+    r"\bne sais pas\b|\bne suis pas sûr",
+    r"\bne (?:peux|puis) pas\s+(?:identifier|dire|déterminer|reconnaître|répondre|confirmer)",
     # German
     r"\bwei(?:ß|ss)\s+(?:\w+\s+)?nicht\b|\bnicht sicher\b",
-    r"\bkann\s+(?:\w+\s+){0,4}?(?:identifizieren|erkennen|beurteilen|bestimmen)\b",
+    r"\bkann\s+(?:\w+\s+){0,4}?(?:identifizieren|erkennen|beurteilen|bestimmen|bestätigen)\b",
+    r"\blässt sich (?:\w+\s+){0,3}?nicht\s+(?:\w+\s+)?(?:erkennen|sagen|beurteilen|bestimmen|feststellen)\b",
     # Russian, Arabic, Hindi, Vietnamese, Thai
     r"\bне знаю\b|\bне уверен|\bне могу\s+(?:определить|сказать|опознать|идентифицировать)",
-    r"لا أعرف|لا أعلم|لست متأكد|नहीं पता|पता नहीं|नहीं जानता|không biết|không thể xác định|ไม่ทราบ|ไม่รู้|ไม่แน่ใจ|ไม่สามารถระบุ",
+    r"(?:لا أستطيع|لا يمكنني|لا يمكن)\s+(?:التعرف|تحديد|معرفة|الجزم|القول|الإجابة|التأكد)|لا أعرف|لا أعلم|لست متأكد|"
+    r"नहीं पता|पता नहीं|नहीं जानता|không biết|không thể xác định|ไม่ทราบ|ไม่รู้|ไม่แน่ใจ|ไม่สามารถระบุ",
 )
 _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 _NOTHING = re.compile(r'\s*(?:json\s+)?(?:\[\s*(?:\[\s*\]\s*)?\]|\{\s*(?:"\w+"\s*:\s*\[\s*\]\s*)?\}|null)[\s.]*')

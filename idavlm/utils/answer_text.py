@@ -20,6 +20,9 @@ _END_OF_TURN = re.compile(
 )
 _PLAIN = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2212": "-"}
+    | {"\u060c": ",", "\u061b": ";", "\u061f": "?", "\u06d4": "."}  # Arabic punctuation
+    | {chr(zero + digit): str(digit) for zero in (0x660, 0x6F0, 0x966, 0x9E6, 0xE50) for digit in range(10)}
+    | {"\u02bc": "'", "\u2010": "-", "\u2011": "-", "\u00ad": None}
     | {"\ufe0f": None, "\u20e3": None}  # the code points that turn a digit into an emoji
 )
 _LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|tt)?|math(?:bf|rm|it|sf)|operatorname)\s*\{([^{}]*)\}")
@@ -38,9 +41,10 @@ _MARKER = re.compile(
     r"\b(?:answer|ans)\b\s*(?:(?:is|was|would be|should be|must be)\b\s*:?|[:=\n]|-\s)"
     r"|\b(?:respuesta|r[\u00e9e]ponse|antwort|resposta|risposta|\u043e\u0442\u0432\u0435\u0442|\u0111\u00e1p \u00e1n)"
     r"\s*(?:\w+\s*)?(?:\b(?:es|est|ist|lautet|\u00e9|\u00e8)\b\s*:?|:)"
-    r"|(?:\u7b54\u6848|\u56de\u7b54|\u7b54\u3048|\u6b63\u89e3)\s*(?:\u662f|\u4e3a|\u5e94\u4e3a|\u306f|:)"
-    r"|(?:\uc815?\ub2f5)\s*(?:\uc740|:)|(?:\u0627\u0644\u0625\u062c\u0627\u0628\u0629|\u0909\u0924\u094d\u0924\u0930)"
-    r"\s*(?:\u0647\u064a|:)",
+    r"|(?:\u7b54\u6848|\u56de\u7b54|\u7b54\u3048|\u6b63\u89e3)\s*(?:\u662f|\u4e3a|\u5e94\u4e3a|\u9009|\u306f|:)"
+    r"|(?:\uc815?\ub2f5)\s*(?:\uc740|:)"
+    r"|(?:\u0627\u0644\u0625\u062c\u0627\u0628\u0629|\u0627\u0644\u062c\u0648\u0627\u0628|\u0909\u0924\u094d\u0924\u0930)"
+    r"\s*(?:\w+\s*)?(?:\b(?:\u0647\u064a|\u0647\u0648)\b|:)",
     re.IGNORECASE,
 )
 _ANSWER_KEY = re.compile(r"(?:(?:final|correct|predicted|my|your)[_ ]?)?(?:answer|verdict|prediction)")

@@ -36,18 +36,39 @@ def check_arguments(name: str, arguments: dict, function: Callable, *, exclude: 
     Args:
         name: what contains the arguments, for messages.
         arguments: argument -> value.
-        function: a function, or a class whose constructor takes the arguments.
+        function: a function, or a class whose constructor takes the arguments. A constructor that takes ``**options``
+            also takes the arguments of its base class.
         exclude: arguments of ``function`` that must not be among them.
     """
-    called = function.__init__ if inspect.isclass(function) else function
-    annotations = typing.get_type_hints(called)
-    known = [argument for argument in inspect.signature(function).parameters if argument not in set(exclude)]
+    annotations = _constructor_arguments(function) if inspect.isclass(function) else _annotated_arguments(function)
+    known = [argument for argument in annotations if argument not in set(exclude)]
     for argument, value in arguments.items():
         if argument not in known:
             raise ValueError(
                 f"{name}: {argument!r} is not an argument of {function.__name__}; known: {', '.join(known)}."
             )
         check_type(f"{name}: {argument}", value, annotations[argument])
+
+
+def _annotated_arguments(function: Callable) -> dict[str, Any]:
+    """Arguments of a function and their annotated types."""
+    annotations = typing.get_type_hints(function)
+    return {name: annotations.get(name, Any) for name in inspect.signature(function).parameters}
+
+
+def _constructor_arguments(cls: type) -> dict[str, Any]:
+    """Arguments of a constructor and their annotated types, with those that ``**options`` passes to base classes."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        passes_on = [parameter.name for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
+        own = {k: v for k, v in _annotated_arguments(base.__init__).items() if k not in ("self", *passes_on)}
+        found = {**own, **found}
+        if not passes_on:
+            break
+    return found
 
 
 def _has_type(value: object, expected: Any) -> bool:

@@ -1,6 +1,7 @@
 """Builder of the characters data set."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,11 +11,11 @@ from idavlm.datasets.characters.drawing import draw_all
 from idavlm.datasets.characters.general import GeneralImage, general_records, plan_general
 from idavlm.datasets.characters.planning import SPLITS, plan_photos, plan_scenes
 from idavlm.datasets.dataset_folder import build_once, write_records
-from idavlm.datasets.record_composer import FIRST_NAMES, RecordComposer, drawn_names
+from idavlm.datasets.record_composer import FIRST_NAMES, RecordComposer, RecordOptions, drawn_names
 from idavlm.utils.checks import check_positive
 
 NAME = "characters"
-VERSION = 9
+VERSION = 10
 
 SCENE_SIZES = {"train": (2, 3, 4), "test": (3, 4)}
 """Numbers of identities in the scenes of each split, in turn."""
@@ -46,6 +47,7 @@ def build_characters(
     num_general_records: int = 4000,
     size: int = 128,
     seed: int = 0,
+    records: RecordOptions = RecordOptions(),  # noqa: B008 - it is frozen
     num_workers: int = 2,
 ) -> Path:
     """Build the characters data set: drawn characters with many visual attributes. Nothing is downloaded.
@@ -67,6 +69,7 @@ def build_characters(
         num_general_records: records about general images.
         size: width and height of the images in pixels.
         seed: seed of all random choices.
+        records: photos per identity, number of choices, absent identities.
         num_workers: processes that draw. The result does not depend on it.
 
     Returns:
@@ -76,15 +79,17 @@ def build_characters(
         ValueError: an option is out of range.
         FileExistsError: ``root`` contains something other than a data set.
     """
-    options = {name: value for name, value in locals().items() if name not in ("root", "num_workers")}
+    options = {name: value for name, value in locals().items() if name not in ("root", "num_workers", "records")}
     check_positive(num_workers=num_workers, **{name: value for name, value in options.items() if name != "seed"})
     for name, minimum in MINIMUM.items():
         if options[name] < minimum:
             raise ValueError(f"{name}={options[name]} must be at least {minimum}.")
+    records.check_photos(num_photos)
+    options["records"] = asdict(records)
     return build_once(root, NAME, VERSION, options, lambda folder: _build(folder, options, num_workers))
 
 
-def _build(folder: Path, options: Mapping[str, int], num_workers: int) -> Mapping[str, Any]:
+def _build(folder: Path, options: Mapping[str, Any], num_workers: int) -> Mapping[str, Any]:
     seed = options["seed"]
     general = plan_general(options["num_general"], Random(f"{seed} general"))
     plan: dict[str, Sequence[AlbumImage | GeneralImage]] = {"general": general}
@@ -102,7 +107,13 @@ def _build(folder: Path, options: Mapping[str, int], num_workers: int) -> Mappin
     )
     albums = {split: Album([image for image in drawn if image.path.startswith(f"{split}/")]) for split in SPLITS}
     train, test = (
-        RecordComposer(albums[split], Random(f"{seed} {split} records"), drawn_names(FIRST_NAMES)) for split in SPLITS
+        RecordComposer(
+            albums[split],
+            Random(f"{seed} {split} records"),
+            drawn_names(FIRST_NAMES),
+            options=RecordOptions(**options["records"]),
+        )
+        for split in SPLITS
     )
     records = {
         "train": train.training(options["num_train_records"]),

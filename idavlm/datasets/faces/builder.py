@@ -1,6 +1,7 @@
 """Builder of the faces data set."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,7 +11,7 @@ from idavlm.datasets.dataset_folder import build_once, write_records
 from idavlm.datasets.faces.archive import read_photographs
 from idavlm.datasets.faces.images import ImageBuilder
 from idavlm.datasets.faces.subjects import Photographs, Subject, virtual_subjects
-from idavlm.datasets.record_composer import FIRST_NAMES, RecordComposer, drawn_names
+from idavlm.datasets.record_composer import FIRST_NAMES, RecordComposer, RecordOptions, drawn_names
 from idavlm.utils.checks import check_positive
 
 NAME = "faces"
@@ -44,6 +45,7 @@ def build_faces(
     num_test_records: int = 200,
     size: int = 128,
     seed: int = 0,
+    records: RecordOptions = RecordOptions(),  # noqa: B008 - it is frozen
 ) -> Path:
     """Build the faces data set: images of the ORL photographs on coloured walls, and records about them.
 
@@ -65,6 +67,7 @@ def build_faces(
         num_test_records: evaluation records of matching and of location; the other tasks have half as many each.
         size: width and height of the images in pixels.
         seed: seed of all random choices.
+        records: photos per identity, number of choices, absent identities.
 
     Returns:
         ``root`` as a path.
@@ -75,15 +78,17 @@ def build_faces(
         RuntimeError: the archive could not be downloaded; the message describes the manual steps.
         FileExistsError: ``root`` contains something other than a data set.
     """
-    options = {name: value for name, value in locals().items() if name not in ("root", "archive")}
+    options = {name: value for name, value in locals().items() if name not in ("root", "archive", "records")}
     check_positive(**{name: value for name, value in options.items() if name != "seed"})
     for name, minimum in MINIMUM.items():
         if options[name] < minimum:
             raise ValueError(f"{name}={options[name]} must be at least {minimum}.")
+    records.check_photos(num_photos)
+    options["records"] = asdict(records)
     return build_once(root, NAME, VERSION, options, lambda folder: _build(folder, archive, options))
 
 
-def _build(folder: Path, archive: str | Path | None, options: Mapping[str, int]) -> Mapping[str, Any]:
+def _build(folder: Path, archive: str | Path | None, options: Mapping[str, Any]) -> Mapping[str, Any]:
     seed = options["seed"]
     photographs = read_photographs(archive)
     splits = _split(photographs, options["num_test"], Random(f"{seed} splits"))
@@ -96,7 +101,8 @@ def _build(folder: Path, archive: str | Path | None, options: Mapping[str, int])
         builder = ImageBuilder(split, subjects, folder / "images", options["size"], rng)
         num_photos = options["num_photos"] if training else max(map(len, originals.values()))
         images = builder.photos(num_photos) + builder.scenes(options[f"num_{split}_scenes"], SCENE_SIZES[split])
-        composer = RecordComposer(Album(images), rng, drawn_names(FIRST_NAMES), QUESTION)
+        record_options = RecordOptions(**options["records"])
+        composer = RecordComposer(Album(images), rng, drawn_names(FIRST_NAMES), QUESTION, record_options)
         records = (
             composer.training(options["num_train_records"])
             if training

@@ -1,14 +1,14 @@
 """Builder of the Wesnoth data set."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from idavlm.datasets.album import Album, AlbumImage
 from idavlm.datasets.dataset_folder import build_once, save_jpeg, write_records
-from idavlm.datasets.record_composer import RecordComposer, drawn_names, own_names
+from idavlm.datasets.record_composer import RecordComposer, RecordOptions, drawn_names, own_names
 from idavlm.datasets.wesnoth.backgrounds import Ground, cut, read_grounds
 from idavlm.datasets.wesnoth.general import general_records
 from idavlm.datasets.wesnoth.package import find_data
@@ -50,6 +50,7 @@ def build_wesnoth(
     num_test_records: int = 200,
     size: int = 128,
     seed: int = 0,
+    records: RecordOptions = RecordOptions(),  # noqa: B008 - it is frozen
 ) -> Path:
     """Build the Wesnoth data set: images of the unit sprites of the game, and records about them.
 
@@ -77,6 +78,7 @@ def build_wesnoth(
         num_test_records: evaluation records of matching and of location; the other tasks have half as many each.
         size: width and height of the images in pixels.
         seed: seed of all random choices.
+        records: photos per identity, number of choices, absent identities.
 
     Returns:
         ``root`` as a path.
@@ -87,15 +89,17 @@ def build_wesnoth(
         RuntimeError: the package could not be downloaded or unpacked; the message describes the manual steps.
         FileExistsError: ``root`` contains something other than a data set.
     """
-    options = {name: value for name, value in locals().items() if name not in ("root", "package")}
+    options = {name: value for name, value in locals().items() if name not in ("root", "package", "records")}
     check_positive(**{name: value for name, value in options.items() if name != "seed"})
     for name, minimum in MINIMUM.items():
         if options[name] < minimum:
             raise ValueError(f"{name}={options[name]} must be at least {minimum}.")
+    records.check_photos(num_photos)
+    options["records"] = asdict(records)
     return build_once(root, NAME, VERSION, options, lambda folder: _build(folder, package, options))
 
 
-def _build(folder: Path, package: str | Path | None, options: Mapping[str, int]) -> Mapping[str, Any]:
+def _build(folder: Path, package: str | Path | None, options: Mapping[str, Any]) -> Mapping[str, Any]:
     seed, size = options["seed"], options["size"]
     data = find_data(package)
     splits = split_characters(read_characters(data, read_units(data)), Random(f"{seed} splits"))
@@ -116,7 +120,7 @@ def _build(folder: Path, package: str | Path | None, options: Mapping[str, int])
         images = _paint_all(plan, variants, grounds, folder / "images", size, rng)
         album = Album(images, variant_sampler(variants))
         naming = all_names if training else own_names({variant.key: variant.character.name for variant in variants})
-        composer = RecordComposer(album, rng, naming)
+        composer = RecordComposer(album, rng, naming, options=RecordOptions(**options["records"]))
         records = (
             composer.training(options["num_train_records"])
             if training

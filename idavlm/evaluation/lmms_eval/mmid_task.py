@@ -8,6 +8,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 
 from idavlm.data import ImageStore
 from idavlm.evaluation.answers import Answer
+from idavlm.evaluation.chat_messages import messages_of
 from idavlm.evaluation.tasks.base import Item, score_items
 from idavlm.evaluation.tasks.identity_tasks import MMID
 from idavlm.evaluation.tasks.image_files import with_images
@@ -62,18 +63,7 @@ class MMIDTask(ConfigurableMessagesTask):
 def doc_to_messages(doc: dict) -> list[dict]:
     """One user message: a line "Kate is <image>" per reference, then the question with its images."""
     sample = _ITEMS[doc["id"]].sample
-    store, content = ImageStore(sample.image_root), []
-    for identity in sample.identities:
-        for path in identity.images:
-            content.append({"type": "text", "text": f"{identity.name} is "})
-            content.append({"type": "image", "url": store.open(path)})
-            content.append({"type": "text", "text": "\n"})
-    for part in sample.messages[-1].content:
-        is_image = part.type == "image"
-        content.append(
-            {"type": "image", "url": store.open(part.image)} if is_image else {"type": "text", "text": part.text}
-        )
-    return [{"role": "user", "content": content}]
+    return messages_of(sample, ImageStore(sample.image_root).open)
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:

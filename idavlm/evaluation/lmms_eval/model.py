@@ -7,16 +7,19 @@ from lmms_eval import utils
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from idavlm.data.photos import PhotoLoader
+from idavlm.evaluation.chat_messages import sample_of
 from idavlm.evaluation.checkpoint import load_checkpoint
 from idavlm.evaluation.generation import evaluating, generate_texts, truncate_at
-from idavlm.evaluation.lmms_eval.messages import sample_of
 
 
 class IDAVLM(lmms):
-    """A checkpoint of :class:`idavlm.IDAVLMForConditionalGeneration` with greedy decoding.
+    """A checkpoint of :class:`idavlm.IDAVLMForConditionalGeneration`, or any image-text model, with greedy decoding.
 
     Args:
-        pretrained: folder or hub name of the checkpoint.
+        pretrained: folder or hub name of the checkpoint: of idavlm, or of an image-text model of transformers, to which
+            references are further images of the prompt.
+        id_former: folder of :func:`idavlm.save_id_former`, attached to ``pretrained``, a model of transformers.
         batch_size: samples per batch.
         device: device of the model.
         dtype: type of the weights; by default that of the checkpoint.
@@ -25,16 +28,25 @@ class IDAVLM(lmms):
     is_simple = False
 
     def __init__(
-        self, pretrained: str, batch_size: int | str = 1, device: str | None = None, dtype: str | None = None, **kwargs
+        self,
+        pretrained: str,
+        id_former: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        **kwargs,
     ) -> None:
         super().__init__()
         unknown = sorted(set(kwargs) - {"max_batch_size", "system_prompt"})
         if unknown:
             raise ValueError(
-                f"model_args: {unknown[0]}={kwargs[unknown[0]]!r} is not known; supported are pretrained and dtype."
+                f"model_args: {unknown[0]}={kwargs[unknown[0]]!r} is not known; supported are pretrained, "
+                "id_former and dtype."
             )
+        if kwargs.get("system_prompt"):
+            raise ValueError(f"model_args: system_prompt={kwargs['system_prompt']!r} is not supported; remove it.")
         device = "cpu" if device is None else device
-        self.model, self.processor = load_checkpoint(pretrained, device=device, dtype=dtype)
+        self.model, self.processor = load_checkpoint(pretrained, id_former=id_former, device=device, dtype=dtype)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests) -> list[str]:
@@ -59,11 +71,12 @@ class IDAVLM(lmms):
             raise ValueError(
                 f"generation_kwargs={options}: only greedy decoding is supported; remove do_sample and num_beams."
             )
+        loader = PhotoLoader(**self.processor.image_limits)
         with tempfile.TemporaryDirectory() as folder:
-            samples = [
-                sample_of(doc_to_messages(self.task_dict[task][split][doc_id]), Path(folder), str(number))
-                for number, (_, doc_to_messages, _, doc_id, task, split) in enumerate(chunk)
-            ]
+            samples = []
+            for number, (_, doc_to_messages, _, doc_id, task, split) in enumerate(chunk):
+                messages = doc_to_messages(self.task_dict[task][split][doc_id])
+                samples.append(sample_of(messages, Path(folder), str(number), loader=loader))
             with evaluating(self.model):
                 written = generate_texts(self.model, self.processor, samples, int(options.get("max_new_tokens", 256)))
         until = options.get("until") or []

@@ -12,6 +12,7 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import IdentityKey
 from idavlm.evaluation.results import EvaluationResult
 from idavlm.evaluation.scoring import ReadBox, score_answers
+from idavlm.models.boxes import BoxFormat
 
 BOX_TASKS = ("location", "human_ref")
 """Tasks of samples whose answers hold boxes."""
@@ -101,6 +102,12 @@ class EvaluationTask:
     identity_key: IdentityKey | None = None
     max_references: int | None = None
     max_new_tokens: int = 64
+
+    def box_reader(self, boxes: Any) -> "ReadBox | ReadBoxes":
+        """What :attr:`score` reads boxes with: a method of a :class:`idavlm.models.BoxFormat`, or of a processor."""
+        if self.several_boxes:
+            return boxes.read_boxes
+        return boxes.read if isinstance(boxes, BoxFormat) else boxes.read_box
 
 
 def score_items(

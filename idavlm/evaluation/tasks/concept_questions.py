@@ -11,6 +11,7 @@ from idavlm.data.errors import DataError, quote
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.tasks.base import Item
+from idavlm.evaluation.tasks.constant_answers import ConstantAnswer
 from idavlm.utils import contains_name, markdown_table, plain_answer
 from idavlm.utils.answer_parsing import is_refusal, parse_letter, parse_yes_no
 
@@ -120,29 +121,20 @@ def bare(name: str) -> str:
     return name.strip("<>")
 
 
-def constant_answers(
-    items: Sequence[Item], score: Callable[[Sequence[Item], Sequence[Answer]], EvaluationResult]
-) -> str:
-    """Markdown table of the scores of answers that are always the same, for each kind of question.
+def constant_questions(items: Sequence[Item]) -> dict[str, ConstantAnswer]:
+    """The constant answers to questions about concepts: yes and no, and each letter that is right somewhere."""
+    is_choice = {item.sample.id: item.sample.task.startswith("choice") for item in items}
+    letters = {item.sample.answer for item in items if is_choice[item.sample.id]} | {"A", "B"}
 
-    An accuracy means little without it: in the text questions of RAP, "A" is right in 390 of 400.
-    """
-    rows = []
-    for task in dict.fromkeys(item.sample.task for item in items):
-        of_task = [item for item in items if item.sample.task == task]
-        if task == "recognition":
-            texts = ("Yes", "No")
-        elif task.startswith("choice"):
-            texts = tuple(sorted({item.sample.answer for item in of_task} | {"A", "B"}))
-        else:
-            continue
-        for text in texts:
-            metrics = score(of_task, [Answer(item.sample.id, text) for item in of_task]).summary[task]["metrics"]
-            shown = {name: f"{value:.3f}" for name, value in metrics.items()}
-            if {"positive", "negative"} <= metrics.keys():
-                shown["weighted"] = f"{(metrics['positive'] + metrics['negative']) / 2:.3f}"
-            rows.append([task, f"always {text}", ", ".join(f"{name} {value}" for name, value in shown.items())])
-    return "## Constant answers\n\n" + markdown_table(["task", "answer", "scores"], rows) if rows else ""
+    def always(text: str, *, of_choices: bool) -> ConstantAnswer:
+        def answer(item: Item) -> str | None:
+            fits = is_choice[item.sample.id] if of_choices else item.sample.task == "recognition"
+            return text if fits else None
+
+        return answer
+
+    yes_no = {f"always {text}": always(text, of_choices=False) for text in ("Yes", "No")}
+    return yes_no | {f"always {letter}": always(letter, of_choices=True) for letter in sorted(letters)}
 
 
 def recognition_by_concept(items: Sequence[Item], result: EvaluationResult) -> str:

@@ -17,12 +17,13 @@ from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, question_sample, read_object
 from idavlm.evaluation.tasks.concept_questions import (
     bare,
-    constant_answers,
+    constant_questions,
     missing_parts,
     photos_in,
     score_questions,
     with_missing_parts,
 )
+from idavlm.evaluation.tasks.constant_answers import constant_answer_table
 from idavlm.utils import plain_answer
 from idavlm.utils.answer_parsing import is_refusal
 
@@ -242,7 +243,7 @@ def character_bleu(reference: str, text: str) -> float:
 
 
 def _summary(items: Sequence[Item], result: EvaluationResult) -> str:
-    constant = constant_answers(items, score_mc_llava)
+    constant = constant_answer_table(items, score_mc_llava, constant_questions(items))
     return "\n\n".join(part for part in (constant, missing_parts(items)) if part)
 
 

@@ -15,7 +15,7 @@ from idavlm.evaluation.tasks.benchmark_records import field, iterate_records, qu
 from idavlm.evaluation.tasks.concept_questions import (
     bare,
     choice_question,
-    constant_answers,
+    constant_questions,
     entries,
     missing_parts,
     options_of,
@@ -23,6 +23,7 @@ from idavlm.evaluation.tasks.concept_questions import (
     score_questions,
     with_missing_parts,
 )
+from idavlm.evaluation.tasks.constant_answers import constant_answer_table
 
 CAPTIONS = "eval/captions.json"
 DATABASES = ("example_database/database.json", "database.json")
@@ -207,7 +208,8 @@ def score_rap(items: Sequence[Item], answers: Sequence[Answer], read_box: ReadBo
 
 
 def _summary(items: Sequence[Item], result: EvaluationResult) -> str:
-    parts = [recognition_by_concept(items, result), constant_answers(items, score_rap), missing_parts(items)]
+    constant = constant_answer_table(items, score_rap, constant_questions(items))
+    parts = [recognition_by_concept(items, result), constant, missing_parts(items)]
     return "\n\n".join(part for part in parts if part)
 
 

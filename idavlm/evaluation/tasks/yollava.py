@@ -11,7 +11,7 @@ from idavlm.evaluation.tasks.base import EvaluationTask, Item
 from idavlm.evaluation.tasks.benchmark_records import field, question_sample, read_object
 from idavlm.evaluation.tasks.concept_questions import (
     choice_question,
-    constant_answers,
+    constant_questions,
     entries,
     missing_parts,
     options_of,
@@ -20,6 +20,7 @@ from idavlm.evaluation.tasks.concept_questions import (
     score_questions,
     with_missing_parts,
 )
+from idavlm.evaluation.tasks.constant_answers import constant_answer_table
 
 VISUAL_QUESTIONS = "yollava-visual-qa.json"
 
@@ -101,7 +102,7 @@ def score_yollava(items: Sequence[Item], answers: Sequence[Answer], read_box: Re
 
 
 def _summary(items: Sequence[Item], result: EvaluationResult) -> str:
-    constant = constant_answers(items, score_questions)
+    constant = constant_answer_table(items, score_questions, constant_questions(items))
     parts = [recognition_by_concept(items, result), constant, missing_parts(items)]
     return "\n\n".join(part for part in parts if part)
 

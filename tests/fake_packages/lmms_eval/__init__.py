@@ -1,0 +1,1 @@
+"""Interface of lmms-eval 0.7."""

@@ -1,0 +1,1 @@
+"""Interface of VLMEvalKit 0.2."""

@@ -1,0 +1,3 @@
+"""The models by name: callables without arguments."""
+
+supported_VLM = {}
