@@ -14,8 +14,8 @@ from idavlm.inference.server.gate import Gate
 logger = logging.getLogger("idavlm.serve")
 
 _KEEP_ALIVE = 75
-"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx: 5). A client that keeps it just as
-long would sometimes send a request into a connection that is being closed."""
+"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx: 5). Otherwise a client would
+sometimes send a request into a connection that is being closed."""
 
 _MORE_CONNECTIONS = 64
 """Connections above the largest number of requests, which get a status instead of no answer."""
