@@ -348,7 +348,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     texts += [*FIRST_NAMES, *COLOURS, *(colour.capitalize() for colour in COLOURS), *COUNTS]
     texts += [*(count.capitalize() for count in COUNTS), *(str(number) for number in range(32)), *PLACES.values()]
     texts += [place.split(" ", 1)[1].capitalize() for place in PLACES.values()]
-    texts += ["an person : ? . ,", "Which picture shows the", "Where is the", "What is in the picture ?"]
+    texts += ["an person : ? . ,", "Which picture shows the", "Where is the", "What is in the picture?"]
     pattern = r"\n|\w+|[^\w\s]"
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"), pre_tokenizers.Split(Regex(pattern), "isolated")]
@@ -410,8 +410,8 @@ class Record:
         self.ids, self.labels, self.photos = list(tokenize("<|user|>")), [IGNORE_INDEX], []
         self.answer_start = 0
         self.is_new = True  # no question yet
-        self.looks: list[tuple[int, int, list[int]]] = []
-        """Who looks where, for the base model: (layer, position, positions that it should attend to)."""
+        self.looks: list[tuple[int, Sequence[int], list[int]]] = []
+        """For guidance_loss: (layer, positions, positions that each of them should attend to)."""
 
     def text(self, text: str) -> int:
         """Add text; returns the position of its first token."""
@@ -427,7 +427,7 @@ class Record:
         self.ids += self.tokenize("<image>") * NUM_TOKENS
         self.labels += [IGNORE_INDEX] * NUM_TOKENS
         looked = [photo.start - 1 if label is None else label]
-        self.looks += [(0, photo.start + number, looked) for number in range(NUM_TOKENS)]
+        self.looks.append((0, range(photo.start, photo.start + NUM_TOKENS), looked))
         return photo
 
     def turn(self, question: str, answer: str | None) -> int:
@@ -651,9 +651,9 @@ class GeneralTasks:
 
     def _look(self, record: Record, start: int, shown: list[int], target: list[int]) -> None:
         if shown:
-            record.looks.append((1, start, shown))
+            record.looks.append((1, [start], shown))
         if target:
-            record.looks.append((2, start, target))
+            record.looks.append((2, [start], target))
 
 
 def guidance_loss(attentions: Sequence[Tensor], records: Sequence[Record]) -> dict[int, Tensor]:
@@ -668,13 +668,14 @@ def guidance_loss(attentions: Sequence[Tensor], records: Sequence[Record]) -> di
         places = [
             (row, query, key)
             for row, record in enumerate(records)
-            for of_layer, query, keys in record.looks
+            for of_layer, queries, keys in record.looks
             if of_layer == layer
+            for query in queries
             for key in keys
         ]
         if not places:
             continue
-        rows, queries, keys = torch.tensor(places).t()
+        rows, queries, keys = torch.tensor(places).t()  # one entry per pair
         weights = attentions[layer][:, :GUIDED_HEADS]  # [B, heads, T, T]
         length = weights.shape[-1]
         shares = weights.new_zeros(GUIDED_HEADS, len(records) * length)

@@ -420,8 +420,8 @@ def test_banks_are_kept_where_asked_and_deleted_for_good(engine, root, tmp_path)
     loaded = again.get("office").bank
     kept = store.get("office").bank
     for name in photos:
-        pairs = zip(loaded.photos(name), kept.photos(name), strict=True)
-        assert all(torch.equal(mine.features, other.features) for mine, other in pairs)
+        of_both = zip(loaded.photos(name), kept.photos(name), strict=True)
+        assert all(torch.equal(mine.features, other.features) for mine, other in of_both)
     for call, error in (
         (lambda: store.create("third", photos), TooManyBanks),
         (lambda: store.create("office", photos), FileExistsError),
@@ -434,7 +434,7 @@ def test_banks_are_kept_where_asked_and_deleted_for_good(engine, root, tmp_path)
         with pytest.raises(error):
             call()
     alive = [weakref.ref(photo) for name in photos for photo in kept.photos(name)]
-    del kept
+    del kept, of_both  # a zip holds the pair that it returned last
     store.delete("office")
     gc.collect()
     assert [reference() for reference in alive] == [None] * 3

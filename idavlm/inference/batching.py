@@ -158,9 +158,9 @@ class BatchingEngine:
     """Runs one model in one thread for many callers.
 
     A batch holds the requests that wait, in the order of their arrival, as far as they use the same workflow and fit
-    into the limits. An answer that is complete is delivered at once. While other requests wait, no batch runs for more
-    than ``slice_tokens`` steps: answers that are not complete then continue in the next batch, with their beginning as
-    part of the prompt.
+    into the limits. An answer that is complete is delivered at once. While other requests wait, a batch ends after
+    ``slice_tokens`` steps, or once three quarters of its answers are complete: the others continue in the next batch,
+    with their beginning as part of the prompt.
 
     A request that fails does not affect others: the batch is halved until the row that fails is alone.
 
@@ -171,7 +171,7 @@ class BatchingEngine:
         max_batch_tokens: largest number of rows times the length of the longest row with its answer. A single request
             may be longer.
         max_wait: seconds that the engine waits for requests that are being prepared before a batch starts.
-        slice_tokens: number of steps after which a batch ends if other requests wait.
+        slice_tokens: largest number of steps of a batch while other requests wait.
         on_batch: called with a :class:`BatchReport` after every batch.
     """
 
@@ -463,7 +463,10 @@ class _TokenDelivery(StoppingCriteria):
             row.take(token, self.engine._ends)
             if row.deadline is not None and now > row.deadline:
                 row.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
-        is_over = self.num_steps >= self.engine.slice_tokens and self.engine.num_waiting > 0
+        unfinished = sum(not row.is_done for row in self.rows)
+        # Rows that are complete cost as much as the others. A few rows go on sooner in a batch with those that wait.
+        is_over = self.num_steps >= self.engine.slice_tokens or unfinished <= len(self.rows) // 4
+        is_over = is_over and self.engine.num_waiting > 0
         return torch.tensor([is_over or row.is_done for row in self.rows], device=input_ids.device)
 
 

@@ -13,6 +13,10 @@ from idavlm.inference.server.gate import Gate
 
 logger = logging.getLogger("idavlm.serve")
 
+_KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx: 5). Otherwise a client would
+sometimes send a request into a connection that is being closed."""
+
 _MORE_CONNECTIONS = 64
 """Connections above the largest number of requests, which get a status instead of no answer."""
 
@@ -61,6 +65,7 @@ class GracefulServer(uvicorn.Server):
                 gate,
                 http=_timed_protocol(settings.body_timeout, settings.stall_timeout),
                 ws="none",
+                timeout_keep_alive=_KEEP_ALIVE,
                 lifespan="on",
                 log_config=None,
                 timeout_graceful_shutdown=5,
