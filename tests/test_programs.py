@@ -187,6 +187,9 @@ def test_a_model_is_trained_and_asked_and_fine_tuned(monkeypatch, capsys, tmp_pa
     report = (tmp_path / "demo" / "people" / "report.md").read_text()
     assert "held-out identities of people" in report.splitlines()[0]
     assert "1 seed" in report.splitlines()[0]
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert "without ID-Former/matching/accuracy" in metrics["metrics"]
+    assert metrics["records"]["with ID-Former"] == str(data / "test.jsonl")
     folder = tmp_path / "demo" / "people" / "seed-0"
     stages = [folder / stage for stage in ("identity-pretraining", "with-id-former", "without-id-former")]
     times = [(stage / "model.safetensors").stat().st_mtime_ns for stage in stages]
