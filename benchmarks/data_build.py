@@ -110,11 +110,11 @@ def kill_and_resume(annotations: Path, out: Path, kills: int, workers: int) -> N
         target = max(1, int(total * (kill + rng.random()) / (kills + 1)))
         process = os.fork()
         if process == 0:
-            os.setpgid(0, 0)
             try:
                 build(annotations, out, workers)
             finally:
                 os._exit(0)
+        os.setpgid(process, process)  # the workers, which it forks later, belong to the group
         while len(list(out.glob("parts/0*.jsonl"))) < target:
             if os.waitpid(process, os.WNOHANG)[0]:
                 raise SystemExit("the build ended before it was killed; pass more --records.")
