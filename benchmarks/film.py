@@ -1,4 +1,4 @@
-"""``idavlm film`` on a drawn film whose truth is known: who is in the picture, where, and how long it takes.
+"""``idavlm film`` on a drawn film whose truth is known: who is in the image, where, and how long it takes.
 
     python -m benchmarks.film --model idavlm-tiny --seconds 480
 
@@ -6,7 +6,7 @@ Characters walk through drawn scenes, up to four at a time, with cuts. Eight cha
 by three photos each. The video is written as MP4, analysed, and compared with the truth.
 
 A second of the film counts as one decision per introduced character. The character is present if at least half of the
-figure is in the picture at some sampled time of that second. Seconds in which only smaller parts are visible do not
+figure is in the image at some sampled time of that second. Seconds in which only smaller parts are visible do not
 count. A track is right if the character is there in most of its frames. IoU compares the boxes with the true boxes.
 """
 
@@ -32,7 +32,7 @@ STRANGERS = ("test-6", "test-7")
 """Characters that appear and are never introduced."""
 
 Truth = list[tuple[float, dict[str, tuple[tuple[float, ...], float]]]]
-"""Time of each picture, and box and visible share of each named character in it."""
+"""Time of each image, and box and visible share of each named character in it."""
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/film"), help="folder of the film and the results")
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--fps", type=float, default=2.0, help="frames that are looked at per second")
-    parser.add_argument("--pictures-per-second", type=float, default=8.0, help="pictures per second of the video")
+    parser.add_argument("--images-per-second", type=float, default=8.0, help="images per second of the video")
     parser.add_argument("--photos", type=int, default=3, help="reference photos of each character")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--smoothing", type=float, default=3.0)
@@ -52,7 +52,7 @@ def main() -> None:
     shutil.rmtree(arguments.out / "results", ignore_errors=True)
     video = arguments.out / "film.mp4"
     truth = write_drawn_film(
-        video, seconds=arguments.seconds, pictures_per_second=arguments.pictures_per_second, seed=arguments.seed
+        video, seconds=arguments.seconds, images_per_second=arguments.images_per_second, seed=arguments.seed
     )
     for identity, name in CAST.items():
         draw_photos(identity, arguments.out / "cast" / name, count=arguments.photos, seed=arguments.seed)
@@ -85,15 +85,11 @@ def main() -> None:
     print(arguments.out / "results" / "film.html")
 
 
-def write_drawn_film(
-    path: Path, *, seconds: float, pictures_per_second: float, seed: int = 0, size: int = 256
-) -> Truth:
+def write_drawn_film(path: Path, *, seconds: float, images_per_second: float, seed: int = 0, size: int = 256) -> Truth:
     """Write a drawn film of the cast and of strangers as MP4, and return the truth about the cast."""
-    frames = draw_film(
-        [*CAST, *STRANGERS], seconds=seconds, pictures_per_second=pictures_per_second, size=size, seed=seed
-    )
+    frames = draw_film([*CAST, *STRANGERS], seconds=seconds, images_per_second=images_per_second, size=size, seed=seed)
     truth: Truth = []
-    write_video(path, _remembered(frames, truth), pictures_per_second=pictures_per_second, size=size)
+    write_video(path, _remembered(frames, truth), images_per_second=images_per_second, size=size)
     return truth
 
 
@@ -103,12 +99,12 @@ def _remembered(frames: Iterable[FilmFrame], truth: Truth) -> Iterable[FilmFrame
         yield frame
 
 
-def write_video(path: Path, frames: Iterable[FilmFrame], *, pictures_per_second: float, size: int) -> None:
-    """Encode pictures as MPEG-4 video."""
+def write_video(path: Path, frames: Iterable[FilmFrame], *, images_per_second: float, size: int) -> None:
+    """Encode images as MPEG-4 video."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=round(pictures_per_second))
+        stream = container.add_stream("mpeg4", rate=round(images_per_second))
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 4_000_000
@@ -126,7 +122,7 @@ def count_encoded_images(model) -> list[int]:
 
 def presence_scores(tracks: Sequence[Track], truth: Truth, seconds: float, fps: float) -> dict[str, float]:
     """Precision and recall of presence per second and person."""
-    # Only the pictures that were sampled can be known.
+    # Only the images that were sampled can be known.
     sampled = [
         shown for number, (_, shown) in enumerate(truth) if number % max(1, round(len(truth) / seconds / fps)) == 0
     ]

@@ -22,15 +22,15 @@ from tests.small_models import small_model, small_processor
 av = pytest.importorskip("av", reason="films need PyAV")
 
 
-def write_video(path, pictures, rate=4):
+def write_video(path, images, rate=4):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height = pictures[0].size
+        stream.width, stream.height = images[0].size
         stream.pix_fmt = "yuv420p"
         stream.gop_size = 5
         stream.bit_rate = 8_000_000
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
     return path
 
@@ -41,7 +41,7 @@ def grey(value, size=(64, 48)):
 
 @pytest.fixture
 def video(tmp_path):
-    """8 seconds of 4 pictures each; the brightness of a picture is 7.5 times its number."""
+    """8 seconds of 4 images each; the brightness of a image is 7.5 times its number."""
     return write_video(tmp_path / "film.mp4", [grey(round(7.5 * number)) for number in range(32)])
 
 
@@ -65,7 +65,7 @@ def test_a_rate_that_does_not_divide_that_of_the_video(video):
     assert all(number / 3 - 1e-3 <= time < (number + 1) / 3 for number, time in enumerate(times))
 
 
-def test_a_video_of_fewer_pictures_than_frames_gives_each_picture_once(video):
+def test_a_video_of_fewer_images_than_frames_gives_each_image_once(video):
     frames = list(Film(video, 10.0).frames())
     assert [brightness(frame) for frame in frames] == list(range(32))
     assert [frame.number for frame in frames] == [int(number * 2.5) for number in range(32)]
@@ -158,7 +158,7 @@ def frames_of(scores, *, cuts=(0,), name="Kate"):
     ]
 
 
-def test_shots_start_where_the_picture_changes():
+def test_shots_start_where_the_image_changes():
     frames = frames_of([0] * 6, cuts=(0, 2, 5))
     assert find_shots(frames, 0.15) == [range(2), range(2, 5), range(5, 6)]
 
@@ -292,7 +292,7 @@ def test_the_page_names_everybody_and_escapes(model_and_processor, cast, video, 
 
 
 def test_drawn_films_are_reproducible_and_hold_the_truth():
-    first, second = (list(draw_film(["test-0", "test-1"], seconds=6, pictures_per_second=2, seed=3)) for _ in range(2))
+    first, second = (list(draw_film(["test-0", "test-1"], seconds=6, images_per_second=2, seed=3)) for _ in range(2))
     assert len(first) == 12
     for one, other in zip(first, second, strict=True):
         assert one.image.tobytes() == other.image.tobytes()

@@ -89,11 +89,11 @@ def test_a_visitor_uploads_a_cast_and_asks(address, photos):
         page.wait_for_selector("#boxes img")
         page.wait_for_selector("#map img")
 
-        # Without a picture the page says what is missing, and stays usable.
+        # Without a image the page says what is missing, and stays usable.
         page.reload()
         page.fill("#question textarea, #question input", "Where is Kate?")
         page.click("#ask")
-        page.get_by_text("There is no picture; upload one.").wait_for()
+        page.get_by_text("There is no image; upload one.").wait_for()
         page.click("#example-0")
         page.wait_for_selector("#scene img")
         page.click("#ask")

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.9, help="score from which a frame speaks for a person; by default 0.9"
     )
     parser.add_argument(
-        "--cut-threshold", type=float, default=0.15, help="change of the picture that is a cut; by default 0.15"
+        "--cut-threshold", type=float, default=0.15, help="change of the image that is a cut; by default 0.15"
     )
     parser.add_argument(
         "--smoothing", type=float, default=3.0, help="evidence that coming or going needs; by default 3; 0 for none"

@@ -14,7 +14,7 @@ COMMANDS: dict[str, str] = {
     "data": "build, check, describe, show, mix, convert and split files of records",
     "chat": "talk to a model in the terminal, about images and a cast of named identities",
     "serve": "serve a model by the OpenAI interface, with identities and named banks",
-    "web": "serve a web page to ask about pictures of a cast",
+    "web": "serve a web page to ask about images of a cast",
     "film": "find out who appears when and where in a film",
     "eval": "evaluate a model or its answers (MM-ID, grounding, VQA, recognition), or compare two runs",
 }

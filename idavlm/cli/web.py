@@ -1,4 +1,4 @@
-"""``idavlm web``: a web page on which people upload a cast and ask about pictures."""
+"""``idavlm web``: a web page on which people upload a cast and ask about images."""
 
 import argparse
 from pathlib import Path

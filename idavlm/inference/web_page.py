@@ -29,7 +29,7 @@ class WebExample:
     Attributes:
         title: text of its button.
         cast: photos of each person by name.
-        scene: the picture.
+        scene: the image.
         question: the question.
     """
 
@@ -75,7 +75,7 @@ def build_web_page(
 
     def ask(cast: Cast, scene: Image.Image | None, question: str):
         if scene is None:
-            raise gr.Error("There is no picture; upload one.", print_exception=False)
+            raise gr.Error("There is no image; upload one.", print_exception=False)
         if not question.strip():
             raise gr.Error("There is no question; write one.", print_exception=False)
         with_maps = bool(cast) and getattr(engine.model, "id_former", None) is not None
@@ -97,7 +97,7 @@ def build_web_page(
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, _KEPT_SECONDS)) as page:
         cast_state, map_state = gr.State({}, time_to_live=3600), gr.State(None, time_to_live=3600)
-        gr.Markdown(f"# {title}\nUpload photos of people, name them, and ask about them in another picture.")
+        gr.Markdown(f"# {title}\nUpload photos of people, name them, and ask about them in another image.")
         with gr.Row():
             with gr.Column(scale=2):
                 gallery = gr.Gallery(
@@ -118,7 +118,7 @@ def build_web_page(
                     person = gr.Dropdown([], label="Person", elem_id="person", scale=2)
                     remove_button = gr.Button("Remove from the cast", elem_id="remove", scale=1)
             with gr.Column(scale=3):
-                scene = gr.Image(type="pil", label="Picture", height=320, elem_id="scene")
+                scene = gr.Image(type="pil", label="Image", height=320, elem_id="scene")
                 question = gr.Textbox(label="Question", placeholder="Where is Kate?", elem_id="question")
                 ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
                 answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")

@@ -23,14 +23,14 @@ MAX_ACTORS = 4
 
 @dataclass(frozen=True, eq=False)
 class FilmFrame:
-    """One picture of a drawn film.
+    """One image of a drawn film.
 
     Attributes:
         time: seconds.
         shot: number of the shot.
-        image: the picture, RGB.
-        boxes: box of each character that is in the picture, clipped to it, with the visible share of the figure
-            (what is outside of the picture is not visible; what others hide is).
+        image: the image, RGB.
+        boxes: box of each character that is in the image, clipped to it, with the visible share of the figure
+            (what is outside of the image is not visible; what others hide is).
     """
 
     time: float
@@ -41,7 +41,7 @@ class FilmFrame:
 
 @dataclass(frozen=True)
 class _Actor:
-    """A character in one shot. Positions are shares of the width of the picture."""
+    """A character in one shot. Positions are shares of the width of the image."""
 
     identity: str
     start: float
@@ -55,28 +55,28 @@ class _Actor:
 
 
 def draw_film(
-    identities: Sequence[str], *, seconds: float, pictures_per_second: float, size: int = 256, seed: int = 0
+    identities: Sequence[str], *, seconds: float, images_per_second: float, size: int = 256, seed: int = 0
 ) -> Iterator[FilmFrame]:
     """Draw a film of characters.
 
     In each shot, up to four characters stand or walk at one place. Who walks, walks to a point inside or outside of the
-    picture, and does something there.
+    image, and does something there.
 
     Args:
         identities: keys of the characters as in the characters data set, such as ``"test-3"``.
         seconds: length of the film.
-        pictures_per_second: number of pictures per second.
-        size: width and height of the pictures.
+        images_per_second: number of images per second.
+        size: width and height of the images.
         seed: seed of all random choices, also of the looks.
 
     Yields:
-        The pictures in order.
+        The images in order.
     """
     rng = np.random.default_rng([seed, 77])
     time, end_of_shot, shot = 0.0, 0.0, -1
     actors: list[_Actor] = []
-    for number in range(round(seconds * pictures_per_second)):
-        time = number / pictures_per_second
+    for number in range(round(seconds * images_per_second)):
+        time = number / images_per_second
         if time >= end_of_shot:
             shot += 1
             start_of_shot, end_of_shot = time, time + rng.uniform(*SHOT_SECONDS)
@@ -157,7 +157,7 @@ def _draw(
 
 
 def _walking(walked: float, way: float) -> Activity:
-    """The pose after a way of ``walked`` picture widths: legs and arms swing."""
+    """The pose after a way of ``walked`` image widths: legs and arms swing."""
     swing = float(np.sin(walked * 30))
     standing = Activity("walking", loose=0.0, look=0.8)
     return replace(

@@ -148,7 +148,7 @@ def _header(bank: IdentityBank, film: Film) -> dict[str, Any]:
 
 
 def _small(image: Image.Image) -> np.ndarray:
-    """The picture as 32 x 32 values in 0..1, for its difference to the next one."""
+    """The image as 32 x 32 values in 0..1, for its difference to the next one."""
     return np.asarray(image.resize((32, 32), Image.Resampling.BOX), np.float32) / 255
 
 

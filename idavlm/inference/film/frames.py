@@ -13,7 +13,7 @@ from idavlm.data.photos import PhotoLoader
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-_ROUNDING = 1e-4  # seconds; times of pictures are rounded in the file
+_ROUNDING = 1e-4  # seconds; times of images are rounded in the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Frame:
     Attributes:
         number: number of the sampled frame, from 0.
         time: seconds since the start of the film.
-        image: the picture, RGB and upright.
+        image: the image, RGB and upright.
     """
 
     number: int
@@ -68,8 +68,8 @@ class Film:
     def frames(self, start: int = 0) -> Iterator[Frame]:
         """Sampled frames from number ``start`` on. A video is decoded from the key frame before it.
 
-        Frame k of a video is the first picture at or after k / frames_per_second seconds. If the video has fewer
-        pictures per second, each picture is a frame, and some numbers are left out.
+        Frame k of a video is the first image at or after k / frames_per_second seconds. If the video has fewer
+        images per second, each image is a frame, and some numbers are left out.
 
         Raises:
             ValueError: the video is damaged; the message says at what time.
@@ -82,10 +82,10 @@ class Film:
         with _open(self.source) as container:
             if start:
                 _seek(container, start / rate)
-            for time, picture in _pictures(container, self.source):
+            for time, decoded in _decoded_frames(container, self.source):
                 if time >= start / rate - _ROUNDING:
                     number = math.floor((time + _ROUNDING) * rate)
-                    yield Frame(number, time, _upright(picture))
+                    yield Frame(number, time, _upright(decoded))
                     start = number + 1
 
     def frame(self, number: int) -> Frame:
@@ -146,22 +146,22 @@ def _seek(container: Any, time: float) -> None:
     container.seek(int((time + _start(container)) / stream.time_base), stream=stream, backward=True)
 
 
-def _pictures(container: Any, source: Path) -> Iterator[tuple[float, Any]]:
-    """Decoded pictures and their times in seconds since the start of the film."""
+def _decoded_frames(container: Any, source: Path) -> Iterator[tuple[float, Any]]:
+    """Decoded frames and their times in seconds since the start of the film."""
     import av
 
     start, time = _start(container), 0.0
     try:
-        for picture in container.decode(video=0):
-            if picture.time is not None:
-                time = picture.time - start
-            yield time, picture
+        for decoded in container.decode(video=0):
+            if decoded.time is not None:
+                time = decoded.time - start
+            yield time, decoded
     except av.error.FFmpegError as error:
         raise ValueError(f"{source} is damaged after {time:.1f} s ({error}); repair it or cut it there.") from error
 
 
-def _upright(picture: Any) -> Image.Image:
-    """The picture as RGB, rotated as its metadata says."""
-    image = picture.to_image()
-    rotation = getattr(picture, "rotation", 0)  # counter-clockwise degrees
+def _upright(decoded: Any) -> Image.Image:
+    """The image as RGB, rotated as its metadata says."""
+    image = decoded.to_image()
+    rotation = getattr(decoded, "rotation", 0)  # counter-clockwise degrees
     return image.rotate(rotation, expand=True) if rotation else image

@@ -1,4 +1,4 @@
-"""WebVTT subtitles: the names of the people who are in the picture."""
+"""WebVTT subtitles: the names of the people who are in the image."""
 
 import itertools
 from collections.abc import Sequence

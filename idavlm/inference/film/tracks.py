@@ -14,7 +14,7 @@ class FrameDetections:
 
     Attributes:
         number, time: see :class:`Frame`.
-        change: mean absolute difference of the picture to that of the frame before, 0..1; 1 for the first frame.
+        change: mean absolute difference of the image to that of the frame before, 0..1; 1 for the first frame.
         people: a detection per person of the cast.
     """
 
@@ -43,7 +43,7 @@ class Track:
 
 
 def find_shots(frames: Sequence[FrameDetections], cut_threshold: float) -> list[range]:
-    """Split frames into shots: a new one starts where the picture changes by more than ``cut_threshold``."""
+    """Split frames into shots: a new one starts where the image changes by more than ``cut_threshold``."""
     starts = [index for index, frame in enumerate(frames) if index == 0 or frame.change > cut_threshold]
     return [range(start, end) for start, end in zip(starts, [*starts[1:], len(frames)], strict=True)]
 
