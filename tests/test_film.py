@@ -123,8 +123,8 @@ def test_a_cast_is_folders_or_single_photos(tmp_path):
     with pytest.raises(ValueError, match="has Kate twice"):
         read_cast(tmp_path)
     (tmp_path / "Kate.png").unlink()
-    (tmp_path / "Nobody").mkdir()
-    with pytest.raises(ValueError, match="Nobody holds no image"):
+    (tmp_path / "Empty").mkdir()
+    with pytest.raises(ValueError, match="Empty holds no image"):
         read_cast(tmp_path)
 
 
