@@ -35,9 +35,9 @@ AREA = 64
 DETAIL = 32
 """Longest side of a crop, in pixels, at which the images themselves are compared. Finer details are lost by JPEG."""
 
-CORRELATION, CELL_CORRELATION = 0.94, 0.8
-"""Correlation of grey values from which on pixels are the same: of the whole crop, and of three quarters of the cells
-of a 3 x 3 grid. Two photos that were taken one after the other differ in some cells."""
+CORRELATION, CELL_CORRELATION = 0.94, 0.6
+"""Correlation of grey values from which on pixels are the same: of the whole crop, and of each cell of a 3 x 3 grid.
+Two photos that were taken one after the other differ in some cells."""
 
 CELLS = 3
 """Cells of a side of this grid, and least number of cells that have enough content to be compared."""
@@ -137,7 +137,7 @@ def is_cut_from(crop: Image.Image, scene: Image.Image, place: Place) -> bool:
     for cell, other in zip(_cells(small), _cells(window), strict=True):
         if min(cell.std(), other.std()) >= LEAST_DEVIATION:
             found.append(_correlation(cell, other))
-    return len(found) >= CELLS and float(np.quantile(found, 0.25)) >= CELL_CORRELATION
+    return len(found) >= CELLS and min(found) >= CELL_CORRELATION
 
 
 def _cells(image: np.ndarray) -> list[np.ndarray]:
