@@ -15,6 +15,7 @@ import asyncio
 import base64
 import itertools
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def make_clients(arguments) -> list[Client]:
     if not (folder / "test.jsonl").exists():
         build_characters(folder, num_test_records=8 * arguments.clients, num_train_records=8, seed=11)
     samples = [sample for sample in RecordDataset(folder / "test.jsonl") if sample.identities]
-    samples = samples[:: max(len(samples) // arguments.clients, 1)][: arguments.clients]
+    random.Random(0).shuffle(samples)  # the file is sorted by task
+    samples = samples[: arguments.clients]
     if len(samples) < arguments.clients:
         sys.exit(f"{folder} has {len(samples)} records of identities; pass --clients {len(samples)} or another --data")
     images = folder / "images"

@@ -119,6 +119,8 @@ def _timed_protocol(header_timeout: float, stall_timeout: float) -> type[H11Prot
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self._stop("headers")  # from here on, uvicorn's limit on idle connections applies
+            if not self._has_request() and self.conn.trailing_data[0]:  # the next request has begun to arrive
+                self._start("headers", header_timeout)
 
         def pause_writing(self) -> None:
             super().pause_writing()
