@@ -112,7 +112,8 @@ def test_pages_use_the_public_api(page):
 
     The exception stands for ``run.py`` of VLMEvalKit, whose arguments it takes.
     """
-    private = re.findall(r"python3? -m idavlm(?!\.evaluation\.vlmevalkit\b)[\w.]*|\bidavlm(?:\.\w+)*\._(?!_)\w+[\w.]*", page.read_text())
+    command = r"python3? -m idavlm(?!\.evaluation\.vlmevalkit\b)[\w.]*"
+    private = re.findall(command + r"|\bidavlm(?:\.\w+)*\._(?!_)\w+[\w.]*", page.read_text())
     assert not private, f"{name_of(page)} names {private}"
 
 
