@@ -178,10 +178,10 @@ def test_a_person_types_in_a_terminal(checkpoint, root, tmp_path):
     def screen() -> str:
         return subprocess.run([*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
 
-    def wait_for(text: str, count: int = 1) -> str:
-        """Wait until the text is there, and the prompt after it."""
+    def wait_for(text: str, count: int = 1, *, last: str = "\n>") -> str:
+        """Wait until the text is there, and ``last``, by default the prompt, is at the end of the screen."""
         end = time.monotonic() + 300  # of a machine with other work
-        while (found := screen()).count(text) < count or not found.rstrip().endswith("\n>"):
+        while (found := screen()).count(text) < count or not found.rstrip().endswith(last):
             assert time.monotonic() < end, found
             time.sleep(0.05)
         return found
@@ -196,7 +196,9 @@ def test_a_person_types_in_a_terminal(checkpoint, root, tmp_path):
         wait_for("/help lists the commands")
         type_keys("/identity Kate kate.png", "Enter")
         wait_for("Kate: 1 photo")
-        type_keys("/imag", "Tab", " scene.png", "Enter")
+        type_keys("/imag", "Tab")
+        wait_for("> /image", last="> /image")  # completions are found by a thread
+        type_keys(" scene.png", "Enter")
         wait_for("80 x 60")
         type_keys("Where is Kate?", "Enter")
         wait_for("> Where is Kate?")
