@@ -149,6 +149,7 @@ WRONG_TYPES = {
     "text_config": ["llama", 3, []],
     "connector": [None, 3, ["id_former"]],
     "connector_config": ["num_queries", 3, [4]],
+    "id_former_class": [3, ["my_package.MyIDFormer"]],
     "image_token_id": ["<image>", 3.0, True, [3]],
     "image_seq_length": ["4", 4.0, True, [4]],
     "vision_feature_layer": [None, "-2", -2.0, [-2]],

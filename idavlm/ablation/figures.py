@@ -4,7 +4,7 @@ from pathlib import Path
 
 from idavlm.ablation.summary import Summary, VariantSummary
 from idavlm.ablation.tables import label
-from idavlm.evaluation.plots import COLOURS, INK, new_figure, save
+from idavlm.utils.figures import COLOURS, INK, new_figure, save, tidy
 
 MAX_PANELS = 8
 
@@ -36,7 +36,7 @@ def plot_study(path: str | Path, summary: Summary) -> Path | None:
     figure = new_figure(4.2 * columns, height * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=option is None).flat
     for ax, metric in zip(axes, metrics, strict=False):
-        _tidy(ax)
+        tidy(ax)
         ax.set_title(label(metric, summary.metrics), fontsize=10, color=INK, loc="left")
         if option:
             _draw_lines(ax, summary, metric, option)
@@ -45,14 +45,6 @@ def plot_study(path: str | Path, summary: Summary) -> Path | None:
     for ax in list(axes):  # what is left of the iterator has no metric
         ax.set_visible(False)
     return save(figure, path)
-
-
-def _tidy(ax) -> None:
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    ax.grid(axis="y", lw=0.7, alpha=0.5, zorder=0)
-    ax.set_axisbelow(True)
-    ax.tick_params(colors=INK, labelsize=9)
 
 
 def _numeric_option(summary: Summary) -> str | None:
