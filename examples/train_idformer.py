@@ -57,7 +57,7 @@ from idavlm.utils.locks import wait_for_lock
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 # Steps of tower pretraining, identity pretraining and instruction tuning.
-STEPS = {"characters": (1200, 350, 850), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
+STEPS = {"characters": (1200, 350, 1150), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
 DEFAULT_STEPS = (3000, 800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
