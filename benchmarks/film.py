@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 from idavlm.datasets.characters.film import FilmFrame, draw_film, draw_photos
 from idavlm.evaluation import load_checkpoint
 from idavlm.inference.film import Track, analyse_film, read_cast
+from idavlm.models.boxes import box_iou
 from idavlm.utils import describe_machine, markdown_table
 
 CAST = {f"test-{number}": name for number, name in enumerate(("Kate", "Tom", "Alice", "Bob", "Mary", "Jack"))}
@@ -141,15 +141,15 @@ def presence_scores(tracks: Sequence[Track], truth: Truth, seconds: float, fps: 
 def track_scores(tracks: Sequence[Track], truth: Truth) -> dict[str, float]:
     """Share of tracks of the right character, and of their boxes with enough overlap."""
     times = np.array([time for time, _ in truth])
-    right, ious = [], defaultdict(list)
+    right, ious = [], []
     for track in tracks:
         inside = [shown for time, shown in truth if track.start <= time < track.end]
         right.append(np.mean([track.name in shown for shown in inside]) > 0.5)
         for moment, box in track.boxes:
             shown = truth[int(np.abs(times - moment).argmin())][1]
             if track.name in shown:
-                ious["all"].append(iou(box, shown[track.name][0]))
-    values = np.array(ious["all"])
+                ious.append(box_iou(box, shown[track.name][0]))
+    values = np.array(ious)
     return {
         "tracks": len(tracks),
         "tracks of the right character": float(np.mean(right)),
@@ -157,16 +157,6 @@ def track_scores(tracks: Sequence[Track], truth: Truth) -> dict[str, float]:
         "boxes with IoU >= 0.5": float((values >= 0.5).mean()),
         "mean IoU": float(values.mean()),
     }
-
-
-def iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return width * height / (sum(areas) - width * height)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,15 @@ def small_model(
     ).eval()
 
 
+def answering_model(processor: IDAVLMProcessor) -> IDAVLMForConditionalGeneration:
+    """A small model with large random weights, whose answers depend on the whole prompt."""
+    model = small_model(processor, identity_embedding="learned", max_identities=4)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def draw_images(folder: Path, names: list[str], size: tuple[int, int] = (80, 60)) -> Path:
     """Write images of random noise to ``folder``; ``size`` is (width, height)."""
     rng = np.random.default_rng(0)

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from idavlm import RecordDataset, ask
 from idavlm.cli.chat import COMMANDS, ChatSession
 from idavlm.cli.main import main
 from idavlm.inference import BatchingEngine, GenerationOptions, NamedBox
-from tests.small_models import small_model, small_processor
+from tests.small_models import answering_model, small_processor
 
 pytest.importorskip("prompt_toolkit", reason="idavlm chat needs the extra chat")
 ROOT = Path(__file__).parent.parent
@@ -27,10 +26,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def small():
     processor = small_processor()
-    model = small_model(processor, identity_embedding="learned", max_identities=4)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = answering_model(processor)
     return model, processor
 
 

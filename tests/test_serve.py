@@ -20,13 +20,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from PIL import Image
 
 from idavlm import ask
 from idavlm.cli.main import main
 from idavlm.inference import BankStore, BatchingEngine
-from tests.small_models import small_model, small_processor
+from tests.small_models import answering_model, small_processor
 
 serving = pytest.importorskip("idavlm.inference.server", reason="needs the extra serve", exc_type=ModuleNotFoundError)
 openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
@@ -38,10 +37,7 @@ ROOT = Path(__file__).parent.parent
 def small():
     """A model with random weights, whose answers depend on the prompt and do not end before max_tokens."""
     processor = small_processor()
-    model = small_model(processor, identity_embedding="learned", max_identities=4)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = answering_model(processor)
     model.generation_config.eos_token_id = processor.image_token_id  # which is never generated
     return model, processor
 
