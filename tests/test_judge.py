@@ -36,6 +36,7 @@ SCORES = [
     ("| Criterion | Score |\n|---|---|\n| Identity | 9 |\n| Action | 5 |\n| **Overall** | **7** |", 7),
     ("Overall assessment: the answer names both people. Score: 7", 7),
     ("Overall, the answer deserves a score of 4 out of 10.", 4),
+    ("Overall: s\u0131x", None),  # with a dotless i, which matches "i" if case is ignored
     ("Ground truth has 2 people; the answer has 1.\n\nScore: 5", 5),
     ("Score: 7\n\nNote: A score of 10 would need both names.", 7),
     ("A score of 10 would need both names. Score: 6", 6),

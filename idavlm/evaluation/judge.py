@@ -31,7 +31,8 @@ T = TypeVar("T")
 _RETRIED = (408, 409, 429, 500, 502, 503, 504, 529)
 
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBER = rf"(?<![\d.,-])(\d{{1,2}}(?:\.\d+)?(?![\d.]*\d)|\d{{3,}}|(?:{'|'.join(_WORDS)})\b)"
+# (?a:...) because "sıx", with a dotless i, matches "six" if case is ignored.
+_NUMBER = rf"(?<![\d.,-])(\d{{1,2}}(?:\.\d+)?(?![\d.]*\d)|\d{{3,}}|(?a:{'|'.join(_WORDS)})\b)"
 _OF_TEN = r"(?:\s*(?:/|out of)\s*(?:10|ten)\b(?!\.\d))"
 _OUT_OF_OTHER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?\s*(?:/|out of|of)\s*(?!(?:10|ten)\b(?!\.\d))\d+", re.IGNORECASE)
 _SCALE = r"(?:\s*\(\s*1\s*(?:-|to)\s*10\s*\))?"

@@ -43,7 +43,8 @@ _LABEL_KEY = re.compile(
 _ANSWER_KEY = re.compile(r"(?:final_)?answer")
 _TOP_LEFT, _BOTTOM_RIGHT = re.compile(r"(?:top|upper)_?left"), re.compile(r"(?:bottom|lower)_?right")
 _LETTER = re.compile(r"[^\W\d_]")
-_BOX_WORD = re.compile(r"\w*box\w*|coordinates|json", re.IGNORECASE)
+# The first alternative starts at the start of a word only: a long word is searched once.
+_BOX_WORD = re.compile(r"(?<!\w)\w*?box\w*|coordinates|json", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.;!?](?=\s|\Z)|[\n。;]")
 _BINS = re.compile(r"bins([1-9]\d*)")
 _RESIZE_OPTIONS = {"factor": 28, "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}
