@@ -78,6 +78,15 @@ def test_evaluation_records():
     assert (sample.false_answers, sample.target_box, sample.id) == (["Picture 2", "Picture 3"], None, "test.jsonl:1")
 
 
+def test_boxes_may_have_labels():
+    record = copy.deepcopy(TRAINING)
+    record["boxes"][0]["label"] = "reading"
+    assert [box.label for box in parse_sample(record).boxes] == ["reading", ""]
+    record["boxes"][0]["label"] = ""
+    with pytest.raises(DataError, match=r"boxes\[0\]\.label='' must be a non-empty string"):
+        parse_sample(record)
+
+
 def test_meta_and_general_records():
     record = {
         "meta": {"any": "thing"},

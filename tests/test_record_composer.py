@@ -133,6 +133,23 @@ def test_training_boxes_are_of_introduced_identities_and_evaluation_boxes_of_all
     assert len(record["boxes"]) == len(scene.appearances)
 
 
+def test_boxes_have_the_activity_as_label_and_location_asks_for_it(source, training, evaluation):
+    """In training, each introduced identity is asked for twice; captions are also of single photos."""
+    images = {image.path: image for image in all_images(source)}
+    for record in [*training, *evaluation]:
+        for box in record["boxes"]:
+            activities = {each.box: each.activity for each in images[box["image"]].appearances}
+            assert box["label"] == activities[tuple(box["box"])]
+        if record["type"] == "location" and "answer" not in record:
+            questions = [message["content"] for message in record["messages"][::2]]
+            texts = [text if isinstance(text, str) else text[-1]["text"].strip() for text in questions]
+            names = [identity["name"] for identity in record["identities"]]
+            asked = [text.format(name) for name in names for text in ("Where is {}?", "What is {} doing?")]
+            assert sorted(texts) == sorted(asked)
+    captions = [record for record in training if record["type"] == "caption_single"]
+    assert {len(images[record["messages"][0]["content"][0]["image"]].appearances) for record in captions} >= {1, 2}
+
+
 def test_the_answer_to_matching_is_the_one_image_of_the_identity(source, evaluation):
     places = Counter()
     for record in evaluation:
