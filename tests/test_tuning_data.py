@@ -1,12 +1,14 @@
 """Builders of tuning data: rules of each source, as the library builds it and as IDA-VLM published it."""
 
 import argparse
+import gc
 import hashlib
 import json
 import os
 import random
 import signal
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from idavlm.datasets.tuning import (
     film_key,
     read_held_out,
 )
+from idavlm.datasets.tuning.image_files import PartImages
 from idavlm.datasets.tuning.names import FEMININE, MASCULINE, NEUTRAL, draw_names, join_words
 from idavlm.datasets.tuning.published import NAMES
 from idavlm.utils import lock_folder
@@ -141,6 +144,21 @@ def test_a_reference_from_the_scene_has_none_of_its_pixels():
     assert len(sizes) > 10
     assert all(0.85 * 0.6 * 80 - 2 <= width <= 0.9 * 80 + 1 for width, _ in sizes)
     assert runs(np.asarray(scene.crop(tuple(box)))) <= known
+
+
+def test_the_images_of_a_part_are_freed_with_it(tmp_path):
+    """Without a cycle of references: workers would keep the images of many parts until a full garbage collection."""
+    write_vcr(tmp_path, 1, films=1)
+    images = PartImages(tmp_path / "vcr1images", tmp_path / "out", 0, "link")
+    [path] = (tmp_path / "vcr1images").rglob("*.jpg")
+    image = weakref.ref(images.open(str(path.relative_to(tmp_path / "vcr1images"))))
+    assert image() is not None
+    gc.disable()
+    try:
+        del images
+        assert image() is None
+    finally:
+        gc.enable()
 
 
 def test_names_are_different_and_not_in_the_texts():

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
 
@@ -79,9 +79,11 @@ class PartImages:
         self._num_crops = 0
         self._folders: set[Path] = set()
         self._placed: set[str] = set()
-        # Several annotations of one image follow one another in all sources.
-        self._open = lru_cache(_CACHED)(self._read)
-        self.size = lru_cache(_CACHED * 64)(self._size)
+        store = partial(_store, source, read_embedded)
+        # Several annotations of one image follow one another in all sources. The caches hold no method of this object:
+        # in a cycle of references, the decoded images of each part would stay until a full garbage collection.
+        self._open = lru_cache(_CACHED)(lambda path: store(path).open(path))
+        self._size = lru_cache(_CACHED * 64)(lambda path: store(path).size(path))
 
     def open(self, path: str) -> Image.Image:
         """Return an image of the source as upright RGB.
@@ -91,17 +93,14 @@ class PartImages:
         """
         return self._open(path)
 
-    def _read(self, path: str) -> Image.Image:
-        return self._store(path).open(path)
+    def size(self, path: str) -> tuple[int, int]:
+        """Return (width, height) of an image of the source.
 
-    def _size(self, path: str) -> tuple[int, int]:
-        """Return (width, height) of an image of the source."""
-        height, width = self._store(path).size(path)
+        Raises:
+            DataError: the image is missing or cannot be read.
+        """
+        height, width = self._size(path)
         return width, height
-
-    def _store(self, path: str) -> ImageStore:
-        data = self.read_embedded(path) if self.read_embedded is not None else None
-        return ImageStore(self.source if data is None else RecordImages(self.source, {path: data}))
 
     def scene(self, path: str, *, shot: str = "", scene: str = "") -> Scene:
         """Put an image of the source into the built data set and return it as a scene.
@@ -156,6 +155,12 @@ class PartImages:
         if folder not in self._folders:
             folder.mkdir(parents=True, exist_ok=True)
             self._folders.add(folder)
+
+
+def _store(source: Path, read_embedded: Callable[[str], bytes | None] | None, path: str) -> ImageStore:
+    """The store of an image of the source: a folder, or the bytes that the annotation file holds."""
+    data = read_embedded(path) if read_embedded is not None else None
+    return ImageStore(source if data is None else RecordImages(source, {path: data}))
 
 
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
