@@ -2,13 +2,18 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from idavlm.data.errors import DataError, quote
+
+Found = TypeVar("Found")
+
+MAX_TRIALS = 20
+"""Number of annotations that are drawn until one has a distractor."""
 
 _TYPES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object"}
 
@@ -49,6 +54,25 @@ class Report:
         except DataError as error:
             message = str(error)
             self.problems.append(message if message.startswith(where) else f"{where}: {message}")
+
+
+def draw_distractor(draw: Callable[[], Found | None], report: Report) -> Found | None:
+    """Return a distractor of another annotation; None, which ``report`` counts, if :data:`MAX_TRIALS` have none.
+
+    Args:
+        draw: draws an annotation at random and returns an individual of it, None if no one in it is suitable. A
+            :class:`DataError` is ignored, because it is reported when the unit of the annotation is built.
+        report: counts what is not found.
+    """
+    for _ in range(MAX_TRIALS):
+        try:
+            found = draw()
+        except DataError:
+            continue
+        if found is not None:
+            return found
+    report.counts["distractors not found"] += 1
+    return None
 
 
 def take(entry: Any, name: str, kind: type, where: str, *, context: str = "the annotation") -> Any:

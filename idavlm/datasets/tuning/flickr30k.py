@@ -11,7 +11,16 @@ from typing import Any
 
 from idavlm.data.errors import DataError, quote
 from idavlm.data.json_records import JsonRecords
-from idavlm.datasets.tuning.annotations import Report, Unsuitable, area, check_kind, pixel_box, scaled, take
+from idavlm.datasets.tuning.annotations import (
+    Report,
+    Unsuitable,
+    area,
+    check_kind,
+    draw_distractor,
+    pixel_box,
+    scaled,
+    take,
+)
 from idavlm.datasets.tuning.image_files import PartImages
 from idavlm.datasets.tuning.names import draw_names, join_names, join_words, phrase_gender
 from idavlm.datasets.tuning.published import NAMES, caption_request, conversation, image_tag, is_mirrored
@@ -46,7 +55,6 @@ _GROUP = re.compile(
 )
 _NUMBERS = {"two": 2, "both": 2, "couple": 2, "pair": 2, "three": 3, "four": 4, "five": 5}
 _SINGULAR = re.compile(r"(?:an?|one|another|the|this|his|her|their)\b", re.IGNORECASE)
-_MAX_TRIALS = 20
 
 
 @dataclass(frozen=True)
@@ -195,9 +203,9 @@ class Flickr30kEntities:
         path = f"{photo.name}.jpg"
         size = images.size(path)
         images.open(path)
-        other = (
-            self._draw_distractor(photo.name, split, images, rng, report) if rng.random() < self.distractors else None
-        )
+        other = None
+        if rng.random() < self.distractors:
+            other = draw_distractor(lambda: self._draw_person(photo.name, split, images, rng), report)
         drawn = draw_names([*people.values(), *([other[2]] if other else [])], rng, words)
         names = dict(zip(people, drawn, strict=False))
         text = join_words(
@@ -240,31 +248,24 @@ class Flickr30kEntities:
             evaluation=split == "test",
         )
 
-    def _draw_distractor(
-        self, name: str, split: str, images: PartImages, rng: Random, report: Report
-    ) -> tuple[Photo, int, str] | None:
-        """A person of another image of the same split: image, number of the object, gender."""
-        for _ in range(_MAX_TRIALS):
-            other = rng.choice(self._names)
-            if other == name or self.split_of(other) != split:
-                continue
-            try:
-                photo = self.read(other)
-                people = {
-                    index: phrase_gender(piece.text)
-                    for _, pieces in photo.captions
-                    for piece in pieces
-                    if isinstance(piece, Phrase)
-                    for index in _people_of(piece, photo)
-                }
-                if people:
-                    images.open(f"{other}.jpg")
-                    index = rng.choice(list(people))
-                    return photo, index, people[index]
-            except DataError:  # reported when its own unit is built
-                continue
-        report.counts["distractors not found"] += 1
-        return None
+    def _draw_person(self, name: str, split: str, images: PartImages, rng: Random) -> tuple[Photo, int, str] | None:
+        """A person of a random image, if it is another one of the same split: image, number of the object, gender."""
+        other = rng.choice(self._names)
+        if other == name or self.split_of(other) != split:
+            return None
+        photo = self.read(other)
+        people = {
+            index: phrase_gender(piece.text)
+            for _, pieces in photo.captions
+            for piece in pieces
+            if isinstance(piece, Phrase)
+            for index in _people_of(piece, photo)
+        }
+        if not people:
+            return None
+        images.open(f"{other}.jpg")
+        index = rng.choice(list(people))
+        return photo, index, people[index]
 
     def read(self, name: str) -> Photo:
         """Read captions and boxes of an image.

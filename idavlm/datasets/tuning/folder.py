@@ -209,31 +209,29 @@ class PhotoFolder:
                     f"distractors={self.record_options.train_absent_share}: everyone is in {full[0]}, so that no one "
                     "is left to be introduced although absent; pass distractors=0 (--distractors 0), or add people."
                 )
+        if albums["train"] is None:
+            raise ValueError(f"images={str(self.image_root)!r} has no usable photos for training.")
         needs_activities = [task for task in self.shares if task not in ("matching", "location") and self.shares[task]]
-        if albums["train"] is not None and needs_activities and not albums["train"].activities:
+        if needs_activities and not albums["train"].activities:
             raise ValueError(
                 f"shares: {', '.join(needs_activities)} need an activity of some people in {self.annotations.path}; "
                 "add them, or pass shares= (--shares) for matching and location only."
             )
-        if albums["train"] is None:
-            raise ValueError(f"images={str(self.image_root)!r} has no usable photos for training.")
         return albums
 
     def _read_scenes(self, store: ImageStore, photos: Mapping[str, list[str]]) -> dict[str, AlbumImage]:
         """Annotated images by path. Faulty lines are added to ``problems``."""
         found: dict[str, AlbumImage] = {}
+        report = Report(problems=self.problems)
         for number, entry in enumerate(self.annotations.decode_all()):
             where = self.annotations.where(number)
-            try:
+            with report.catch(where):
                 if isinstance(entry, DataError):
                     raise entry
                 image = self._read_scene(entry, where, store, photos)
                 if image.path in found:
                     raise DataError(f"image={quote(image.path)} is annotated before; merge both lines.", where=where)
                 found[image.path] = image
-            except DataError as error:
-                message = str(error)
-                self.problems.append(message if message.startswith(where) else f"{where}: {message}")
         return found
 
     def _read_scene(self, entry: Any, where: str, store: ImageStore, photos: Mapping[str, list[str]]) -> AlbumImage:

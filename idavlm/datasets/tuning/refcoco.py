@@ -14,7 +14,16 @@ from random import Random
 from typing import Any
 
 from idavlm.data.errors import DataError, quote
-from idavlm.datasets.tuning.annotations import Report, Unsuitable, area, check_kind, pixel_box, read_json, take
+from idavlm.datasets.tuning.annotations import (
+    Report,
+    Unsuitable,
+    area,
+    check_kind,
+    draw_distractor,
+    pixel_box,
+    read_json,
+    take,
+)
 from idavlm.datasets.tuning.image_files import PartImages
 from idavlm.datasets.tuning.names import draw_names, phrase_gender
 from idavlm.datasets.tuning.published import box_text, conversation, image_tag, is_mirrored
@@ -29,7 +38,6 @@ MAX_INTRODUCED = 4
 _OWN_SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test", "testA": "test", "testB": "test"}
 _COCO_ID = re.compile(r"(?:COCO_\w+?_)?(\d{12})")
 _FOLDERS = ("", "train2014", "coco/train2014", "images/train2014")
-_MAX_TRIALS = 20
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,9 @@ class RefCOCO:
         self.as_published = as_published
         self.splits = splits or Splits()
         self.reader = "qwen_vl" if as_published else "idavlm"
-        self.problems: list[str] = []
-        referred = [entry for file in files for entry in _read(file, self.problems)]
+        report = Report()
+        referred = [entry for file in files for entry in _read(file, report)]
+        self.problems = report.problems
         known = sorted({entry.category for entry in referred} - {""})
         for category in [] if as_published else self.categories or []:
             if category not in known:
@@ -180,7 +189,9 @@ class RefCOCO:
             raise Unsuitable("no individual of the image can be introduced")
         if len(found) > MAX_INTRODUCED:
             found = rng.sample(found, MAX_INTRODUCED)
-        other = self._draw_distractor(image_id, split, images, rng, report) if rng.random() < self.distractors else None
+        other = None
+        if rng.random() < self.distractors:
+            other = draw_distractor(lambda: self._draw_individual(image_id, split, images, rng), report)
         genders = [phrase_gender(" ".join(entry.expressions)) for entry in [*found, *([other] if other else [])]]
         texts = [expression for entry in found for expression in entry.expressions]
         names = draw_names(genders, rng, texts)
@@ -213,24 +224,15 @@ class RefCOCO:
         )
         return split, record
 
-    def _draw_distractor(
-        self, image_id: int, split: str, images: PartImages, rng: Random, report: Report
-    ) -> Referred | None:
-        """An individual of another image of the same split."""
-        for _ in range(_MAX_TRIALS):
-            entries = rng.choice(self._units)
-            if entries[0].image_id == image_id or self.split_of(entries[0].image_id) != split:
-                continue
-            try:
-                path = self._path(entries[0].image_id)
-                images.open(path)
-                found = self._suitable(entries, images.size(path), Report())
-            except DataError:  # reported when its own unit is built
-                continue
-            if found:
-                return rng.choice(found)
-        report.counts["distractors not found"] += 1
-        return None
+    def _draw_individual(self, image_id: int, split: str, images: PartImages, rng: Random) -> Referred | None:
+        """An individual of a random image, if it is another image of the same split."""
+        entries = rng.choice(self._units)
+        if entries[0].image_id == image_id or self.split_of(entries[0].image_id) != split:
+            return None
+        path = self._path(entries[0].image_id)
+        images.open(path)
+        found = self._suitable(entries, images.size(path), Report())
+        return rng.choice(found) if found else None
 
     def _path(self, image_id: int) -> str:
         """Path of a COCO image below the image root.
@@ -306,15 +308,12 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read(file: Path, problems: list[str]) -> Iterator[Referred]:
-    """Read a file. Faulty rows are added to ``problems``."""
+def _read(file: Path, report: Report) -> Iterator[Referred]:
+    """Read a file. Faulty rows are reported."""
     rows = _pickle_rows(file) if file.suffix == ".p" else _parquet_rows(file)
     for where, read in rows:
-        try:
+        with report.catch(where):
             yield read()
-        except DataError as error:
-            message = str(error)
-            problems.append(message if message.startswith(where) else f"{where}: {message}")
 
 
 class _PlainUnpickler(pickle.Unpickler):

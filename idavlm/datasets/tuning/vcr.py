@@ -12,7 +12,17 @@ from typing import Any
 
 from idavlm.data.errors import DataError, quote
 from idavlm.data.json_records import JsonRecords
-from idavlm.datasets.tuning.annotations import Report, Unsuitable, area, check_kind, pixel_box, read_json, scaled, take
+from idavlm.datasets.tuning.annotations import (
+    Report,
+    Unsuitable,
+    area,
+    check_kind,
+    draw_distractor,
+    pixel_box,
+    read_json,
+    scaled,
+    take,
+)
 from idavlm.datasets.tuning.image_files import PartImages
 from idavlm.datasets.tuning.names import draw_names, join_names, join_words, pronoun_gender
 from idavlm.datasets.tuning.published import NAMES, conversation, image_tag, is_mirrored
@@ -29,7 +39,6 @@ REASON_QUESTIONS = ("Why?", "Explain why.", "How do you know?", "Give a reason f
 PUBLISHED_REASON_QUESTIONS = ("explain why", "give a reason for the answer")
 
 _TAG = re.compile(r"\b(\d+)\b")
-_MAX_TRIALS = 20
 
 Tokens = list[str | list[int]]
 
@@ -186,7 +195,9 @@ class VCR:
             raise Unsuitable(f"a person is smaller than {MIN_AREA:.0%} of the image")
         size = images.size(question.image)
         images.open(question.image)  # a damaged image is found before a crop is written
-        other = self._draw_distractor(question, split, images, rng, report) if rng.random() < self.distractors else None
+        other = None
+        if rng.random() < self.distractors:
+            other = draw_distractor(lambda: self._draw_person(question, split, images, rng), report)
 
         plain = [" ".join(token for token in text if isinstance(token, str)) for text in texts]
         genders = [pronoun_gender(plain, len(people))] * len(people)
@@ -236,27 +247,22 @@ class VCR:
         )
         return split, record
 
-    def _draw_distractor(
-        self, question: Question, split: str, images: PartImages, rng: Random, report: Report
+    def _draw_person(
+        self, question: Question, split: str, images: PartImages, rng: Random
     ) -> tuple[Question, int] | None:
-        """A person of another film of the same split, large enough to be a reference."""
-        for _ in range(_MAX_TRIALS):
-            try:
-                other = self.read(rng.randrange(len(self)))
-                if other.film == question.film or self.splits.of(other.film, own=other.split) != split:
-                    continue
-                large = [
-                    index
-                    for index, kind in enumerate(other.objects)
-                    if kind == "person" and area(other.box(index)) >= MIN_AREA * other.size[0] * other.size[1]
-                ]
-                if large:
-                    images.open(other.image)
-                    return other, rng.choice(large)
-            except DataError:  # reported when its own unit is built
-                continue
-        report.counts["distractors not found"] += 1
-        return None
+        """A person of a random question, if it is of another film of the same split; large enough for a reference."""
+        other = self.read(rng.randrange(len(self)))
+        if other.film == question.film or self.splits.of(other.film, own=other.split) != split:
+            return None
+        large = [
+            index
+            for index, kind in enumerate(other.objects)
+            if kind == "person" and area(other.box(index)) >= MIN_AREA * other.size[0] * other.size[1]
+        ]
+        if not large:
+            return None
+        images.open(other.image)
+        return other, rng.choice(large)
 
     def read(self, unit: int) -> Question:
         """Read a question and the metadata of its frame.
