@@ -423,10 +423,9 @@ class _Draft:
         identities in the images, so that the chance level of pointing at any identity can be computed.
         """
         messages = []
+        images = image_parts([image.path for image in self.images])
         for number, question in enumerate(questions):
-            content = (
-                question.text if number else [*self._image_parts(), {"type": "text", "text": "\n" + question.text}]
-            )
+            content = question.text if number else [*images, {"type": "text", "text": "\n" + question.text}]
             messages.append({"role": "user", "content": content})
             is_box = question.target is not None and not question.answer
             answer = [{"type": "box", "name": question.target}] if is_box else question.answer
@@ -440,15 +439,6 @@ class _Draft:
         ]
         identities = [{"name": self.names[identity], "images": paths} for identity, paths in self.references.items()]
         return {"id": name, "source": "identity", "identities": identities, "messages": messages, "boxes": boxes}
-
-    def _image_parts(self) -> list[dict[str, str]]:
-        if len(self.images) == 1:
-            return [{"type": "image", "image": self.images[0].path}]
-        parts = []
-        for number, image in enumerate(self.images, 1):
-            text = ("\n" if number > 1 else "") + image_label(number) + ": "
-            parts += [{"type": "text", "text": text}, {"type": "image", "image": image.path}]
-        return parts
 
 
 def _checked_shares(shares: Mapping[str, float]) -> dict[str, float]:
@@ -467,6 +457,22 @@ def image_label(number: int) -> str:
     return f"Picture {number}"
 
 
+def image_parts(paths: Sequence[str]) -> list[dict[str, str]]:
+    """Content parts of the images of a record: several images have their labels before them."""
+    if len(paths) == 1:
+        return [{"type": "image", "image": paths[0]}]
+    parts = []
+    for number, path in enumerate(paths, 1):
+        text = ("\n" if number > 1 else "") + image_label(number) + ": "
+        parts += [{"type": "text", "text": text}, {"type": "image", "image": path}]
+    return parts
+
+
+def enumeration(words: Sequence[str]) -> str:
+    """Enumerate names or clauses: "Kate", "Kate and Tom", "Kate, Tom and Ida"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 def describe_question(num_images: int) -> str:
     """Request for a caption of one or several images."""
     return "Describe the picture." if num_images == 1 else "Describe the pictures."
@@ -483,7 +489,7 @@ def roll_call(images: Sequence[AlbumImage], names: Mapping[str, str]) -> str:
 def caption(appearances: Sequence[Appearance], names: Mapping[str, str]) -> str:
     """Caption from left to right: "Kate is waving, someone is running and Tom is reading."; ``names`` by identity."""
     clauses = [f"{names.get(appearance.identity, 'someone')} is {appearance.activity}" for appearance in appearances]
-    joined = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])} and {clauses[-1]}"
+    joined = enumeration(clauses)
     return joined[0].upper() + joined[1:] + "."
 
 

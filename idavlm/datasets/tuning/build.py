@@ -41,7 +41,7 @@ _PLAN = "plan.json"
 
 
 class TuningSource(Protocol):
-    """Annotations that records are built from.
+    """Annotations that records are built from; the base class of the sources.
 
     Attributes:
         name: name of the source.
@@ -67,7 +67,7 @@ class TuningSource(Protocol):
 
     def read_embedded(self, path: str) -> bytes | None:
         """Return the bytes of an image that the annotations hold; None if it is a file below ``image_root``."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)

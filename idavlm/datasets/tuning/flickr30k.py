@@ -11,6 +11,7 @@ from typing import Any
 
 from idavlm.data.errors import DataError, quote
 from idavlm.data.json_records import JsonRecords
+from idavlm.datasets.record_composer import enumeration
 from idavlm.datasets.tuning.annotations import (
     Report,
     Unsuitable,
@@ -21,8 +22,9 @@ from idavlm.datasets.tuning.annotations import (
     scaled,
     take,
 )
+from idavlm.datasets.tuning.build import TuningSource
 from idavlm.datasets.tuning.image_files import PartImages
-from idavlm.datasets.tuning.names import draw_names, join_names, join_words, phrase_gender
+from idavlm.datasets.tuning.names import draw_names, join_words, phrase_gender
 from idavlm.datasets.tuning.published import NAMES, caption_request, conversation, image_tag, is_mirrored
 from idavlm.datasets.tuning.records import Introduced, Turn, identity_record, location_turn
 from idavlm.datasets.tuning.splits import Splits
@@ -87,7 +89,7 @@ class Photo:
     problems: list[str] = field(default_factory=list)
 
 
-class Flickr30kEntities:
+class Flickr30kEntities(TuningSource):
     """Builds records from Flickr30k Entities: ``Sentences/``, ``Annotations/``, the lists of splits and the images.
 
     A phrase of the type ``people`` becomes a name if its chain has one box and the phrase is about one person, or if it
@@ -152,10 +154,6 @@ class Flickr30kEntities:
     def __len__(self) -> int:
         return len(self._names)
 
-    def read_embedded(self, path: str) -> bytes | None:
-        """The images are files."""
-        return None
-
     def split_of(self, name: str) -> str:
         """Split of an image."""
         return self.splits.of(f"flickr30k:{name}", own=self._own_splits[name])
@@ -210,7 +208,7 @@ class Flickr30kEntities:
         names = dict(zip(people, drawn, strict=False))
         text = join_words(
             [
-                join_names([names[key] for key in named[position]])
+                enumeration([names[key] for key in named[position]])
                 if position in named
                 else piece
                 if isinstance(piece, str)
@@ -290,7 +288,7 @@ class Flickr30kEntities:
         return Photo(name, captions, boxes, chains, size, problems)
 
 
-class PublishedFlickr30k:
+class PublishedFlickr30k(TuningSource):
     """Builds records from Shikra's ``CWB_flickr30k_train.jsonl`` as IDA-VLM's script does, with its mistakes.
 
     A phrase is a person if it contains one of :data:`PUBLISHED_KEYWORDS`, and phrases are replaced by their text, so
@@ -321,10 +319,6 @@ class PublishedFlickr30k:
     def __len__(self) -> int:
         return len(self.file)
 
-    def read_embedded(self, path: str) -> bytes | None:
-        """The images are files."""
-        return None
-
     def compose(self, unit: int, images: PartImages, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the record of a caption unless a rule leaves it out."""
         where = self.file.where(unit)
@@ -354,7 +348,7 @@ class PublishedFlickr30k:
             raise Unsuitable(f"more than {MAX_PEOPLE} people are named")
         names = dict(zip(people, rng.sample(NAMES, len(people)), strict=True))
         replaced = {
-            f"<ph_st>{phrase}<ph_ed>": join_names([names[n] for n in sequence]) if person and sequence else phrase
+            f"<ph_st>{phrase}<ph_ed>": enumeration([names[n] for n in sequence]) if person and sequence else phrase
             for phrase, sequence, person in zip(phrases, sequences, is_person, strict=True)
         }
         image = f"{entry.get('image_id')}.jpg"

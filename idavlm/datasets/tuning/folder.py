@@ -21,6 +21,7 @@ from idavlm.datasets.record_composer import (
     own_names,
 )
 from idavlm.datasets.tuning.annotations import Report, check_kind, pixel_box, take
+from idavlm.datasets.tuning.build import TuningSource
 from idavlm.datasets.tuning.image_files import PartImages
 from idavlm.datasets.tuning.splits import SPLITS, Splits, strictest
 from idavlm.utils import check_choice, check_positive
@@ -33,7 +34,7 @@ NAMINGS = ("drawn", "own")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-class PhotoFolder:
+class PhotoFolder(TuningSource):
     """Builds records of the six tasks from own photos and scenes.
 
     ``images`` has a folder ``people`` with one sub-folder per person (pet, object), named as the person, with at least
@@ -130,10 +131,6 @@ class PhotoFolder:
 
     def __len__(self) -> int:
         return len(self._units)
-
-    def read_embedded(self, path: str) -> bytes | None:
-        """The images are files."""
-        return None
 
     def _find_photos(self) -> dict[str, list[str]]:
         folder = self.image_root / PEOPLE

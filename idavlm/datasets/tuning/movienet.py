@@ -11,6 +11,7 @@ from typing import Any
 
 from idavlm.data.errors import DataError
 from idavlm.datasets.tuning.annotations import Report, area, check_kind, pixel_box, read_json, scaled, take
+from idavlm.datasets.tuning.build import TuningSource
 from idavlm.datasets.tuning.descriptions import (
     TASKS,
     Describer,
@@ -115,7 +116,7 @@ class Film:
         return f"{self.name}:{number}" if number else ""
 
 
-class MovieNet:
+class MovieNet(TuningSource):
     """Builds records from MovieNet: ``annotation/``, ``meta/`` and the frames ``240P/``.
 
     A reference is a whole frame that shows only one body. It is of another scene than the frames that are asked about;
@@ -193,10 +194,6 @@ class MovieNet:
 
     def __len__(self) -> int:
         return len(self.films)
-
-    def read_embedded(self, path: str) -> bytes | None:
-        """The frames are files."""
-        return None
 
     def compose(self, unit: int, images: PartImages, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the records of a film with its split."""

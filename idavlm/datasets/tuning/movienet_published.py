@@ -8,6 +8,7 @@ from typing import Any
 
 from idavlm.data.errors import DataError
 from idavlm.datasets.tuning.annotations import Report, Unsuitable, area, read_json, take
+from idavlm.datasets.tuning.build import TuningSource
 from idavlm.datasets.tuning.descriptions import Describer, DescriptionRequest
 from idavlm.datasets.tuning.image_files import PartImages
 from idavlm.datasets.tuning.movienet import (
@@ -37,7 +38,7 @@ class _Entry:
     resolution: list[float]
 
 
-class PublishedMovieNet:
+class PublishedMovieNet(TuningSource):
     """Builds records from MovieNet as IDA-VLM's scripts do.
 
     A person is located in frames with company; the reference is the latest frame that shows only this person.
@@ -86,10 +87,6 @@ class PublishedMovieNet:
     def __len__(self) -> int:
         return len(self.films)
 
-    def read_embedded(self, path: str) -> bytes | None:
-        """The frames are files."""
-        return None
-
     def compose(self, unit: int, images: PartImages, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the records of a film, all for training."""
         film = self.films[unit]
@@ -118,6 +115,7 @@ class _PublishedFilm:
         self.frames: dict[tuple[int, int], list[_Entry]] = {}  # in the order of the file
         for entry in self.entries:
             self.frames.setdefault(entry.place, []).append(entry)
+        self.solos = self._solo_frames(count_ids=False)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All records of the film."""
@@ -172,9 +170,9 @@ class _PublishedFilm:
 
     def _described_frames(self) -> list[tuple[int, int]]:
         """Frames of two to five bodies, two to four of them with references, two shots apart."""
-        solos, last, found = self._solo_frames(count_ids=False), -DESCRIPTION_GAP, []
+        last, found = -DESCRIPTION_GAP, []
         for place, bodies in self.frames.items():
-            with_references = sum(body.person in solos for body in bodies)
+            with_references = sum(body.person in self.solos for body in bodies)
             if len(bodies) in BODIES and place[0] - last >= DESCRIPTION_GAP and 2 <= with_references <= 4:
                 found.append(place)
                 last = place[0]
@@ -182,7 +180,7 @@ class _PublishedFilm:
 
     def _chains(self, task: str) -> list[list[tuple[int, int]]]:
         """Chains of frames that share a person. The frame that ends a chain is lost."""
-        solos, last = self._solo_frames(count_ids=False), -1
+        last = -1
         rng = Random(f"{self.source.seed} movienet {self.film} chains")
         chains: list[list[tuple[int, int]]] = []
         chain: list[tuple[int, int]] = []
@@ -195,7 +193,7 @@ class _PublishedFilm:
                 chains.append(list(chain))
 
         for place, bodies in self.frames.items():
-            people = [body.person for body in bodies if body.person in solos]
+            people = [body.person for body in bodies if body.person in self.solos]
             if len(bodies) not in BODIES or place[0] - last < DESCRIPTION_GAP or not 1 <= len(people) <= 4:
                 continue
             shared = [person for person in people if person in common]
@@ -212,10 +210,9 @@ class _PublishedFilm:
         return chains
 
     def _described(self, task: str, groups: list[list[tuple[int, int]]]) -> Iterator[dict[str, Any]]:
-        solos = self._solo_frames(count_ids=False)
         drafts = []
         for places in groups:
-            bodies = [body for body in self.frames[places[-1]] if body.person in solos]
+            bodies = [body for body in self.frames[places[-1]] if body.person in self.solos]
             people = [
                 body.person
                 for body in bodies
@@ -226,7 +223,7 @@ class _PublishedFilm:
         replies = self.source.describe([request for request, *_ in drafts]) if drafts else []
         for number, ((_, places, people), reply) in enumerate(zip(drafts, replies, strict=True)):
             with self.report.catch(f"{self.where} shot {places[0][0]} image {places[0][1]}"):
-                yield self._described_record(f"{task}-{number}", task, places, people, solos, reply)
+                yield self._described_record(f"{task}-{number}", task, places, people, reply)
 
     def _request(self, task: str, places: list[tuple[int, int]], people: list[str]) -> DescriptionRequest:
         """The model gets the boxes and the size of the annotated resolution, but the smaller file."""
@@ -254,7 +251,6 @@ class _PublishedFilm:
         task: str,
         places: list[tuple[int, int]],
         people: list[str],
-        solos: dict[str, list[tuple[int, int]]],
         reply: str | None,
     ) -> dict[str, Any]:
         if reply is None:
@@ -262,7 +258,7 @@ class _PublishedFilm:
         rng = Random(f"{self.source.seed} movienet {self.film} {task} {places[0]}")
         prompt, keys = "", {}
         for person in people:
-            existing = [place for place in solos[person] if (self.images.source / self._path(place)).is_file()]
+            existing = [place for place in self.solos[person] if (self.images.source / self._path(place)).is_file()]
             if existing:
                 reference = self.images.scene(self._path(rng.choice(existing))).image
                 prompt += f"{self.characters[person]} is {image_tag(reference)}\n "

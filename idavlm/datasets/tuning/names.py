@@ -84,11 +84,6 @@ def draw_names(genders: Sequence[str], rng: Random, texts: Sequence[str] = ()) -
     return drawn
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Enumerate names: "Kate", "Kate and Tom", "Kate, Tom and Ida"."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 _PUNCTUATION = re.compile(r"\s+([.,?!;:%)\]])")
 _CONTRACTION = re.compile(r"\s*'\s*(s|t|re|ve|ll|d|m)\b", re.IGNORECASE)
 _NEGATION = re.compile(r"\s+n't\b", re.IGNORECASE)

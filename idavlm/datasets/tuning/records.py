@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from idavlm.data.parsing import parse_sample
-from idavlm.datasets.record_composer import image_label
+from idavlm.datasets.record_composer import image_parts
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ def identity_record(
         turns: questions and answers. An evaluation record has one.
         evaluation: whether the answer is a field of the record instead of the last turn.
     """
+    scene_parts = image_parts([scene.image for scene in scenes])
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(turns):
-        content = turn.question if number else [*_scene_parts(scenes), {"type": "text", "text": "\n" + turn.question}]
+        content = turn.question if number else [*scene_parts, {"type": "text", "text": "\n" + turn.question}]
         messages.append({"role": "user", "content": content})
         if evaluation:
             break
@@ -155,13 +156,3 @@ def _origin(image: Reference | Scene) -> dict[str, Any]:
     if isinstance(image, Reference):
         fields["box"] = image.box
     return fields | {name: value for name in ("shot", "scene") if (value := getattr(image, name))}
-
-
-def _scene_parts(scenes: Sequence[Scene]) -> list[dict[str, str]]:
-    if len(scenes) == 1:
-        return [{"type": "image", "image": scenes[0].image}]
-    parts = []
-    for number, scene in enumerate(scenes, 1):
-        text = ("\n" if number > 1 else "") + image_label(number) + ": "
-        parts += [{"type": "text", "text": text}, {"type": "image", "image": scene.image}]
-    return parts

@@ -24,6 +24,7 @@ from idavlm.datasets.tuning.annotations import (
     read_json,
     take,
 )
+from idavlm.datasets.tuning.build import TuningSource
 from idavlm.datasets.tuning.image_files import PartImages
 from idavlm.datasets.tuning.names import draw_names, phrase_gender
 from idavlm.datasets.tuning.published import box_text, conversation, image_tag, is_mirrored
@@ -69,7 +70,7 @@ class Referred:
     embedded: tuple[str, int, int] | None = None
 
 
-class RefCOCO:
+class RefCOCO(TuningSource):
     """Builds records from RefCOCO, RefCOCO+ and RefCOCOg.
 
     Formats are recognised by the files: ``refs(unc).p`` or ``refs(umd).p`` with ``instances.json`` in the same folder,

@@ -12,6 +12,7 @@ from typing import Any
 
 from idavlm.data.errors import DataError, quote
 from idavlm.data.json_records import JsonRecords
+from idavlm.datasets.record_composer import enumeration
 from idavlm.datasets.tuning.annotations import (
     Report,
     Unsuitable,
@@ -23,8 +24,9 @@ from idavlm.datasets.tuning.annotations import (
     scaled,
     take,
 )
+from idavlm.datasets.tuning.build import TuningSource
 from idavlm.datasets.tuning.image_files import PartImages
-from idavlm.datasets.tuning.names import draw_names, join_names, join_words, pronoun_gender
+from idavlm.datasets.tuning.names import draw_names, join_words, pronoun_gender
 from idavlm.datasets.tuning.published import NAMES, conversation, image_tag, is_mirrored
 from idavlm.datasets.tuning.records import Introduced, Turn, identity_record, location_turn
 from idavlm.datasets.tuning.splits import Splits, film_key
@@ -94,7 +96,7 @@ class Question:
         return pixel_box(box[:4] if isinstance(box, list) else box, *self.size, self.where, name=f"boxes[{index}]")
 
 
-class VCR:
+class VCR(TuningSource):
     """Builds records from VCR: ``train.jsonl`` and ``val.jsonl`` with ``vcr1images/``.
 
     People whom the question, the right answer or the right rationale mention get names and are introduced by a crop of
@@ -162,10 +164,6 @@ class VCR:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._metadata = lru_cache(64)(read_json)
-
-    def read_embedded(self, path: str) -> bytes | None:
-        """VCR's images are files."""
-        return None
 
     def where(self, unit: int) -> str:
         """File and line of a question."""
@@ -427,7 +425,9 @@ def _object_labels(question: Question, texts: Sequence[Tokens]) -> dict[int, str
 
 
 def _render(tokens: Tokens, labels: dict[int, str]) -> str:
-    return join_words([token if isinstance(token, str) else join_names([labels[i] for i in token]) for token in tokens])
+    return join_words(
+        [token if isinstance(token, str) else enumeration([labels[i] for i in token]) for token in tokens]
+    )
 
 
 def _replace_numbers(text: str, labels: dict[str, str]) -> str:
