@@ -11,6 +11,7 @@ from idavlm.data.writers.turns import (
     check_text,
     images_of_turns,
     introduction_parts,
+    note_boxes,
     note_fields,
     turns_of,
 )
@@ -56,9 +57,7 @@ def write_ms_swift(sample: Sample, losses: Losses, box_text: BoxText | None) -> 
     for content in texts:
         for part in content:
             check_text(part, sample)
-    written = {(box.name, box.image) for box in boxes}
-    if any((box.name, box.image) not in written for box in sample.boxes):
-        losses.add("boxes that no message holds are left out")
+    note_boxes(sample, boxes, losses)
     relative = {box.relative for box in boxes}
     if len(relative) > 1:
         losses.add("boxes in pixels and in 0..1 cannot be in one record")

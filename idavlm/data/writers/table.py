@@ -21,8 +21,6 @@ class TableWriter:
 
     Args:
         path: the file.
-        image_bytes: returns the bytes of an image file by its path in the record, to store them in the table; None to
-            store paths only.
 
     Raises:
         ImportError: the package ``datasets`` is not installed.

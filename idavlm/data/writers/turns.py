@@ -65,9 +65,7 @@ def turns_of(
     parts = [part for message in messages for part in message.content if part.type == "box"]
     if parts:
         losses.add("boxes in messages became text")
-    written = {(box.name, box.image) for box in map(sample.box_of_part, parts)}
-    if any((box.name, box.image) not in written for box in sample.boxes):
-        losses.add("boxes that no message holds are left out")
+    note_boxes(sample, [sample.box_of_part(part) for part in parts], losses)
     note_fields(sample, losses)
     turns = []
     for message in messages:
@@ -96,6 +94,13 @@ def note_fields(sample: Sample, losses: Losses) -> None:
         losses.add("meta is left out")
 
 
+def note_boxes(sample: Sample, written: list[Box], losses: Losses) -> None:
+    """Note boxes of the record that are in none of its messages."""
+    names = {(box.name, box.image) for box in written}
+    if any((box.name, box.image) not in names for box in sample.boxes):
+        losses.add("boxes that no message holds are left out")
+
+
 def check_text(part: Part, sample: Sample) -> None:
     """Raise DataError if a text would be read as the placeholder of an image or box."""
     found = MARKUP.search(part.text) if part.type == "text" else None
@@ -103,9 +108,9 @@ def check_text(part: Part, sample: Sample) -> None:
         raise DataError(f"a text holds {found[0]!r}, which stands for an image; change it.", where=sample.where)
 
 
-def text_with_placeholders(turn: Turn, placeholder: str = "<image>") -> str:
-    """The text of a turn with a placeholder for each image."""
-    return "".join(placeholder if part.type == "image" else part.text for part in turn.content)
+def text_with_placeholders(turn: Turn) -> str:
+    """The text of a turn with ``<image>`` for each image."""
+    return "".join("<image>" if part.type == "image" else part.text for part in turn.content)
 
 
 def images_of_turns(turns: list[Turn]) -> list[str]:
