@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -380,3 +382,11 @@ def test_scores_are_written_as_a_whole(work):
         set(prediction.item) == {"question", "choices", "images", "references"} for prediction in result.predictions
     )
     assert facts["task"] == "records"
+
+
+@pytest.mark.parametrize("command", [[], ["data"]])
+def test_help_imports_no_torch(command):
+    code = "import sys; from idavlm.cli.main import build_parser; parser = build_parser(*sys.argv[1:] or [None])\n"
+    code += "try: parser.parse_args([*sys.argv[1:], '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert found.stdout.endswith("False\n")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idavlm.cli.data_build import add_build_arguments, run_build
+from idavlm.cli import data_build
 from idavlm.data import DataError, ImageStore, RecordDataset
 from idavlm.datasets.tuning import (
     VCR,
@@ -1116,8 +1116,8 @@ def test_a_complete_folder_is_left_alone_and_other_options_are_an_error(tmp_path
 
 def run(*arguments: str | Path) -> int:
     parser = argparse.ArgumentParser()
-    add_build_arguments(parser)
-    return run_build(parser.parse_args([*map(str, arguments), "--quiet"]))
+    data_build.add_arguments(parser)
+    return data_build.run(parser.parse_args([*map(str, arguments), "--quiet"]))
 
 
 def test_the_command_builds_every_source(tmp_path, capsys):

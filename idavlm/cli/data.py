@@ -1,40 +1,41 @@
 """``idavlm data COMMAND``: build, check, describe, show, mix, convert and split files of records."""
 
 import argparse
+import importlib
+from typing import Any
 
-from idavlm.cli import data_build, data_convert, data_mix, data_show, data_split, data_stats, data_validate
-
-COMMANDS = {
-    "build": (data_build.add_build_arguments, data_build.run_build, "build tuning data from annotations"),
-    "validate": (
-        data_validate.add_arguments,
-        data_validate.run,
-        "find faults of records and images, and leaks between training and held-out records",
-    ),
-    "stats": (
-        data_stats.add_arguments,
-        data_stats.run,
-        "count identities, photos, boxes, texts, tokens and names, and plot them",
-    ),
-    "show": (data_show.add_arguments, data_show.run, "write a page of records with their images and boxes, to look at"),
-    "mix": (data_mix.add_arguments, data_mix.run, "write a recipe of several files of records for idavlm train"),
-    "convert": (data_convert.add_arguments, data_convert.run, "convert records from one format to another"),
-    "split": (
-        data_split.add_arguments,
-        data_split.run,
-        "split records by person and image, so that the parts share neither",
-    ),
+COMMANDS: dict[str, str] = {
+    "build": "build tuning data from annotations",
+    "validate": "find faults of records and images, and leaks between training and held-out records",
+    "stats": "count identities, photos, boxes, texts, tokens and names, and plot them",
+    "show": "write a page of records with their images and boxes, to look at",
+    "mix": "write a recipe of several files of records for idavlm train",
+    "convert": "convert records from one format to another",
+    "split": "split records by person and image, so that the parts share neither",
 }
-"""Name -> functions ``add_arguments(parser)`` and ``run(arguments)``, and the line of ``--help``."""
+"""Name -> line of ``--help``. ``idavlm/cli/data_NAME.py`` defines ``add_arguments(parser)`` and ``run(arguments)``."""
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Imports the module of its command when the command is chosen, so that ``idavlm data --help`` needs no torch."""
+
+    def __init__(self, *, module: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._module = module  # None for the parsers of further subcommands
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._module is not None:
+            module, self._module = importlib.import_module(self._module), None
+            module.add_arguments(self)
+            self.set_defaults(run_data=module.run)
+        return super().parse_known_args(args, namespace)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per tool."""
-    commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
-    for name, (add, run_command, line) in COMMANDS.items():
-        command = commands.add_parser(name, help=line, description=line)
-        add(command)
-        command.set_defaults(run_data=run_command)
+    commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True, parser_class=_CommandParser)
+    for name, line in COMMANDS.items():
+        commands.add_parser(name, help=line, description=line, module=f"idavlm.cli.data_{name}")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

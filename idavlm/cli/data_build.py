@@ -41,7 +41,7 @@ SOURCES = {
 }
 
 
-def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per source."""
     sources = parser.add_subparsers(dest="build_source", metavar="SOURCE", required=True)
     for source, (description, annotations) in SOURCES.items():
@@ -139,7 +139,7 @@ def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_build(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Build the data set and print what it holds and what was left out."""
     source = _source(arguments)
     description = build_tuning_data(
