@@ -67,8 +67,8 @@ def read_sources(files: Sequence[Path], arguments: argparse.Namespace) -> tuple[
             from idavlm.training.config import read_data_recipe  # takes seconds, as it imports transformers
 
             data = read_data_recipe(file)
-            train += map(_source, [*data.train_data, *data.general_data])
-            held_out += map(_source, [*data.eval_data, *data.task_data])
+            train += map(source_of_recipe_file, [*data.train_data, *data.general_data])
+            held_out += map(source_of_recipe_file, [*data.eval_data, *data.task_data])
         else:
             train.append(source_of(file, arguments))
     return train, held_out
@@ -85,7 +85,8 @@ def source_of(file: Path, arguments: argparse.Namespace) -> RecordSource:
     )
 
 
-def _source(file: "RecordFile") -> RecordSource:
+def source_of_recipe_file(file: "RecordFile") -> RecordSource:
+    """The source of a file of a recipe, by its own options."""
     return RecordSource(file.path, file.image_root, file.reader, file.unused_fields, file.allow_urls)
 
 

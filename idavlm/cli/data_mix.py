@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from idavlm.cli.arguments import path
+from idavlm.cli.data_arguments import RECIPE_SUFFIXES, source_of_recipe_file
 from idavlm.data.errors import DataError
 from idavlm.data.json_records import JsonRecords
 from idavlm.data.mixing import MODES
-from idavlm.data.table_records import SUFFIX, TableRecords
-from idavlm.data.validation import RecordSource
+from idavlm.data.table_records import TableRecords, is_table_path
 from idavlm.utils import markdown_table, write_text
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the recipe, and print how many records of each file it uses."""
     from idavlm.training.config import read_data_recipe  # takes seconds, as it imports transformers
 
-    if arguments.out.suffix not in (".yaml", ".yml"):
+    if arguments.out.suffix not in RECIPE_SUFFIXES:
         raise ValueError(f"--out {arguments.out} must end with .yaml.")
     if not arguments.train:
         raise ValueError("pass at least one file of training records.")
@@ -132,10 +132,8 @@ def _read(text: str, seed: int) -> "RecordFile":
 
 def _count(file: "RecordFile") -> int:
     """Number of records; the first of them must be readable, and there must be enough."""
-    is_table = Path(file.path).suffix == SUFFIX or Path(file.path).is_dir()
-    count = len(TableRecords(file.path) if is_table else JsonRecords(file.path))
-    source = RecordSource(file.path, file.image_root, file.reader, file.unused_fields, file.allow_urls)
-    first = next(iter(source), None)
+    count = len(TableRecords(file.path) if is_table_path(Path(file.path)) else JsonRecords(file.path))
+    first = next(iter(source_of_recipe_file(file)), None)
     if first is None:
         raise ValueError(f"{file.path} has no records; leave it out.")
     if isinstance(first.sample, DataError):

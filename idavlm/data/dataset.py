@@ -19,7 +19,7 @@ from idavlm.data.json_records import JsonRecords
 from idavlm.data.parsing import parse_sample
 from idavlm.data.readers import READERS
 from idavlm.data.schema import Sample
-from idavlm.data.table_records import SUFFIX, TableRecords, import_datasets, take_images, without_nulls
+from idavlm.data.table_records import TableRecords, import_datasets, is_table_path, take_images, without_nulls
 from idavlm.utils import IGNORE_INDEX, check_choice
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class RecordDataset(Dataset):
         if image_root is None and is_file:
             image_root = self.path.parent / "images"
         self.image_root = Path(image_root) if image_root is not None else None
-        is_table = not is_file or self.path.suffix == SUFFIX or self.path.is_dir()
+        is_table = not is_file or is_table_path(self.path)
         self._reader = _SampleReader(
             reader, self.image_root, encode, on_error, unused_fields, allow_urls, holds_images=is_table
         )
@@ -334,7 +334,7 @@ def read_records(
     """
     path = Path(path)
     root = path.parent / "images" if image_root is None else Path(image_root)
-    is_table = path.suffix == SUFFIX or path.is_dir()
+    is_table = is_table_path(path)
     converter = _SampleReader(reader, root, None, "raise", unused_fields, allow_urls, holds_images=is_table)
     records = TableRecords(path) if is_table else JsonRecords(path)
     rows = map(records.__getitem__, range(len(records))) if is_table else records.decode_all()

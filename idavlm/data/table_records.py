@@ -20,6 +20,11 @@ _IMAGE_KEYS = {"bytes", "path"}
 _CHECKED_AT_ONCE = 1000
 
 
+def is_table_path(path: Path) -> bool:
+    """Whether records are a parquet file or a folder of parquet files; otherwise they are JSON."""
+    return path.suffix == SUFFIX or path.is_dir()
+
+
 class TableRecords:
     """The records of a table, one per row, read on access.
 
