@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Hashable
-from pathlib import Path
+from contextlib import ExitStack
 
 from idavlm.cli.arguments import name, path, positive_int
 from idavlm.cli.data_arguments import add_source_arguments, progress_bar, source_of
@@ -13,8 +13,16 @@ from idavlm.data.images import RecordImages
 from idavlm.data.record_meta import meta_of, people_of, shots_of
 from idavlm.data.record_splits import TOLERANCE, split_records
 from idavlm.data.schema import Sample
-from idavlm.data.table_records import SUFFIX, TableRecords
-from idavlm.data.validation.image_facts import ImageFacts, facts_of_all, num_cores, parallel_map
+from idavlm.data.table_records import SUFFIX, TableRecords, is_table_path
+from idavlm.data.validation.image_facts import (
+    ImageFacts,
+    ImageKey,
+    facts_of_all,
+    image_key,
+    num_cores,
+    parallel_map,
+    root_of_image,
+)
 from idavlm.utils import markdown_table
 
 COMPARE = ("pixels", "paths")
@@ -48,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     shares = _shares(arguments.shares)
     source = source_of(arguments.records, arguments)
     reads: list[list[Hashable]] = []
-    jobs: dict[tuple[str, str], tuple] = {}
+    jobs: dict[ImageKey, tuple] = {}
     without_people = 0
     with progress_bar() as progress:
         for read in source:
@@ -95,20 +103,18 @@ def _keys(sample: Sample, jobs: dict, *, names_are_people: bool) -> tuple[list[H
     keys: list[Hashable] = [("person", person) for person in known]
     keys += [("shot", shot) for shot in shots_of(sample).values()]
     keys += [("image", str(key)) for key in meta_of(sample, "images")]
+    held = sample.image_root.images if isinstance(sample.image_root, RecordImages) else {}
     for image in sample.images:
-        root = sample.image_root
-        held = root.images if isinstance(root, RecordImages) else {}
         if image in held:  # of a table: its bytes are not kept
             keys.append(("bytes", hashlib.blake2b(held[image], digest_size=16).digest()))
             continue
-        root = RecordImages(root.root, {}, root.allow_urls) if isinstance(root, RecordImages) else root
-        key = (str(getattr(root, "root", root)), image)
-        jobs.setdefault(key, (root, image))
+        key = image_key(sample, image)
+        jobs.setdefault(key, (root_of_image(sample, image), image))
         keys.append(key)
     return keys, len(known) < len(names)
 
 
-def _digests(jobs: dict[tuple[str, str], tuple], workers: int | None) -> dict[tuple[str, str], bytes]:
+def _digests(jobs: dict[ImageKey, tuple], workers: int | None) -> dict[ImageKey, bytes]:
     """Hash of the pixels of each image.
 
     Raises:
@@ -126,24 +132,22 @@ def _digests(jobs: dict[tuple[str, str], tuple], workers: int | None) -> dict[tu
 
 def _write(arguments: argparse.Namespace, split: list[str], shares: dict[str, float]) -> None:
     """Write the records of each split as they are in the file."""
-    source = arguments.records
-    is_table = source.suffix == SUFFIX or source.is_dir()
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    for part in shares:
-        file = out / f"{part}{SUFFIX if is_table else '.jsonl'}"
+    source, out = arguments.records, arguments.out
+    is_table = is_table_path(source)
+    files = {part: out / f"{part}{SUFFIX if is_table else '.jsonl'}" for part in shares}
+    for file in files.values():
         if file.resolve() == source.resolve():
             raise ValueError(f"--out {out}: {file} is the file that is read; write to another folder.")
-        if is_table:
-            chosen = [number for number, of_record in enumerate(split) if of_record == part]
-            TableRecords(source).write(file, chosen)
-            continue
-        texts = (
-            json.dumps(read.record, ensure_ascii=False) + "\n"
-            for read, of_record in zip(source_of(source, arguments), split, strict=True)
-            if of_record == part
-        )
-        part_file = file.with_name(f"{file.name}.part")
-        with part_file.open("w", encoding="utf-8") as stream:
-            stream.writelines(texts)
-        part_file.replace(file)
+    out.mkdir(parents=True, exist_ok=True)
+    if is_table:
+        records = TableRecords(source)
+        for part, file in files.items():
+            records.write(file, [number for number, of_record in enumerate(split) if of_record == part])
+        return
+    unfinished = {part: file.with_name(f"{file.name}.part") for part, file in files.items()}
+    with ExitStack() as stack:
+        streams = {part: stack.enter_context(path.open("w", encoding="utf-8")) for part, path in unfinished.items()}
+        for read, part in zip(source_of(source, arguments), split, strict=True):
+            streams[part].write(json.dumps(read.record, ensure_ascii=False) + "\n")
+    for part, file in files.items():
+        unfinished[part].replace(file)

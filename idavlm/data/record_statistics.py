@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from idavlm.data.errors import DataError
-from idavlm.data.images import ImageStore, RecordImages
+from idavlm.data.images import ImageStore
 from idavlm.data.record_meta import meta_of, people_of
 from idavlm.data.schema import Sample
+from idavlm.data.validation.image_facts import ImageKey, image_key
 
 PER_MILLE = 1000
 MOST_NAMES = 30
@@ -106,7 +107,7 @@ def record_statistics(
     )
     found.distributions = {name: Distribution() for name in (*names, *(("tokens per record",) if num_tokens else ()))}
     count = found.distributions
-    sizes: dict[tuple[str, str], tuple[int, int] | None] = {}
+    sizes: dict[ImageKey, tuple[int, int] | None] = {}
     for sample in samples:
         if isinstance(sample, DataError):
             found.unreadable["records"] += 1
@@ -147,16 +148,12 @@ def record_statistics(
     return found
 
 
-def _size(sample: Sample, image: str, sizes: dict[tuple[str, str], tuple[int, int] | None]) -> tuple[int, int] | None:
+def _size(sample: Sample, image: str, sizes: dict[ImageKey, tuple[int, int] | None]) -> tuple[int, int] | None:
     """(height, width) of an image, None if it cannot be read."""
-    root = sample.image_root
-    if isinstance(root, RecordImages) and image in root.images:
-        key = (sample.where, image)
-    else:
-        key = (str(getattr(root, "root", root)), image)
+    key = image_key(sample, image)
     if key not in sizes:
         try:
-            sizes[key] = ImageStore(root).size(image)
+            sizes[key] = ImageStore(sample.image_root).size(image)
         except DataError:
             sizes[key] = None
     return sizes[key]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from idavlm.data.errors import DataError
 from idavlm.data.images import ImageStore, RecordImages
+from idavlm.data.schema import Sample
 
 SIDE = 96
 """Longest side of the small copy of an image in pixels."""
@@ -26,6 +27,22 @@ BLANK = 1.5
 
 ImageKey = tuple[str, str]
 """Identifies an image: its image root (or the record that holds it), and its path."""
+
+
+def image_key(sample: Sample, path: str) -> ImageKey:
+    """Key of an image of a sample."""
+    root = sample.image_root
+    if isinstance(root, RecordImages):
+        return (sample.where, path) if path in root.images else (str(root.root), path)
+    return str(root), path
+
+
+def root_of_image(sample: Sample, path: str) -> Path | RecordImages:
+    """The image root of one image of a sample, with the bytes of this image only."""
+    root = sample.image_root
+    if isinstance(root, RecordImages):
+        return RecordImages(root.root, {path: root.images[path]} if path in root.images else {}, root.allow_urls)
+    return root
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ from idavlm.data.validation.image_facts import (
     ImageKey,
     Map,
     facts_of_all,
+    image_key,
     num_cores,
     parallel_map,
+    root_of_image,
 )
 from idavlm.data.validation.problems import CHECKS, MAX_PROBLEMS, WARNING, Problem, ValidationReport
 from idavlm.data.validation.record_checks import Finding, check_boxes, check_texts
@@ -54,8 +56,8 @@ def validate_records(
 ) -> ValidationReport:
     """Check files of records; :data:`CHECKS` lists what is found.
 
-    Each image is opened once. Memory holds about 500 bytes for each image and 150 for each record; small copies of the
-    images (at most 9 KB each) are in a temporary file.
+    Each image is opened once, and again if it may be a reference that is cut out of a scene, or its scene. Memory holds
+    hashes and places of each image and record; small copies of the images are in a temporary file.
 
     Args:
         train: files of training records, or any files that are checked on their own.
@@ -144,7 +146,10 @@ class _Validation:
                 for record, finding in self._compare_pixels(checked, mapped):
                     self._report(finding, record.read, file)
             for record in checked:
-                for finding in self._held_out(record) if held_out else self._trained(record):
+                if not held_out:
+                    self._remember(record)
+                    continue
+                for finding in self._shared_with_training(record):
                     self._report(finding, record.read, file)
             if progress is not None:
                 progress(len(chunk))
@@ -175,7 +180,7 @@ class _Validation:
             ids.setdefault(sample.id, read.where)
             numbers = {}
             for path in sample.images:
-                key = _key(sample, path)
+                key = image_key(sample, path)
                 number = self.number_of.setdefault(key, len(self.number_of))
                 if number == len(self.digests):
                     self.sizes.append(None)
@@ -189,7 +194,7 @@ class _Validation:
         for record in checked:
             for path, number in record.numbers.items():
                 if number >= self.copies.count and number not in jobs:
-                    jobs[number] = (_root(record.sample, path), path)
+                    jobs[number] = (root_of_image(record.sample, path), path)
         assert list(jobs) == list(range(self.copies.count, len(self.digests)))
         for number, facts in zip(jobs, facts_of_all(list(jobs.values()), mapped), strict=True):
             if isinstance(facts, ImageFacts):
@@ -307,7 +312,7 @@ class _Validation:
         jobs = []
         for key, place in candidates:
             record, _, reference, scene = pairs[key][0]
-            roots = (_root(record.sample, path) for path in (reference, scene))
+            roots = (root_of_image(record.sample, path) for path in (reference, scene))
             jobs.append((*zip(roots, (reference, scene), strict=True), place))
         for (key, _), is_cut in zip(candidates, mapped(_compare_images, jobs), strict=True):
             for record, name, reference, scene in pairs[key] if is_cut else ():
@@ -323,8 +328,8 @@ class _Validation:
 
     # --- Training and held-out records ---
 
-    def _trained(self, record: _Checked) -> Iterator[Finding]:
-        """Remember what held-out records must not share."""
+    def _remember(self, record: _Checked) -> None:
+        """Remember what held-out records must not share with a training record."""
         where = record.read.where
         for path, number in record.numbers.items():
             self.trained_images.setdefault(self.digests[number], f"{where} ({path})")
@@ -337,9 +342,8 @@ class _Validation:
             self.image_keys.setdefault(str(key), where)
         for question in self._questions(record):
             self.questions.setdefault(question, where)
-        yield from ()
 
-    def _held_out(self, record: _Checked) -> Iterator[Finding]:
+    def _shared_with_training(self, record: _Checked) -> Iterator[Finding]:
         """What a held-out record shares with training records."""
         sample = record.sample
         for person, name in self._people(sample).items():
@@ -389,21 +393,6 @@ class _Validation:
             if message.role == "user"
         )
         return [_hash(*scenes, text) for text in texts] if scenes else []
-
-
-def _key(sample: Sample, path: str) -> ImageKey:
-    root = sample.image_root
-    if isinstance(root, RecordImages):
-        return (sample.where, path) if path in root.images else (str(root.root), path)
-    return str(root), path
-
-
-def _root(sample: Sample, path: str) -> Path | RecordImages:
-    """The image root of one image, with the bytes of this image only."""
-    root = sample.image_root
-    if isinstance(root, RecordImages):
-        return RecordImages(root.root, {path: root.images[path]} if path in root.images else {}, root.allow_urls)
-    return root
 
 
 def _says_cut(sample: Sample, reference: str, scene: str) -> bool:
