@@ -65,8 +65,9 @@ from idavlm.data import Sample
 from idavlm.datasets import build_characters
 from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import with_wrong_references, without_references
+from idavlm.evaluation.report import format_range
 from idavlm.evaluation.scoring import score_answers
-from idavlm.utils import ImageRole, describe_machine
+from idavlm.utils import ImageRole, describe_machine, markdown_table
 
 LORA_MODULES = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 REFERENCES = ("right", "wrong", "none")
@@ -208,7 +209,7 @@ def main(args: AttachArguments) -> None:
 
 def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[str], list[int]]) -> Record:
     """The record of a sample; ``rows``: the row of each image among the stored features."""
-    record, names = Record(tokenize, sample.task), [identity.name for identity in sample.identities]
+    record, names = Record(tokenize), [identity.name for identity in sample.identities]
     role = ImageRole.SCENE if names else ImageRole.GENERAL
     for number, identity in enumerate(sample.identities):
         for path in identity.images:
@@ -386,28 +387,20 @@ def example_answer(model: nn.Module, processor, sample: Sample) -> str:
 def write_report(out: Path, results: dict[str, list], args: AttachArguments, *, seconds: float) -> str:
     """Write report.md: the mean of the seeds, with the lowest and the highest score."""
     columns = [(task, references) for task in ("matching", "location") for references in REFERENCES]
-    lines = ["| trained | parameters | " + " | ".join(f"{task}, {kind}" for task, kind in columns) + " | general |"]
-    lines.append("| --- |" + " ---: |" * (len(columns) + 2))
+    header, rows = ["trained", "parameters", *(f"{task}, {kind}" for task, kind in columns), "general"], []
     for name, seeds in results.items():
         if not isinstance(seeds[0], dict):
             continue
-        values = [f"{seeds[0]['trained']:,}"]
-        values += [spread([scores[kind][task] for scores in seeds]) for task, kind in columns]
-        values.append(spread([fmean(scores["general"].values()) for scores in seeds]))
-        lines.append(f"| {name} | " + " | ".join(values) + " |")
+        values = [format_range([scores[kind][task] for scores in seeds]) for task, kind in columns]
+        general = format_range([fmean(scores["general"].values()) for scores in seeds])
+        rows.append([name, f"{seeds[0]['trained']:,}", *values, general])
     facts = [f"{name}: {seeds}" for name, seeds in results.items() if not isinstance(seeds[0], dict)]
     command = " ".join(["python", *sys.argv])
     facts += [f"steps: {args.steps}", f"seeds: {args.seeds}", f"command: `{command}`"]
     facts += [f"seconds: {seconds:.0f}", f"machine: {describe_machine()}"]
-    text = "# An ID-Former on a frozen model\n\n" + "\n".join(lines) + "\n\n" + "  \n".join(facts) + "\n"
+    text = f"# An ID-Former on a frozen model\n\n{markdown_table(header, rows)}\n\n" + "  \n".join(facts) + "\n"
     (out / "report.md").write_text(text)
     return text
-
-
-def spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

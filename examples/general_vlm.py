@@ -5,10 +5,10 @@ its colour, number and place. Some records introduce a thing by a name and refer
 data of released models do ("Kate is <image of a red star>"). No record tells two figures apart.
 """
 
-import pickle
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -44,7 +44,7 @@ from idavlm.experimental.muon import MuonAdamW
 from idavlm.experimental.small_models import small_image_processor
 from idavlm.models import BoxFormat
 from idavlm.models.boxes import box_iou
-from idavlm.utils import IGNORE_INDEX, ImageRole
+from idavlm.utils import IGNORE_INDEX, ImageRole, write_text
 
 DRAWN_SIZE = 128  # pixels; boxes are in pixels of this size
 IMAGE_SIZE = 96
@@ -141,9 +141,9 @@ def draw_general_images(
     folder: Path, *, num_scenes: int, num_plans: int, seed: int = 123
 ) -> tuple[np.ndarray, list[Scene]]:
     """Draw general images once: ``num_plans`` of :func:`plan_general`, then ``num_scenes`` of one to four items."""
-    file, facts = folder / f"general-{num_scenes}.npy", folder / f"general-{num_scenes}.pkl"
-    if file.exists():
-        return np.load(file), pickle.loads(facts.read_bytes())
+    file, facts = folder / f"general-{num_scenes}.npy", folder / f"general-{num_scenes}.json"
+    if facts.exists():  # written last
+        return np.load(file), [_read_scene(values) for values in json.loads(facts.read_text())]
     rng, images, scenes = np.random.default_rng(seed), [], []
     for plan in plan_general(num_plans, Random(seed)):
         images.append(draw_objects(plan.thing, plan.colour, plan.count, plan.place, rng, DRAWN_SIZE))
@@ -156,8 +156,13 @@ def draw_general_images(
     pixels = np.stack([np.asarray(resized(image)) for image in images])
     folder.mkdir(parents=True, exist_ok=True)
     np.save(file, pixels)
-    facts.write_bytes(pickle.dumps(scenes))
+    write_text(facts, json.dumps([asdict(scene) for scene in scenes]))
     return pixels, scenes
+
+
+def _read_scene(values: dict) -> Scene:
+    items = [Item(**item) for item in values["items"]]
+    return Scene(items, values["place"], values["plan"] and GeneralImage(**values["plan"]))
 
 
 def resized(image: Image.Image) -> Image.Image:
@@ -333,17 +338,7 @@ def tower_features(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, whatever stands before it: a name is the same token in "Kate is" and "Where is Kate?"."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>", "<image>"]
-    plans = [
-        GeneralImage(
-            "",
-            thing,
-            "red",
-            count,
-            "park",
-        )
-        for thing in THINGS
-        for count in (1, 2)
-    ]
+    plans = [GeneralImage("", thing, "red", count, "park") for thing in THINGS for count in (1, 2)]
     texts = [text for plan in plans for pair in plan.questions() for text in pair]
     texts += [*FIRST_NAMES, *COLOURS, *(colour.capitalize() for colour in COLOURS), *COUNTS]
     texts += [*(count.capitalize() for count in COUNTS), *(str(number) for number in range(32)), *PLACES.values()]
@@ -404,9 +399,8 @@ class Record:
     word that was asked for ("Kate 3 4 10 20"), which small models learn much faster.
     """
 
-    def __init__(self, tokenize: Callable[[str], list[int]], task: str = ""):
+    def __init__(self, tokenize: Callable[[str], list[int]]):
         self.tokenize = tokenize
-        self.task = task
         self.ids, self.labels, self.photos = list(tokenize("<|user|>")), [IGNORE_INDEX], []
         self.answer_start = 0
         self.is_new = True  # no question yet
@@ -507,10 +501,8 @@ class GeneralTasks:
         self.keys = list(self.singles)
 
     def record(self) -> Record:
-        task = self.rng.choices(
-            ("where_name", "where_word", "which_name", "which_word", "general"), (0.36, 0.14, 0.28, 0.07, 0.15)
-        )[0]
-        return getattr(self, task)()
+        tasks = (self.where_name, self.where_word, self.which_name, self.which_word, self.general)
+        return self.rng.choices(tasks, (0.36, 0.14, 0.28, 0.07, 0.15))[0]()
 
     def where_name(self) -> Record:
         """Names introduced by images of like things; where are they?"""
@@ -519,7 +511,7 @@ class GeneralTasks:
             named = self._introduce(self._unique(self.scenes[row].items), (row,), self.rng.randint(1, 4))
             if named:
                 break
-        record, shown = self._record("where_name"), {}
+        record, shown = Record(self.tokenize), {}
         for name, item, photos in named:
             shown[name] = self._show(record, name, item, photos)
         photo = record.image(Photo(row))
@@ -537,7 +529,7 @@ class GeneralTasks:
             found = [item for item in items if sum(other.kind == item.kind for other in items) == 1]
             if found:
                 break
-        record = self._record("where_word")
+        record = Record(self.tokenize)
         photo = record.image(Photo(row))
         record.text("\n")
         self.rng.shuffle(found)
@@ -553,7 +545,7 @@ class GeneralTasks:
             named = self._introduce(items, images, 1 if self.held_out else self.rng.randint(1, 4))
             if named:
                 break
-        record, shown = self._record("which_name"), {}
+        record, shown = Record(self.tokenize), {}
         for name, item, photos in named:
             shown[name] = self._show(record, name, item, photos)
         photos = self._show_choices(record, images)
@@ -565,7 +557,7 @@ class GeneralTasks:
         """Which picture shows the star?"""
         images = self._draw_choices(different_kinds=True)
         items = [self.scenes[row].items[0] for row in images]
-        record = self._record("which_word")
+        record = Record(self.tokenize)
         photos = self._show_choices(record, images)
         numbers = self.rng.sample(range(len(items)), 1 if self.held_out else len(items))
         for number in numbers:
@@ -576,15 +568,12 @@ class GeneralTasks:
     def general(self) -> Record:
         """Colour, number, place and description of one kind of thing."""
         row = self.rng.choice(self.plans)
-        record = self._record("general")
+        record = Record(self.tokenize)
         record.image(Photo(row))
         record.text("\n")
         for question, answer in self.rng.sample(self.scenes[row].plan.questions(), 1 if self.held_out else 4):
             record.turn(question, answer)
         return record
-
-    def _record(self, task: str) -> Record:
-        return Record(self.tokenize, task)
 
     def _unique(self, items: list[Item]) -> list[Item]:
         return [item for item in items if sum(other.key == item.key for other in items) == 1]

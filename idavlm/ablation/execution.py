@@ -3,22 +3,18 @@
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from idavlm.ablation.programs import command
 from idavlm.ablation.provenance import describe_environment
 from idavlm.ablation.run_folder import RunFolder
-from idavlm.ablation.study import TRAIN, Run, Study
+from idavlm.ablation.study import Run, Study
 from idavlm.evaluation.report import format_seconds
-
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -53,15 +49,6 @@ class Job:
         )
 
 
-def settings_of(study: Study, run: Run) -> dict[str, Any]:
-    """What the result of a run depends on, as far as the study says it."""
-    program = {"program": study.program}
-    if study.program == TRAIN:
-        program |= {"config": study.config, "config_text": Path(study.config).read_text(encoding="utf-8")}
-        program |= {"evaluate": study.evaluate or {}}
-    return {**program, "options": run.settings, "seed": run.seed}
-
-
 def jobs_of(study: Study, runs: list[Run]) -> list[Job]:
     """The runs that are not finished.
 
@@ -70,7 +57,7 @@ def jobs_of(study: Study, runs: list[Run]) -> list[Job]:
     """
     jobs, environment = [], describe_environment(study.config or study.program)
     for run in runs:
-        folder, settings = RunFolder(study.folder / run.name), settings_of(study, run)
+        folder, settings = RunFolder(study.folder / run.name), study.settings_of(run)
         folder.check_settings(settings)
         if folder.state == "finished":
             continue
@@ -181,9 +168,3 @@ def _interrupted_by_sigterm():
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def print_now(text: str) -> None:
-    """Print a line at once, also into a file or a pipe."""
-    print(text)
-    sys.stdout.flush()

@@ -1,7 +1,5 @@
 """The report of a study: tables, figures, and pages with the records where variants differ."""
 
-import csv
-import io
 from pathlib import Path
 
 import jinja2
@@ -10,7 +8,7 @@ from idavlm.ablation.figures import plot_study
 from idavlm.ablation.run_folder import RunFolder
 from idavlm.ablation.study import Study, folder_name, short
 from idavlm.ablation.summary import Summary, VariantSummary, summarize_study
-from idavlm.ablation.tables import difference_rows, latex_tables, markdown_tables, score_rows, scores_csv
+from idavlm.ablation.tables import csv_text, difference_rows, latex_tables, markdown_tables, score_rows, scores_csv
 from idavlm.data import RecordDataset
 from idavlm.data.schema import Sample
 from idavlm.evaluation.comparison import compare_scores, pair_predictions, write_comparison_page
@@ -66,7 +64,7 @@ def write_study_report(study: Study, *, command: str, max_items: int = 40) -> Su
     folder = study.folder
     write_text(folder / "scores.csv", scores_csv(summary))
     write_text(folder / "scores.tex", latex_tables(summary))
-    write_text(folder / "runs.csv", _runs_csv(study, summary))
+    write_text(folder / "runs.csv", _runs_csv(summary))
     pages = _write_pages(summary, folder / "differences", max_items)
     error = None
     figure = folder / "scores.png"
@@ -172,12 +170,12 @@ def _write_page(
     return text, f"{folder.name}/{path.name}"
 
 
-def _runs_csv(study: Study, summary: Summary) -> str:
+def _runs_csv(summary: Summary) -> str:
     """One line per run: what it was, how it ended, and its metrics."""
     first = ["run", "variant", "choice", "seed", "state", "seconds", "attempts", "started", "ended", "git"]
     rows = []
-    for run in study.runs():
-        folder = RunFolder(study.folder / run.name)
+    for run in summary.study.runs():
+        folder = RunFolder(summary.study.folder / run.name)
         record = folder.record
         row = {"run": run.name, "variant": run.variant, "choice": short(run.choice), "seed": run.seed}
         row |= {
@@ -186,10 +184,6 @@ def _runs_csv(study: Study, summary: Summary) -> str:
         }
         state = (record.get("git") or {}).get("program")
         row["git"] = state and f"{state['revision']}{' with changes' if state['dirty'] else ''}"
-        rows.append(row | (folder.metrics().metrics if folder.state == "finished" else {}))
+        rows.append(row | (summary.finished[run.name].metrics if run.name in summary.finished else {}))
     names = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(names, rows)

@@ -164,6 +164,14 @@ class Study:
             raise ValueError(f"two variants have the folder {repeated[0]!r}; give them names that differ in letters.")
         return runs
 
+    def settings_of(self, run: Run) -> dict[str, Any]:
+        """What the result of a run depends on, as far as the study says it."""
+        program = {"program": self.program}
+        if self.program == TRAIN:
+            program |= {"config": self.config, "config_text": Path(self.config).read_text(encoding="utf-8")}
+            program |= {"evaluate": self.evaluate or {}}
+        return {**program, "options": run.settings, "seed": run.seed}
+
     @property
     def folder(self) -> Path:
         """Folder of the runs and the report."""

@@ -70,6 +70,7 @@ class Summary:
         failures: name of a failed run -> what happened.
         notes: what a reader of the tables must know.
         environments: the records of the finished runs.
+        finished: name of a finished run -> its metrics.
     """
 
     study: Study
@@ -79,6 +80,7 @@ class Summary:
     failures: dict[str, str]
     notes: list[str]
     environments: list[dict[str, Any]]
+    finished: dict[str, RunMetrics]
 
     @property
     def baseline(self) -> VariantSummary:
@@ -92,13 +94,11 @@ def summarize_study(study: Study) -> Summary:
     Raises:
         ValueError: a finished run had other settings, or its metrics cannot be read.
     """
-    from idavlm.ablation.execution import settings_of
-
     runs = study.runs()
     folders = {run.name: RunFolder(study.folder / run.name) for run in runs}
     states: dict[str, list[str]] = {}
     for run in runs:
-        folders[run.name].check_settings(settings_of(study, run))
+        folders[run.name].check_settings(study.settings_of(run))
         states.setdefault(folders[run.name].state, []).append(run.name)
     finished = {run.name: folders[run.name].metrics() for run in runs if run.name in states.get("finished", ())}
     records = {name: folders[name].record for name in finished}
@@ -122,7 +122,7 @@ def summarize_study(study: Study) -> Summary:
         name: f"{folders[name].record.get('problem')}\n{folders[name].end_of_log()}"
         for name in states.get("failed", ())
     }
-    summary = Summary(study, variants, metrics, states, failures, notes, list(records.values()))
+    summary = Summary(study, variants, metrics, states, failures, notes, list(records.values()), finished)
     for variant in variants:
         if variant is not summary.baseline:
             _compare(variant, summary.baseline, metrics, notes)

@@ -79,7 +79,16 @@ def scores_csv(summary: Summary) -> str:
                 row |= {"difference_high": found.difference.high, "p_value": found.p_value}
                 row |= {"records": found.difference.n}
             rows.append(row)
-    return _csv(names, rows)
+    return csv_text(names, rows)
+
+
+def csv_text(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """The text of a CSV file; a column that a row lacks is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def label(metric: str, metrics: Sequence[str]) -> str:
@@ -141,11 +150,3 @@ def _latex_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: 
             "",
         ]
     )
-
-
-def _csv(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

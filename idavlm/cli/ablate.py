@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run what is left of the study. Returns 1 if a run has failed."""
     # After the arguments were parsed, because these imports take seconds.
-    from idavlm.ablation.execution import describe_end, jobs_of, print_now, run_locally, settings_of
+    from idavlm.ablation.execution import describe_end, jobs_of, run_locally
     from idavlm.ablation.programs import check_options, command
     from idavlm.ablation.run_folder import RunFolder
     from idavlm.ablation.study import read_study
@@ -42,20 +42,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         for each in runs:
             folder = RunFolder(study.folder / each.name)
-            folder.check_settings(settings_of(study, each))
+            folder.check_settings(study.settings_of(each))
             print(f"{each.name} ({folder.state})")
             print(f"    {shlex.join(command(study, each.settings, each.seed, folder.output))}")
         print(f"{len(runs)} runs in {study.folder}")
         return 0
     with lock_folder(study.folder):
         jobs = jobs_of(study, runs)
-        print_now(f"{study.name}: {len(runs)} runs, {len(runs) - len(jobs)} of them are finished ({study.folder})")
         ended = len(runs) - len(jobs)
+        print(f"{study.name}: {len(runs)} runs, {ended} of them are finished ({study.folder})", flush=True)
 
         def on_end(job, state: str) -> None:
             nonlocal ended
             ended += 1
-            print_now(f"[{ended}/{len(runs)}] {describe_end(job, state)}")
+            print(f"[{ended}/{len(runs)}] {describe_end(job, state)}", flush=True)
 
         try:
             if arguments.engine == "ray":
@@ -78,10 +78,8 @@ def _report(study) -> int:
 
     summary = write_study_report(study, command=shlex.join(["idavlm", *sys.argv[1:]]))
     print("\n" + "\n\n".join(markdown_tables(summary)))
-    failed, missing = (
-        summary.states.get("failed", []),
-        [*summary.states.get("new", []), *summary.states.get("killed", [])],
-    )
+    failed = summary.states.get("failed", [])
+    missing = [*summary.states.get("new", []), *summary.states.get("killed", [])]
     for kind, names in (("failed", failed), ("have not finished", missing)):
         if names:
             print(f"\n{len(names)} runs {kind}: {', '.join(names)}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from idavlm.data.record_splits import connected_components
 from idavlm.data.schema import Identity, Sample
 
 IdentityKey = Callable[[str, str], str]
@@ -49,9 +50,10 @@ def with_wrong_references(samples: Sequence[Sample], *, identity_key: IdentityKe
     if identity_key is not None:
         for _, identity in entries:
             groups += [[f"\0{identity_key(identity.name, image)}", image] for image in identity.images]
-    identity_of = _merge_groups(groups)
+    components = connected_components(groups)
+    identity_of = {image: number for number, group in zip(components, groups, strict=True) for image in group}
     wrong = [replace(sample, identities=[]) for sample in samples]
-    used: list[set[str]] = [{identity_of.get(image, image) for image in sample.images} for sample in samples]
+    used: list[set[int | str]] = [{identity_of.get(image, image) for image in sample.images} for sample in samples]
     for index, (number, identity) in enumerate(entries):
         for step in range(len(entries)):
             _, other = entries[(index + len(entries) // 2 + step) % len(entries)]
@@ -68,20 +70,3 @@ def with_wrong_references(samples: Sequence[Sample], *, identity_key: IdentityKe
                 "pass samples with more identities, or do not evaluate with references='wrong'."
             )
     return wrong
-
-
-def _merge_groups(groups: Sequence[Sequence[str]]) -> dict[str, str]:
-    """Union-find: maps every image to one representative image of all groups that are connected with it."""
-    parent: dict[str, str] = {}
-
-    def root(image: str) -> str:
-        parent.setdefault(image, image)
-        while parent[image] != image:
-            parent[image] = parent[parent[image]]
-            image = parent[image]
-        return image
-
-    for group in groups:
-        for image in group:
-            parent[root(image)] = root(group[0])
-    return {image: root(image) for image in list(parent)}

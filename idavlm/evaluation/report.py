@@ -127,10 +127,10 @@ def score_table(results: Mapping[str, Sequence[EvaluationResult]]) -> str:
             cells = [[s[task]["metrics"][metric] for s in seeds if task in s] for seeds in summaries.values()]
             chance = [found[0]["chance"][metric]] if metric in found[0]["chance"] else []
             first = [task, metric, found[0]["n"]] if number == 0 else ["", metric, ""]
-            rows.append([*first, *map(_format_range, cells), _format_range(chance)])
+            rows.append([*first, *map(format_range, cells), format_range(chance)])
         for problem in _problems(found):
             cells = [[s[task][problem] / s[task]["n"] for s in seeds if task in s] for seeds in summaries.values()]
-            rows.append(["", problem, "", *map(_format_range, cells), "-"])
+            rows.append(["", problem, "", *map(format_range, cells), "-"])
     return markdown_table(["task", "metric", "records", *summaries, "chance"], rows)
 
 
@@ -211,7 +211,8 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
-def _format_range(values: Sequence[float]) -> str:
+def format_range(values: Sequence[float]) -> str:
+    """``"0.91"``; of several values the mean and the range, ``"0.91 (0.89 to 0.93)"``."""
     if not values:
         return "-"
     spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from idavlm.data import Sample
+from idavlm.data.record_splits import connected_components
 from idavlm.modules import identity_patch_targets
 from idavlm.modules.positions import square_grid
 from idavlm.utils import check_positive
@@ -42,14 +43,8 @@ def find_appearances(samples: Iterable[Sample]) -> tuple[dict[tuple, list[Appear
     Returns:
         The appearances in each image, by ``(image_root, path)``, and all labels.
     """
-    parent: dict[tuple, tuple] = {}
-
-    def representative(key: tuple) -> tuple:
-        while parent.setdefault(key, key) != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
+    groups: list[list[tuple]] = []  # images and boxes that show the same individual
+    references: set[tuple] = set()
     label_of: dict[tuple, str] = {}  # by image root, path and box
     boxes_of: dict[tuple, set[tuple]] = defaultdict(set)
     for sample in samples:
@@ -60,17 +55,17 @@ def find_appearances(samples: Iterable[Sample]) -> tuple[dict[tuple, list[Appear
             for key, box in zip(keys, shown, strict=True):
                 label_of[key] = box.label
                 boxes_of[key[:2]].add(key)
-            for key in [*photos, *keys]:
-                parent[representative(key)] = representative(photos[0])
-    for photo, boxes in boxes_of.items():
-        if photo in parent and len(boxes) == 1:
-            parent[representative(next(iter(boxes)))] = representative(photo)
+            references.update(photos)
+            groups.append([*photos, *keys])
+    groups += [[photo, *boxes] for photo, boxes in boxes_of.items() if photo in references and len(boxes) == 1]
+    components = connected_components(groups)
+    component_of = {key: component for component, group in zip(components, groups, strict=True) for key in group}
 
-    numbers: dict[tuple, int] = {}
+    numbers: dict[int, int] = {}
     labels = sorted({label for label in label_of.values() if label})
     found: dict[tuple, list[Appearance]] = defaultdict(list)
     for key, label in label_of.items():
-        number = numbers.setdefault(representative(key), len(numbers))
+        number = numbers.setdefault(component_of[key], len(numbers))
         found[key[:2]].append(Appearance(number, key[2], labels.index(label) if label else NO_LABEL))
     return dict(found), labels
 

@@ -11,8 +11,9 @@ from idavlm.evaluation.vlmevalkit.plugin import register
 
 def _runner() -> Path:
     """``run.py``: a module of the package in ``ms-vlmeval``, beside it in a clone of VLMEvalKit."""
-    if importlib.util.find_spec("vlmeval.run") is not None:
-        return Path(importlib.util.find_spec("vlmeval.run").origin)
+    module = importlib.util.find_spec("vlmeval.run")
+    if module is not None:
+        return Path(module.origin)
     file = Path(vlmeval.__file__).parent.parent / "run.py"
     if not file.is_file():
         raise ImportError(
