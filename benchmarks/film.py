@@ -14,10 +14,12 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from idavlm.datasets.characters.film import FilmFrame, draw_film, draw_photos
 from idavlm.evaluation import load_checkpoint
@@ -89,28 +91,38 @@ def write_drawn_film(path: Path, *, seconds: float, images_per_second: float, se
     """Write a drawn film of the cast and of strangers as MP4, and return the truth about the cast."""
     frames = draw_film([*CAST, *STRANGERS], seconds=seconds, images_per_second=images_per_second, size=size, seed=seed)
     truth: Truth = []
-    write_video(path, _remembered(frames, truth), images_per_second=images_per_second, size=size)
+    write_video(path, _remembered(frames, truth), images_per_second=images_per_second)
     return truth
 
 
-def _remembered(frames: Iterable[FilmFrame], truth: Truth) -> Iterable[FilmFrame]:
+def _remembered(frames: Iterable[FilmFrame], truth: Truth) -> Iterator[Image.Image]:
     for frame in frames:
         truth.append((frame.time, {CAST[key]: shown for key, shown in frame.boxes.items() if key in CAST}))
-        yield frame
+        yield frame.image
 
 
-def write_video(path: Path, frames: Iterable[FilmFrame], *, images_per_second: float, size: int) -> None:
-    """Encode images as MPEG-4 video."""
+def write_video(
+    path: Path,
+    images: Iterable[Image.Image],
+    *,
+    images_per_second: float,
+    bit_rate: int = 4_000_000,
+    gop_size: int = 12,
+) -> Path:
+    """Encode images of one size as MPEG-4 video with a key frame every ``gop_size`` images."""
     import av
 
+    images = iter(images)
+    first = next(images)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=round(images_per_second))
-        stream.width = stream.height = size
+        stream.width, stream.height = first.size
         stream.pix_fmt = "yuv420p"
-        stream.bit_rate = 4_000_000
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame.image)))
+        stream.bit_rate, stream.gop_size = bit_rate, gop_size
+        for image in chain([first], images):
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
+    return path
 
 
 def count_encoded_images(model) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.film import write_video
 from idavlm.datasets.characters.film import draw_film, draw_photos
 from idavlm.inference.film import Detection, Film, FrameDetections, Track, analyse_film, find_tracks, read_cast
 from idavlm.inference.film import analysis as film_analysis
@@ -22,19 +23,6 @@ from tests.small_models import small_model, small_processor
 av = pytest.importorskip("av", reason="films need PyAV")
 
 
-def write_video(path, images, rate=4):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height = images[0].size
-        stream.pix_fmt = "yuv420p"
-        stream.gop_size = 5
-        stream.bit_rate = 8_000_000
-        for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
-    return path
-
-
 def grey(value, size=(64, 48)):
     return Image.new("RGB", size, (value, value, value))
 
@@ -42,7 +30,8 @@ def grey(value, size=(64, 48)):
 @pytest.fixture
 def video(tmp_path):
     """8 seconds of 4 images each; the brightness of a image is 7.5 times its number."""
-    return write_video(tmp_path / "film.mp4", [grey(round(7.5 * number)) for number in range(32)])
+    images = [grey(round(7.5 * number)) for number in range(32)]
+    return write_video(tmp_path / "film.mp4", images, images_per_second=4, bit_rate=8_000_000, gop_size=5)
 
 
 def brightness(frame):

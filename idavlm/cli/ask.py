@@ -4,21 +4,14 @@ import argparse
 from pathlib import Path
 
 from idavlm.cli.arguments import name, path, positive_int
-
-DEFAULT_MODEL = "idavlm-tiny"
+from idavlm.cli.model_arguments import add_model_arguments, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("images", nargs="*", type=path, help="images that the question is about")
     parser.add_argument("question", type=name, help='for example "Where is Kate?"')
-    parser.add_argument(
-        "--model",
-        type=name,
-        help="checkpoint of idavlm, or a vision-language model of transformers; by default "
-        f"{DEFAULT_MODEL}, which is part of the package and knows drawn characters only",
-    )
-    parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
+    add_model_arguments(parser)
     parser.add_argument(
         "--identity",
         action="append",
@@ -28,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draw", type=path, metavar="FILE", help="write the last image with the box of the answer")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="maximum length of the answer")
-    parser.add_argument("--device", type=name, help="device of the model; by default cuda if available, else cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,16 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{file} does not exist or is not a file; pass the path of an image.")
     if arguments.draw is not None and not arguments.images:
         raise ValueError(f"--draw {arguments.draw} needs an image to draw on; pass one before the question.")
-    if arguments.id_former is not None and arguments.model is None:
-        raise ValueError(f"--id-former {arguments.id_former} is attached to a model; pass that model as --model.")
-    # After the checks, because these imports take seconds.
-    import torch
+    model, processor = load_model(arguments)
+    from idavlm.models import ask  # after the checks, because this import takes seconds
 
-    from idavlm.evaluation import load_checkpoint
-    from idavlm.models import ask
-
-    device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_checkpoint(arguments.model or DEFAULT_MODEL, id_former=arguments.id_former, device=device)
     answer = ask(
         model,
         processor,

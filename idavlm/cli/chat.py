@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from idavlm.cli.arguments import name, path, positive_int
+from idavlm.cli.arguments import positive_int
+from idavlm.cli.model_arguments import add_model_arguments, check_model_arguments, load_model
 
 if TYPE_CHECKING:
     from idavlm.inference import BatchingEngine, GenerationOptions, NamedBox, Prompt
@@ -34,12 +35,7 @@ COMMANDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "--model", default="idavlm-tiny", type=name, help="checkpoint, or a vision-language model of transformers"
-    )
-    parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
-    parser.add_argument("--device", type=name, help="device of the model; by default cuda if available, else cpu")
-    parser.add_argument("--dtype", type=name, help="type of the weights, for example bfloat16")
+    add_model_arguments(parser)
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, help="tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for greedy decoding (default)")
     parser.add_argument("--seed", type=int, help="seed of sampling")
@@ -51,21 +47,16 @@ def run(arguments: argparse.Namespace) -> None:
         import prompt_toolkit  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError("idavlm chat needs prompt_toolkit; install it by pip install 'idavlm[chat]'.") from error
-    import torch
-
-    from idavlm.evaluation import load_checkpoint
+    check_model_arguments(arguments)
     from idavlm.inference import BatchingEngine, GenerationOptions
 
     options = GenerationOptions(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed
     )
-    device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_checkpoint(
-        arguments.model, id_former=arguments.id_former, device=device, dtype=arguments.dtype
-    )
+    model, processor = load_model(arguments)
     with BatchingEngine(model, processor) as engine:
         session = ChatSession(engine, options, write=_write)
-        _write(f"{Path(arguments.model).name} on {device}. /help lists the commands.\n")
+        _write(f"{Path(arguments.model).name} on {model.device}. /help lists the commands.\n")
         for line in _terminal_lines(session) if sys.stdin.isatty() else map(str.strip, sys.stdin):
             try:
                 if not session.handle(line):

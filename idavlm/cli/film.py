@@ -2,7 +2,8 @@
 
 import argparse
 
-from idavlm.cli.arguments import name, path
+from idavlm.cli.arguments import path
+from idavlm.cli.model_arguments import add_model_arguments, check_model_arguments, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,13 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cast", required=True, type=path, help="folder with one sub-folder of photos per person: DIR/Kate/1.jpg, ..."
     )
     parser.add_argument("--out", required=True, type=path, help="folder of the results; an interrupted run continues")
-    parser.add_argument(
-        "--model",
-        default="idavlm-tiny",
-        type=name,
-        help="checkpoint of idavlm, or a vision-language model of transformers; by default idavlm-tiny",
-    )
-    parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
+    add_model_arguments(parser)
     parser.add_argument("--fps", type=float, default=2.0, help="frames that are looked at per second; by default 2")
     parser.add_argument(
         "--threshold", type=float, default=0.9, help="score from which a frame speaks for a person; by default 0.9"
@@ -29,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoothing", type=float, default=3.0, help="evidence that coming or going needs; by default 3; 0 for none"
     )
-    parser.add_argument("--device", type=name, help="device of the model; by default cuda if available, else cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,15 +31,17 @@ def run(arguments: argparse.Namespace) -> None:
     for option in ("source", "cast"):
         if not getattr(arguments, option).exists():
             raise ValueError(f"{option} {getattr(arguments, option)} does not exist.")
+    check_model_arguments(arguments)
+    if arguments.source.is_file():
+        try:
+            import av  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ValueError("videos need PyAV; install it by pip install 'idavlm[film]'.") from error
     # After the checks, because these imports take seconds.
-    import torch
-
-    from idavlm.evaluation import load_checkpoint
     from idavlm.inference.film import analyse_film, read_cast
 
     cast = read_cast(arguments.cast)
-    device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_checkpoint(arguments.model, id_former=arguments.id_former, device=device)
+    model, processor = load_model(arguments)
     tracks = analyse_film(
         model.eval(),
         processor,

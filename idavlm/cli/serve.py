@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from idavlm.cli.arguments import name, path, positive_int
+from idavlm.cli.model_arguments import add_model_arguments, check_model_arguments, load_model
 
 KEY_VARIABLE = "IDAVLM_API_KEY"
 """Environment variable of the API key. A key among the arguments would be visible to other users of the machine."""
@@ -13,16 +14,8 @@ KEY_VARIABLE = "IDAVLM_API_KEY"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "--model",
-        default="idavlm-tiny",
-        type=name,
-        help="checkpoint of idavlm, or a vision-language model of transformers",
-    )
-    parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
+    add_model_arguments(parser)
     parser.add_argument("--model-name", type=name, help="name of the model in requests; by default that of --model")
-    parser.add_argument("--device", type=name, help="device of the model; by default cuda if available, else cpu")
-    parser.add_argument("--dtype", type=name, help="type of the weights, for example bfloat16")
     parser.add_argument(
         "--host", default="127.0.0.1", type=name, help="address to listen at (default: this machine only)"
     )
@@ -79,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--host {arguments.host} lets other machines in, but there is no API key; set {KEY_VARIABLE} or pass "
             "--api-key-file."
         )
+    check_model_arguments(arguments)
     # After the checks, because these imports take seconds.
     try:
         from idavlm.inference.server import ServerSettings, create_app, listen, serve
@@ -105,17 +99,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     import logging
 
-    import torch
-
-    from idavlm.evaluation import load_checkpoint
     from idavlm.inference import BankStore, BatchingEngine
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("idavlm").setLevel(logging.INFO)
-    device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_checkpoint(
-        arguments.model, id_former=arguments.id_former, device=device, dtype=arguments.dtype
-    )
+    model, processor = load_model(arguments)
     engine = BatchingEngine(
         model,
         processor,
@@ -127,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     gate = create_app(engine, banks, settings)
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    print(f"{settings.model_name} on {device}: http://{host}:{port}/v1", flush=True)
+    print(f"{settings.model_name} on {model.device}: http://{host}:{port}/v1", flush=True)
     serve(gate, listener=listener)
 
 

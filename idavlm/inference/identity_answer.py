@@ -1,6 +1,5 @@
 """Questions about a cast, and answers with boxes and identity maps: what a chat, a web page and a server show."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,10 @@ from idavlm.models import IdentityBank
 from idavlm.models.attach import image_features_with_identities
 from idavlm.models.crop_box import FULL_IMAGE
 from idavlm.models.identity_names import find_names
-from idavlm.models.token_grids import token_grids
+from idavlm.modules.positions import square_grid
 from idavlm.utils import ImageRole
+
+_IMAGE_INPUTS = ("pixel_values", "image_features", "image_roles", "sample_index", "identity_index", "identities")
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,16 @@ def identity_maps(engine: BatchingEngine, prompt: Prompt) -> tuple[IdentityMap, 
         raise ValueError("the prompt introduces no identity, so there are no identity maps; introduce one by photos.")
     inputs = engine.collate([prompt])
     with torch.no_grad():
-        maps = model(**inputs, output_identity_maps=True).identity_maps
-        mean = torch.stack([layer.float() for layer in maps]).mean(0).cpu()
-        lengths = inputs.get("num_image_tokens")
-        if lengths is None:  # a model of idavlm: [I, P, G + 1]
-            of_images, grid = list(mean), model.image_features(inputs["pixel_values"][:1])[1]
-            grids = [grid or _square(mean.shape[1])] * len(mean)
+        seam = image_features_with_identities(model)
+        if seam is None:  # a model of idavlm: [I, P, G + 1]
+            named = {name: inputs[name] for name in _IMAGE_INPUTS if name in inputs}
+            _, maps, grid_size = model.encode_images(**named, output_identity_maps=True)
+            of_images = _mean(maps)
+            grids = [grid_size or square_grid("P, the number of patches,", maps[0].shape[1])] * len(of_images)
         else:  # an attached ID-Former: [N, G + 1] for the tokens of all images
-            of_images, grids = list(mean.split(lengths.tolist())), _attached_grids(model, inputs, lengths.tolist())
+            maps = model(**inputs, output_identity_maps=True).identity_maps
+            of_images = _mean(maps).split(inputs["num_image_tokens"].tolist())
+            _, grids = seam.encode(inputs)
     scenes = (inputs["image_roles"] == ImageRole.SCENE).nonzero().flatten().tolist()
     found = []
     for number, image in enumerate(scenes):
@@ -185,13 +188,6 @@ def identity_maps(engine: BatchingEngine, prompt: Prompt) -> tuple[IdentityMap, 
     return tuple(found)
 
 
-def _square(length: int) -> tuple[int, int] | None:
-    side = round(length**0.5)
-    return (side, side) if side * side == length else None
-
-
-def _attached_grids(model, inputs: Mapping[str, Any], lengths: list[int]) -> tuple[tuple[int, int] | None, ...]:
-    """Rows and columns of the image tokens of each image, or None where they form no grid."""
-    original = image_features_with_identities(model).original
-    arguments = {name: inputs[name] for name in inspect.signature(original).parameters if name in inputs}
-    return token_grids(model.config, lengths, original(**arguments, return_dict=True).pooler_output, inputs)
+def _mean(maps: Sequence[Tensor]) -> Tensor:
+    """Mean over the identity layers."""
+    return torch.stack([layer.float() for layer in maps]).mean(0).cpu()

@@ -94,7 +94,8 @@ class PromptEncoder:
                 members of the bank. If there is a bank and no identity part, the first user turn introduces all its
                 members.
             bank: encoded photos of the members.
-            loader: loads images as :class:`idavlm.data.photos.PhotoLoader` does, which is the default.
+            loader: loads images as :class:`idavlm.data.photos.PhotoLoader` does; by default one with the limits of the
+                processor.
 
         Raises:
             DataError: messages, names or images that cannot be used, with their place.
@@ -104,7 +105,7 @@ class PromptEncoder:
         characters = sum(len(text) for _, text in read.texts)
         if self.max_characters is not None and characters > self.max_characters:
             raise PromptTooLong(f"the text has {characters} characters; the prompt may have {self.max_tokens} tokens.")
-        loader = PhotoLoader() if loader is None else loader
+        loader = PhotoLoader(**self.processor.image_limits) if loader is None else loader
         images, stored = [], {}
         for photo in read.photos:
             if photo.key in OTHER_PARTS:

@@ -268,6 +268,7 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
         sample_index: Tensor | None = None,
         identity_index: Tensor | None = None,
         *,
+        identities: SelectedIdentities | None = None,
         output_identity_maps: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[int, int] | None]:
         """Encode images to image tokens; without embeddings of names, which need the prompt.
@@ -277,12 +278,15 @@ class IDAVLMModel(PreTrainedModel, WorkflowMixin):
             image_features: ``[I, P, Cv]`` features that the vision tower computed before, on a square grid.
             image_roles, sample_index, identity_index: ``[I]``, see :meth:`idavlm.IDFormer.forward`. Without
                 ``image_roles`` all images are general images.
+            identities: stored photos of a bank, which replace the encoded references, see :meth:`forward`.
             output_identity_maps: also return the identity maps.
 
         Returns:
             ``[I, Q, C]`` tokens; the identity maps or None; rows and columns of the patches or None.
         """
-        images = self._image_batch(pixel_values, image_features, image_roles, sample_index, identity_index)
+        images = self._image_batch(
+            pixel_values, image_features, image_roles, sample_index, identity_index, identities=identities
+        )
         image_tokens, maps = self._encode(images, output_identity_maps=output_identity_maps)
         return image_tokens, maps, images.grid_size
 

@@ -1,18 +1,15 @@
 """One HTML page per film: a timeline with a row per person, and a thumbnail per track. It needs no other file."""
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
+from idavlm.data.page_images import small_jpeg
 from idavlm.inference.film.frames import Film
 from idavlm.inference.film.tracks import FrameDetections, Track
 from idavlm.utils import write_text
+from idavlm.utils.figures import COLOURS
 
-COLOURS = ("#1b6ca8", "#e08e45", "#4f8a5b", "#a0568f", "#c75146", "#5b5f97", "#8c7853", "#2a9d9d")
 _LABEL, _WIDTH, _ROW = 140, 1100, 26  # pixels of the timeline
 _THUMBNAIL = 200  # longest side in pixels
 
@@ -127,20 +124,10 @@ def _thumbnail(film: Film, frames: Sequence[FrameDetections], track: Track, colo
     """The frame of a track in which the person was located best, with the box."""
     of_track = [frame for frame in frames if track.start <= frame.time < track.end]
     best = max(of_track, key=lambda frame: (frame.people[track.name].box is not None, frame.people[track.name].score))
-    image = film.frame(best.number).image
-    scale = _THUMBNAIL / max(image.size)
     box = dict(track.boxes).get(best.time)
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    if box is not None:
-        ImageDraw.Draw(image).rectangle([edge * scale for edge in box], outline=colour, width=3)
+    image = small_jpeg(film.frame(best.number).image, _THUMBNAIL, [] if box is None else [(box, colour)])
     label = f"{clock(track.start)} to {clock(track.end)}"
     return (
-        f'<figure><img alt="{escape(track.name)}, {label}" src="{_data_url(image)}">'
+        f'<figure><img alt="{escape(track.name)}, {label}" src="data:image/jpeg;base64,{image}">'
         f"<figcaption>{label}, score {track.score:.2f}</figcaption></figure>"
     )
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
