@@ -5,6 +5,7 @@ import base64
 import contextlib
 import gc
 import io
+import json
 import logging
 import os
 import runpy
@@ -255,6 +256,19 @@ def test_mistakes_have_a_status_and_a_reason(server, options, status, message):
     assert str(ROOT) not in error["message"]
 
 
+def test_a_link_does_not_lead_out_of_the_image_root(server, root, tmp_path):
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (8, 8)).save(outside)
+    link = root / "link.png"
+    link.symlink_to(outside)
+    try:
+        response = server.post([{"type": "image", "image": "link.png"}])
+    finally:
+        link.unlink()
+    assert response.status_code == 403
+    assert str(outside) not in response.text
+
+
 def test_mistakes_as_the_openai_client_sees_them(server, root):
     for key, options, error in (
         ("wrong", {}, openai.AuthenticationError),
@@ -320,6 +334,17 @@ def send_raw(server, data: bytes, seconds: float = 5.0) -> bytes:
     return received
 
 
+def send_slowly(server, data: bytes, *, pause: float = 0.2) -> bytes:
+    """Send the beginning of a request, then a byte after each pause. Returns the beginning of the answer."""
+    with socket.create_connection(server.address, timeout=pause) as connection:
+        connection.sendall(data)
+        for _ in range(100):
+            with contextlib.suppress(TimeoutError):
+                return connection.recv(65536)
+            connection.sendall(b" ")
+    raise AssertionError("the server waits for as long as bytes arrive")
+
+
 def head(length: int, *more: str) -> bytes:
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", *more]
     return "\r\n".join([*lines, "Content-Type: application/json", f"Content-Length: {length}", "", ""]).encode()
@@ -369,7 +394,8 @@ def test_abuse_leaves_nothing(server):
         wait_until(lambda: not server.server.server_state.connections)  # idle connections are closed
         return process.num_fds(), process.memory_info().rss
 
-    big = b'{"model": "' + b"x" * (100 * 2**20) + b'"}'
+    content = [image_part(data_url(bytes(100 * 2**20)))]
+    big = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]}).encode()
     before_http, server.http = server.http, httpx.Client(
         base_url=server.url, headers={"Authorization": f"Bearer {KEY}", "Connection": "close"}, timeout=60
     )  # fmt: skip
@@ -390,6 +416,7 @@ def test_requests_that_never_arrive_are_ended(small, root):
     with running(small, root, body_timeout=1.0) as server:
         half = head(1000) + b'{"model": "tiny", '
         assert send_raw(server, half).startswith(b"HTTP/1.1 408 ")
+        assert send_slowly(server, half).startswith(b"HTTP/1.1 408 ")
         assert send_raw(server, b"POST /v1/chat/comple") == b"", "headers that never end"
         # The beginning of a second request over a connection that stays open.
         with socket.create_connection(server.address, timeout=20) as connection:
@@ -496,11 +523,11 @@ def test_nothing_of_a_request_is_logged(server, root, caplog, capfd):
     assert KEY not in logged
 
 
-def test_the_process_ends_gracefully_and_starts_within_ten_seconds(small, root, tmp_path):
+def test_the_process_ends_gracefully_and_starts_within_ten_seconds(small, tmp_path):
     """SIGTERM under load: running requests are answered, new ones get 503, and the exit status is 0."""
     for part in small:
         part.save_pretrained(tmp_path / "model")
-    arguments = ["serve", "--model", tmp_path / "model", "--model-name", "tiny", "--port", "0", "--image-root", root]
+    arguments = ["serve", "--model", tmp_path / "model", "--model-name", "tiny", "--port", "0", "--no-store"]
     command = [sys.executable, "-m", "idavlm.cli.main", *map(str, arguments)]
     environment = {**os.environ, "IDAVLM_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
     log = (tmp_path / "log").open("w")
@@ -513,6 +540,9 @@ def test_the_process_ends_gracefully_and_starts_within_ten_seconds(small, root, 
         client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=5)
         message = {"role": "user", "content": "What?"}
         assert client.chat.completions.create(model="tiny", messages=[message], max_tokens=1).choices
+        bank = {"name": "office", "identities": [{"name": "Kate", "images": [data_url(Image.new("RGB", (8, 8)))]}]}
+        with pytest.raises(openai.PermissionDeniedError, match="stores nothing"):
+            client.post("/identities", body=bank, cast_to=object)
         with ThreadPoolExecutor(8) as pool:
             options = {"model": "tiny", "messages": [message], "max_tokens": 300, "stream": True}
             streams = [client.chat.completions.create(**options) for _ in range(8)]

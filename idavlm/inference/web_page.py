@@ -66,7 +66,7 @@ def build_web_page(
     options = GenerationOptions(max_new_tokens=max_new_tokens)
 
     def add(cast: Cast, name: str, files: Sequence[str] | None):
-        cast = _reported(gr, lambda: add_to_cast(cast, name, files or ()))
+        cast = _reported(gr, lambda: add_to_cast(cast, name, files or (), PhotoLoader(**engine.processor.image_limits)))
         return cast, _gallery(cast), _choices(gr, cast), "", None
 
     def remove(cast: Cast, name: str | None):
@@ -147,8 +147,16 @@ def build_web_page(
     return page
 
 
-def add_to_cast(cast: Mapping[str, list[Image.Image]], name: str, files: Sequence[str]) -> Cast:
+def add_to_cast(
+    cast: Mapping[str, list[Image.Image]], name: str, files: Sequence[str], loader: PhotoLoader | None = None
+) -> Cast:
     """Return the cast with the photos of ``files`` added to a person, who may be new.
+
+    Args:
+        cast: photos of each person by name.
+        name: name of the person.
+        files: paths of the photos.
+        loader: opens the photos; by default with the limits of :class:`idavlm.data.photos.PhotoLoader`.
 
     Raises:
         DataError: a file is no image, or it is too large.
@@ -159,7 +167,8 @@ def add_to_cast(cast: Mapping[str, list[Image.Image]], name: str, files: Sequenc
         raise ValueError("The name is empty; write the name of the person.")
     if not files:
         raise ValueError(f"There is no photo of {name}; upload one.")
-    photos = [PhotoLoader().load(str(file), field=f"the photo of {name}") for file in files]
+    loader = PhotoLoader() if loader is None else loader
+    photos = [loader.load(str(file), field=f"the photo of {name}") for file in files]
     return {**cast, name: [*cast.get(name, ()), *photos]}
 
 
