@@ -35,7 +35,7 @@ def test_photos_are_added_to_a_cast(photos):
     (photos / "text.png").write_text("no image")
     with pytest.raises(DataError, match=r"text\.png"):
         add_to_cast({}, "Kate", [str(photos / "text.png")])
-    with pytest.raises(DataError, match="too large"):
+    with pytest.raises(DataError, match="more than max_pixels=10"):
         add_to_cast({}, "Kate", [str(photos / "kate.png")], PhotoLoader(max_pixels=10))
 
 
