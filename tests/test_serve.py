@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import ctypes
 import gc
 import io
 import json
@@ -25,7 +26,8 @@ from PIL import Image
 
 from idavlm import ask
 from idavlm.cli.main import main
-from idavlm.inference import BankStore, BatchingEngine
+from idavlm.inference import BankStore, BatchingEngine, GenerationOptions, PromptEncoder, batching
+from idavlm.utils.freed_memory import return_freed_memory
 from tests.small_models import answering_model, small_processor
 
 serving = pytest.importorskip("idavlm.inference.server", reason="needs the extra serve", exc_type=ModuleNotFoundError)
@@ -496,6 +498,38 @@ def test_many_clients_get_their_own_answers(server, small, root):
     assert answers == [[text] * rounds for text in expected]
     assert sum(server.batches) == clients * rounds
     assert len(server.batches) < clients * rounds / 2
+
+
+def test_freed_memory_is_returned_once_the_engine_is_idle(small, monkeypatch):
+    returned = []
+    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(batching, "return_freed_memory", lambda: returned.append(time.monotonic()))
+    with BatchingEngine(*small) as engine:
+        prompt = PromptEncoder(engine.processor).encode([{"role": "user", "content": "What?"}])
+        for number in (1, 2):
+            engine.submit(prompt, GenerationOptions(max_new_tokens=2)).result()
+            wait_until(lambda number=number: len(returned) == number)
+            time.sleep(0.3)
+            assert len(returned) == number, "once, until there is another request"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc keeps freed memory")
+def test_returned_memory_is_no_longer_resident():
+    """Blocks between others that stay: glibc returns none of them by itself."""
+    process = psutil.Process()
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    library.malloc.argtypes, library.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    blocks = [library.malloc(2**16) for _ in range(2000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 2**16)
+    for block in blocks[::2]:
+        library.free(block)
+    before = process.memory_info().rss
+    return_freed_memory()
+    assert before - process.memory_info().rss > 40 * 2**20
+    for block in blocks[1::2]:
+        library.free(block)
 
 
 def test_nothing_of_a_request_is_logged(server, root, caplog, capfd):

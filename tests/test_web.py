@@ -41,10 +41,11 @@ def test_photos_are_added_to_a_cast(photos):
 
 def test_examples_are_drawn_and_reproducible():
     first, second = drawn_examples(size=64), drawn_examples(size=64)
-    assert [example.question for example in first] == ["Where is Kate?", "What is Tom doing?", "Where is Kate?"]
+    assert [example.question for example in first] == ["Where is Kate?", "What is Tom doing?", "What is Alice doing?"]
     for one, other in zip(first, second, strict=True):
         assert one.scene.tobytes() == other.scene.tobytes()
-        assert {name: len(photos) for name, photos in one.cast.items()} == {"Kate": 2, "Tom": 2, "Alice": 2}
+        assert {len(photos) for photos in one.cast.values()} == {2}
+        assert set(one.cast) >= {"Tom", "Alice"}
 
 
 @pytest.fixture(scope="module")
