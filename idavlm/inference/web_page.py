@@ -71,7 +71,7 @@ def build_web_page(
         try:
             cast = add_to_cast(cast, name, files or (), loader)
         except ValueError as error:
-            gr.Warning(str(error), title="Error")
+            gr.Warning(str(error))
             return cast, gr.skip(), gr.skip(), gr.skip(), gr.skip()
         return cast, _gallery(cast), _choices(gr, cast), "", None
 
@@ -90,7 +90,7 @@ def build_web_page(
                 engine, question, images=[scene], identities=cast, options=options, with_identity_maps=with_maps
             )
         except ValueError as error:
-            gr.Warning(str(error), title="Error")  # gr.Error would write "Error" over every output
+            gr.Warning(str(error))  # gr.Error would write "Error" over every output
             return "", None, None, gr.skip(), None
         drawn = draw_boxes(scene, answer.boxes, list(cast))
         maps = answer.identity_maps[0] if answer.identity_maps else None
@@ -111,7 +111,7 @@ def build_web_page(
                 gallery = gr.Gallery(
                     show_label=False,
                     columns=3,
-                    height=260,
+                    height=330,
                     interactive=False,
                     object_fit="contain",
                     buttons=["fullscreen"],
