@@ -57,7 +57,7 @@ from idavlm.utils.locks import wait_for_lock
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 # Steps of tower pretraining, identity pretraining and instruction tuning.
-STEPS = {"characters": (1200, 350, 1150), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
+STEPS = {"characters": (1200, 350, 1600), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
 DEFAULT_STEPS = (3000, 800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
@@ -158,7 +158,7 @@ class IDFormerArguments:
 class TuningArguments:
     """Options of instruction tuning."""
 
-    num_layers: int = field(default=3, metadata={"help": "Layers of the language model."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the language model."})
     mixing_ratio: float = field(default=0.05, metadata={"help": "Share of general batches; 0 for none."})
     mixing_mode: str = field(default="extra", metadata={"help": "extra, interleave or joint."})
     general_steps: int = field(
@@ -322,7 +322,7 @@ def pretrain_identities(
     seed: int,
     steps: int,
     tower_steps: int,
-    num_layers: int = 3,
+    num_layers: int = 2,
     id_former: IDFormerArguments | None = None,
     test_data: Path | None = None,
     attn_implementation: str = "sdpa",
