@@ -99,6 +99,12 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def check_images(out: Path) -> None:
+    """The images of the folder are those of its records."""
+    used = {path for sample in RecordDataset(out / "train.jsonl") for path in sample.images} if records(out) else set()
+    assert {path.relative_to(out / "images").as_posix() for path in (out / "images").rglob("*.jpg")} == used
+
+
 def check_readable(out: Path, reader: str = "idavlm") -> None:
     """All records obey the schema, all images open, and all boxes are inside."""
     store, sizes = ImageStore(out / "images"), {}
@@ -799,6 +805,21 @@ def test_movienet_writes_no_image_of_a_record_that_is_left_out(tmp_path):
     assert not list((tmp_path / "out").rglob("*.jpg"))
 
 
+def test_movienet_writes_no_image_of_a_refused_reply(tmp_path):
+    """The replies to all frames but one are refused; the images of this one record are there, and no others."""
+    write_film(tmp_path, "tt1", film_cast(), scenes=FILM_SCENES)
+
+    def reply(request):
+        return " and ".join(request.names.values()) + " talk." if "0024" in request.frames[0] else "NO"
+
+    describe = Describe(reply)
+    description = build_tuning_data(movienet(tmp_path, describe=describe, tasks=["caption_single"]), tmp_path / "out")
+    assert len(describe.requests) == 4
+    assert description["records"]["train"] == 1
+    assert sum(description["dropped"].values()) >= 3
+    check_images(tmp_path / "out")
+
+
 def test_movienet_does_not_introduce_actors_of_held_out_films(tmp_path):
     splits = Splits(0.0, 0.4)
     titles = [f"Title {number}" for number in range(30)]
@@ -869,6 +890,7 @@ def test_movienet_filters_questions(tmp_path, reply, kept):
     description = build_tuning_data(source, tmp_path / "out")
     assert description["records"]["train"] == (1 if kept else 0)
     assert bool(description["dropped"]) != kept
+    check_images(tmp_path / "out")
 
 
 def test_movienet_texts_of_a_file(tmp_path):
@@ -948,6 +970,7 @@ def test_published_movienet_filters(tmp_path, task, reply, kept):
     describe = Describe(lambda request: reply)
     description = build_tuning_data(published_movienet(tmp_path, describe=describe, tasks=[task]), tmp_path / "out")
     assert bool(description["records"]["train"]) == kept
+    assert bool(list((tmp_path / "out").rglob("*.jpg"))) == kept
     assert all(request.size == (1600, 1200) for request in describe.requests)  # not of the file that is sent
     for record in records(tmp_path / "out"):
         prompt = record["conversations"][0]["value"]

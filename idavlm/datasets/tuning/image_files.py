@@ -102,8 +102,15 @@ class PartImages:
         height, width = self._size(path)
         return width, height
 
-    def scene(self, path: str, *, shot: str = "", scene: str = "") -> Scene:
-        """Put an image of the source into the built data set and return it as a scene.
+    def scene(self, path: str, *, shot: str = "", scene: str = "", place: bool = True) -> Scene:
+        """Return an image of the source as a scene, and put it into the built data set.
+
+        Args:
+            path: path of the image in the source.
+            shot: key of its shot.
+            scene: key of its scene of a film.
+            place: whether the image is put into the data set now. Otherwise :meth:`place` has to do it, once it is
+                known that the record is kept.
 
         Raises:
             DataError: the image is missing or cannot be read.
@@ -111,9 +118,19 @@ class PartImages:
         """
         if path not in self._placed:
             self.size(path)  # the image is readable and inside the root
+            if place:
+                self.place(path)
+        return Scene(f"scenes/{path}", path, shot, scene)
+
+    def place(self, path: str) -> None:
+        """Put an image of the source into the built data set, unless it is there.
+
+        Raises:
+            ValueError: a hard link is impossible, for example between two file systems.
+        """
+        if path not in self._placed:
             self._place(path, self.out / "scenes" / path)
             self._placed.add(path)
-        return Scene(f"scenes/{path}", path, shot, scene)
 
     def _place(self, path: str, target: Path) -> None:
         self._make_folder(target.parent)
@@ -125,9 +142,9 @@ class PartImages:
         elif not _is_copy(self.source / path, target):
             _replace(target, lambda part: shutil.copy2(self.source / path, part))
 
-    def whole(self, path: str, *, shot: str = "", scene: str = "") -> Reference:
-        """Put an image of the source into the built data set and return it as a reference."""
-        image = self.scene(path, shot=shot, scene=scene)
+    def whole(self, path: str, *, shot: str = "", scene: str = "", place: bool = True) -> Reference:
+        """Return a whole image of the source as a reference; arguments and errors as in :meth:`scene`."""
+        image = self.scene(path, shot=shot, scene=scene, place=place)
         return Reference(image.image, path, None, shot, scene)
 
     def crop(self, path: str, box: list[float], rng: Random) -> Reference:

@@ -295,7 +295,8 @@ class _FilmComposer:
             self.report.counts["distractors" if other else "distractors not found"] += 1
             with_references += [other] if other else []
         scenes = [
-            self.images.scene(frame.path, shot=_shot(frame), scene=self.film.scene(frame.shot)) for frame in frames
+            self.images.scene(frame.path, shot=_shot(frame), scene=self.film.scene(frame.shot), place=False)
+            for frame in frames
         ]
         boxes: dict[str, dict[str, list[float]]] = defaultdict(dict)
         for frame, scene in zip(frames, scenes, strict=True):
@@ -325,7 +326,7 @@ class _FilmComposer:
         return chosen
 
     def _reference(self, frame: Frame) -> Reference:
-        return self.images.whole(frame.path, shot=_shot(frame), scene=self.film.scene(frame.shot))
+        return self.images.whole(frame.path, shot=_shot(frame), scene=self.film.scene(frame.shot), place=False)
 
     def _is_elsewhere(self, reference: Frame, other: Frame) -> bool:
         first, second = self.film.scene(reference.shot), self.film.scene(other.shot)
@@ -414,7 +415,7 @@ class _FilmComposer:
     def _record(
         self, task: str, frames: list[Frame], introduced: list[Introduced], scenes: list, turns: list[Turn]
     ) -> dict[str, Any]:
-        return identity_record(
+        record = identity_record(
             f"movienet-{self.film.name}-{task}-{frames[0].shot}-{frames[0].image}",
             data=self.source.name,
             annotation=self._where(frames),
@@ -424,6 +425,11 @@ class _FilmComposer:
             turns=turns,
             evaluation=self.is_test,
         )
+        # Only now: a reply may be refused, and then the data set does not need the images.
+        references = [reference for identity in introduced for reference in identity.references]
+        for image in (*scenes, *references):
+            self.images.place(image.of)
+        return record
 
     def _is_readable(self, frame: Frame) -> bool:
         """Whether the file of a frame can be read; if not, this is reported once."""

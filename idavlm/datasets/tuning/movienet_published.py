@@ -255,6 +255,12 @@ class _PublishedFilm:
     ) -> dict[str, Any]:
         if reply is None:
             raise Unsuitable("there is no description")
+        # Before images are put into the data set.
+        lines = reply.split("\n")
+        if task == "qa_single" and (reply[:2].lower() == "no" or len(lines) != 2 or lines[1][:2].lower() == "no"):
+            raise Unsuitable("a question or answer begins with 'no', or there is not one line break")
+        if not task.startswith("caption") and len(lines) < 2:
+            raise Unsuitable("the published script fails at a reply without a line break")
         rng = Random(f"{self.source.seed} movienet {self.film} {task} {places[0]}")
         prompt, keys = "", {}
         for person in people:
@@ -266,11 +272,6 @@ class _PublishedFilm:
         images = [self.images.scene(self._path(place)).image for place in places]
         if task.startswith("caption"):
             return self._record(name, [prompt + caption_request(rng, images), reply], places[0], keys)
-        lines = reply.split("\n")
-        if task == "qa_single" and (reply[:2].lower() == "no" or len(lines) != 2 or lines[1][:2].lower() == "no"):
-            raise Unsuitable("a question or answer begins with 'no', or there is not one line break")
-        if len(lines) < 2:
-            raise Unsuitable("the published script fails at a reply without a line break")
         tags = [image_tag(image) for image in images]
         if len(images) == 1:
             prompt += f"In the image: {tags[0]}\n "
