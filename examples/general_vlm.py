@@ -149,7 +149,9 @@ def draw_scene(count: int, rng: np.random.Generator, *, figures_only: bool = Fal
 
 def paint(sketch: Sketch, colour: Colour) -> None:
     """Paint a sketch in one colour: its shapes differ in brightness only."""
-    sketch.shapes = [shape._replace(colour=shade(colour, 0.6 + 0.5 * fmean(shape.colour) / 255)) for shape in sketch.shapes]
+    sketch.shapes = [
+        shape._replace(colour=shade(colour, 0.6 + 0.5 * fmean(shape.colour) / 255)) for shape in sketch.shapes
+    ]
 
 
 def draw_general_images(
@@ -770,12 +772,15 @@ def general_tests(scenes: list[Scene], tokenize: Callable, *, count: int) -> dic
     return {name: [getattr(tasks, name)() for _ in range(count)] for name in names}
 
 
-def general_scores(model, features: Tensor, tests: dict[str, list[Record]], tokenizer) -> dict[str, float]:
+def general_scores(
+    model, features: Tensor, tests: dict[str, list[Record]], tokenizer, *, identities: bool = True
+) -> dict[str, float]:
     """Share of right answers: the same text, or for "where" a box with an IoU of at least 0.5."""
     scores = {}
     for name, records in tests.items():
         right = []
-        for record, answer in zip(records, generate(model, records, features, tokenizer), strict=True):
+        answers = generate(model, records, features, tokenizer, identities=identities)
+        for record, answer in zip(records, answers, strict=True):
             expected = tokenizer.decode(record.ids[record.answer_start :], skip_special_tokens=True)
             if name.startswith("where"):
                 boxes = [BOXES.parse(text, (DRAWN_SIZE, DRAWN_SIZE)) for text in (answer, expected)]
