@@ -72,6 +72,7 @@ from idavlm.utils import ImageRole, describe_machine, markdown_table
 
 LORA_MODULES = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 REFERENCES = ("right", "wrong", "none")
+QUESTIONS = ("Which picture shows", "Where is")
 
 
 @dataclass
@@ -217,7 +218,7 @@ def main(args: AttachArguments) -> None:
 
 
 def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[str], list[int]]) -> Record:
-    """The record of a sample; ``rows``: the row of each image among the stored features."""
+    """The two questions of this script in a sample; ``rows``: the row of each image among the stored features."""
     record, names = Record(tokenize), [identity.name for identity in sample.identities]
     role = ImageRole.SCENE if names else ImageRole.GENERAL
     for number, identity in enumerate(sample.identities):
@@ -234,9 +235,10 @@ def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[st
                 else BOXES.write("", sample.box_of_part(part).box, (DRAWN_SIZE, DRAWN_SIZE))
                 for part in message.content
             )
-            name = question.split()[-1].rstrip("?")
-            record.turn(question, f"{name} {answer}")
-            question = ""
+            if question.strip().startswith(QUESTIONS):
+                name = question.split()[-1].rstrip("?")
+                record.turn(question, f"{name} {answer}")
+            question = "\n" if record.is_new else ""
             continue
         for part in message.content:
             if part.type == "image":
@@ -255,7 +257,7 @@ def split_characters(samples: Sequence[Sample], *, every: int) -> tuple[list[Sam
     """Keep one of ``every`` characters for validation: samples without them, and samples that ask for them alone.
 
     The validation samples resemble those of the test: one question, about four images or a scene of three or four
-    figures, with references of one or two identities.
+    figures.
     """
 
     def of_photo(path: str) -> int:
@@ -277,11 +279,13 @@ def split_characters(samples: Sequence[Sample], *, every: int) -> tuple[list[Sam
             train.append(sample)
             continue
         sample = replace(sample, messages=sample.messages[:2])
-        texts = [part.text for part in sample.messages[0].content if part.type == "text"]
-        name = texts[-1].split()[-1].rstrip("?")
+        question = sample.messages[0].content[-1].text
+        if not question.strip().startswith(QUESTIONS):
+            continue
+        name = question.split()[-1].rstrip("?")
         asked = next(identity for identity in sample.identities if identity.name == name)
         is_crowd = len(sample.message_images) == 4 or len(shown[sample.message_images[0]]) > 2
-        if of_photo(asked.images[0]) in held_out and len(sample.identities) <= 2 and is_crowd:
+        if of_photo(asked.images[0]) in held_out and is_crowd:
             validation.append(sample)
     return train, validation
 
@@ -289,7 +293,7 @@ def split_characters(samples: Sequence[Sample], *, every: int) -> tuple[list[Sam
 def is_asked(sample: Sample) -> bool:
     """Whether a record asks which picture shows someone, or where someone is: the two tasks of this script."""
     texts = [part.text for message in sample.messages for part in message.content if part.type == "text"]
-    return sample.task in ("matching", "location") and not any("Who is" in text for text in texts)
+    return sample.task in ("matching", "location") and any(text.strip().startswith(QUESTIONS) for text in texts)
 
 
 def identity_scores(
