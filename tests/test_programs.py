@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -230,6 +231,15 @@ def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_pat
     assert rows[2:] == ["| general model", "| ID-Former, model frozen", "| ID-Former and LoRA", "| LoRA alone"]
 
     example = importlib.import_module("attach_idformer")
+    samples = RecordDataset(tmp_path / "data" / "characters" / "train.jsonl")
+    train, validation = example.split_characters([sample for sample in samples if example.is_asked(sample)], every=4)
+    photos = {path for sample in train for path in sample.images if "photos" in path}
+    assert photos
+    assert all(int(Path(path).stem.split("-")[0]) % 4 for path in photos), "of training characters alone"
+    trained_scenes = {path for sample in train for path in sample.message_images if "scenes" in path}
+    assert validation
+    assert not trained_scenes & {path for sample in validation for path in sample.message_images}
+
     processor = IdentityProcessor.from_pretrained(tmp_path / "model")
     tokenize = example.cached_tokenize(processor.tokenizer)
     model = load_id_former(LlavaForConditionalGeneration.from_pretrained(tmp_path / "model"), tmp_path / "id-former")
@@ -247,6 +257,25 @@ def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_pat
                 model.model.vision_tower, tower = example.StoredFeatures(), model.model.vision_tower
                 torch.testing.assert_close(model(**stored).logits, logits)
                 model.model.vision_tower = tower
+
+
+def test_general_questions_have_one_answer(monkeypatch, tmp_path):
+    """Each box that answers "Where is the red person?" is that of the only painted figure of this colour."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("general_vlm")
+    _, scenes = example.draw_general_images(tmp_path, num_scenes=12, num_figure_scenes=48, num_plans=4)
+    tokenizer = example.word_tokenizer()
+    tasks = example.GeneralTasks(scenes, example.cached_tokenize(tokenizer), Random(0))
+    question = re.compile(r"Where is the (\w+) person \? \w+ (\d+) (\d+) (\d+) (\d+)")
+    colours = set()
+    for _ in range(100):
+        record = tasks.where_word()
+        text = tokenizer.decode([token for token in record.ids if token not in tokenizer.all_special_ids])
+        for colour, *box in question.findall(text):
+            colours.add(colour)
+            (found,) = [item for item in scenes[record.photos[0].row].items if item.colour == colour]
+            assert example.BOXES.write("", found.box, (128, 128)) == " ".join(box)
+    assert len(colours) > 5
 
 
 def test_a_model_is_fine_tuned_from_parts(monkeypatch, capsys, tmp_path):
