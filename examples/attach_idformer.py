@@ -105,7 +105,7 @@ def main(args: AttachArguments) -> None:
     tower_steps, base_steps, box_steps, tuning_steps = args.steps
     if args.smoke:
         sizes = {"num_train": 8, "num_test": 10, "num_train_scenes": 12, "num_test_scenes": 8, "num_general": 4}
-        sizes |= {"num_train_records": 40, "num_test_records": 2, "num_general_records": 8}
+        sizes |= {"num_train_records": 200, "num_test_records": 2, "num_general_records": 8}
         num_scenes, num_figure_scenes, num_plans, num_tests = 180, 60, 60, 1
         tower_steps, base_steps, box_steps, tuning_steps = 1, 2, 1, 2
 
