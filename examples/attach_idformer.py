@@ -16,7 +16,7 @@ No model is downloaded. The script does the following:
    and without references.
 
 The report is written to runs/attach_idformer/report.md, the models beside it. A run that was interrupted continues with
-the general model if that was finished. On one core, that model takes about half an hour, and each seed 12 minutes.
+the general model if that was finished. On one core, that model takes half an hour, and each seed 12 to 20 minutes.
 """
 
 import copy
