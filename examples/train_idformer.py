@@ -60,6 +60,7 @@ from idavlm.experimental.muon import muon_adamw
 from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
 from idavlm.experimental.tower_pretraining import LabelLoss, pretrain_tower
 from idavlm.models import ImageFeatures, import_id_former
+from idavlm.models.pretrained import resolve_pretrained
 from idavlm.utils.locks import wait_for_lock
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
@@ -112,11 +113,10 @@ class DemoArguments:
         default=None,
         metadata={"help": "Folder of pretrained towers and features that runs share; by default each run has its own."},
     )
-    tower_data: str | None = field(
+    tower: str | None = field(
         default=None,
         metadata={
-            "help": "Data set that the tower is pretrained on, by default that of --data. A name means its default "
-            "options, so that the tower does not depend on those of --data. It must not show the held-out identities."
+            "help": "Checkpoint whose vision tower is used, without tower pretraining: a folder, or idavlm-tiny."
         },
     )
     stop_after: str | None = field(
@@ -139,8 +139,14 @@ class DemoArguments:
             raise ValueError(f"tower_steps={self.tower_steps} must be at least 1.")
         if self.steps is not None and len(self.steps) != 2:
             raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
-        if self.stop_after is not None and self.export is not None:
-            raise ValueError(f"export={self.export!r} needs a trained language model; leave out stop_after.")
+        if self.tower is not None and self.tower_steps is not None:
+            raise ValueError(f"tower_steps={self.tower_steps} has no effect on tower={self.tower!r}, which is trained.")
+        for name, default in (("export", None), ("variants", list(VARIANTS))):
+            if self.stop_after is not None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is about models with a language model, but "
+                    f"stop_after={self.stop_after!r} trains none; leave out one of the two."
+                )
 
 
 @dataclass
@@ -214,12 +220,9 @@ def main(
     data_root = Path(args.data_root or Path(args.out) / "data")
     data = build_data(args.data, data_root, sizes, records)
     test_data = data if args.test_data is None else build_data(args.test_data, data_root, sizes, records)
-    tower_data = data
-    if args.tower_data is not None:
-        tower_data = build_data(args.tower_data, data_root, SizeArguments(), RecordOptions())
     tower_steps, pretraining_steps, tuning_steps = STEPS.get(args.data, DEFAULT_STEPS)
     pretraining_steps, tuning_steps = args.steps or (pretraining_steps, tuning_steps)
-    tower_steps = args.tower_steps or tower_steps
+    tower_steps = 0 if args.tower is not None else args.tower_steps or tower_steps
     out = Path(args.out) / Path(args.data).name
     test = list(RecordDataset(test_data / "test.jsonl"))
     if "wrong" in args.references:
@@ -241,7 +244,7 @@ def main(
                 num_layers=tuning.num_layers,
                 id_former=id_former,
                 test_data=test_data,
-                tower_data=tower_data,
+                tower=args.tower,
                 tower_root=None if args.tower_root is None else Path(args.tower_root),
                 bf16=has_fast_bfloat16(),
             )
@@ -451,7 +454,7 @@ def pretrain_identities(
     num_layers: int = 3,
     id_former: IDFormerArguments | None = None,
     test_data: Path | None = None,
-    tower_data: Path | None = None,
+    tower: str | None = None,
     tower_root: Path | None = None,
     attn_implementation: str = "sdpa",
     bf16: bool = False,
@@ -466,8 +469,11 @@ def pretrain_identities(
     test = list(RecordDataset((test_data or data) / "test.jsonl"))
     # The tower learns individuals and the labels of boxes from images alone, several times as fast as through the
     # identity attention. From then on it is frozen, and every image is encoded once.
-    tower = pretrained_tower(root, tower_data or data, seed=seed, steps=tower_steps, device=device, bf16=bf16)
-    features = stored_features(root, tower, [*train, *general, *test], device=device)
+    if tower is None:
+        trained = pretrained_tower(root, data, seed=seed, steps=tower_steps, device=device, bf16=bf16)
+    else:
+        trained = tower_of_checkpoint(root, tower)
+    features = stored_features(root, trained, [*train, *general, *test], device=device)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "features").unlink(missing_ok=True)
     (folder / "features").symlink_to(features.absolute())
@@ -475,7 +481,7 @@ def pretrain_identities(
     set_seed(seed)  # the same numbers, whether the tower was trained here or found
     processor = small_processor([*train, *general], image_size=IMAGE_SIZE)
     model = IDAVLMForConditionalGeneration.from_parts(
-        ResNetModel.from_pretrained(tower),
+        ResNetModel.from_pretrained(trained),
         small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE, num_hidden_layers=num_layers),
         processor=processor,
         connector="id_former",
@@ -543,6 +549,19 @@ def pretrained_tower(root: Path, data: Path, *, seed: int, steps: int, device: s
         return {"log": log}
 
     return build_shared(root, "tower", facts, train)
+
+
+def tower_of_checkpoint(root: Path, checkpoint: str) -> Path:
+    """The folder of a copy of the vision tower of a model, in float32."""
+
+    def copy(folder: Path) -> dict:
+        model = IDAVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+        model.vision_tower.save_pretrained(folder)
+        return {}
+
+    weights = Path(resolve_pretrained(checkpoint)) / "model.safetensors"
+    facts = {"checkpoint": checkpoint, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    return build_shared(root, "tower", facts, copy)
 
 
 def stored_features(root: Path, tower: Path, samples: list[Sample], *, device: str) -> Path:

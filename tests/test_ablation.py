@@ -272,6 +272,8 @@ def test_tables_hold_means_deviations_and_paired_differences(capsys):
 
     report = Path("study/report.md").read_text()
     assert "| variant | n | parameters | time | matching accuracy |" in report
+    assert "\n| chance level |  |  |  | 0.250 |" in report
+    assert row["chance"] == "0.25"
     assert Image.open("study/scores.png").size[0] > 300
     latex = Path("study/scores.tex").read_text()
     assert r"\toprule" in latex
