@@ -28,8 +28,8 @@ def add_class_argument(parser: argparse.ArgumentParser) -> None:
         "--id-former-class",
         metavar="PATH",
         type=name,
-        help="import path of your own ID-Former class, such as my_package.MyIDFormer, for a checkpoint that was trained "
-        "with it",
+        help="import path of an ID-Former class of your own, such as my_package.MyIDFormer, that the "
+        "checkpoint was trained with",
     )
 
 
