@@ -219,6 +219,45 @@ def test_a_model_is_trained_and_asked_and_fine_tuned(monkeypatch, capsys, tmp_pa
     assert json.loads((tmp_path / "tuned" / "scores.json").read_text())["predictions"]
 
 
+def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, capsys, tmp_path):
+    """A tower is trained once for the same data and options, and the scores do not depend on who trained it."""
+    records = {"num_train_records": 40, "num_test_records": 4, "num_general_records": 4}
+    sizes = {"num_train": 6, "num_test": 8, "num_train_scenes": 8, "num_test_scenes": 6, "num_general": 2}
+    data = build_characters(tmp_path / "people", **sizes, **records)
+    shared = ["--data", data, "--tower_root", tmp_path / "towers", "--stop_after", "identity_pretraining"]
+
+    def metrics(name, *options):
+        run_example(monkeypatch, capsys, "train_idformer.py", *shared, *options, "--out", tmp_path / name)
+        return json.loads((tmp_path / name / "metrics.json").read_text())
+
+    def towers():
+        return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("towers/tower-*/model.safetensors")}
+
+    first = metrics("first", "--tower_steps", 2, "--steps", 2, 1)
+    (trained,) = towers().items()
+    assert metrics("again", "--tower_steps", 2, "--steps", 2, 1)["metrics"] == first["metrics"]
+    deeper = metrics("deeper", "--tower_steps", 2, "--steps", 2, 1, "--num_identity_layers", 2)
+    assert towers() == dict([trained])
+    assert deeper["trained_parameters"] > first["trained_parameters"]
+    assert {"identity map/matching/accuracy", "identity map, wrong references/location/right_box"} <= set(
+        first["metrics"]
+    )
+    assert "Identity map of a small ID-Former" in (tmp_path / "first" / "people" / "report.md").read_text()
+    assert not (tmp_path / "first" / "people" / "seed-0" / "with-id-former").exists()
+
+    metrics("other steps", "--tower_steps", 1, "--steps", 1, 1)
+    assert len(towers()) == 2
+    with (data / "train.jsonl").open("a") as file:  # other data, in the same folder
+        file.write(next((data / "train.jsonl").open()).replace('"id": "', '"id": "again-', 1))
+    metrics("other data", "--tower_steps", 2, "--steps", 1, 1)
+    assert len(towers()) == 3
+    options = ["--tower", "idavlm-tiny", "--steps", 1, 1, "--references", "right"]
+    assert set(name.split("/")[0] for name in metrics("tiny", *options)["metrics"]) == {"identity map"}
+    for wrong, message in ((["--export", "x"], "export='x'"), (["--tower", "x", "--tower_steps", 2], "tower_steps=2")):
+        with pytest.raises(ValueError, match=message):
+            metrics("wrong", *wrong)
+
+
 def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_path):
     """The example reports that general answers stay bit-identical, and its records have the text of the processor."""
     monkeypatch.syspath_prepend(ROOT / "examples")

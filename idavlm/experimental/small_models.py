@@ -158,6 +158,16 @@ def load_efficientnet_lite0():
     return tower.eval(), processor
 
 
+def save_real_parts(folder: str | Path) -> None:
+    """Save EfficientNet-Lite0 to ``folder/vision_tower`` and SmolLM2-135M-Instruct to ``folder/language_model``.
+
+    ``idavlm train`` joins them: ``vision_tower=folder/vision_tower language_model=folder/language_model``.
+    """
+    for name, parts in (("vision_tower", load_efficientnet_lite0()), ("language_model", load_smollm2())):
+        for part in parts:  # the model, and its image processor or tokenizer
+            part.save_pretrained(Path(folder) / name)
+
+
 def _name_in_transformers(name: str) -> str:
     """Name of a weight of ``efficientnet_lite_pytorch`` in ``EfficientNetModel``."""
     top = {"_conv_stem": "embeddings.convolution", "_bn0": "embeddings.batchnorm"}
