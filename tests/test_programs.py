@@ -252,7 +252,7 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
     metrics("other data", "--tower_steps", 2, "--steps", 1, 1)
     assert len(towers()) == 3
     options = ["--tower", "idavlm-tiny", "--steps", 1, 1, "--references", "right"]
-    assert set(name.split("/")[0] for name in metrics("tiny", *options)["metrics"]) == {"identity map"}
+    assert {name.split("/")[0] for name in metrics("tiny", *options)["metrics"]} == {"identity map"}
     for wrong, message in ((["--export", "x"], "export='x'"), (["--tower", "x", "--tower_steps", 2], "tower_steps=2")):
         with pytest.raises(ValueError, match=message):
             metrics("wrong", *wrong)
