@@ -259,7 +259,13 @@ def main(
     if map_results:
         print(score_table(map_results), flush=True)
     if args.stop_after == "identity_pretraining":
-        report_maps(args, out, map_results, test_data, seeds, tower_steps, pretraining_steps, time.time() - start)
+        settings = {
+            "seeds": seeds,
+            "steps of tower pretraining": tower_steps,
+            "steps of identity pretraining": pretraining_steps,
+            **changed(sizes, records, id_former),
+        }
+        report_maps(args, out, map_results, test_data, settings, seconds=time.time() - start)
         return
 
     # --- Instruction tuning and evaluation, in two processes that share the processor cores ---
@@ -343,13 +349,12 @@ def report_maps(
     out: Path,
     results: dict[str, list[EvaluationResult]],
     test_data: Path,
-    seeds: list[int],
-    tower_steps: int,
-    pretraining_steps: int,
+    settings: dict[str, object],
+    *,
     seconds: float,
 ) -> None:
     """Write the metrics and the report of a run that stops after identity pretraining."""
-    model, processor = load(out / f"seed-{seeds[0]}", "identity-pretraining")
+    model, processor = load(out / f"seed-{args.seed}", "identity-pretraining")
     trained = sum(parameter.numel() for parameter in model.id_former.parameters())
     parameters = trained + sum(parameter.numel() for parameter in model.vision_tower.parameters())
     write_metrics(
@@ -369,12 +374,7 @@ def report_maps(
         model="Identity map of a small ID-Former",
         data=f"held-out identities of {Path(args.test_data or args.data).name}",
         examples=pick_examples(model, processor, test, first),
-        settings={
-            "seeds": seeds,
-            "steps of tower pretraining": tower_steps,
-            "steps of identity pretraining": pretraining_steps,
-            "parameters of tower and ID-Former": parameters,
-        },
+        settings={**settings, "parameters of tower and ID-Former": parameters},
         command=" ".join(["python", *sys.argv]),
         seconds=seconds,
     )
