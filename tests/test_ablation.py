@@ -404,6 +404,7 @@ def test_every_study_has_a_recipe():
     names = {path.stem for path in RECIPES.glob("*.yaml")} - set(NOT_STUDIES)
     assert names == {
         *("id_former_options", "num_queries", "depth", "photos", "identities", "distractors", "supervision"),
+        "answers",
         *(
             "mixing",
             "inner_adaptors",

@@ -87,7 +87,7 @@ def test_commands_import_the_class_that_the_user_names(tmp_path, capsys):
     model, processor = build(id_former_class="my_package.Scaled")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    small_models.draw_images(tmp_path, small_models.IMAGES)
+    small_models.draw_images(tmp_path / "images", small_models.IMAGES)
     (tmp_path / "test.jsonl").write_text(json.dumps(small_models.record(answer=False)) + "\n")
     command = ["eval", "records", str(tmp_path / "test.jsonl"), "--model", str(tmp_path / "model")]
     command += ["--max-new-tokens", "2", "--out", str(tmp_path / "out")]
