@@ -169,6 +169,13 @@ def test_ray_gives_the_same_numbers(monkeypatch):
     assert len(scores("ray")) == 4
 
 
+def test_missing_matplotlib_is_an_error_before_the_first_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["ablate", write_study()]) == 2
+    assert "pip install 'idavlm[eval]'" in capsys.readouterr().err
+    assert not Path("study").exists()
+
+
 def test_ray_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"idavlm\[ray\]"):
