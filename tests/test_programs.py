@@ -325,15 +325,16 @@ def test_generation_benchmark(monkeypatch, capsys, tmp_path):
 
 
 def test_attention_matching_benchmark(monkeypatch, capsys, tmp_path):
-    """The accuracy is printed for both methods, of all matching records."""
+    """The scores of the map are printed, of all records of matching and location."""
     records = build_characters(tmp_path / "data", **generation.CHARACTERS) / "test.jsonl"
     samples = list(RecordDataset(records))
     for part in generation.untrained(samples):
         part.save_pretrained(tmp_path / "model")
     out = run(monkeypatch, capsys, attention_matching.main, str(tmp_path / "model"), str(records))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in rows] == ["eight strongest patches", "all patches"]
-    assert {row[2] for row in rows} == {str(sum(sample.task == "matching" for sample in samples))}
+    assert [row[1] for row in rows] == ["accuracy", "refused", "mean_iou", "acc@0.5", "right_box", "refused"]
+    for task in ("matching", "location"):
+        assert [row[2] for row in rows if row[0] == task] == [str(sum(sample.task == task for sample in samples))]
 
 
 def test_inner_adaptor_benchmark(monkeypatch, capsys):
