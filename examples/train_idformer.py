@@ -11,8 +11,8 @@ The script does the following for each seed:
    an individual does.
 2. The frozen vision tower encodes every image once, and its features are stored.
 3. Identity pretraining: the identity attention of an ID-Former is trained on these features, from boxes.
-4. Instruction tuning: two models are trained on the features and on the same batches, one with the ID-Former, the other
-   with a plain resampler.
+4. Instruction tuning: two models are trained on the features and on the same batches, one with the ID-Former, whose
+   identity attention is frozen, the other with a plain resampler.
 5. Both models answer questions about held-out identities, the first one also without references and with references of
    other identities.
 
@@ -65,7 +65,7 @@ from idavlm.utils.locks import wait_for_lock
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 # Steps of tower pretraining, identity pretraining and instruction tuning.
-STEPS = {"characters": (1200, 350, 1150), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
+STEPS = {"characters": (1200, 350, 1600), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
 DEFAULT_STEPS = (3000, 800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
@@ -194,7 +194,7 @@ class IDFormerArguments:
 class TuningArguments:
     """Options of instruction tuning."""
 
-    num_layers: int = field(default=3, metadata={"help": "Layers of the language model."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the language model."})
     mixing_ratio: float = field(default=0.05, metadata={"help": "Share of general batches; 0 for none."})
     mixing_mode: str = field(default="extra", metadata={"help": "extra, interleave or joint."})
     general_steps: int = field(
@@ -451,7 +451,7 @@ def pretrain_identities(
     seed: int,
     steps: int,
     tower_steps: int,
-    num_layers: int = 3,
+    num_layers: int = 2,
     id_former: IDFormerArguments | None = None,
     test_data: Path | None = None,
     tower: str | None = None,
@@ -496,10 +496,7 @@ def pretrain_identities(
     model.to(device).vision_tower.requires_grad_(False)
     processor.image_loader = ImageFeatures(folder / "features", model, processor)
 
-    # The resampler learns the labels of boxes here. What follows it keeps its scale, see initialise_image_tokens.
-    for module in (model.id_former.resampler.token_norm, model.id_former.resampler.output_norm):
-        module.requires_grad_(False)
-    model.id_former.resampler.output_proj.requires_grad_(False)
+    keep_token_scale(model)  # the resampler learns the labels of boxes here
     label_loss = LabelLoss(model, train)
     trainer = LabelTrainer(
         model,
@@ -614,15 +611,19 @@ def tune(
     if resume and (out / "trainer_state.json").exists():  # saved at the end of the training
         return json.loads((out / "trainer_state.json").read_text())["log_history"]
     set_seed(seed)
-    # The contrastive loss is expensive, and the ID-Former is frozen from here on.
+    # The contrastive loss is expensive, and the identity attention is frozen from here on.
     model, processor = load(folder, "identity-pretraining", contrastive_loss_weight=0.0)
 
     # Muon trains a new language model in fewer steps than AdamW. AdamW moves every parameter by about its learning
     # rate, so the image index embedding, which has small values, gets a smaller one.
     learning_rate = 6e-3
     module_learning_rates = {"image_index_embedding": TOKEN_SCALE * learning_rate}
+    freeze = ["vision_tower"]
     if variant == "with-id-former":
-        freeze = ["vision_tower", "id_former"]
+        model.id_former.requires_grad_(False)
+        model.id_former.resampler.requires_grad_(True)
+        keep_token_scale(model)
+        module_learning_rates["id_former"] = 1e-3
         teacher_forcing_steps = steps // 3 if model.id_former.identity_embedding is not None else 0
     else:
         model = IDAVLMForConditionalGeneration.from_parts(
@@ -637,7 +638,6 @@ def tune(
             max_images=8,
         )
         initialise_image_tokens(model)
-        freeze = ["vision_tower"]
         teacher_forcing_steps = 0
         module_learning_rates["connector"] = 2e-3
     optimizer = muon_adamw(
@@ -651,7 +651,8 @@ def tune(
     kept, general_test = split_general(data, tuning.num_general_test)
     general = Subset(RecordDataset(data / "general.jsonl", encode=processor.encode), kept)
     if tuning.general_steps and not (resume and any(out.glob("checkpoint-*"))):
-        train_general(model, processor, general, out / "general", freeze=freeze, seed=seed, steps=tuning.general_steps)
+        options = {"freeze": freeze, "module_learning_rates": module_learning_rates, "seed": seed}
+        train_general(model, processor, general, out / "general", steps=tuning.general_steps, **options)
         if general_test:
             evaluate(model, processor, general_test).save(out / "general_before.json")
 
@@ -709,9 +710,25 @@ def tune(
     return trainer.state.log_history
 
 
-def train_general(model, processor, general, out: Path, *, freeze: list[str], seed: int, steps: int) -> None:
+def train_general(
+    model,
+    processor,
+    general,
+    out: Path,
+    *,
+    freeze: list[str],
+    module_learning_rates: dict[str, float],
+    seed: int,
+    steps: int,
+) -> None:
     """Train on general records alone, so that instruction tuning on identities can forget what was learned."""
-    optimizer = muon_adamw(model, modules=["language_model"], learning_rate=6e-3, betas=(0.9, 0.98))
+    optimizer = muon_adamw(
+        model,
+        modules=["language_model"],
+        learning_rate=6e-3,
+        module_learning_rates=module_learning_rates,
+        betas=(0.9, 0.98),
+    )
     arguments = IDTrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -780,6 +797,16 @@ def initialise_image_tokens(model: IDAVLMForConditionalGeneration, scale: float 
         model.image_index_embedding.weight.normal_(std=scale)
         if model.id_former is not None and model.id_former.identity_embedding is not None:
             model.id_former.identity_embedding.weight.normal_(std=2 * scale)
+
+
+def keep_token_scale(model: IDAVLMForConditionalGeneration) -> None:
+    """Freeze what sets the scale of the contents of image tokens.
+
+    Trained, it would make the contents several times as strong as the identity embeddings.
+    """
+    resampler = model.id_former.resampler
+    for module in (resampler.token_norm, resampler.output_norm, resampler.output_proj):
+        module.requires_grad_(False)
 
 
 if __name__ == "__main__":
