@@ -48,10 +48,10 @@ def difference_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 def markdown_tables(summary: Summary) -> list[str]:
     """The two tables as Markdown, each after a line that explains it."""
-    parts = [_EXPLAIN_SCORES, markdown_table(*score_rows(summary))]
+    parts = [EXPLAIN_SCORES, markdown_table(*score_rows(summary))]
     header, rows = difference_rows(summary)
     if rows:
-        parts += [_EXPLAIN_DIFFERENCES.format(baseline=summary.baseline.name), markdown_table(header, rows)]
+        parts += [f"Difference from **{summary.baseline.name}**. {EXPLAIN_DIFFERENCES}", markdown_table(header, rows)]
     return parts
 
 
@@ -108,11 +108,11 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-_EXPLAIN_SCORES = "Mean ± standard deviation over n seeds; time is that of one run."
-_EXPLAIN_DIFFERENCES = (
-    "Difference from **{baseline}**, with the 95 % interval of a paired bootstrap over the records. The score of a "
-    "record is its mean over the seeds. An asterisk marks intervals without 0. A difference without an interval is one "
-    "of the means, where the records cannot be paired."
+EXPLAIN_SCORES = "Mean ± standard deviation over n seeds; time is that of one run."
+EXPLAIN_DIFFERENCES = (
+    "Brackets hold the 95 % interval of a paired bootstrap over the records. The score of a record is its mean over "
+    "the seeds. An asterisk marks intervals without 0. A difference without an interval is one of the means, where "
+    "the records cannot be paired."
 )
 
 
