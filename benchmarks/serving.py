@@ -37,6 +37,9 @@ KEY = "benchmark"
 MARGIN = 0.01
 """Two logits that are closer than this may change places by the rounding of sums, which depends on the batch."""
 
+_IDLE_SECONDS = 8.0
+"""Time until a server without requests has closed its connections and returned freed memory to the system."""
+
 COLUMNS = ["clients", "requests", "requests/s", "median s", "p95 s", "rows per batch", "processor ms per request"]
 
 
@@ -195,7 +198,15 @@ async def measure(clients: list[Client], url: str, server: psutil.Process, argum
             for client in clients:
                 client.seconds.clear()
         memory.append((server.num_fds(), server.memory_info().rss >> 20))
-        print(f"open files and resident megabytes of the server before, between and after: {memory}\n")
+        if not arguments.photos:
+            for client in clients:
+                await api.delete(f"/identities/cast-{client.number}", cast_to=object)
+    await asyncio.sleep(_IDLE_SECONDS)
+    memory.append((server.num_fds(), server.memory_info().rss >> 20))
+    print(
+        "open files and resident megabytes of the server before the table, between its rows, after it, and without "
+        f"clients and banks: {memory}\n"
+    )
     return rows
 
 

@@ -167,6 +167,16 @@ def test_training_conversations_have_several_questions(root):
     assert sum(count for number, count in turns.items() if number >= 3) > 20, "one question per introduced identity"
 
 
+def test_persons_of_training_records_are_not_in_evaluation_records(root):
+    train, test = (
+        {person for record in records(root, split) for person in record["meta"]["people"].values()}
+        for split in ("train", "test")
+    )
+    assert len(train) > 2
+    assert len(test) > 2
+    assert train.isdisjoint(test)
+
+
 def test_the_same_options_give_the_same_bytes(root, tmp_path):
     again = build_characters(tmp_path / "again", **OPTIONS, num_workers=1)
     assert digests(again) == digests(root)

@@ -98,6 +98,24 @@ def test_mistakes_in_recipes_name_file_and_line(tmp_path, recipe, overrides, mes
         read_config(tmp_path / "config.yaml", overrides)
 
 
+@pytest.mark.parametrize(
+    ("mixing", "message"),
+    [
+        ("mixing_ratio: much", r"mix\.yaml:2: mixing_ratio='much' has the wrong type"),
+        ("mixing_ratio: 1.5", r"mix\.yaml:2: mixing_ratio=1\.5 must be in 0\.\.1"),
+        ("mixing_mode: stirred", r"mix\.yaml:2: mixing_mode='stirred' is not known"),
+        ("mixing_ratio: 1\nmixing_mode: interleave", r"mix\.yaml:2: mixing_ratio=1 with mode='interleave'"),
+    ],
+)
+def test_values_of_mixing_are_checked_with_the_recipe(tmp_path, mixing, message):
+    (tmp_path / "mix.yaml").write_text(f"train_data: a.jsonl\n{mixing}\n")
+    with pytest.raises(ValueError, match=message):
+        read_data_recipe(tmp_path / "mix.yaml")
+    (tmp_path / "config.yaml").write_text(f"{OPTIONS}data: mix.yaml\n")
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path / "config.yaml")
+
+
 def test_mistakes_of_the_command(data, capsys):
     mistakes = {
         ("train.jsonl,max_records=9",): "train.jsonl has 6 records, fewer than max_records=9",

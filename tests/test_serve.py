@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import contextlib
+import ctypes
 import gc
 import io
+import json
 import logging
 import os
 import runpy
@@ -24,7 +26,8 @@ from PIL import Image
 
 from idavlm import ask
 from idavlm.cli.main import main
-from idavlm.inference import BankStore, BatchingEngine
+from idavlm.inference import BankStore, BatchingEngine, GenerationOptions, PromptEncoder, batching
+from idavlm.utils.freed_memory import return_freed_memory
 from tests.small_models import answering_model, small_processor
 
 serving = pytest.importorskip("idavlm.inference.server", reason="needs the extra serve", exc_type=ModuleNotFoundError)
@@ -255,6 +258,19 @@ def test_mistakes_have_a_status_and_a_reason(server, options, status, message):
     assert str(ROOT) not in error["message"]
 
 
+def test_a_link_does_not_lead_out_of_the_image_root(server, root, tmp_path):
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (8, 8)).save(outside)
+    link = root / "link.png"
+    link.symlink_to(outside)
+    try:
+        response = server.post([{"type": "image", "image": "link.png"}])
+    finally:
+        link.unlink()
+    assert response.status_code == 403
+    assert str(outside) not in response.text
+
+
 def test_mistakes_as_the_openai_client_sees_them(server, root):
     for key, options, error in (
         ("wrong", {}, openai.AuthenticationError),
@@ -320,6 +336,17 @@ def send_raw(server, data: bytes, seconds: float = 5.0) -> bytes:
     return received
 
 
+def send_slowly(server, data: bytes, *, pause: float = 0.2) -> bytes:
+    """Send the beginning of a request, then a byte after each pause. Returns the beginning of the answer."""
+    with socket.create_connection(server.address, timeout=pause) as connection:
+        connection.sendall(data)
+        for _ in range(100):
+            with contextlib.suppress(TimeoutError):
+                return connection.recv(65536)
+            connection.sendall(b" ")
+    raise AssertionError("the server waits for as long as bytes arrive")
+
+
 def head(length: int, *more: str) -> bytes:
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", *more]
     return "\r\n".join([*lines, "Content-Type: application/json", f"Content-Length: {length}", "", ""]).encode()
@@ -369,7 +396,8 @@ def test_abuse_leaves_nothing(server):
         wait_until(lambda: not server.server.server_state.connections)  # idle connections are closed
         return process.num_fds(), process.memory_info().rss
 
-    big = b'{"model": "' + b"x" * (100 * 2**20) + b'"}'
+    content = [image_part(data_url(bytes(100 * 2**20)))]
+    big = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": content}]}).encode()
     before_http, server.http = server.http, httpx.Client(
         base_url=server.url, headers={"Authorization": f"Bearer {KEY}", "Connection": "close"}, timeout=60
     )  # fmt: skip
@@ -390,6 +418,7 @@ def test_requests_that_never_arrive_are_ended(small, root):
     with running(small, root, body_timeout=1.0) as server:
         half = head(1000) + b'{"model": "tiny", '
         assert send_raw(server, half).startswith(b"HTTP/1.1 408 ")
+        assert send_slowly(server, half).startswith(b"HTTP/1.1 408 ")
         assert send_raw(server, b"POST /v1/chat/comple") == b"", "headers that never end"
         # The beginning of a second request over a connection that stays open.
         with socket.create_connection(server.address, timeout=20) as connection:
@@ -471,6 +500,38 @@ def test_many_clients_get_their_own_answers(server, small, root):
     assert len(server.batches) < clients * rounds / 2
 
 
+def test_freed_memory_is_returned_once_the_engine_is_idle(small, monkeypatch):
+    returned = []
+    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(batching, "return_freed_memory", lambda: returned.append(time.monotonic()))
+    with BatchingEngine(*small) as engine:
+        prompt = PromptEncoder(engine.processor).encode([{"role": "user", "content": "What?"}])
+        for number in (1, 2):
+            engine.submit(prompt, GenerationOptions(max_new_tokens=2)).result()
+            wait_until(lambda number=number: len(returned) == number)
+            time.sleep(0.3)
+            assert len(returned) == number, "once, until there is another request"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc keeps freed memory")
+def test_returned_memory_is_no_longer_resident():
+    """Blocks between others that stay: glibc returns none of them by itself."""
+    process = psutil.Process()
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    library.malloc.argtypes, library.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    blocks = [library.malloc(2**16) for _ in range(2000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 2**16)
+    for block in blocks[::2]:
+        library.free(block)
+    before = process.memory_info().rss
+    return_freed_memory()
+    assert before - process.memory_info().rss > 40 * 2**20
+    for block in blocks[1::2]:
+        library.free(block)
+
+
 def test_nothing_of_a_request_is_logged(server, root, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     secret = "Zebedee"
@@ -496,11 +557,11 @@ def test_nothing_of_a_request_is_logged(server, root, caplog, capfd):
     assert KEY not in logged
 
 
-def test_the_process_ends_gracefully_and_starts_within_ten_seconds(small, root, tmp_path):
+def test_the_process_ends_gracefully_and_starts_within_ten_seconds(small, tmp_path):
     """SIGTERM under load: running requests are answered, new ones get 503, and the exit status is 0."""
     for part in small:
         part.save_pretrained(tmp_path / "model")
-    arguments = ["serve", "--model", tmp_path / "model", "--model-name", "tiny", "--port", "0", "--image-root", root]
+    arguments = ["serve", "--model", tmp_path / "model", "--model-name", "tiny", "--port", "0", "--no-store"]
     command = [sys.executable, "-m", "idavlm.cli.main", *map(str, arguments)]
     environment = {**os.environ, "IDAVLM_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
     log = (tmp_path / "log").open("w")
@@ -513,6 +574,9 @@ def test_the_process_ends_gracefully_and_starts_within_ten_seconds(small, root, 
         client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=5)
         message = {"role": "user", "content": "What?"}
         assert client.chat.completions.create(model="tiny", messages=[message], max_tokens=1).choices
+        bank = {"name": "office", "identities": [{"name": "Kate", "images": [data_url(Image.new("RGB", (8, 8)))]}]}
+        with pytest.raises(openai.PermissionDeniedError, match="stores nothing"):
+            client.post("/identities", body=bank, cast_to=object)
         with ThreadPoolExecutor(8) as pool:
             options = {"model": "tiny", "messages": [message], "max_tokens": 300, "stream": True}
             streams = [client.chat.completions.create(**options) for _ in range(8)]

@@ -789,6 +789,16 @@ def test_movienet_distractors_are_cast_who_are_not_there(tmp_path):
     assert not distractors(last)
 
 
+def test_movienet_writes_no_image_of_a_record_that_is_left_out(tmp_path):
+    """Shot 20 shows two people, of whom only one has a photo of another scene."""
+    cast = [movienet_body(0, "nm1", SOLO), movienet_body(25, "nm2", SOLO)]
+    cast += [movienet_body(20, "nm1", LEFT), movienet_body(20, "nm2", RIGHT)]
+    write_film(tmp_path, "tt1", cast, scenes=FILM_SCENES)
+    source = movienet(tmp_path, describe=Describe(), tasks=["caption_single"])
+    assert build_tuning_data(source, tmp_path / "out")["dropped"]
+    assert not list((tmp_path / "out").rglob("*.jpg"))
+
+
 def test_movienet_does_not_introduce_actors_of_held_out_films(tmp_path):
     splits = Splits(0.0, 0.4)
     titles = [f"Title {number}" for number in range(30)]
@@ -1193,6 +1203,8 @@ def test_the_command_refuses_options_without_effect(tmp_path):
     paths = ["--annotations", tmp_path / "album/scenes.jsonl", "--images", tmp_path / "album"]
     with pytest.raises(ValueError, match="'matching:1' is not TASK=SHARE"):
         run("folder", *paths, "--out", tmp_path / "x", "--shares", "matching:1")
+    with pytest.raises(ValueError, match="--shares names 'matching' twice"):
+        run("folder", *paths, "--out", tmp_path / "x", "--shares", "matching=1", "matching=2")
 
 
 def test_ray_builds_the_same_bytes(tmp_path):

@@ -7,10 +7,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
 from idavlm.data import DataError
+from idavlm.data.photos import PhotoLoader
 from idavlm.inference.web_page import add_to_cast, drawn_examples
 from tests.small_models import draw_images, small_model, small_processor
 
@@ -33,14 +35,17 @@ def test_photos_are_added_to_a_cast(photos):
     (photos / "text.png").write_text("no image")
     with pytest.raises(DataError, match=r"text\.png"):
         add_to_cast({}, "Kate", [str(photos / "text.png")])
+    with pytest.raises(DataError, match="more than max_pixels=10"):
+        add_to_cast({}, "Kate", [str(photos / "kate.png")], PhotoLoader(max_pixels=10))
 
 
 def test_examples_are_drawn_and_reproducible():
     first, second = drawn_examples(size=64), drawn_examples(size=64)
-    assert [example.question for example in first] == ["Where is Kate?", "What is Tom doing?", "Where is Kate?"]
+    assert [example.question for example in first] == ["Where is Kate?", "What is Tom doing?", "What is Alice doing?"]
     for one, other in zip(first, second, strict=True):
         assert one.scene.tobytes() == other.scene.tobytes()
-        assert {name: len(photos) for name, photos in one.cast.items()} == {"Kate": 2, "Tom": 2, "Alice": 2}
+        assert {len(photos) for photos in one.cast.values()} == {2}
+        assert set(one.cast) >= {"Tom", "Alice"}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,8 @@ def address(tmp_path_factory):
                     break
                 except OSError:
                     continue
+            seconds = sum(psutil.Process(process.pid).cpu_times()[:2])
+            assert seconds < 10, "seconds of a processor, which other work on the machine does not change"
             yield url
         finally:
             process.terminate()
@@ -89,7 +96,7 @@ def test_a_visitor_uploads_a_cast_and_asks(address, photos):
         page.wait_for_selector("#boxes img")
         page.wait_for_selector("#map img")
 
-        # Without a image the page says what is missing, and stays usable.
+        # Without an image the page says what is missing, and stays usable.
         page.reload()
         page.fill("#question textarea, #question input", "Where is Kate?")
         page.click("#ask")

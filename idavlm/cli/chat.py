@@ -166,8 +166,9 @@ class ChatSession:
         from idavlm.data.photos import PhotoLoader
 
         files = [_file(image) for image in images]
+        loader = PhotoLoader(**self.engine.processor.image_limits)
         for file in files:
-            loaded = PhotoLoader().load(file, field="the image")
+            loaded = loader.load(file, field="the image")
             self.write(f"{file}: {loaded.width} x {loaded.height}\n")
         self.next_images += files
 
@@ -255,7 +256,7 @@ class ChatSession:
         images = [part["image"] for content in turns for part in content if part["type"] == "image"]
         if not images:
             raise ValueError("the conversation has no image; /image FILE adds one to the next question.")
-        return PhotoLoader().load(images[-1], field="the image")
+        return PhotoLoader(**self.engine.processor.image_limits).load(images[-1], field="the image")
 
 
 def _copied(file: Path, folder: Path) -> str:

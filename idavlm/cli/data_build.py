@@ -264,6 +264,8 @@ def _shares(pairs: Sequence[str] | None) -> dict[str, float] | None:
     shares = {}
     for pair in pairs:
         task, _, share = pair.partition("=")
+        if task in shares:
+            raise ValueError(f"--shares names {task!r} twice; write each task once.")
         try:
             shares[task] = float(share)
         except ValueError:

@@ -21,8 +21,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     check_model_arguments(arguments)
     try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
+        from gradio import Blocks  # noqa: F401
+    except ImportError as error:
         raise ValueError("idavlm web needs gradio; install it by pip install 'idavlm[web]'.") from error
     from idavlm.inference import BatchingEngine
     from idavlm.inference.web_page import build_web_page, drawn_examples

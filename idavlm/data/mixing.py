@@ -175,6 +175,12 @@ class DualDataLoader(DataLoader):
         return {name: {"pass": number, "batch": batch} for name, (number, batch) in found.items()}
 
 
+def check_mixing_options(*, mixing_mode: str = "extra", mixing_ratio: float = 0.1) -> None:
+    """Raise ``ValueError`` unless the options of a configuration are those of a :class:`DualDataLoader`."""
+    check_choice("mixing_mode", mixing_mode, MODES)
+    MixingSchedule(mixing_mode, mixing_ratio, seed=0, identity_batches=1)
+
+
 @dataclass(frozen=True)
 class MixingSchedule:
     """Source of every step of every epoch, as a pure function of (seed, epoch). See :class:`DualDataLoader`.

@@ -417,7 +417,7 @@ class _Draft:
         return [number for number, image in enumerate(self.images, 1) if image.appearance_of(identity)]
 
     def record(self, name: str, questions: Sequence[_Question]) -> Record:
-        """Return the record with id ``name``: the questions with their answers, and boxes.
+        """Return the record with id ``name``: the questions with their answers, boxes, and who the names are.
 
         Training records have the boxes of the introduced identities. Evaluation records have the boxes of all
         identities in the images, so that the chance level of pointing at any identity can be computed.
@@ -438,7 +438,18 @@ class _Draft:
             if self.evaluation or appearance.identity in self.names
         ]
         identities = [{"name": self.names[identity], "images": paths} for identity, paths in self.references.items()]
-        return {"id": name, "source": "identity", "identities": identities, "messages": messages, "boxes": boxes}
+        meta = {
+            "people": {name: identity for identity, name in self.names.items()},
+            "distractors": [name for identity, name in self.names.items() if not self.numbers_of(identity)],
+        }
+        return {
+            "id": name,
+            "source": "identity",
+            "identities": identities,
+            "messages": messages,
+            "boxes": boxes,
+            "meta": meta,
+        }
 
 
 def _checked_shares(shares: Mapping[str, float]) -> dict[str, float]:

@@ -26,9 +26,13 @@ from idavlm.inference.text_stream import TextStream
 from idavlm.models.stored_photos import IdentitiesOfSamples
 from idavlm.modules.inner_adaptor.workflow import find_inner_adaptor, use_workflow
 from idavlm.utils import check_choice, check_positive
+from idavlm.utils.freed_memory import return_freed_memory
 
 # Fields of an encoded prompt that only training uses.
 _TRAINING_FIELDS = ("labels", "boxes", "box_image", "box_identity", "source", "sample_ids")
+
+_IDLE_SECONDS = 5.0
+"""Time without requests after which memory is returned to the system."""
 
 
 class EngineClosed(RuntimeError):
@@ -163,6 +167,8 @@ class BatchingEngine:
     with their beginning as part of the prompt.
 
     A request that fails does not affect others: the batch is halved until the row that fails is alone.
+
+    After a few seconds without requests, memory that batches have freed is returned to the system.
 
     Args:
         model: a model of idavlm or of transformers that generates text; set to evaluation mode.
@@ -315,12 +321,17 @@ class BatchingEngine:
                 generation.cancel()
 
     def _run(self) -> None:
+        has_freed_memory = False
         while True:
             with self._changed:
                 while not (self._waiting or self._jobs or self._is_closed):
-                    self._changed.wait()
+                    is_notified = self._changed.wait(_IDLE_SECONDS if has_freed_memory else None)
+                    if not is_notified:
+                        return_freed_memory()
+                        has_freed_memory = False
                 if not self._waiting and not self._jobs:
                     return
+            has_freed_memory = True
             self._run_jobs()
             self._wait_for_prepared()
             with self._changed:

@@ -65,8 +65,14 @@ def build_web_page(
 
     options = GenerationOptions(max_new_tokens=max_new_tokens)
 
+    loader = PhotoLoader(**engine.processor.image_limits)
+
     def add(cast: Cast, name: str, files: Sequence[str] | None):
-        cast = _reported(gr, lambda: add_to_cast(cast, name, files or ()))
+        try:
+            cast = add_to_cast(cast, name, files or (), loader)
+        except ValueError as error:
+            gr.Warning(str(error))
+            return cast, gr.skip(), gr.skip(), gr.skip(), gr.skip()
         return cast, _gallery(cast), _choices(gr, cast), "", None
 
     def remove(cast: Cast, name: str | None):
@@ -74,17 +80,18 @@ def build_web_page(
         return cast, _gallery(cast), _choices(gr, cast)
 
     def ask(cast: Cast, scene: Image.Image | None, question: str):
-        if scene is None:
-            raise gr.Error("There is no image; upload one.", print_exception=False)
-        if not question.strip():
-            raise gr.Error("There is no question; write one.", print_exception=False)
-        with_maps = bool(cast) and getattr(engine.model, "id_former", None) is not None
-        answer = _reported(
-            gr,
-            lambda: answer_question(
+        try:
+            if scene is None:
+                raise ValueError("There is no image; upload one.")
+            if not question.strip():
+                raise ValueError("There is no question; write one.")
+            with_maps = bool(cast) and getattr(engine.model, "id_former", None) is not None
+            answer = answer_question(
                 engine, question, images=[scene], identities=cast, options=options, with_identity_maps=with_maps
-            ),
-        )
+            )
+        except ValueError as error:
+            gr.Warning(str(error))  # gr.Error would write "Error" over every output
+            return "", None, None, gr.skip(), None
         drawn = draw_boxes(scene, answer.boxes, list(cast))
         maps = answer.identity_maps[0] if answer.identity_maps else None
         shown = next((name for name in cast if name in question), next(iter(cast), None))
@@ -100,10 +107,11 @@ def build_web_page(
         gr.Markdown(f"# {title}\nUpload photos of people, name them, and ask about them in another image.")
         with gr.Row():
             with gr.Column(scale=2):
+                gr.Markdown("Cast")  # a label would cover a part of the first photo
                 gallery = gr.Gallery(
-                    label="Cast",
-                    columns=4,
-                    height=260,
+                    show_label=False,
+                    columns=3,
+                    height=330,
                     interactive=False,
                     object_fit="contain",
                     buttons=["fullscreen"],
@@ -116,16 +124,16 @@ def build_web_page(
                 add_button = gr.Button("Add to the cast", elem_id="add")
                 with gr.Row():
                     person = gr.Dropdown([], label="Person", elem_id="person", scale=2)
-                    remove_button = gr.Button("Remove from the cast", elem_id="remove", scale=1)
+                    remove_button = gr.Button("Remove", elem_id="remove", scale=1)
             with gr.Column(scale=3):
                 scene = gr.Image(type="pil", label="Image", height=320, elem_id="scene")
                 question = gr.Textbox(label="Question", placeholder="Where is Kate?", elem_id="question")
                 ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
                 answer = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
                 with gr.Row():
-                    shown = {"interactive": False, "buttons": ["fullscreen", "download"]}
-                    drawn = gr.Image(label="Boxes of the answer", elem_id="boxes", **shown)
-                    heat = gr.Image(label="Identity map of the person", elem_id="map", **shown)
+                    shown = {"interactive": False, "height": 300, "buttons": ["fullscreen", "download"]}
+                    drawn = gr.Image(label="Boxes", elem_id="boxes", **shown)
+                    heat = gr.Image(label="Identity map", elem_id="map", **shown)
         if examples:
             gr.Markdown("### Examples")
             with gr.Row():
@@ -147,8 +155,16 @@ def build_web_page(
     return page
 
 
-def add_to_cast(cast: Mapping[str, list[Image.Image]], name: str, files: Sequence[str]) -> Cast:
+def add_to_cast(
+    cast: Mapping[str, list[Image.Image]], name: str, files: Sequence[str], loader: PhotoLoader | None = None
+) -> Cast:
     """Return the cast with the photos of ``files`` added to a person, who may be new.
+
+    Args:
+        cast: photos of each person by name.
+        name: name of the person.
+        files: paths of the photos.
+        loader: opens the photos; by default with the limits of :class:`idavlm.data.photos.PhotoLoader`.
 
     Raises:
         DataError: a file is no image, or it is too large.
@@ -159,7 +175,8 @@ def add_to_cast(cast: Mapping[str, list[Image.Image]], name: str, files: Sequenc
         raise ValueError("The name is empty; write the name of the person.")
     if not files:
         raise ValueError(f"There is no photo of {name}; upload one.")
-    photos = [PhotoLoader().load(str(file), field=f"the photo of {name}") for file in files]
+    loader = PhotoLoader() if loader is None else loader
+    photos = [loader.load(str(file), field=f"the photo of {name}") for file in files]
     return {**cast, name: [*cast.get(name, ()), *photos]}
 
 
@@ -177,20 +194,12 @@ def drawn_examples(*, size: int = 256, seed: int = 0) -> list[WebExample]:
         for name, look in zip(names, looks, strict=True)
     }
     scene, _ = draw_characters(looks, activities(3), rng, size)
-    without_kate, _ = draw_characters(looks[1:], activities(2), rng, size)
+    pair, _ = draw_characters(looks[1:], activities(2), rng, size)
     return [
         WebExample("Where is Kate?", cast, scene, "Where is Kate?"),
         WebExample("What is Tom doing?", cast, scene, "What is Tom doing?"),
-        WebExample("Where is Kate, who is not here?", cast, without_kate, "Where is Kate?"),
+        WebExample("What is Alice doing?", {name: cast[name] for name in names[1:]}, pair, "What is Alice doing?"),
     ]
-
-
-def _reported(gr: Any, action: Any) -> Any:
-    """Show expected errors on the page. Others are bugs."""
-    try:
-        return action()
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
 
 
 def _gallery(cast: Cast) -> list[tuple[Image.Image, str]]:

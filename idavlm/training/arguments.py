@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from idavlm.data.mixing import check_mixing_options
 from idavlm.data.schema import SOURCES
 from idavlm.utils import check_choice, check_positive
 from idavlm.utils.parameter_groups import MODULES
@@ -101,6 +102,7 @@ class IDTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = True
         self._check_inherited()
         self._check_stage()
+        check_mixing_options(mixing_mode=self.mixing_mode, mixing_ratio=self.mixing_ratio)
         check_choice("non_finite_loss", self.non_finite_loss, ON_NON_FINITE_LOSS)
         check_positive(max_length=self.max_length)
         if self.max_length is not None and not self.packing:

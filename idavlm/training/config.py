@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from idavlm._compat import with_present_names
+from idavlm.data.mixing import check_mixing_options
 from idavlm.data.readers import READERS
 from idavlm.models.model_parts import PARTS
 from idavlm.training.arguments import IDTrainingArguments
@@ -238,12 +239,12 @@ def read_data_recipe(path: str | Path) -> DataArguments:
     file = OptionFile(path)
     file.check_keys(RECIPE_KEYS)
     file.check_placeholders()
-    hints = typing.get_type_hints(DataArguments)
-    values = {name: value for name, value in file.values.items() if name not in MIXING}
-    for name, value in values.items():
+    hints = typing.get_type_hints(IDTrainingArguments) | typing.get_type_hints(DataArguments)
+    for name, value in file.values.items():
         _check_value(f"{file.where(name)}: {name}", value, hints[name])
     try:
-        return DataArguments(**values)
+        check_mixing_options(**{name: value for name, value in file.values.items() if name in MIXING})
+        return DataArguments(**{name: value for name, value in file.values.items() if name not in MIXING})
     except ValueError as error:
         raise ValueError(f"{_where_named(file, str(error))}: {error}") from error
 

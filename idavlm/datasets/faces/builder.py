@@ -15,7 +15,7 @@ from idavlm.datasets.record_composer import FIRST_NAMES, RecordComposer, RecordO
 from idavlm.utils.checks import check_positive
 
 NAME = "faces"
-VERSION = 6
+VERSION = 7
 QUESTION = "In which place is {name}?"
 SCENE_SIZES = {"train": (2, 3, 4), "test": (3, 4)}
 """Numbers of identities in the scenes of each split, in turn."""

@@ -44,9 +44,11 @@ def virtual_subjects(photographs: Photographs, count: int, rng: Random) -> list[
         upper, lower = order[number % len(order)]
         shifts = [[[rng.uniform(-1, 1) for _ in range(GRID)] for _ in range(GRID)] for _ in range(2)]
         seam = rng.uniform(0.5, 0.66)
-        photos = {}
+        photos, unused = {}, dict(photographs[lower])
         for name, photo in photographs[upper].items():
-            other = _best_match(photo, photographs[lower], seam)
+            if not unused:
+                break
+            other = unused.pop(_best_match(photo, unused, seam))
             photos[name] = reshape(join(photo, other, seam), np.asarray(shifts) * MAX_SHIFT * photo.shape[0])
         made.append(Subject(f"{upper}-{lower}-{number}", photos))
     return made
@@ -76,16 +78,16 @@ def reshape(photo: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     return (above * (1 - part_y) + below * part_y).round().astype(np.uint8)
 
 
-def _best_match(photo: np.ndarray, others: Mapping[str, np.ndarray], seam: float) -> np.ndarray:
-    """The photograph that fits best at the seam; usually one with the same pose."""
+def _best_match(photo: np.ndarray, others: Mapping[str, np.ndarray], seam: float) -> str:
+    """File of the photograph that fits best at the seam; usually one with the same pose."""
     band = _band(photo.shape[0], seam)
     seam_pixels = photo[band].astype(np.float32)
 
-    def distance(other: np.ndarray) -> float:
-        other_pixels = other[band].astype(np.float32)
+    def distance(file: str) -> float:
+        other_pixels = others[file][band].astype(np.float32)
         return float(np.abs(other_pixels - other_pixels.mean() - seam_pixels + seam_pixels.mean()).mean())
 
-    return min(others.values(), key=distance)
+    return min(others, key=distance)
 
 
 def _band(height: int, seam: float) -> slice:

@@ -264,14 +264,13 @@ class PhotoFolder(TuningSource):
             records = composer.evaluation(self.test_records, shares=self.test_shares)
         else:
             records = composer.training(count, shares=self.shares)
-        owners = {photo.path: person for person, photos in album.photos.items() for photo in photos}
         shots = {photo.path: photo.appearances[0].shot for photos in album.photos.values() for photo in photos}
         for number, record in enumerate(records, first):
             record["id"] = f"folder-{split}-{number}"
-            record["meta"] = self._meta(record, owners, shots)
+            record["meta"] = self._meta(record, shots)
             yield split, _with_output_paths(record, images)
 
-    def _meta(self, record: dict[str, Any], owners: Mapping[str, str], shots: Mapping[str, str]) -> dict[str, Any]:
+    def _meta(self, record: dict[str, Any], shots: Mapping[str, str]) -> dict[str, Any]:
         scenes = [
             part["image"]
             for message in record["messages"]
@@ -280,13 +279,12 @@ class PhotoFolder(TuningSource):
             if part["type"] == "image"
         ]
         photos = [path for identity in record["identities"] for path in identity["images"]]
-        boxed = {box["name"] for box in record["boxes"]}
         return {
             "data": self.name,
             "annotation": self.annotations.path.name,
             "images": [f"folder:{path}" for path in dict.fromkeys([*scenes, *photos])],
-            "people": {each["name"]: _key(owners[each["images"][0]]) for each in record["identities"]},
-            "distractors": [each["name"] for each in record["identities"] if each["name"] not in boxed],
+            "people": {name: _key(person) for name, person in record["meta"]["people"].items()},
+            "distractors": record["meta"]["distractors"],
             "references": [
                 {"image": f"scenes/{path}", "of": path, "box": None, "shot": shots[path]} for path in photos
             ],

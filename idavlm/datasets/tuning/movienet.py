@@ -278,7 +278,9 @@ class _FilmComposer:
         Returns:
             The introduced people and the scenes; two empty lists if fewer than ``needs`` people have references.
         """
-        with_references = [(person, found) for person in people if (found := self._references(person, frames, rng))]
+        with_references = [
+            (person, found) for person in people if (found := self._reference_frames(person, frames, rng))
+        ]
         if len(with_references) < needs:
             return [], []
         if len(with_references) > MAX_INTRODUCED:
@@ -288,7 +290,7 @@ class _FilmComposer:
             absent = [person for person in self.cast if person not in seen]
             rng.shuffle(absent)
             other = next(
-                (pair for person in absent if (pair := (person, self._references(person, frames, rng)))[1]), None
+                (pair for person in absent if (pair := (person, self._reference_frames(person, frames, rng)))[1]), None
             )
             self.report.counts["distractors" if other else "distractors not found"] += 1
             with_references += [other] if other else []
@@ -304,13 +306,13 @@ class _FilmComposer:
                     boxes[person][scene.image] = scaled(body.box, frame.resolution, size)
         names = draw_names(["neutral"] * len(with_references), rng)
         introduced = [
-            Introduced(name, f"movienet:{person}", references, boxes[person])
-            for name, (person, references) in zip(names, with_references, strict=True)
+            Introduced(name, f"movienet:{person}", [self._reference(frame) for frame in chosen], boxes[person])
+            for name, (person, chosen) in zip(names, with_references, strict=True)
         ]
         rng.shuffle(introduced)
         return introduced, scenes
 
-    def _references(self, person: str, frames: list[Frame], rng: Random) -> list[Reference]:
+    def _reference_frames(self, person: str, frames: list[Frame], rng: Random) -> list[Frame]:
         """One or two frames that show only this person, of other scenes than ``frames`` and than each other."""
         count = rng.randint(1, MAX_REFERENCES)
         solos = self.solos.get(person, [])
@@ -320,7 +322,10 @@ class _FilmComposer:
             if len(chosen) < count and all(self._is_elsewhere(frame, other) for other in used):
                 chosen.append(frame)
                 used.append(frame)
-        return [self.images.whole(frame.path, shot=_shot(frame), scene=self.film.scene(frame.shot)) for frame in chosen]
+        return chosen
+
+    def _reference(self, frame: Frame) -> Reference:
+        return self.images.whole(frame.path, shot=_shot(frame), scene=self.film.scene(frame.shot))
 
     def _is_elsewhere(self, reference: Frame, other: Frame) -> bool:
         first, second = self.film.scene(reference.shot), self.film.scene(other.shot)

@@ -26,7 +26,7 @@ from idavlm.datasets.wesnoth.units import read_units
 from idavlm.utils.checks import check_positive
 
 NAME = "wesnoth"
-VERSION = 9
+VERSION = 10
 SCENE_SIZES = {"train": (2, 3, 4), "test": (3, 4), "validation": (3, 4)}
 """Numbers of identities in the scenes of each split, in turn."""
 
