@@ -21,7 +21,6 @@ examples/quickstart.py uses the trained model. `idavlm ablate` runs the script w
 recipes/ablations.
 """
 
-import hashlib
 import inspect
 import json
 import multiprocessing
@@ -29,11 +28,8 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 
@@ -44,7 +40,6 @@ from transformers import HfArgumentParser, ResNetModel, set_seed
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments, RecordDataset
 from idavlm.data import CurriculumSampler, CurriculumStage, Sample
 from idavlm.datasets import RecordOptions, build_characters, build_faces, build_wesnoth
-from idavlm.datasets.dataset_folder import build_once
 from idavlm.evaluation import (
     EvaluationResult,
     check_wrong_references,
@@ -55,13 +50,12 @@ from idavlm.evaluation import (
     write_metrics,
     write_report,
 )
-from idavlm.experimental import small_models, tower_pretraining
 from idavlm.experimental.muon import muon_adamw
-from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.experimental.tower_pretraining import LabelLoss, pretrain_tower
+from idavlm.experimental.shared_towers import copy_tower, store_features, train_shared_tower
+from idavlm.experimental.small_models import small_language_model, small_processor
+from idavlm.experimental.tower_pretraining import LabelLoss
 from idavlm.models import ImageFeatures, import_id_former
-from idavlm.models.pretrained import resolve_pretrained
-from idavlm.utils.locks import wait_for_lock
+from idavlm.utils.locks import lock_beside
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 # Steps of tower pretraining, identity pretraining and instruction tuning.
@@ -70,7 +64,6 @@ DEFAULT_STEPS = (3000, 800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
 HIDDEN_SIZE = 128
-TOWER_CODE = (tower_pretraining, small_models)  # a tower is trained again if one of these modules changes
 TOKEN_SCALE = 0.3  # see initialise_image_tokens
 
 # Columns of the report: the model, and the references that it receives.
@@ -398,39 +391,8 @@ def build_data(name: str, root: Path, sizes: SizeArguments, records: RecordOptio
     if unknown:
         raise ValueError(f"{sorted(unknown)} are not options of data={name!r}; leave them out.")
     folder = root / "-".join([name, *(f"{option}={value}" for option, value in options.items())])
-    with lock_for(folder):
+    with lock_beside(folder):  # several runs of a study may build the same data
         return BUILDERS[name](folder, records=records, **changed(sizes))
-
-
-@contextmanager
-def lock_for(folder: Path) -> Iterator[None]:
-    """Wait until no other run of a study builds ``folder``."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        wait_for_lock(lock.fileno())
-        yield
-
-
-def build_shared(root: Path, name: str, facts: dict[str, object], build: Callable[[Path], dict]) -> Path:
-    """The folder below ``root`` that ``build`` fills, once for all runs with equal ``facts``.
-
-    Its name holds a hash of the facts, and its dataset.json the facts themselves. An interrupted build leaves nothing.
-    """
-    folder = root / f"{name}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]}"
-    with lock_for(folder):
-        is_new = not folder.exists()
-        build_once(folder, name, 1, facts, build)
-    print(f"{folder}: {'written' if is_new else 'found, with the same data and options'}", flush=True)
-    return folder
-
-
-def digest(samples: Iterable[Sample], *files: Path) -> str:
-    """Hash of the contents of ``files``, and of all images of ``samples`` with their names."""
-    images = {(path, Path(sample.image_root, path)) for sample in samples for path in sample.images}
-    found = hashlib.sha256()
-    for name, path in [*((file.name, file) for file in files), *sorted(images)]:
-        found.update(f"{name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return found.hexdigest()
 
 
 class LabelTrainer(IDTrainer):
@@ -470,10 +432,11 @@ def pretrain_identities(
     # The tower learns individuals and the labels of boxes from images alone, several times as fast as through the
     # identity attention. From then on it is frozen, and every image is encoded once.
     if tower is None:
-        trained = pretrained_tower(root, data, seed=seed, steps=tower_steps, device=device, bf16=bf16)
+        options = {"image_size": IMAGE_SIZE, "hidden_size": HIDDEN_SIZE, "device": device, "bf16": bf16}
+        trained = train_shared_tower(root, data, seed=seed, steps=tower_steps, **options)
     else:
-        trained = tower_of_checkpoint(root, tower)
-    features = stored_features(root, trained, [*train, *general, *test], device=device)
+        trained = copy_tower(root, tower)
+    features = store_features(root, trained, [*train, *general, *test], image_size=IMAGE_SIZE, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "features").unlink(missing_ok=True)
     (folder / "features").symlink_to(features.absolute())
@@ -525,60 +488,6 @@ def pretrain_identities(
     label_loss.remove()
     trainer.save_model()  # last, because --resume skips the stage if its model is saved
     return trainer.state.log_history
-
-
-def pretrained_tower(root: Path, data: Path, *, seed: int, steps: int, device: str, bf16: bool) -> Path:
-    """The folder of a vision tower that is trained from boxes, once for all runs that share ``root``.
-
-    It does not depend on any option of the ID-Former or of instruction tuning.
-    """
-    samples = list(RecordDataset(data / "train.jsonl"))
-    facts = {"data": digest(samples, data / "train.jsonl"), "seed": seed, "steps": steps, "bf16": bf16}
-    facts |= {"image_size": IMAGE_SIZE, "hidden_size": HIDDEN_SIZE, "device": device}
-    facts |= {package: version(package) for package in ("torch", "transformers", "pillow")}
-    facts |= {code.__name__: hashlib.sha256(Path(code.__file__).read_bytes()).hexdigest() for code in TOWER_CODE}
-
-    def train(folder: Path) -> dict:
-        set_seed(seed)
-        model, processor = model_of_tower(small_vision_tower(hidden_size=HIDDEN_SIZE, layer_type="basic"), samples)
-        log = pretrain_tower(model.to(device), processor, samples, steps=steps, seed=seed, bf16=bf16)
-        model.vision_tower.save_pretrained(folder)
-        return {"log": log}
-
-    return build_shared(root, "tower", facts, train)
-
-
-def tower_of_checkpoint(root: Path, checkpoint: str) -> Path:
-    """The folder of a copy of the vision tower of a model, in float32."""
-
-    def copy(folder: Path) -> dict:
-        model = IDAVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        model.vision_tower.save_pretrained(folder)
-        return {}
-
-    weights = Path(resolve_pretrained(checkpoint)) / "model.safetensors"
-    facts = {"checkpoint": checkpoint, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    return build_shared(root, "tower", facts, copy)
-
-
-def stored_features(root: Path, tower: Path, samples: list[Sample], *, device: str) -> Path:
-    """The folder of the features of all images of ``samples``, once for all runs that share ``root``."""
-
-    def write(folder: Path) -> dict:
-        model, processor = model_of_tower(ResNetModel.from_pretrained(tower), samples)
-        ImageFeatures.write(folder, model.to(device), processor, samples)
-        return {}
-
-    roots = sorted({str(sample.image_root) for sample in samples})  # features are found by the path of an image
-    return build_shared(root, "features", {"tower": tower.name, "images": digest(samples), "roots": roots}, write)
-
-
-def model_of_tower(tower: ResNetModel, samples: list[Sample]) -> tuple[IDAVLMForConditionalGeneration, IDAVLMProcessor]:
-    """A model that only its vision tower is used of, and a processor."""
-    processor = small_processor(samples, image_size=IMAGE_SIZE)
-    language_model = small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE, num_hidden_layers=1)
-    options = {"connector": "resampler", "num_queries": 16, "num_heads": 4}
-    return IDAVLMForConditionalGeneration.from_parts(tower, language_model, processor=processor, **options), processor
 
 
 def has_fast_bfloat16() -> bool:

@@ -35,6 +35,7 @@ from benchmarks import (
 from idavlm import IdentityProcessor, load_id_former
 from idavlm.data import RecordDataset
 from idavlm.datasets.characters import build_characters
+from idavlm.experimental.shared_towers import train_shared_tower
 from tests import small_models
 
 ROOT = Path(__file__).parent.parent
@@ -244,11 +245,12 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
 
     example = runpy.run_path(str(ROOT / "examples" / "train_idformer.py"), run_name="example")
     options = {"seed": 0, "steps": 2, "device": "cpu", "bf16": example["has_fast_bfloat16"]()}
-    assert example["pretrained_tower"](tmp_path / "towers", data, **options) == trained
-    assert example["pretrained_tower"](tmp_path / "towers", data, **options | {"steps": 1}) != trained
+    options |= {"image_size": example["IMAGE_SIZE"], "hidden_size": example["HIDDEN_SIZE"]}
+    assert train_shared_tower(tmp_path / "towers", data, **options) == trained
+    assert train_shared_tower(tmp_path / "towers", data, **options | {"steps": 1}) != trained
     with (data / "train.jsonl").open("a") as file:  # other data, in the same folder
         file.write((data / "train.jsonl").read_text().splitlines()[0] + "\n")
-    assert example["pretrained_tower"](tmp_path / "towers", data, **options) != trained
+    assert train_shared_tower(tmp_path / "towers", data, **options) != trained
     assert len(list(tmp_path.glob("towers/tower-*"))) == 4
     for wrong, message in ((["--export", "x"], "export='x'"), (["--tower", "x", "--tower_steps", 2], "tower_steps=2")):
         with pytest.raises(ValueError, match=message):
