@@ -59,7 +59,7 @@ from idavlm.utils.locks import lock_beside
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 # Steps of tower pretraining, identity pretraining and instruction tuning.
-STEPS = {"characters": (1200, 350, 1600), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
+STEPS = {"characters": (1200, 350, 1400), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
 DEFAULT_STEPS = (3000, 800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
@@ -601,7 +601,7 @@ def tune(
             warmup_steps=30,
             logging_steps=20,
             eval_strategy="steps",
-            eval_steps=max(300, steps // 5),
+            eval_steps=max(300, steps // 3),
             save_steps=250,
             save_total_limit=1,
             report_to=[],
