@@ -9,13 +9,14 @@ No model is downloaded. The script does the following:
 1. It trains a small ``LlavaForConditionalGeneration`` on general images (examples/general_vlm.py). That model has never
    seen a character twice. From here on it is frozen.
 2. It attaches an ID-Former and trains that alone on the training identities: first from boxes, then with the loss of
-   the answers.
+   the answers. Some of the training identities are kept out of all trainings, for validation: settings are chosen on
+   them, never on the test identities.
 3. It trains the alternatives: the ID-Former together with LoRA, and LoRA without an ID-Former.
 4. All of them answer questions about held-out identities, with the right references, with those of other identities,
    and without references.
 
 The report is written to runs/attach_idformer/report.md, the models beside it. A run that was interrupted continues with
-the general model if that was finished.
+the general model if that was finished. On one core, that model takes half an hour, and each seed 12 to 20 minutes.
 """
 
 import copy
@@ -24,7 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -71,12 +72,13 @@ from idavlm.utils import ImageRole, describe_machine, markdown_table
 
 LORA_MODULES = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 REFERENCES = ("right", "wrong", "none")
+QUESTIONS = ("Which picture shows", "Where is")
 
 
 @dataclass
 class AttachArguments:
     steps: list[int] = field(
-        default_factory=lambda: [1000, 1200, 200, 250],
+        default_factory=lambda: [1000, 2600, 200, 300],
         metadata={"help": "Steps of the tower, of the language model, of the ID-Former from boxes, and of tuning."},
     )
     seeds: int = field(default=1, metadata={"help": "Number of seeds. The general model is trained once."})
@@ -99,20 +101,26 @@ def main(args: AttachArguments) -> None:
         with (out / "log.txt").open("a") as file:
             file.write(line + "\n")
 
-    sizes, num_scenes, num_plans, num_tests = {}, 6000, 1500, 200
+    sizes, num_scenes, num_figure_scenes, num_plans, num_tests = {}, 6000, 3000, 1500, 200
     tower_steps, base_steps, box_steps, tuning_steps = args.steps
     if args.smoke:
         sizes = {"num_train": 8, "num_test": 10, "num_train_scenes": 12, "num_test_scenes": 8, "num_general": 4}
-        sizes |= {"num_train_records": 40, "num_test_records": 2, "num_general_records": 8}
-        num_scenes, num_plans, num_tests = 180, 60, 1
+        sizes |= {"num_train_records": 200, "num_test_records": 2, "num_general_records": 8}
+        num_scenes, num_figure_scenes, num_plans, num_tests = 180, 60, 60, 1
         tower_steps, base_steps, box_steps, tuning_steps = 1, 2, 1, 2
 
     # --- Data ---
     data = build_characters(out / "data" / "characters", **sizes)
-    general_pixels, scenes = draw_general_images(out / "data", num_scenes=num_scenes, num_plans=num_plans)
-    train = [sample for sample in RecordDataset(data / "train.jsonl") if is_asked(sample)]
+    general_pixels, scenes = draw_general_images(
+        out / "data", num_scenes=num_scenes, num_figure_scenes=num_figure_scenes, num_plans=num_plans
+    )
+    samples = [sample for sample in RecordDataset(data / "train.jsonl") if is_asked(sample)]
+    train, validation = split_characters(samples, every=4 if args.smoke else 15)
     test = [sample for sample in RecordDataset(data / "test.jsonl") if is_asked(sample)]
-    log(f"{len(scenes)} general images, {len(train)} training records, {len(test)} test records")
+    log(
+        f"{len(scenes)} general images, {len(train)} training records, {len(validation)} validation records, "
+        f"{len(test)} test records"
+    )
 
     # --- The general model: vision tower and projector, then the language model on stored features of the tower ---
     set_seed(0)
@@ -121,9 +129,10 @@ def main(args: AttachArguments) -> None:
     if (out / "tower.pt").exists():
         model.load_state_dict(torch.load(out / "tower.pt"))
     else:
-        train_tower(model, general_pixels, scenes, steps=tower_steps, log=log)
+        count = num_plans + num_scenes  # without painted figures, whose colours the tower sees without having seen them
+        train_tower(model, general_pixels[:count], scenes[:count], steps=tower_steps, log=log)
         torch.save(model.state_dict(), out / "tower.pt")
-    paths = sorted({path for sample in [*train, *test] for path in sample.images})
+    paths = sorted({path for sample in [*samples, *test] for path in sample.images})
     rows = {path: row for row, path in enumerate(paths)}
     if not (out / "features.pt").exists():
         pixels = np.stack([np.asarray(resized(Image.open(test[0].image_root / path))) for path in paths])
@@ -140,9 +149,11 @@ def main(args: AttachArguments) -> None:
     # --- Evaluation ---
     general = general_tests(scenes, cached_tokenize(tokenizer), count=num_tests)
     questions = {"right": test, "wrong": with_wrong_references(test), "none": list(map(without_references, test))}
-    few = [sample for task in ("matching", "location") for sample in test if sample.task == task][
-        :: max(1, len(test) // 80)
-    ]
+    tokenize = cached_tokenize(tokenizer)
+    validation_records = {
+        task: [identity_record(sample, rows, tokenize) for sample in validation if sample.task == of_task][:50]
+        for task, of_task in (("which image", "matching"), ("where", "location"))
+    }
     results = defaultdict(list)
 
     def evaluate(name: str, model: nn.Module) -> None:
@@ -155,8 +166,8 @@ def main(args: AttachArguments) -> None:
         log(f"{name}: {scores}")
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
-    def some_scores(model: nn.Module) -> dict[str, float]:
-        return identity_scores(model, few, rows, features, tokenizer)
+    def validation_scores(model: nn.Module) -> dict[str, float]:
+        return general_scores(model, features, validation_records, tokenizer, identities=has_id_former(model))
 
     evaluate("general model", model)
     general_batch = collate([record for records in general.values() for record in records], general_features)
@@ -164,12 +175,11 @@ def main(args: AttachArguments) -> None:
         logits = model(**general_batch).logits
 
     # --- Identities ---
-    tokenize = cached_tokenize(tokenizer)
     records = [identity_record(sample, rows, tokenize) for sample in train]
-    vectors = known_differences(model, general_features, scenes, count=4)
+    vectors = colour_differences(model, general_features, scenes, count=4)
     for seed in range(args.seeds):
         set_seed(seed)
-        options = {"seed": seed, "log": log, "scores": some_scores}
+        options = {"seed": seed, "log": log, "scores": validation_scores}
 
         log(f"seed {seed}: ID-Former from boxes")
         attached = attach(copy.deepcopy(model), vectors)
@@ -177,21 +187,21 @@ def main(args: AttachArguments) -> None:
         with_both = with_lora(copy.deepcopy(attached), args.lora_r)
 
         log(f"seed {seed}: ID-Former, model frozen")
-        train_identities(attached, records, features, steps=tuning_steps, learning_rate=2e-3, **options)
+        train_identities(attached, records, features, steps=tuning_steps, learning_rate=1e-3, **options)
         evaluate("ID-Former, model frozen", attached)
         with torch.no_grad():
             is_same = torch.equal(logits, attached(**general_batch).logits)
         results["general logits bit-identical with the ID-Former attached and trained"].append(is_same)
 
         log(f"seed {seed}: ID-Former and LoRA")
-        train_identities(with_both, records, features, steps=tuning_steps, learning_rate=2e-3, **options)
+        train_identities(with_both, records, features, steps=tuning_steps, learning_rate=1e-3, **options)
         evaluate("ID-Former and LoRA", with_both)
 
         log(f"seed {seed}: LoRA alone")
         rank = round(num_trained(attached) / num_trained(with_lora(copy.deepcopy(model), 1)))
         alone = with_lora(copy.deepcopy(model), rank)
         steps = box_steps + tuning_steps
-        train_identities(alone, records, features, steps=steps, learning_rate=2e-3, **options)
+        train_identities(alone, records, features, steps=steps, learning_rate=3e-3, **options)
         evaluate("LoRA alone", alone)
 
         if seed == 0:
@@ -208,7 +218,7 @@ def main(args: AttachArguments) -> None:
 
 
 def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[str], list[int]]) -> Record:
-    """The record of a sample; ``rows``: the row of each image among the stored features."""
+    """The two questions of this script in a sample; ``rows``: the row of each image among the stored features."""
     record, names = Record(tokenize), [identity.name for identity in sample.identities]
     role = ImageRole.SCENE if names else ImageRole.GENERAL
     for number, identity in enumerate(sample.identities):
@@ -225,9 +235,10 @@ def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[st
                 else BOXES.write("", sample.box_of_part(part).box, (DRAWN_SIZE, DRAWN_SIZE))
                 for part in message.content
             )
-            name = question.split()[-1].rstrip("?")
-            record.turn(question, f"{name} {answer}")
-            question = ""
+            if question.strip().startswith(QUESTIONS):
+                name = question.split()[-1].rstrip("?")
+                record.turn(question, f"{name} {answer}")
+            question = "\n" if record.is_new else ""
             continue
         for part in message.content:
             if part.type == "image":
@@ -242,10 +253,47 @@ def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[st
     return record
 
 
+def split_characters(samples: Sequence[Sample], *, every: int) -> tuple[list[Sample], list[Sample]]:
+    """Keep one of ``every`` characters for validation: samples without them, and samples that ask for them alone.
+
+    The validation samples resemble those of the test: one question, about four images or a scene of three or four
+    figures.
+    """
+
+    def of_photo(path: str) -> int:
+        return int(Path(path).stem.split("-")[0])
+
+    shown = defaultdict(set)  # the characters of each image
+    for sample in samples:
+        characters = {identity.name: of_photo(identity.images[0]) for identity in sample.identities}
+        for path in sample.images:
+            if "photos" in path:
+                shown[path].add(of_photo(path))
+        for box in sample.boxes:
+            if box.name in characters:
+                shown[box.image].add(characters[box.name])
+    train, validation = [], []
+    for sample in samples:
+        held_out = {character for path in sample.images for character in shown[path] if character % every == 0}
+        if not held_out:
+            train.append(sample)
+            continue
+        sample = replace(sample, messages=sample.messages[:2])
+        question = sample.messages[0].content[-1].text
+        if not question.strip().startswith(QUESTIONS):
+            continue
+        name = question.split()[-1].rstrip("?")
+        asked = next(identity for identity in sample.identities if identity.name == name)
+        is_crowd = len(sample.message_images) == 4 or len(shown[sample.message_images[0]]) > 2
+        if of_photo(asked.images[0]) in held_out and is_crowd:
+            validation.append(sample)
+    return train, validation
+
+
 def is_asked(sample: Sample) -> bool:
     """Whether a record asks which picture shows someone, or where someone is: the two tasks of this script."""
     texts = [part.text for message in sample.messages for part in message.content if part.type == "text"]
-    return sample.task in ("matching", "location") and not any("Who is" in text for text in texts)
+    return sample.task in ("matching", "location") and any(text.strip().startswith(QUESTIONS) for text in texts)
 
 
 def identity_scores(
@@ -267,34 +315,35 @@ def has_id_former(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def known_differences(
+def colour_differences(
     model: LlavaForConditionalGeneration, features: Tensor, scenes: Sequence[Scene], *, count: int
 ) -> Tensor:
-    """What the image tokens of some things have that those of figures lack, ``[count, 128]``.
+    """What the image tokens of painted figures have that those of other figures lack, ``[count, 128]``.
 
-    The frozen model tells things apart. Added to the tokens of a figure and of its references, such a vector marks both
-    in a way that the model already compares. The things have different kinds and colours, and differ most from figures.
+    The frozen model tells figures of different colours apart. Added to the tokens of a figure and of its references,
+    such a vector marks both in a way that the model already compares. The colours are chosen to be far from each other.
     """
     tokens = defaultdict(list)
     for row, scene in enumerate(scenes):
-        if len(scene.items) == 1 and scene.items[0].box:
+        if len(scene.items) == 1 and scene.items[0].kind == "person":
             inside = cells(scene.items[0].box)
-            tokens[scene.items[0].key].append(model.model.multi_modal_projector(features[row])[inside])
-    means = {key: torch.cat(found).mean(0) for key, found in tokens.items()}
-    of_figures = means.pop(("person", ""))
-    differences = {key: mean - of_figures for key, mean in means.items()}
-    chosen: list[tuple[str, str]] = []
-    for key in sorted(differences, key=lambda key: -differences[key].norm()):
-        if len(chosen) < count and all(key[0] != kind and key[1] != colour for kind, colour in chosen):
-            chosen.append(key)
-    return torch.stack([differences[key] for key in chosen])
+            tokens[scene.items[0].colour].append(model.model.multi_modal_projector(features[row])[inside])
+    means = {colour: torch.cat(found).mean(0) for colour, found in tokens.items()}
+    unpainted = means.pop("")
+    differences = torch.stack([mean - unpainted for mean in means.values()])
+    distances = torch.cdist(differences, differences)
+    chosen = [int(differences.norm(dim=1).argmax())]
+    while len(chosen) < count:
+        chosen.append(int(distances[chosen].amin(0).argmax()))
+    return differences[chosen]
 
 
 def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForConditionalGeneration:
     """Attach an ID-Former that starts from scratch, with ``vectors`` as the first embeddings of the identities.
 
     The embeddings contribute from the first step, and both sides of the comparison learn. Contrast with all references
-    of a batch speeds that up several times.
+    of a batch speeds that up several times. The embeddings are all that is added to the tokens: what the attention
+    copies from the references stays at zero, because it disturbed what the tokens say about boxes.
     """
     attach_id_former(
         model,
@@ -306,16 +355,25 @@ def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForCon
         contrastive_loss_weight=3.0,
     )
     model.id_former.identity_embedding.weight.data.copy_(vectors)
-    for layer in model.id_former.identity_layers:  # boxes alone do not train it, so it would add noise
+    for layer in model.id_former.identity_layers:
         nn.init.zeros_(layer.attention.out_proj.weight)
+    freeze_copied_values(model)
     return model
 
 
+def freeze_copied_values(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "id_former" in name and (".v_proj." in name or ".out_proj." in name):
+            parameter.requires_grad_(False)
+
+
 def with_lora(model: LlavaForConditionalGeneration, rank: int) -> nn.Module:
-    """LoRA on all matrices of the language model; an attached ID-Former is trained in full."""
+    """LoRA on all matrices of the language model; an attached ID-Former is trained as without LoRA."""
     new = ["id_former"] if has_id_former(model) else []
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES, modules_to_save=new)
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    freeze_copied_values(model)
+    return model
 
 
 def num_trained(model: nn.Module) -> int:
@@ -337,15 +395,11 @@ def train_identities(
     """Train what is not frozen: LoRA, an ID-Former, or both.
 
     With ``from_boxes``, the identity attention is trained alone and the language model does not run. Otherwise the
-    identity embedding follows the boxes in the first third of the steps (teacher forcing).
+    answers are trained as well, without the contrastive loss, which would outweigh them.
     """
     rng, with_identities = Random(seed), has_id_former(model)
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in trained if "lora_" not in name], "lr": learning_rate},
-        {"params": [parameter for name, parameter in trained if "lora_" in name], "lr": 3e-3},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_stable_decay(steps, warmup=20, decay=0.5))
     stream, means, log_every = batches(lambda: rng.choice(records), rng), defaultdict(list), max(1, steps // 4)
     model.train()
@@ -353,12 +407,13 @@ def train_identities(
         batch = collate(next(stream), features, identities=with_identities)
         if from_boxes:
             batch = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask", "labels")}
-        elif with_identities:
-            batch["teacher_forcing"] = step < steps // 3
         output = model(**batch)
+        loss = output.loss
+        if with_identities and not from_boxes:
+            loss = output.language_loss + 0.5 * output.identity_map_loss
         optimizer.zero_grad()
-        output.loss.backward()
-        nn.utils.clip_grad_norm_([parameter for _, parameter in trained], 1.0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         for name in ("loss", "language_loss", "identity_map_loss"):

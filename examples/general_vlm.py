@@ -2,7 +2,9 @@
 
 General images show things and unnamed figures. The model learns to say where a thing is, which picture shows it, and
 its colour, number and place. Some records introduce a thing by a name and reference images, as interleaved training
-data of released models do ("Kate is <image of a red star>"). No record tells two figures apart.
+data of released models do ("Kate is <image of a red star>"). Some figures are painted in one colour and asked for among
+other figures, by colour or by name ("Kate is <image of a red person>"). No record tells two figures of the same colour
+apart.
 """
 
 import json
@@ -39,6 +41,7 @@ from idavlm.datasets.characters.images import draw_objects, in_light, paste_sket
 from idavlm.datasets.characters.look import CharacterLook
 from idavlm.datasets.characters.objects import COLOURS, THINGS, draw_thing, named_colour
 from idavlm.datasets.characters.places import PLACES, VARIANTS, background
+from idavlm.datasets.characters.shapes import Colour, Sketch, shade
 from idavlm.datasets.record_composer import FIRST_NAMES
 from idavlm.experimental.muon import MuonAdamW
 from idavlm.experimental.small_models import small_image_processor
@@ -112,15 +115,22 @@ LOOK_COLOURS = (
 )
 
 
-def draw_scene(count: int, rng: np.random.Generator) -> tuple[Image.Image, Scene]:
-    """Draw ``count`` things and figures side by side, at about the same height."""
+def draw_scene(count: int, rng: np.random.Generator, *, figures_only: bool = False) -> tuple[Image.Image, Scene]:
+    """Draw ``count`` things and figures side by side, at about the same height.
+
+    With ``figures_only``, three of four figures are painted in one colour from head to foot, like toys. Such figures
+    can be asked for among other figures ("the red person"), and no word for them tells who they are.
+    """
     items, sketches = [], []
     for _ in range(count):
-        if rng.random() < 0.5:
+        if figures_only or rng.random() < 0.5:
             look = CharacterLook.from_seed(int(rng.integers(2**31)), 7, 7)
             activity = ACTIVITIES[rng.integers(len(ACTIVITIES))]
             sketch = figure(look, activity, rng)
             item = Item("person", "", look_words(look) | {"activity": activity.name})
+            if figures_only and rng.random() < 0.75:
+                item = Item("person", str(rng.choice(list(COLOURS))), {})
+                paint(sketch, named_colour(item.colour, rng))
         else:
             kind, colour = str(rng.choice(list(THINGS))), str(rng.choice(list(COLOURS)))
             sketch = draw_thing(kind, named_colour(colour, rng))
@@ -137,11 +147,23 @@ def draw_scene(count: int, rng: np.random.Generator) -> tuple[Image.Image, Scene
     return in_light(image, rng), Scene(items, place)
 
 
+def paint(sketch: Sketch, colour: Colour) -> None:
+    """Paint a sketch in one colour: its shapes differ in brightness only."""
+    sketch.shapes = [
+        shape._replace(colour=shade(colour, 0.6 + 0.5 * fmean(shape.colour) / 255)) for shape in sketch.shapes
+    ]
+
+
 def draw_general_images(
-    folder: Path, *, num_scenes: int, num_plans: int, seed: int = 123
+    folder: Path, *, num_scenes: int, num_figure_scenes: int, num_plans: int, seed: int = 123
 ) -> tuple[np.ndarray, list[Scene]]:
-    """Draw general images once: ``num_plans`` of :func:`plan_general`, then ``num_scenes`` of one to four items."""
-    file, facts = folder / f"general-{num_scenes}.npy", folder / f"general-{num_scenes}.json"
+    """Draw general images once.
+
+    The first ``num_plans`` are those of :func:`plan_general`. ``num_scenes`` of one to four items follow, then
+    ``num_figure_scenes`` of one to four figures.
+    """
+    name = f"general-{num_plans}-{num_scenes}-{num_figure_scenes}"
+    file, facts = folder / f"{name}.npy", folder / f"{name}.json"
     if facts.exists():  # written last
         return np.load(file), [_read_scene(values) for values in json.loads(facts.read_text())]
     rng, images, scenes = np.random.default_rng(seed), [], []
@@ -149,8 +171,8 @@ def draw_general_images(
         images.append(draw_objects(plan.thing, plan.colour, plan.count, plan.place, rng, DRAWN_SIZE))
         items = [Item(plan.thing, plan.colour, {})] if plan.count == 1 else []
         scenes.append(Scene(items, plan.place, plan))
-    for number in range(num_scenes):
-        image, scene = draw_scene((1, 2, 3, 4, 3, 1)[number % 6], rng)
+    for number in range(num_scenes + num_figure_scenes):
+        image, scene = draw_scene((1, 2, 3, 4, 3, 1)[number % 6], rng, figures_only=number >= num_scenes)
         images.append(image)
         scenes.append(scene)
     pixels = np.stack([np.asarray(resized(image)) for image in images])
@@ -502,7 +524,7 @@ class GeneralTasks:
 
     def record(self) -> Record:
         tasks = (self.where_name, self.where_word, self.which_name, self.which_word, self.general)
-        return self.rng.choices(tasks, (0.36, 0.14, 0.28, 0.07, 0.15))[0]()
+        return self.rng.choices(tasks, (0.42, 0.12, 0.26, 0.07, 0.13))[0]()
 
     def where_name(self) -> Record:
         """Names introduced by images of like things; where are they?"""
@@ -522,19 +544,23 @@ class GeneralTasks:
         return record
 
     def where_word(self) -> Record:
-        """Where is the star?"""
+        """Where is the star? Where is the red person?"""
         while True:
             row = self.rng.choice(self.crowds)
-            items = self.scenes[row].items
-            found = [item for item in items if sum(other.kind == item.kind for other in items) == 1]
+            items, found = self.scenes[row].items, []
+            for item in items:
+                if sum(other.kind == item.kind for other in items) == 1:
+                    found.append((item, item.kind, f"Where is the {item.kind}?"))
+                elif item.colour and sum(other.colour == item.colour for other in items) == 1:
+                    found.append((item, item.colour, f"Where is the {item.colour} {item.kind}?"))
             if found:
                 break
         record = Record(self.tokenize)
         photo = record.image(Photo(row))
         record.text("\n")
         self.rng.shuffle(found)
-        for item in found[: 1 if self.held_out else None]:
-            self._answer_where(record, f"Where is the {item.kind}?", item.kind, item, photo, [])
+        for item, word, question in found[: 1 if self.held_out else None]:
+            self._answer_where(record, question, word, item, photo, [])
         return record
 
     def which_name(self) -> Record:
@@ -596,7 +622,8 @@ class GeneralTasks:
         while True:
             first = self.rng.choice(self.keys)
             similar = [key for key in self.keys if key[0] == first[0] or key[1] == first[1]]
-            keys = self.keys if different_kinds or self.rng.random() < 0.7 else similar
+            figures = [key for key in self.keys if key[0] == "person"]
+            keys = self.keys if different_kinds else self.rng.choices((self.keys, similar, figures), (0.5, 0.2, 0.3))[0]
             chosen = self.rng.sample(keys, min(count, len(keys)))
             kinds = {kind for kind, _ in chosen}
             if len(chosen) == count and (len(kinds) == count or not different_kinds):
@@ -630,6 +657,7 @@ class GeneralTasks:
         box = BOXES.write("", item.box, (DRAWN_SIZE, DRAWN_SIZE))
         start = record.turn(question, f"{word} {box}")
         self._look(record, start, shown, self._positions(photo, item))
+        record.looks.append((3, range(start + 1, start + 4), [start]))  # the first three numbers of the box
 
     def _answer_which(
         self, record: Record, question: str, word: str, number: int, photos: list[Photo], shown: list[int]
@@ -646,14 +674,15 @@ class GeneralTasks:
 
 
 def guidance_loss(attentions: Sequence[Tensor], records: Sequence[Record]) -> dict[int, Tensor]:
-    """How much two heads of the first three layers look elsewhere than they should, ``-log(share)``, by layer.
+    """How much two heads of each layer look elsewhere than they should, ``-log(share)``, by layer.
 
     Layer 0: image tokens look at the word before them. Layer 1: the name in an answer looks at its reference images.
-    Layer 2: it looks at what it refers to. A language model that has read much text and many interleaved images finds
-    such steps by itself; one of this size, in minutes, does not.
+    Layer 2: it looks at what it refers to. Layer 3: the numbers of a box look at the name before them. A language model
+    that has read much text and many interleaved images finds such steps by itself; one of this size, in minutes, does
+    not.
     """
     losses = {}
-    for layer in range(3):
+    for layer in range(len(attentions)):
         places = [
             (row, query, key)
             for row, record in enumerate(records)
@@ -683,12 +712,12 @@ def train_base(
     steps: int,
     seed: int,
     log: Callable,
-    log_every: int = 100,
+    log_every: int = 250,
 ) -> None:
     """Train the language model on general data; vision tower and projector stay as they are."""
     rng, tokenize = Random(seed), cached_tokenize(tokenizer)
     tasks = GeneralTasks(scenes, tokenize, rng)
-    tests = general_tests(scenes, tokenize, count=60)
+    tests = general_tests(scenes, tokenize, count=50)
     model.requires_grad_(False)
     model.model.language_model.requires_grad_(True)
     embeddings = model.get_input_embeddings().weight
@@ -743,12 +772,15 @@ def general_tests(scenes: list[Scene], tokenize: Callable, *, count: int) -> dic
     return {name: [getattr(tasks, name)() for _ in range(count)] for name in names}
 
 
-def general_scores(model, features: Tensor, tests: dict[str, list[Record]], tokenizer) -> dict[str, float]:
+def general_scores(
+    model, features: Tensor, tests: dict[str, list[Record]], tokenizer, *, identities: bool = True
+) -> dict[str, float]:
     """Share of right answers: the same text, or for "where" a box with an IoU of at least 0.5."""
     scores = {}
     for name, records in tests.items():
         right = []
-        for record, answer in zip(records, generate(model, records, features, tokenizer), strict=True):
+        answers = generate(model, records, features, tokenizer, identities=identities)
+        for record, answer in zip(records, answers, strict=True):
             expected = tokenizer.decode(record.ids[record.answer_start :], skip_special_tokens=True)
             if name.startswith("where"):
                 boxes = [BOXES.parse(text, (DRAWN_SIZE, DRAWN_SIZE)) for text in (answer, expected)]

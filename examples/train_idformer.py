@@ -35,7 +35,7 @@ from random import Random
 
 import torch
 from torch.utils.data import Subset
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, ResNetModel, set_seed
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments, RecordDataset
 from idavlm.data import CurriculumSampler, CurriculumStage, Sample
@@ -45,19 +45,21 @@ from idavlm.evaluation import (
     check_wrong_references,
     evaluate,
     pick_examples,
+    score_identity_maps,
     score_table,
     write_metrics,
     write_report,
 )
 from idavlm.experimental.muon import muon_adamw
-from idavlm.experimental.small_models import small_language_model, small_processor, small_vision_tower
-from idavlm.experimental.tower_pretraining import LabelLoss, pretrain_tower
+from idavlm.experimental.shared_towers import copy_tower, store_features, train_shared_tower
+from idavlm.experimental.small_models import small_language_model, small_processor
+from idavlm.experimental.tower_pretraining import LabelLoss
 from idavlm.models import ImageFeatures, import_id_former
-from idavlm.utils.locks import wait_for_lock
+from idavlm.utils.locks import lock_beside
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 # Steps of tower pretraining, identity pretraining and instruction tuning.
-STEPS = {"characters": (1200, 350, 1600), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
+STEPS = {"characters": (1200, 350, 1400), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
 DEFAULT_STEPS = (3000, 800, 1700)
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
@@ -71,6 +73,8 @@ COLUMNS = {
     "wrong references": ("with-id-former", "wrong"),
     "without ID-Former": ("without-id-former", "right"),
 }
+# Columns of the scores of the identity map. Without references there is no map.
+MAP_COLUMNS = {"identity map": "right", "identity map, wrong references": "wrong"}
 VARIANTS = ("with-id-former", "without-id-former")
 REFERENCES = ("right", "none", "wrong")
 
@@ -98,6 +102,23 @@ class DemoArguments:
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS), metadata={"help": "Models that are trained.", "choices": VARIANTS}
     )
+    tower_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder of pretrained towers and features that runs share; by default each run has its own."},
+    )
+    tower: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint whose vision tower is used, without tower pretraining: a folder, or idavlm-tiny."
+        },
+    )
+    stop_after: str | None = field(
+        default=None,
+        metadata={
+            "help": "identity_pretraining: train no language model, and report what the identity map finds.",
+            "choices": ["identity_pretraining"],
+        },
+    )
     export: str | None = field(
         default=None, metadata={"help": "Folder for the first trained model, in bfloat16, and its processor."}
     )
@@ -111,6 +132,14 @@ class DemoArguments:
             raise ValueError(f"tower_steps={self.tower_steps} must be at least 1.")
         if self.steps is not None and len(self.steps) != 2:
             raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
+        if self.tower is not None and self.tower_steps is not None:
+            raise ValueError(f"tower_steps={self.tower_steps} has no effect on tower={self.tower!r}, which is trained.")
+        for name, default in (("export", None), ("variants", list(VARIANTS))):
+            if self.stop_after is not None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is about models with a language model, but "
+                    f"stop_after={self.stop_after!r} trains none; leave out one of the two."
+                )
 
 
 @dataclass
@@ -186,7 +215,7 @@ def main(
     test_data = data if args.test_data is None else build_data(args.test_data, data_root, sizes, records)
     tower_steps, pretraining_steps, tuning_steps = STEPS.get(args.data, DEFAULT_STEPS)
     pretraining_steps, tuning_steps = args.steps or (pretraining_steps, tuning_steps)
-    tower_steps = args.tower_steps or tower_steps
+    tower_steps = 0 if args.tower is not None else args.tower_steps or tower_steps
     out = Path(args.out) / Path(args.data).name
     test = list(RecordDataset(test_data / "test.jsonl"))
     if "wrong" in args.references:
@@ -208,8 +237,29 @@ def main(
                 num_layers=tuning.num_layers,
                 id_former=id_former,
                 test_data=test_data,
+                tower=args.tower,
+                tower_root=None if args.tower_root is None else Path(args.tower_root),
                 bf16=has_fast_bfloat16(),
             )
+
+    # --- What the identity map finds, before a language model reads it ---
+    map_results = {
+        column: [score_maps(test, folder, references=references) for folder in seed_folders]
+        for column, references in MAP_COLUMNS.items()
+        if references in args.references
+    }
+    map_results = {column: found for column, found in map_results.items() if found[0].predictions}
+    if map_results:
+        print(score_table(map_results), flush=True)
+    if args.stop_after == "identity_pretraining":
+        settings = {
+            "seeds": seeds,
+            "steps of tower pretraining": tower_steps,
+            "steps of identity pretraining": pretraining_steps,
+            **changed(sizes, records, id_former),
+        }
+        report_maps(args, out, map_results, test_data, settings, seconds=time.time() - start)
+        return
 
     # --- Instruction tuning and evaluation, in two processes that share the processor cores ---
     with ProcessPoolExecutor(
@@ -249,8 +299,8 @@ def main(
         named = {"right references" if "ID-Former" in column else column: found for column, found in results.items()}
     write_metrics(
         Path(args.out),
-        named | general,
-        records=dict.fromkeys(named, test_data / "test.jsonl"),
+        named | general | map_results,
+        records=dict.fromkeys([*named, *map_results], test_data / "test.jsonl"),
         parameters=model.num_parameters(),
         seconds=time.time() - start,
     )
@@ -281,6 +331,49 @@ def main(
     print(f"\n{report}")
 
 
+def score_maps(test: list[Sample], folder: Path, *, references: str) -> EvaluationResult:
+    """Scores of the identity map after identity pretraining, without a language model."""
+    model, processor = load(folder, "identity-pretraining")
+    return score_identity_maps(model, processor, test, references=references)
+
+
+def report_maps(
+    args: DemoArguments,
+    out: Path,
+    results: dict[str, list[EvaluationResult]],
+    test_data: Path,
+    settings: dict[str, object],
+    *,
+    seconds: float,
+) -> None:
+    """Write the metrics and the report of a run that stops after identity pretraining."""
+    model, processor = load(out / f"seed-{args.seed}", "identity-pretraining")
+    trained = sum(parameter.numel() for parameter in model.id_former.parameters())
+    parameters = trained + sum(parameter.numel() for parameter in model.vision_tower.parameters())
+    write_metrics(
+        Path(args.out),
+        results,
+        records=dict.fromkeys(results, test_data / "test.jsonl"),
+        parameters=parameters,
+        trained_parameters=trained,
+        seconds=seconds,
+    )
+    first = next(iter(results.values()))[0]
+    answered = {prediction.id for prediction in first.predictions}
+    test = [sample for sample in RecordDataset(test_data / "test.jsonl") if sample.id in answered]
+    report = write_report(
+        out,
+        results,
+        model="Identity map of a small ID-Former",
+        data=f"held-out identities of {Path(args.test_data or args.data).name}",
+        examples=pick_examples(model, processor, test, first),
+        settings={**settings, "parameters of tower and ID-Former": parameters},
+        command=" ".join(["python", *sys.argv]),
+        seconds=seconds,
+    )
+    print(report)
+
+
 def changed(*options) -> dict[str, object]:
     """The fields of dataclasses that differ from their defaults."""
     values = {each.name: (getattr(group, each.name), each.default) for group in options for each in fields(group)}
@@ -298,9 +391,7 @@ def build_data(name: str, root: Path, sizes: SizeArguments, records: RecordOptio
     if unknown:
         raise ValueError(f"{sorted(unknown)} are not options of data={name!r}; leave them out.")
     folder = root / "-".join([name, *(f"{option}={value}" for option, value in options.items())])
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{folder.name}.lock", "w") as lock:  # several runs of a study may build the same data
-        wait_for_lock(lock.fileno())
+    with lock_beside(folder):  # several runs of a study may build the same data
         return BUILDERS[name](folder, records=records, **changed(sizes))
 
 
@@ -325,6 +416,8 @@ def pretrain_identities(
     num_layers: int = 2,
     id_former: IDFormerArguments | None = None,
     test_data: Path | None = None,
+    tower: str | None = None,
+    tower_root: Path | None = None,
     attn_implementation: str = "sdpa",
     bf16: bool = False,
 ) -> list[dict[str, float]]:
@@ -332,14 +425,26 @@ def pretrain_identities(
 
     Returns the log of the identity attention. benchmarks/gpu.py compares the losses of attention backends.
     """
-    set_seed(seed)
-    out = folder / "identity-pretraining"
+    out, root = folder / "identity-pretraining", tower_root or folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train, general = (list(RecordDataset(data / f"{split}.jsonl")) for split in ("train", "general"))
     test = list(RecordDataset((test_data or data) / "test.jsonl"))
+    # The tower learns individuals and the labels of boxes from images alone, several times as fast as through the
+    # identity attention. From then on it is frozen, and every image is encoded once.
+    if tower is None:
+        options = {"image_size": IMAGE_SIZE, "hidden_size": HIDDEN_SIZE, "device": device, "bf16": bf16}
+        trained = train_shared_tower(root, data, seed=seed, steps=tower_steps, **options)
+    else:
+        trained = copy_tower(root, tower)
+    features = store_features(root, trained, [*train, *general, *test], image_size=IMAGE_SIZE, device=device)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "features").unlink(missing_ok=True)
+    (folder / "features").symlink_to(features.absolute())
+
+    set_seed(seed)  # the same numbers, whether the tower was trained here or found
     processor = small_processor([*train, *general], image_size=IMAGE_SIZE)
     model = IDAVLMForConditionalGeneration.from_parts(
-        small_vision_tower(hidden_size=HIDDEN_SIZE, layer_type="basic"),
+        ResNetModel.from_pretrained(trained),
         small_language_model(processor.tokenizer, hidden_size=HIDDEN_SIZE, num_hidden_layers=num_layers),
         processor=processor,
         connector="id_former",
@@ -351,12 +456,8 @@ def pretrain_identities(
         **(id_former or IDFormerArguments()).options(),
     )
     initialise_image_tokens(model)
-
-    # The tower learns individuals and the labels of boxes from images alone, several times as fast as through the
-    # identity attention. From then on it is frozen, and every image is encoded once.
-    pretrain_tower(model.to(device), processor, train, steps=tower_steps, seed=seed, bf16=bf16)
-    model.vision_tower.requires_grad_(False)
-    processor.image_loader = ImageFeatures.write(folder / "features", model, processor, [*train, *general, *test])
+    model.to(device).vision_tower.requires_grad_(False)
+    processor.image_loader = ImageFeatures(folder / "features", model, processor)
 
     keep_token_scale(model)  # the resampler learns the labels of boxes here
     label_loss = LabelLoss(model, train)
@@ -500,7 +601,7 @@ def tune(
             warmup_steps=30,
             logging_steps=20,
             eval_strategy="steps",
-            eval_steps=max(300, steps // 5),
+            eval_steps=max(300, steps // 3),
             save_steps=250,
             save_total_limit=1,
             report_to=[],

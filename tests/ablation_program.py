@@ -36,6 +36,7 @@ predictions = [
         "text": f"Picture {rng.randint(1, 4)}",
         "answer": "Picture 1",
         "scores": {"accuracy": float(rng.random() < 0.3 + 0.1 * args.width - abs(args.rate - 0.1))},
+        "chance": {"accuracy": 0.25},
     }
     for name in ids
 ]

@@ -169,6 +169,13 @@ def test_ray_gives_the_same_numbers(monkeypatch):
     assert len(scores("ray")) == 4
 
 
+def test_missing_matplotlib_is_an_error_before_the_first_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["ablate", write_study()]) == 2
+    assert "pip install 'idavlm[eval]'" in capsys.readouterr().err
+    assert not Path("study").exists()
+
+
 def test_ray_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"idavlm\[ray\]"):
@@ -272,6 +279,8 @@ def test_tables_hold_means_deviations_and_paired_differences(capsys):
 
     report = Path("study/report.md").read_text()
     assert "| variant | n | parameters | time | matching accuracy |" in report
+    assert "\n| chance level |  |  |  | 0.250 |" in report
+    assert row["chance"] == "0.25"
     assert Image.open("study/scores.png").size[0] > 300
     latex = Path("study/scores.tex").read_text()
     assert r"\toprule" in latex
@@ -402,6 +411,7 @@ def test_every_study_has_a_recipe():
     names = {path.stem for path in RECIPES.glob("*.yaml")} - set(NOT_STUDIES)
     assert names == {
         *("id_former_options", "num_queries", "depth", "photos", "identities", "distractors", "supervision"),
+        "answers",
         *(
             "mixing",
             "inner_adaptors",

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -312,6 +313,19 @@ def test_lora_that_leaves_the_attachment_out_is_warned_about(photos):
     model.train()
     with pytest.warns(UserWarning, match=r"id_former is frozen.*modules_to_save=\['id_former'\]"):
         model(**state.inputs, labels=state.inputs["input_ids"])
+
+
+def test_identity_embeddings_alone_are_no_frozen_attachment(photos):
+    """With the output projections frozen at zero, the identity embeddings still act and are trained."""
+    state = Attached("llava", photos)
+    attach_id_former(state.model, num_heads=4, gate="none", identity_embedding="learned", max_identities=4)
+    attention = state.model.id_former.identity_layers[0].attention
+    torch.nn.init.zeros_(attention.out_proj.weight)
+    attention.out_proj.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state.model.train()(**state.inputs, labels=state.inputs["input_ids"]).loss.backward()
+    assert state.model.id_former.identity_embedding.weight.grad.abs().sum() > 0
 
 
 def test_bfloat16_and_checkpointing(photos):

@@ -1,11 +1,14 @@
 """An ID-Former class of one's own: building, saving, loading, and errors."""
 
+import json
 import sys
 
 import pytest
 import torch
 
 from idavlm import IDAVLMConfig, IDAVLMForConditionalGeneration, IDFormer
+from idavlm.cli.main import main
+from idavlm.evaluation import load_checkpoint
 from idavlm.models import import_id_former
 from tests import small_models
 
@@ -77,6 +80,26 @@ def test_a_model_has_the_class_and_its_checkpoint_loads_once_it_is_imported(tmp_
     with pytest.raises(ValueError, match=r"code that has not been imported; if you trust it, run `import my_package`"):
         IDAVLMForConditionalGeneration.from_pretrained(tmp_path / "model")
     assert "my_package" not in sys.modules, "a checkpoint does not choose which code is run"
+
+
+def test_commands_import_the_class_that_the_user_names(tmp_path, capsys):
+    """`idavlm eval` loads a checkpoint with a class of one's own; another class is an error."""
+    model, processor = build(id_former_class="my_package.Scaled")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    small_models.draw_images(tmp_path / "images", small_models.IMAGES)
+    (tmp_path / "test.jsonl").write_text(json.dumps(small_models.record(answer=False)) + "\n")
+    command = ["eval", "records", str(tmp_path / "test.jsonl"), "--model", str(tmp_path / "model")]
+    command += ["--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    del sys.modules["my_package"]
+    assert main(command) == 2
+    assert "code that has not been imported" in capsys.readouterr().err
+    assert main([*command, "--id-former-class", "my_package.Scaled"]) == 0
+    assert (tmp_path / "out" / "report.md").is_file()
+    plain, processor = build()
+    plain.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"'my_package.Scaled' is not the class of .*model, which was trained with"):
+        load_checkpoint(tmp_path / "model", id_former_class="my_package.Scaled")
 
 
 @pytest.mark.parametrize(

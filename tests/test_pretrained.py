@@ -48,11 +48,11 @@ def test_the_files_are_small_and_described():
 
 
 LOWEST = {
-    "matching": {"accuracy": 0.85},
-    "location": {"acc@0.5": 0.82},
-    "qa_single": {"accuracy": 0.75},
-    "qa_multi": {"accuracy": 0.58},
-    "caption_single": {"name_f1": 0.7, "clause_recall": 0.35},
+    "matching": {"accuracy": 0.97},
+    "location": {"acc@0.5": 0.88},
+    "qa_single": {"accuracy": 0.8},
+    "qa_multi": {"accuracy": 0.7},
+    "caption_single": {"name_f1": 0.68, "clause_recall": 0.25},
 }
 """A little below what was measured, because the arithmetic of processors differs."""
 
@@ -72,4 +72,4 @@ def test_scores_on_held_out_characters(tmp_path):
             assert found[task][metric] >= value, found
     matching = [sample for sample in samples if sample.task == "matching"]
     wrong = evaluate(model, processor, matching, references="wrong", batch_size=32).summary
-    assert wrong["matching"]["metrics"]["accuracy"] <= 0.35, "guessing is 0.25, and 0.24 was measured"
+    assert wrong["matching"]["metrics"]["accuracy"] <= 0.35, "guessing is 0.25, and 0.23 was measured"

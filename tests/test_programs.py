@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from benchmarks import (
 from idavlm import IdentityProcessor, load_id_former
 from idavlm.data import RecordDataset
 from idavlm.datasets.characters import build_characters
+from idavlm.experimental.shared_towers import train_shared_tower
 from tests import small_models
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +221,43 @@ def test_a_model_is_trained_and_asked_and_fine_tuned(monkeypatch, capsys, tmp_pa
     assert json.loads((tmp_path / "tuned" / "scores.json").read_text())["predictions"]
 
 
+def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, capsys, tmp_path):
+    """A tower is trained once for the same data and options, and the scores do not depend on who trained it."""
+    records = {"num_train_records": 40, "num_test_records": 4, "num_general_records": 4}
+    sizes = {"num_train": 6, "num_test": 8, "num_train_scenes": 8, "num_test_scenes": 6, "num_general": 2}
+    data = build_characters(tmp_path / "people", **sizes, **records)
+    shared = ["--data", data, "--tower_root", tmp_path / "towers", "--stop_after", "identity_pretraining"]
+
+    def metrics(name, *options):
+        run_example(monkeypatch, capsys, "train_idformer.py", *shared, *options, "--out", tmp_path / name)
+        return json.loads((tmp_path / name / "metrics.json").read_text())
+
+    first = metrics("first", "--tower_steps", 2, "--steps", 2, 1)
+    assert metrics("again", "--tower_steps", 2, "--steps", 2, 1)["metrics"] == first["metrics"]
+    (trained,) = tmp_path.glob("towers/tower-*")
+    assert {"identity map/matching/accuracy", "identity map, wrong references/location/right_box"} <= set(
+        first["metrics"]
+    )
+    assert "Identity map of a small ID-Former" in (tmp_path / "first" / "people" / "report.md").read_text()
+    assert not (tmp_path / "first" / "people" / "seed-0" / "with-id-former").exists()
+
+    tiny = metrics("tiny", "--tower", "idavlm-tiny", "--steps", 1, 1, "--references", "right")
+    assert {name.split("/")[0] for name in tiny["metrics"]} == {"identity map"}
+
+    example = runpy.run_path(str(ROOT / "examples" / "train_idformer.py"), run_name="example")
+    options = {"seed": 0, "steps": 2, "device": "cpu", "bf16": example["has_fast_bfloat16"]()}
+    options |= {"image_size": example["IMAGE_SIZE"], "hidden_size": example["HIDDEN_SIZE"]}
+    assert train_shared_tower(tmp_path / "towers", data, **options) == trained
+    assert train_shared_tower(tmp_path / "towers", data, **options | {"steps": 1}) != trained
+    with (data / "train.jsonl").open("a") as file:  # other data, in the same folder
+        file.write((data / "train.jsonl").read_text().splitlines()[0] + "\n")
+    assert train_shared_tower(tmp_path / "towers", data, **options) != trained
+    assert len(list(tmp_path.glob("towers/tower-*"))) == 4
+    for wrong, message in ((["--export", "x"], "export='x'"), (["--tower", "x", "--tower_steps", 2], "tower_steps=2")):
+        with pytest.raises(ValueError, match=message):
+            metrics("wrong", *wrong)
+
+
 def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_path):
     """The example reports that general answers stay bit-identical, and its records have the text of the processor."""
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -230,6 +269,15 @@ def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_pat
     assert rows[2:] == ["| general model", "| ID-Former, model frozen", "| ID-Former and LoRA", "| LoRA alone"]
 
     example = importlib.import_module("attach_idformer")
+    samples = RecordDataset(tmp_path / "data" / "characters" / "train.jsonl")
+    train, validation = example.split_characters([sample for sample in samples if example.is_asked(sample)], every=4)
+    photos = {path for sample in train for path in sample.images if "photos" in path}
+    assert photos
+    assert all(int(Path(path).stem.split("-")[0]) % 4 for path in photos), "of training characters alone"
+    trained_scenes = {path for sample in train for path in sample.message_images if "scenes" in path}
+    assert validation
+    assert not trained_scenes & {path for sample in validation for path in sample.message_images}
+
     processor = IdentityProcessor.from_pretrained(tmp_path / "model")
     tokenize = example.cached_tokenize(processor.tokenizer)
     model = load_id_former(LlavaForConditionalGeneration.from_pretrained(tmp_path / "model"), tmp_path / "id-former")
@@ -247,6 +295,25 @@ def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_pat
                 model.model.vision_tower, tower = example.StoredFeatures(), model.model.vision_tower
                 torch.testing.assert_close(model(**stored).logits, logits)
                 model.model.vision_tower = tower
+
+
+def test_general_questions_have_one_answer(monkeypatch, tmp_path):
+    """Each box that answers "Where is the red person?" is that of the only painted figure of this colour."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("general_vlm")
+    _, scenes = example.draw_general_images(tmp_path, num_scenes=12, num_figure_scenes=48, num_plans=4)
+    tokenizer = example.word_tokenizer()
+    tasks = example.GeneralTasks(scenes, example.cached_tokenize(tokenizer), Random(0))
+    question = re.compile(r"Where is the (\w+) person \? \w+ (\d+) (\d+) (\d+) (\d+)")
+    colours = set()
+    for _ in range(100):
+        record = tasks.where_word()
+        text = tokenizer.decode([token for token in record.ids if token not in tokenizer.all_special_ids])
+        for colour, *box in question.findall(text):
+            colours.add(colour)
+            (found,) = [item for item in scenes[record.photos[0].row].items if item.colour == colour]
+            assert example.BOXES.write("", found.box, (128, 128)) == " ".join(box)
+    assert len(colours) > 5
 
 
 def test_a_model_is_fine_tuned_from_parts(monkeypatch, capsys, tmp_path):
@@ -286,15 +353,16 @@ def test_generation_benchmark(monkeypatch, capsys, tmp_path):
 
 
 def test_attention_matching_benchmark(monkeypatch, capsys, tmp_path):
-    """The accuracy is printed for both methods, of all matching records."""
+    """The scores of the map are printed, of all records of matching and location."""
     records = build_characters(tmp_path / "data", **generation.CHARACTERS) / "test.jsonl"
     samples = list(RecordDataset(records))
     for part in generation.untrained(samples):
         part.save_pretrained(tmp_path / "model")
     out = run(monkeypatch, capsys, attention_matching.main, str(tmp_path / "model"), str(records))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in rows] == ["eight strongest patches", "all patches"]
-    assert {row[2] for row in rows} == {str(sum(sample.task == "matching" for sample in samples))}
+    assert [row[1] for row in rows] == ["accuracy", "refused", "mean_iou", "acc@0.5", "right_box", "refused"]
+    for task in ("matching", "location"):
+        assert [row[2] for row in rows if row[0] == task] == [str(sum(sample.task == task for sample in samples))]
 
 
 def test_inner_adaptor_benchmark(monkeypatch, capsys):

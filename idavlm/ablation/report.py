@@ -8,7 +8,16 @@ from idavlm.ablation.figures import plot_study
 from idavlm.ablation.run_folder import RunFolder
 from idavlm.ablation.study import Study, folder_name, short
 from idavlm.ablation.summary import Summary, VariantSummary, summarize_study
-from idavlm.ablation.tables import csv_text, difference_rows, latex_tables, markdown_tables, score_rows, scores_csv
+from idavlm.ablation.tables import (
+    EXPLAIN_DIFFERENCES,
+    EXPLAIN_SCORES,
+    csv_text,
+    difference_rows,
+    latex_tables,
+    markdown_tables,
+    score_rows,
+    scores_csv,
+)
 from idavlm.data import RecordDataset
 from idavlm.data.schema import Sample
 from idavlm.evaluation.comparison import compare_scores, pair_predictions, write_comparison_page
@@ -25,9 +34,11 @@ img { max-width: 100%; } pre { background: #f4f5f7; padding: .6rem; overflow-x: 
 </style>
 <h1>{{ name }}</h1>
 <p>{{ description }}</p>
-{% for fact in facts %}<p class=fact>{{ fact }}</p>
-{% endfor %}
-{% for heading, header, rows in tables %}<h2>{{ heading }}</h2>
+<p class=fact>
+{% for name, value, is_code in facts %}{{ name }}:
+{% if is_code %}<code>{{ value }}</code>{% else %}{{ value }}{% endif %}<br>
+{% endfor %}</p>
+{% for heading, explanation, header, rows in tables %}<h2>{{ heading }}</h2><p class=fact>{{ explanation }}</p>
 <div class=wide><table><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
@@ -82,7 +93,13 @@ def write_study_report(study: Study, *, command: str, max_items: int = 40) -> Su
 def _write_reports(summary: Summary, command: str, pages: list[tuple[str, str]], figure: str | None) -> None:
     study = summary.study
     facts = _facts(summary, command)
-    parts = [f"# {study.name}", study.description, "  \n".join(facts), "## Scores", *markdown_tables(summary)]
+    parts = [
+        f"# {study.name}",
+        study.description,
+        "  \n".join(_in_markdown(facts)),
+        "## Scores",
+        *markdown_tables(summary),
+    ]
     parts += [f"![Scores of the variants]({figure})"] if figure else []
     if pages:
         parts += [f"## Records where variants differ from {summary.baseline.name}"]
@@ -93,8 +110,9 @@ def _write_reports(summary: Summary, command: str, pages: list[tuple[str, str]],
         parts += [f"{name}\n\n```text\n{text}\n```" for name, text in summary.failures.items()]
     write_text(study.folder / "report.md", "\n\n".join(part.strip() for part in parts if part.strip()) + "\n")
     header, rows = difference_rows(summary)
-    tables = [("Scores: mean ± standard deviation over the seeds", *score_rows(summary))]
-    tables += [(f"Difference from {summary.baseline.name}, with 95 % interval", header, rows)] if rows else []
+    tables = [("Scores", EXPLAIN_SCORES, *score_rows(summary))]
+    if rows:
+        tables.append((f"Difference from {summary.baseline.name}", EXPLAIN_DIFFERENCES, header, rows))
     page = jinja2.Template(_PAGE, autoescape=True).render(
         name=study.name,
         description=study.description,
@@ -109,17 +127,22 @@ def _write_reports(summary: Summary, command: str, pages: list[tuple[str, str]],
     write_text(study.folder / "report.html", page)
 
 
-def _facts(summary: Summary, command: str) -> list[str]:
+def _in_markdown(facts: list[tuple[str, str, bool]]) -> list[str]:
+    return [f"{name}: `{value}`" if is_code else f"{name}: {value}" for name, value, is_code in facts]
+
+
+def _facts(summary: Summary, command: str) -> list[tuple[str, str, bool]]:
+    """Name, value, and whether the value is code."""
     counts = ", ".join(f"{len(names)} {state}" for state, names in summary.states.items())
-    facts = [f"command: `{command}`", f"program: `{summary.study.program}`", f"runs: {counts}"]
+    facts = [("command", command, True), ("program", summary.study.program, True), ("runs", counts, False)]
     machines = dict.fromkeys(record["machine"] for record in summary.environments if record.get("machine"))
-    facts += [f"machine: {machine}" for machine in machines]
+    facts += [("machine", machine, False) for machine in machines]
     revisions = {}
     for record in summary.environments:
         state = (record.get("git") or {}).get("program") or (record.get("git") or {}).get("idavlm")
         if state:
             revisions[f"{state['revision'][:12]}{' with changes' if state['dirty'] else ''}"] = None
-    return facts + ([f"git revision: {', '.join(revisions)}"] if revisions else [])
+    return facts + ([("git revision", ", ".join(revisions), False)] if revisions else [])
 
 
 def _write_pages(summary: Summary, folder: Path, max_items: int) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Results of a study: mean and deviation of each metric over the seeds, and differences from the baseline."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,6 +48,7 @@ class VariantSummary:
         scores: metric -> score.
         seconds: mean duration of a finished run; None without one.
         facts: numbers such as ``parameters`` that all runs agree on.
+        chance: metric -> its expected value for random guessing, where the answers say it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class VariantSummary:
     scores: dict[str, Score] = field(default_factory=dict)
     seconds: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,6 +115,7 @@ def summarize_study(study: Study) -> Summary:
         if found:
             variant.seconds = statistics.fmean(record["seconds"] for record in found)
         variant.facts = _common_facts(of_seed.values())
+        variant.chance = _chance_levels(of_seed.values(), metrics)
         for metric in metrics:
             values = [run.metrics[metric] for run in of_seed.values() if metric in run.metrics]
             if values:
@@ -168,6 +171,18 @@ def _common_facts(runs: Sequence[RunMetrics]) -> dict[str, Any]:
     runs = list(runs)
     first = runs[0].facts if runs else {}
     return {name: value for name, value in first.items() if all(run.facts.get(name) == value for run in runs)}
+
+
+def _chance_levels(runs: Iterable[RunMetrics], metrics: Sequence[str]) -> dict[str, float]:
+    """Mean over the runs of the chance level of each metric that has one."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for evaluation, results in run.answers.items():
+            for result in results:
+                for task, row in result.summary.items():
+                    for metric, value in row["chance"].items():
+                        found.setdefault(f"{evaluation}/{task}/{metric}", []).append(value)
+    return {metric: statistics.fmean(found[metric]) for metric in metrics if metric in found}
 
 
 def _compare(variant: VariantSummary, baseline: VariantSummary, metrics: Sequence[str], notes: list[str]) -> None:

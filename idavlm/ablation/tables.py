@@ -30,6 +30,9 @@ def score_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
         row += ["-" if variant.seconds is None else format_seconds(variant.seconds)]
         row += [_mean(variant.scores.get(metric)) for metric in summary.metrics]
         rows.append(row)
+    chance = [_chance_level(summary, metric) for metric in summary.metrics]
+    if any(chance):
+        rows.append(["chance level", *[""] * (len(header) - len(chance) - 1), *chance])
     return header, rows
 
 
@@ -45,10 +48,10 @@ def difference_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 def markdown_tables(summary: Summary) -> list[str]:
     """The two tables as Markdown, each after a line that explains it."""
-    parts = [_EXPLAIN_SCORES, markdown_table(*score_rows(summary))]
+    parts = [EXPLAIN_SCORES, markdown_table(*score_rows(summary))]
     header, rows = difference_rows(summary)
     if rows:
-        parts += [_EXPLAIN_DIFFERENCES.format(baseline=summary.baseline.name), markdown_table(header, rows)]
+        parts += [f"Difference from **{summary.baseline.name}**. {EXPLAIN_DIFFERENCES}", markdown_table(header, rows)]
     return parts
 
 
@@ -65,13 +68,14 @@ def latex_tables(summary: Summary) -> str:
 def scores_csv(summary: Summary) -> str:
     """One line per variant and metric, with numbers in full precision."""
     names = ["variant", "choice", "metric", "mean", "standard_deviation", "n", "baseline", "difference"]
-    names += ["difference_low", "difference_high", "p_value", "records", *FACTS, "seconds"]
+    names += ["difference_low", "difference_high", "p_value", "records", "chance", *FACTS, "seconds"]
     rows = []
     for variant in summary.variants:
         for metric, score in variant.scores.items():
             row: dict[str, Any] = {"variant": variant.name, "choice": short(variant.choice), "metric": metric}
             row |= {"mean": score.mean, "standard_deviation": score.deviation, "n": len(score.values)}
             row |= {"baseline": summary.baseline.name, "seconds": variant.seconds}
+            row |= {"chance": variant.chance.get(metric)}
             row |= {name: variant.facts.get(name) for name in FACTS}
             if score.comparison is not None:
                 found = score.comparison
@@ -104,11 +108,11 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-_EXPLAIN_SCORES = "Mean ± standard deviation over n seeds; time is that of one run."
-_EXPLAIN_DIFFERENCES = (
-    "Difference from **{baseline}**, with the 95 % interval of a paired bootstrap over the records. The score of a "
-    "record is its mean over the seeds. An asterisk marks intervals without 0. A difference without an interval is one "
-    "of the means, where the records cannot be paired."
+EXPLAIN_SCORES = "Mean ± standard deviation over n seeds; time is that of one run."
+EXPLAIN_DIFFERENCES = (
+    "Brackets hold the 95 % interval of a paired bootstrap over the records. The score of a record is its mean over "
+    "the seeds. An asterisk marks intervals without 0. A difference without an interval is one of the means, where "
+    "the records cannot be paired."
 )
 
 
@@ -116,6 +120,12 @@ def _mean(score: Score | None) -> str:
     if score is None:
         return "-"
     return f"{score.mean:.3f}" + ("" if score.deviation is None else f" ± {score.deviation:.3f}")
+
+
+def _chance_level(summary: Summary, metric: str) -> str:
+    """Chance level of a metric; a range if it differs between variants, "" without one."""
+    found = sorted(f"{each.chance[metric]:.3f}" for each in summary.variants if metric in each.chance)
+    return " to ".join(dict.fromkeys([found[0], found[-1]])) if found else ""
 
 
 def _difference(variant: VariantSummary, baseline: VariantSummary, metric: str) -> str:

@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run what is left of the study. Returns 1 if a run has failed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:  # before the runs, because the report comes last
+        raise ValueError(
+            "idavlm ablate draws figures by matplotlib; install it by pip install 'idavlm[eval]'."
+        ) from error
     # After the arguments were parsed, because these imports take seconds.
     from idavlm.ablation.execution import describe_end, jobs_of, run_locally
     from idavlm.ablation.programs import check_options, command

@@ -9,6 +9,7 @@ import torch
 
 from idavlm.cli import eval_compare
 from idavlm.cli.arguments import name, path, positive_int
+from idavlm.cli.model_arguments import add_class_argument
 from idavlm.evaluation.answers import load_answers
 from idavlm.evaluation.baselines import check_wrong_references
 from idavlm.evaluation.checkpoint import load_checkpoint
@@ -44,6 +45,7 @@ def _add_task(parser: argparse.ArgumentParser, task) -> None:
     parser.add_argument(
         "--id-former", type=name, help="folder of an ID-Former to attach to --model, a model of transformers"
     )
+    add_class_argument(parser)
     answers.add_argument("--predictions", type=path, help='answers of any model: [{"id", "prediction"}], JSON or JSONL')
     parser.add_argument("--out", type=path, required=True, help="folder for predictions, scores and report")
     parser.add_argument(
@@ -114,8 +116,10 @@ def _load_answers(
     """Items, the answers of ``--predictions``, and their box format."""
     if arguments.baselines:
         raise ValueError("--baselines needs a model to generate answers; pass --model instead of --predictions.")
-    if arguments.id_former is not None:
-        raise ValueError(f"--id-former {arguments.id_former} is attached to a model; pass --model, not --predictions.")
+    for option in ("id_former", "id_former_class"):
+        if (value := getattr(arguments, option)) is not None:
+            flag = f"--{option.replace('_', '-')} {value}"
+            raise ValueError(f"{flag} is part of a model; pass --model, not --predictions.")
     items = task_run.load_items(need_images=False)
     if arguments.missing == "skip":
         answered = {answer.id for answer in load_answers(arguments.predictions)}
@@ -147,7 +151,8 @@ def _generate_answers(arguments: argparse.Namespace, task_run: TaskRun, items: l
     device = arguments.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_checkpoint(arguments.model, id_former=arguments.id_former, device=device)
+    classes = {"id_former": arguments.id_former, "id_former_class": arguments.id_former_class}
+    model, processor = load_checkpoint(arguments.model, **classes, device=device)
     options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens, "name": arguments.model}
     choices = ("right", "none", "wrong") if arguments.baselines else ("right",)
     try:

@@ -8,7 +8,7 @@ DEFAULT_MODEL = "idavlm-tiny"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--id-former``, ``--device`` and ``--dtype``."""
+    """Add ``--model``, ``--id-former``, ``--id-former-class``, ``--device`` and ``--dtype``."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -17,8 +17,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "the package and knows drawn characters only)",
     )
     parser.add_argument("--id-former", type=path, help="folder of save_id_former; attaches it to --model")
+    add_class_argument(parser)
     parser.add_argument("--device", type=name, help="device of the model; by default cuda if available, else cpu")
     parser.add_argument("--dtype", type=name, help="type of the weights, for example bfloat16")
+
+
+def add_class_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--id-former-class``."""
+    parser.add_argument(
+        "--id-former-class",
+        metavar="PATH",
+        type=name,
+        help="import path of an ID-Former class of your own, such as my_package.MyIDFormer, that the "
+        "checkpoint was trained with",
+    )
 
 
 def load_model(arguments: argparse.Namespace) -> tuple:
@@ -33,7 +45,8 @@ def load_model(arguments: argparse.Namespace) -> tuple:
     from idavlm.evaluation import load_checkpoint
 
     device = arguments.device if arguments.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    return load_checkpoint(arguments.model, id_former=arguments.id_former, device=device, dtype=arguments.dtype)
+    classes = {"id_former": arguments.id_former, "id_former_class": arguments.id_former_class}
+    return load_checkpoint(arguments.model, **classes, device=device, dtype=arguments.dtype)
 
 
 def check_model_arguments(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from idavlm.evaluation.checkpoint import load_checkpoint
 from idavlm.evaluation.contact_sheet import Example, draw_contact_sheet, identity_maps, make_example, pick_examples
 from idavlm.evaluation.evaluator import evaluate
 from idavlm.evaluation.generation import generate_answers, generate_texts
+from idavlm.evaluation.identity_map_scores import score_identity_maps
 from idavlm.evaluation.metrics_file import RunMetrics, read_metrics, write_metrics
 from idavlm.evaluation.perplexity import text_perplexity
 from idavlm.evaluation.plots import plot_bars, plot_curves
@@ -61,6 +62,7 @@ __all__ = [
     "score_answers",
     "score_box",
     "score_description",
+    "score_identity_maps",
     "score_matching",
     "score_table",
     "text_perplexity",

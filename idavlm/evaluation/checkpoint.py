@@ -14,6 +14,7 @@ from idavlm.models import (
     IDAVLMForConditionalGeneration,
     IDAVLMProcessor,
     IdentityProcessor,
+    import_id_former,
     load_id_former,
 )
 from idavlm.models.pretrained import resolve_pretrained
@@ -33,6 +34,7 @@ def load_checkpoint(
     path: str | Path,
     *,
     id_former: str | Path | None = None,
+    id_former_class: str | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, IDAVLMProcessor | IdentityProcessor]:
@@ -46,18 +48,23 @@ def load_checkpoint(
             passed: references are then images of the prompt.
         id_former: folder of :func:`idavlm.save_id_former`. ``path`` is then an image-text model of transformers, to
             which the ID-Former is attached.
+        id_former_class: import path of the ID-Former class that the checkpoint was trained with, if it is one of your
+            own (``"my_package.MyIDFormer"``). It is imported; the checkpoint must name the same class.
         device: device of the model.
         dtype: type of the weights; by default that of the checkpoint.
 
     Raises:
         ValueError: ``path`` has no processor or no model that can be loaded; weights are missing, of other shapes, not
-            part of the model, or not finite (they are listed); ``device`` cannot be used.
+            part of the model, or not finite (they are listed); ``device`` cannot be used; ``id_former_class`` cannot be
+            imported or is not the class of the checkpoint.
         OSError: ``path`` has no model.
     """
     device, path = _usable(device), resolve_pretrained(path)
     for name in _JSON_FILES:
         if (Path(path) / name).is_file():
             read_json_object(Path(path) / name)  # the errors of transformers do not name the file
+    if id_former_class is not None:
+        import_id_former(id_former_class)
     is_own = id_former is None and _is_own(path)
     try:
         if not is_own:
@@ -90,6 +97,12 @@ def load_checkpoint(
     finally:
         logging.set_verbosity(verbosity)
     _check_complete(path, info)
+    named = getattr(model.config, "id_former_class", None)
+    if id_former_class is not None and named != id_former_class:
+        raise ValueError(
+            f"id_former_class={id_former_class!r} is not the class of {path}, which was trained with "
+            f"{named or 'idavlm.IDFormer'!r}; pass that class, or leave the argument out for a class of idavlm."
+        )
     try:
         model = model.to(device)
     except torch.OutOfMemoryError as error:

