@@ -463,7 +463,7 @@ def test_answers_of_any_model_are_scored_by_the_command(name, request, tmp_path,
     assert {value for one in load_scores(tmp_path / "o")[0].predictions for value in one.scores.values()} <= {0.0, 1.0}
     assert "## Not evaluated" in (tmp_path / "o" / "report.md").read_text()
     assert main([*command, "--id-former", "folder"]) == 2
-    assert "--id-former folder is attached to a model; pass --model" in capsys.readouterr().err
+    assert "--id-former folder is part of a model; pass --model, not --predictions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["yollava", "rap", "mc_llava"])
