@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.forked import run_forked
 from idavlm.datasets.tuning import VCR, Splits, build_tuning_data
 from idavlm.utils import describe_machine, markdown_table
 
@@ -84,29 +85,17 @@ def build(annotations: Path, out: Path, workers: int) -> None:
 
 def measure(annotations: Path, out: Path, workers: int) -> tuple[float, float, float]:
     """Seconds, and MB that the parent and the largest worker need beyond what they begin with."""
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            os.close(reader)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            start = time.perf_counter()
-            build(annotations, out, workers)
-            seconds = time.perf_counter() - start
-            sizes = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-            parent, worker = ((size - before) / 1024 for size in sizes)
-            os.write(writer, json.dumps([seconds, parent, max(0.0, worker) if workers > 1 else 0.0]).encode())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader) as results:
-        content = results.read()
-    os.waitpid(process, 0)
-    if not content:
-        raise SystemExit("the build failed; its error is above.")
-    return tuple(json.loads(content))
+
+    def run() -> tuple[float, float, float]:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        build(annotations, out, workers)
+        seconds = time.perf_counter() - start
+        sizes = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        parent, worker = ((size - before) / 1024 for size in sizes)
+        return seconds, parent, max(0.0, worker) if workers > 1 else 0.0
+
+    return tuple(run_forked(run))
 
 
 def kill_and_resume(annotations: Path, out: Path, kills: int, workers: int) -> None:

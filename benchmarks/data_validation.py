@@ -10,15 +10,16 @@ with one worker, so that the seconds and the memory are those of this process.
 
 import argparse
 import json
-import os
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.forked import run_forked
 from idavlm.data.validation import RecordSource, validate_records
 from idavlm.utils import describe_machine, markdown_table
 
@@ -35,31 +36,11 @@ def main() -> None:
     rows = []
     for count in arguments.records:
         with tempfile.TemporaryDirectory() as folder:
-            seconds, megabytes, images = _in_a_process(Path(folder), count, not arguments.no_crops)
+            run_forked(partial(write_records, Path(folder), count))  # its memory is not that of the validation
+            seconds, megabytes, images = run_forked(partial(measure, Path(folder), count, not arguments.no_crops))
             rows.append([count, images, f"{seconds:.1f}", f"{1000 * seconds / count:.1f}", f"{megabytes:.1f}"])
             print(*rows[-1], sep="\t", flush=True)
     print(markdown_table(["records", "images", "processor seconds", "ms per record", "MB"], rows))
-
-
-def _in_a_process(folder: Path, count: int, crops: bool) -> tuple[float, float, int]:
-    """Processor seconds, MB and number of images of a validation. A process of its own writes the records first."""
-    for function in (lambda: write_records(folder, count), lambda: measure(folder, count, crops)):
-        reader, writer = os.pipe()
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                os.close(reader)
-                os.write(writer, json.dumps(function()).encode())
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(writer)
-        with os.fdopen(reader) as results:
-            content = results.read()
-        if os.waitpid(process, 0)[1]:
-            raise SystemExit("the process failed; its error is above.")
-    return tuple(json.loads(content))
 
 
 def measure(folder: Path, count: int, crops: bool) -> tuple[float, float, int]:
