@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -21,6 +20,7 @@ import shutil
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +47,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         annotations = folder / f"vcr_{arguments.records}"
         # In a process of its own: builds would use again what it has freed, which would not be measured.
-        writer = multiprocessing.get_context("fork").Process(target=write_vcr, args=(annotations, arguments.records))
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            raise SystemExit("the annotations could not be written; the error is above.")
+        run_forked(partial(write_vcr, annotations, arguments.records))
         print(describe_machine())
         rows, digests = [], set()
         for workers in arguments.workers:

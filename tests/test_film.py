@@ -14,7 +14,7 @@ from benchmarks.film import write_video
 from idavlm.datasets.characters.film import draw_film, draw_photos
 from idavlm.inference.film import Detection, Film, FrameDetections, Track, analyse_film, find_tracks, read_cast
 from idavlm.inference.film import analysis as film_analysis
-from idavlm.inference.film.detection import _detection, connected_cells, detect
+from idavlm.inference.film.detection import _detection, detect
 from idavlm.inference.film.subtitles import subtitles
 from idavlm.inference.film.tracks import find_shots, smooth_boxes, smooth_presence
 from idavlm.models import IdentityBank
@@ -115,13 +115,6 @@ def test_a_cast_is_folders_or_single_photos(tmp_path):
     (tmp_path / "Empty").mkdir()
     with pytest.raises(ValueError, match="Empty holds no image"):
         read_cast(tmp_path)
-
-
-def test_connected_cells():
-    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
-    assert connected_cells(mask, 0).int().tolist() == [[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert connected_cells(mask, 12).sum() == 1
-    assert connected_cells(mask, 2) is None
 
 
 def test_the_box_follows_the_region_of_the_best_patch():

@@ -7,6 +7,7 @@ import torch
 
 from idavlm import identity_map_loss, identity_patch_targets
 from idavlm.modules import NULL, identities_of_scenes
+from idavlm.modules.identity_map import connected_cells
 from idavlm.utils import IGNORE_INDEX
 
 X, N = IGNORE_INDEX, NULL
@@ -217,3 +218,11 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_images():
     torch.testing.assert_close(identity_map_loss(maps, labels, known), per_image.sum() / 3)
     parts = [identity_map_loss(maps[i : i + 1], labels[i : i + 1], known[:1]) for i in range(4)]
     torch.testing.assert_close(per_image, torch.stack(parts))
+
+
+def test_connected_cells():
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
+    assert connected_cells(mask, 0).int().tolist() == [[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert connected_cells(mask, 0, diagonals=False).nonzero().tolist() == [[0, 0], [0, 1]]
+    assert connected_cells(mask, 12).sum() == 1
+    assert connected_cells(mask, 2) is None

@@ -12,6 +12,7 @@ from idavlm.evaluation.baselines import with_wrong_references
 from idavlm.evaluation.generation import evaluating, model_inputs
 from idavlm.evaluation.results import EvaluationResult, Prediction
 from idavlm.evaluation.scoring import score_box
+from idavlm.modules.identity_map import cell_overlap, connected_cells
 from idavlm.modules.positions import square_grid
 from idavlm.utils import ImageRole, check_choice, check_positive
 from idavlm.utils.answer_parsing import parse_image_number
@@ -133,34 +134,22 @@ def box_of_strongest(shares: Tensor, size: Sequence[int]) -> list[float]:
         ``[x1, y1, x2, y2]`` in pixels.
     """
     rows, columns = shares.shape
-    strong = shares >= shares.max() / 2
-    row, column = divmod(int(shares.argmax()), columns)
-    component, waiting = set(), [(row, column)]
-    while waiting:
-        row, column = waiting.pop()
-        inside = 0 <= row < rows and 0 <= column < columns
-        if inside and (row, column) not in component and strong[row, column]:
-            component.add((row, column))
-            waiting += [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
-    found_rows, found_columns = zip(*component, strict=True)
+    region = connected_cells(shares >= shares.max() / 2, int(shares.argmax()), diagonals=False)
+    found_rows, found_columns = (region.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
     height, width = size[0] / rows, size[1] / columns
     return [
-        min(found_columns) * width,
-        min(found_rows) * height,
-        (max(found_columns) + 1) * width,
-        (max(found_rows) + 1) * height,
+        found_columns[0] * width,
+        found_rows[0] * height,
+        (found_columns[-1] + 1) * width,
+        (found_rows[-1] + 1) * height,
     ]
 
 
 def _mean_in_box(shares: Tensor, box: Sequence[float], size: Sequence[int]) -> Tensor:
     """Mean share in a box of pixels; a patch counts as much as the box covers of it."""
-    edges = [torch.linspace(0, length, cells + 1) for length, cells in zip(size, shares.shape, strict=True)]
-    x1, y1, x2, y2 = box
-    covered = [
-        (torch.clamp(edge[1:], max=high) - torch.clamp(edge[:-1], min=low)).clamp(min=0)
-        for edge, low, high in zip(edges, (y1, x1), (y2, x2), strict=True)
-    ]
-    weights = covered[0][:, None] * covered[1][None]
+    height, width = size
+    x1, y1, x2, y2 = (torch.tensor(box, dtype=shares.dtype) / torch.tensor([width, height, width, height])).split(1)
+    weights = cell_overlap(y1, y2, shares.shape[0])[0][:, None] * cell_overlap(x1, x2, shares.shape[1])[0]
     return (weights * shares).sum() / weights.sum()
 
 

@@ -93,7 +93,8 @@ def store_features(root: Path, tower: Path, samples: list[Sample], *, image_size
     facts = {"tower": tower.name, "image_size": image_size, "images": _digest(samples), "roots": roots}
 
     def write(folder: Path) -> dict[str, Any]:
-        model, processor = _model_around(ResNetModel.from_pretrained(tower), samples, image_size)
+        # One sample, because the tokenizer that it is for is not used.
+        model, processor = _model_around(ResNetModel.from_pretrained(tower), samples[:1], image_size)
         ImageFeatures.write(folder, model.to(device), processor, samples)
         return {}
 

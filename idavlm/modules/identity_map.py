@@ -98,12 +98,7 @@ def identity_patch_targets(
     height, width = image_sizes[box_image].to(boxes.dtype).unbind(-1)
     x1, y1, x2, y2 = (boxes / torch.stack([width, height, width, height], -1)).clamp(0, 1).unbind(-1)
 
-    def overlap(low: Tensor, high: Tensor, cells: int) -> Tensor:
-        """``[N, cells]`` length shared by ``low..high`` and each of the cells that divide 0..1."""
-        edges = torch.linspace(0, 1, cells + 1, device=device, dtype=boxes.dtype)
-        return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp(min=0)
-
-    intersection = overlap(y1, y2, rows)[:, :, None] * overlap(x1, x2, columns)[:, None, :]
+    intersection = cell_overlap(y1, y2, rows)[:, :, None] * cell_overlap(x1, x2, columns)[:, None, :]
     area = ((x2 - x1) * (y2 - y1)).clamp(max=1 / num_patches)
     coverage = intersection.flatten(1) / area.clamp(min=torch.finfo(boxes.dtype).tiny)[:, None]
 
@@ -121,6 +116,38 @@ def identity_patch_targets(
     if image_roles is not None:
         targets[image_roles.to(device) != ImageRole.SCENE] = IGNORE_INDEX
     return targets
+
+
+def cell_overlap(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """``[N, cells]`` length that each interval ``low..high`` ``[N]`` shares with each of the cells that divide 0..1."""
+    edges = torch.linspace(0, 1, cells + 1, device=low.device, dtype=low.dtype)
+    return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp(min=0)
+
+
+def connected_cells(mask: Tensor, cell: int, *, diagonals: bool = True) -> Tensor | None:
+    """The cells of ``mask`` ``[rows, columns]`` that are connected with ``cell``.
+
+    Args:
+        mask: boolean.
+        cell: number of the cell, row by row.
+        diagonals: whether cells that touch at a corner are connected.
+
+    Returns:
+        A mask, or None if ``cell`` is not in ``mask``.
+    """
+    region = torch.zeros_like(mask)
+    region.view(-1)[cell] = True
+    if not mask.view(-1)[cell]:
+        return None
+    kernels = [(3, 3)] if diagonals else [(1, 3), (3, 1)]
+    while True:
+        grown = region
+        for rows, columns in kernels:
+            near = F.max_pool2d(region[None].float(), (rows, columns), 1, (rows // 2, columns // 2))[0]
+            grown = grown | near.bool() & mask
+        if torch.equal(grown, region):
+            return region
+        region = grown
 
 
 def identity_map_loss(

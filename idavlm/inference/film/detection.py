@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from idavlm.models import IdentityBank
+from idavlm.modules.identity_map import connected_cells
 from idavlm.modules.positions import square_grid
 
 Box = tuple[float, float, float, float]
@@ -82,20 +83,3 @@ def _edges(profile: Tensor) -> tuple[float, float]:
     inside = profile.nonzero().flatten().tolist()
     first, last = inside[0], inside[-1]
     return first + 1 - float(profile[first]), last + float(profile[last])
-
-
-def connected_cells(mask: Tensor, cell: int) -> Tensor | None:
-    """The cells of ``mask`` ``[rows, columns]`` that are connected with ``cell``, diagonals included.
-
-    Returns:
-        A mask, or None if ``cell`` is not in ``mask``.
-    """
-    region = torch.zeros_like(mask)
-    region.view(-1)[cell] = True
-    if not mask.view(-1)[cell]:
-        return None
-    while True:
-        grown = torch.nn.functional.max_pool2d(region[None].float(), 3, 1, 1)[0].bool() & mask
-        if torch.equal(grown, region):
-            return region
-        region = grown
