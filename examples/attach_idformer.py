@@ -3,11 +3,14 @@
     python examples/attach_idformer.py
     python examples/attach_idformer.py --seeds 3
     python examples/attach_idformer.py --smoke    # tiny sizes: does everything run?
+    python examples/attach_idformer.py --family qwen2_5_vl --teacher runs/attach_idformer --out runs/attach_qwen
 
 No model is downloaded. The script does the following:
 
 1. It trains a small ``LlavaForConditionalGeneration`` on general images (examples/general_vlm.py). That model has never
-   seen a character twice. From here on it is frozen.
+   seen a character twice. From here on it is frozen. With ``--family qwen2_5_vl`` it is a small
+   ``Qwen2_5_VLForConditionalGeneration`` with images of several sizes. Its vision tower learns from the finished LLaVA
+   in the folder ``--teacher`` as well, and its language model starts with the weights of that one.
 2. It attaches an ID-Former and trains that alone on the training identities: first from boxes, then with the loss of
    the answers. Some of the training identities are kept out of all trainings, for validation: settings are chosen on
    them, never on the test identities.
@@ -35,10 +38,13 @@ import torch
 from general_vlm import (
     BOXES,
     DRAWN_SIZE,
+    FAMILIES,
+    Features,
+    Grid,
     Photo,
     Record,
     Scene,
-    StoredFeatures,
+    StoredTower,
     batches,
     cached_tokenize,
     cells,
@@ -47,10 +53,8 @@ from general_vlm import (
     general_scores,
     general_tests,
     generate,
-    new_model,
-    new_processor,
+    imitate_tokens,
     resized,
-    tower_features,
     train_base,
     train_tower,
     warmup_stable_decay,
@@ -59,7 +63,7 @@ from general_vlm import (
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
-from transformers import HfArgumentParser, LlavaForConditionalGeneration, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from idavlm import RecordDataset, ask, attach_id_former, save_id_former
 from idavlm.data import Sample
@@ -68,7 +72,7 @@ from idavlm.evaluation.answers import Answer
 from idavlm.evaluation.baselines import with_wrong_references, without_references
 from idavlm.evaluation.report import format_range
 from idavlm.evaluation.scoring import score_answers
-from idavlm.utils import ImageRole, describe_machine, markdown_table
+from idavlm.utils import ImageRole, check_choice, describe_machine, markdown_table
 
 LORA_MODULES = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 REFERENCES = ("right", "wrong", "none")
@@ -77,9 +81,16 @@ QUESTIONS = ("Which picture shows", "Where is")
 
 @dataclass
 class AttachArguments:
-    steps: list[int] = field(
-        default_factory=lambda: [1000, 2600, 200, 300],
-        metadata={"help": "Steps of the tower, of the language model, of the ID-Former from boxes, and of tuning."},
+    family: str = field(default="llava", metadata={"help": "The general model: llava or qwen2_5_vl."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder of a finished run with --family llava, for --family qwen2_5_vl."}
+    )
+    steps: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of the tower, of the language model, of the ID-Former from boxes, and of tuning. By default "
+            "those of the family."
+        },
     )
     seeds: int = field(default=1, metadata={"help": "Number of seeds. The general model is trained once."})
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA beside the ID-Former."})
@@ -87,6 +98,16 @@ class AttachArguments:
     out: str = field(default="runs/attach_idformer", metadata={"help": "Folder of data, models and the report."})
 
     def __post_init__(self):
+        check_choice("family", self.family, FAMILIES)
+        if (self.family == "llava") != (self.teacher is None):
+            raise ValueError(
+                f"family={self.family!r} and teacher={self.teacher!r}: qwen2_5_vl needs the folder of a finished run "
+                "of llava as its teacher, and llava has none."
+            )
+        if self.teacher is not None and not (Path(self.teacher) / "base.pt").exists():
+            raise ValueError(f"teacher={self.teacher!r} holds no base.pt; run this script with --family llava before.")
+        if self.steps is None:
+            self.steps = FAMILIES[self.family].steps
         if len(self.steps) != 4:
             raise ValueError(f"steps={self.steps} must be four numbers: tower, language model, boxes and tuning.")
 
@@ -103,6 +124,7 @@ def main(args: AttachArguments) -> None:
 
     sizes, num_scenes, num_figure_scenes, num_plans, num_tests = {}, 6000, 3000, 1500, 200
     tower_steps, base_steps, box_steps, tuning_steps = args.steps
+    family = FAMILIES[args.family]
     if args.smoke:
         sizes = {"num_train": 8, "num_test": 10, "num_train_scenes": 12, "num_test_scenes": 8, "num_general": 4}
         sizes |= {"num_train_records": 200, "num_test_records": 2, "num_general_records": 8}
@@ -111,7 +133,7 @@ def main(args: AttachArguments) -> None:
 
     # --- Data ---
     data = build_characters(out / "data" / "characters", **sizes)
-    general_pixels, scenes = draw_general_images(
+    general_images, scenes = draw_general_images(
         out / "data", num_scenes=num_scenes, num_figure_scenes=num_figure_scenes, num_plans=num_plans
     )
     samples = [sample for sample in RecordDataset(data / "train.jsonl") if is_asked(sample)]
@@ -125,23 +147,37 @@ def main(args: AttachArguments) -> None:
     # --- The general model: vision tower and projector, then the language model on stored features of the tower ---
     set_seed(0)
     tokenizer = word_tokenizer()
-    model = new_model(tokenizer)
+    model = family.new_model(tokenizer)
+    general_grids = [family.grid(row) for row in range(len(scenes))]
+    for scene, grid in zip(scenes, general_grids, strict=True):
+        scene.grid = grid
     if (out / "tower.pt").exists():
         model.load_state_dict(torch.load(out / "tower.pt"))
     else:
         count = num_plans + num_scenes  # without painted figures, whose colours the tower sees without having seen them
-        train_tower(model, general_pixels[:count], scenes[:count], steps=tower_steps, log=log)
+        images = general_images[:count]
+        if args.teacher:
+            teacher = teacher_tokens(Path(args.teacher), tokenizer, images)
+            imitate_tokens(family, model, images, teacher, steps=tower_steps, log=log)
+        else:
+            train_tower(family, model, images, scenes[:count], steps=tower_steps, log=log)
         torch.save(model.state_dict(), out / "tower.pt")
     paths = sorted({path for sample in [*samples, *test] for path in sample.images})
-    rows = {path: row for row, path in enumerate(paths)}
+    shown = {path: (row, family.grid(row)) for row, path in enumerate(paths)}
     if not (out / "features.pt").exists():
-        pixels = np.stack([np.asarray(resized(Image.open(test[0].image_root / path))) for path in paths])
-        torch.save((tower_features(model, general_pixels), tower_features(model, pixels)), out / "features.pt")
-    general_features, features = torch.load(out / "features.pt")
-    tower, model.model.vision_tower = model.model.vision_tower, StoredFeatures()
+        images = np.stack([np.asarray(Image.open(test[0].image_root / path).convert("RGB")) for path in paths])
+        found = (
+            Features.compute(family, model, general_images, general_grids),
+            Features.compute(family, model, images, [grid for _, grid in shown.values()]),
+        )
+        torch.save([features.tokens for features in found], out / "features.pt")
+    general_features, features = (Features(family, tokens) for tokens in torch.load(out / "features.pt"))
+    tower = family.replace_tower(model, StoredTower())
     if (out / "base.pt").exists():
         model.load_state_dict(torch.load(out / "base.pt"))
     else:
+        if args.teacher:
+            family.copy_language_model(model, torch.load(Path(args.teacher) / "base.pt"))
         train_base(model, general_features, scenes, tokenizer, steps=base_steps, seed=0, log=log)
         torch.save(model.state_dict(), out / "base.pt")
     model.requires_grad_(False).eval()
@@ -151,14 +187,14 @@ def main(args: AttachArguments) -> None:
     questions = {"right": test, "wrong": with_wrong_references(test), "none": list(map(without_references, test))}
     tokenize = cached_tokenize(tokenizer)
     validation_records = {
-        task: [identity_record(sample, rows, tokenize) for sample in validation if sample.task == of_task][:50]
+        task: [identity_record(sample, shown, tokenize) for sample in validation if sample.task == of_task][:50]
         for task, of_task in (("which image", "matching"), ("where", "location"))
     }
     results = defaultdict(list)
 
     def evaluate(name: str, model: nn.Module) -> None:
         scores = {
-            kind: identity_scores(model, samples, rows, features, tokenizer) for kind, samples in questions.items()
+            kind: identity_scores(model, samples, shown, features, tokenizer) for kind, samples in questions.items()
         }
         scores["general"] = general_scores(model, general_features, general, tokenizer)
         scores["trained"] = num_trained(model)
@@ -175,7 +211,7 @@ def main(args: AttachArguments) -> None:
         logits = model(**general_batch).logits
 
     # --- Identities ---
-    records = [identity_record(sample, rows, tokenize) for sample in train]
+    records = [identity_record(sample, shown, tokenize) for sample in train]
     vectors = colour_differences(model, general_features, scenes, count=4)
     for seed in range(args.seeds):
         set_seed(seed)
@@ -205,26 +241,38 @@ def main(args: AttachArguments) -> None:
         evaluate("LoRA alone", alone)
 
         if seed == 0:
-            model.model.vision_tower = attached.model.vision_tower = tower
+            for with_tower in (model, attached):
+                family.replace_tower(with_tower, tower)
             model.save_pretrained(out / "model")
             save_id_former(attached, out / "id-former")
-            processor = new_processor(tokenizer)
+            processor = family.new_processor(tokenizer)
             processor.save_pretrained(out / "model")
-            log(example_answer(attached, processor, test[-1]))
-            model.model.vision_tower = StoredFeatures()
+            log(example_answer(attached, processor, test[-1], shown, out / "example"))
+            family.replace_tower(model, StoredTower())
 
     report = write_report(out, results, args, seconds=time.time() - start)
     print(report)
 
 
-def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[str], list[int]]) -> Record:
-    """The two questions of this script in a sample; ``rows``: the row of each image among the stored features."""
+def teacher_tokens(folder: Path, tokenizer, images: np.ndarray) -> Tensor:
+    """Image tokens of the LLaVA that a run of this script has trained, ``[N, 36, 128]``."""
+    family = FAMILIES["llava"]
+    model = family.new_model(tokenizer)
+    model.load_state_dict(torch.load(folder / "tower.pt"))
+    (grid,) = family.grids
+    features = Features.compute(family, model, images, [grid] * len(images))
+    with torch.no_grad():
+        return family.project(model, features.tokens)
+
+
+def identity_record(sample: Sample, shown: dict[str, tuple[int, Grid]], tokenize: Callable[[str], list[int]]) -> Record:
+    """The two questions of this script in a sample; ``shown``: row of each image among the features, and its grid."""
     record, names = Record(tokenize), [identity.name for identity in sample.identities]
     role = ImageRole.SCENE if names else ImageRole.GENERAL
     for number, identity in enumerate(sample.identities):
         for path in identity.images:
             label = record.text(f"{identity.name} is ")
-            record.image(Photo(rows[path], ImageRole.REFERENCE, number), label)
+            record.image(Photo(*shown[path], ImageRole.REFERENCE, number), label)
             record.text("\n")
     question = ""
     for message in sample.messages:
@@ -245,7 +293,8 @@ def identity_record(sample: Sample, rows: dict[str, int], tokenize: Callable[[st
                 record.text(question)
                 question = ""
                 boxes = [box for box in sample.boxes if box.image == part.image and box.name in names]
-                record.image(Photo(rows[part.image], role, boxes=[(box.box, names.index(box.name)) for box in boxes]))
+                of_names = [(box.box, names.index(box.name)) for box in boxes]
+                record.image(Photo(*shown[part.image], role, boxes=of_names))
             else:
                 question += part.text
     if sample.is_evaluation:
@@ -297,10 +346,10 @@ def is_asked(sample: Sample) -> bool:
 
 
 def identity_scores(
-    model: nn.Module, samples: Sequence[Sample], rows: dict[str, int], features: Tensor, tokenizer
+    model: nn.Module, samples: Sequence[Sample], shown: dict[str, tuple[int, Grid]], features: Features, tokenizer
 ) -> dict[str, float]:
     """Matching (accuracy) and location (share of boxes with an IoU of at least 0.5)."""
-    records = [identity_record(sample, rows, cached_tokenize(tokenizer)) for sample in samples]
+    records = [identity_record(sample, shown, cached_tokenize(tokenizer)) for sample in samples]
     texts = generate(model, records, features, tokenizer, identities=has_id_former(model))
     answers = [
         Answer(sample.id, text, image_size=(DRAWN_SIZE, DRAWN_SIZE))
@@ -315,9 +364,7 @@ def has_id_former(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def colour_differences(
-    model: LlavaForConditionalGeneration, features: Tensor, scenes: Sequence[Scene], *, count: int
-) -> Tensor:
+def colour_differences(model: PreTrainedModel, features: Features, scenes: Sequence[Scene], *, count: int) -> Tensor:
     """What the image tokens of painted figures have that those of other figures lack, ``[count, 128]``.
 
     The frozen model tells figures of different colours apart. Added to the tokens of a figure and of its references,
@@ -326,8 +373,8 @@ def colour_differences(
     tokens = defaultdict(list)
     for row, scene in enumerate(scenes):
         if len(scene.items) == 1 and scene.items[0].kind == "person":
-            inside = cells(scene.items[0].box)
-            tokens[scene.items[0].colour].append(model.model.multi_modal_projector(features[row])[inside])
+            inside = cells(scene.items[0].box, scene.grid)
+            tokens[scene.items[0].colour].append(features.family.project(model, features.of(row, scene.grid))[inside])
     means = {colour: torch.cat(found).mean(0) for colour, found in tokens.items()}
     unpainted = means.pop("")
     differences = torch.stack([mean - unpainted for mean in means.values()])
@@ -338,7 +385,7 @@ def colour_differences(
     return differences[chosen]
 
 
-def attach(model: LlavaForConditionalGeneration, vectors: Tensor) -> LlavaForConditionalGeneration:
+def attach(model: PreTrainedModel, vectors: Tensor) -> PreTrainedModel:
     """Attach an ID-Former that starts from scratch, with ``vectors`` as the first embeddings of the identities.
 
     The embeddings contribute from the first step, and both sides of the comparison learn. Contrast with all references
@@ -367,7 +414,7 @@ def freeze_copied_values(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def with_lora(model: LlavaForConditionalGeneration, rank: int) -> nn.Module:
+def with_lora(model: PreTrainedModel, rank: int) -> nn.Module:
     """LoRA on all matrices of the language model; an attached ID-Former is trained as without LoRA."""
     new = ["id_former"] if has_id_former(model) else []
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES, modules_to_save=new)
@@ -383,7 +430,7 @@ def num_trained(model: nn.Module) -> int:
 def train_identities(
     model: nn.Module,
     records: Sequence[Record],
-    features: Tensor,
+    features: Features,
     *,
     steps: int,
     seed: int,
@@ -425,15 +472,22 @@ def train_identities(
     model.eval()
 
 
-def example_answer(model: nn.Module, processor, sample: Sample) -> str:
-    """Ask the model a question of the test set about image files: no stored features."""
-    root, question = sample.image_root, sample.messages[-1].content[-1].text.strip()
+def example_answer(
+    model: nn.Module, processor, sample: Sample, shown: dict[str, tuple[int, Grid]], folder: Path
+) -> str:
+    """Ask the model a question of the test set about image files, in the sizes of the family: no stored features."""
+    question = sample.messages[-1].content[-1].text.strip()
+    files = {path: folder / path.replace("/", "-").replace(".jpg", ".png") for path in sample.images}
+    folder.mkdir(exist_ok=True)
+    for path, file in files.items():
+        _, grid = shown[path]
+        resized(Image.open(sample.image_root / path), grid).save(file)
     answer = ask(
         model,
         processor,
         "\n" + question,
-        images=[root / path for path in sample.message_images],
-        identities={identity.name: [root / path for path in identity.images] for identity in sample.identities},
+        images=[files[path] for path in sample.message_images],
+        identities={identity.name: [files[path] for path in identity.images] for identity in sample.identities},
         max_new_tokens=16,
     )
     return f"{question} {answer!r} (right: {sample.answer or sample.target_box})"
@@ -451,7 +505,7 @@ def write_report(out: Path, results: dict[str, list], args: AttachArguments, *, 
         rows.append([name, f"{seeds[0]['trained']:,}", *values, general])
     facts = [f"{name}: {seeds}" for name, seeds in results.items() if not isinstance(seeds[0], dict)]
     command = " ".join(["python", *sys.argv])
-    facts += [f"steps: {args.steps}", f"seeds: {args.seeds}", f"command: `{command}`"]
+    facts += [f"family: {args.family}", f"steps: {args.steps}", f"seeds: {args.seeds}", f"command: `{command}`"]
     facts += [f"seconds: {seconds:.0f}", f"machine: {describe_machine()}"]
     text = f"# An ID-Former on a frozen model\n\n{markdown_table(header, rows)}\n\n" + "  \n".join(facts) + "\n"
     (out / "report.md").write_text(text)

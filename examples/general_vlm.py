@@ -1,13 +1,16 @@
-"""A small LLaVA that is trained from scratch on general images, for examples/attach_idformer.py.
+"""A small vision-language model that is trained from scratch on general images, for examples/attach_idformer.py.
 
 General images show things and unnamed figures. The model learns to say where a thing is, which picture shows it, and
 its colour, number and place. Some records introduce a thing by a name and reference images, as interleaved training
 data of released models do ("Kate is <image of a red star>"). Some figures are painted in one colour and asked for among
 other figures, by colour or by name ("Kate is <image of a red person>"). No record tells two figures of the same colour
 apart.
+
+There are two families, :class:`Llava` and :class:`Qwen2_5VL`. They share the images, the records and the trainings.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +22,7 @@ from statistics import fmean
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -28,11 +32,19 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from idavlm import IdentityProcessor
+from idavlm._compat import pil_image_processor
 from idavlm.data.chat_templates import ROLE_TOKENS
 from idavlm.datasets.characters.activities import ACTIVITIES
 from idavlm.datasets.characters.body import figure
@@ -50,15 +62,16 @@ from idavlm.models.boxes import box_iou
 from idavlm.utils import IGNORE_INDEX, ImageRole, write_text
 
 DRAWN_SIZE = 128  # pixels; boxes are in pixels of this size
-IMAGE_SIZE = 96
-GRID = 6  # the tower makes 6 x 6 tokens of an image
-NUM_TOKENS = GRID * GRID
+CELL = 16  # pixels; a token stands for CELL x CELL pixels of the image that the model gets
 WIDTH = 128
 BATCH_SIZE = 16
 BOXES = BoxFormat("bins32")
 TOKEN_STD = 0.1  # of image tokens and of the token embeddings of the new language model
 HELD_OUT = 10  # every tenth general image is for evaluation only
 GUIDED_HEADS = 2
+
+Grid = tuple[int, int]
+"""Rows and columns of the tokens of an image."""
 
 
 # --- General images: things and unnamed figures ---
@@ -86,6 +99,7 @@ class Scene:
     items: list[Item]
     place: str
     plan: GeneralImage | None = None
+    grid: Grid = (6, 6)
 
 
 def colour_word(rgb: Sequence[float]) -> str:
@@ -157,15 +171,15 @@ def paint(sketch: Sketch, colour: Colour) -> None:
 def draw_general_images(
     folder: Path, *, num_scenes: int, num_figure_scenes: int, num_plans: int, seed: int = 123
 ) -> tuple[np.ndarray, list[Scene]]:
-    """Draw general images once.
+    """Draw general images of 128 x 128 pixels once, ``[N, 128, 128, 3]``.
 
     The first ``num_plans`` are those of :func:`plan_general`. ``num_scenes`` of one to four items follow, then
     ``num_figure_scenes`` of one to four figures.
     """
-    name = f"general-{num_plans}-{num_scenes}-{num_figure_scenes}"
+    name = f"general-{num_plans}-{num_scenes}-{num_figure_scenes}-{DRAWN_SIZE}"
     file, facts = folder / f"{name}.npy", folder / f"{name}.json"
     if facts.exists():  # written last
-        return np.load(file), [_read_scene(values) for values in json.loads(facts.read_text())]
+        return np.load(file, mmap_mode="r"), [_read_scene(values) for values in json.loads(facts.read_text())]
     rng, images, scenes = np.random.default_rng(seed), [], []
     for plan in plan_general(num_plans, Random(seed)):
         images.append(draw_objects(plan.thing, plan.colour, plan.count, plan.place, rng, DRAWN_SIZE))
@@ -175,7 +189,7 @@ def draw_general_images(
         image, scene = draw_scene((1, 2, 3, 4, 3, 1)[number % 6], rng, figures_only=number >= num_scenes)
         images.append(image)
         scenes.append(scene)
-    pixels = np.stack([np.asarray(resized(image)) for image in images])
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
     folder.mkdir(parents=True, exist_ok=True)
     np.save(file, pixels)
     write_text(facts, json.dumps([asdict(scene) for scene in scenes]))
@@ -187,74 +201,275 @@ def _read_scene(values: dict) -> Scene:
     return Scene(items, values["place"], values["plan"] and GeneralImage(**values["plan"]))
 
 
-def resized(image: Image.Image) -> Image.Image:
-    return image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+def resized(image: Image.Image, grid: Grid) -> Image.Image:
+    """The image in the size that has one token per cell of ``grid``. Boxes stay those of the drawn image."""
+    rows, columns = grid
+    return image.convert("RGB").resize((columns * CELL, rows * CELL), Image.Resampling.BICUBIC)
 
 
-def cells(box: Sequence[float]) -> Tensor:
-    """Which of the tokens of an image have their centre in a box, ``[36]``."""
-    centres = (torch.arange(GRID) + 0.5) / GRID * DRAWN_SIZE
+def cells(box: Sequence[float], grid: Grid) -> Tensor:
+    """Which of the tokens of an image have their centre in a box, ``[rows * columns]``."""
+    y, x = ((torch.arange(count) + 0.5) / count * DRAWN_SIZE for count in grid)
     x1, y1, x2, y2 = box
-    inside_x, inside_y = (centres > x1) & (centres < x2), (centres > y1) & (centres < y2)
+    inside_x, inside_y = (x > x1) & (x < x2), (y > y1) & (y < y2)
     return (inside_y[:, None] & inside_x[None]).flatten()
+
+
+# --- Two families: the model, its processor, and how an image becomes tokens ---
+
+
+class Family(ABC):
+    """What differs between the models of this script."""
+
+    model_class: type[PreTrainedModel]
+    steps: list[int]
+    """Steps of the tower, of the language model, of the ID-Former from boxes, and of tuning."""
+    grids: list[Grid]
+    """Grids of image tokens. Each image has one of them."""
+    tower_name: str
+    """Name of the vision tower in ``model.model``."""
+
+    @abstractmethod
+    def new_model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel: ...
+
+    @abstractmethod
+    def wrapped_processor(self, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+        """The processor of the family, without identities."""
+
+    @abstractmethod
+    def features(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """What the vision tower returns for images of one size, ``[B, rows * columns, 128]``."""
+
+    @abstractmethod
+    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+        """The image tokens for features of the tower, in the width of the language model."""
+
+    @abstractmethod
+    def model_inputs(self, features: list[Tensor], grids: list[Grid], is_image: Tensor) -> dict[str, Tensor]:
+        """Arguments of the model for stored features of images; ``is_image``: which of the input tokens are images."""
+
+    def grid(self, row: int) -> Grid:
+        """The grid of an image, by its row among the stored features."""
+        return Random(row).choice(self.grids)
+
+    def image_tokens(self, model: nn.Module, images: np.ndarray, grid: Grid) -> Tensor:
+        """Image tokens of drawn images ``[B, 128, 128, 3]``, all in the size of ``grid``."""
+        return self.project(model, self.features(model, pixel_values(images, grid)))
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return getattr(model.model, self.tower_name)
+
+    def replace_tower(self, model: nn.Module, tower: nn.Module) -> nn.Module:
+        """Put another vision tower into the model; returns the one before."""
+        before = self.tower(model)
+        setattr(model.model, self.tower_name, tower)
+        return before
+
+    def new_processor(self, tokenizer: PreTrainedTokenizerFast) -> IdentityProcessor:
+        """The processor of the model, with identities."""
+        return IdentityProcessor(self.wrapped_processor(tokenizer), box_format="bins32")
+
+
+class Llava(Family):
+    """``LlavaForConditionalGeneration`` with a FocalNet and a Llama. All images have one size."""
+
+    model_class = LlavaForConditionalGeneration
+    steps = [1000, 2600, 200, 300]  # noqa: RUF012
+    grids = [(6, 6)]  # noqa: RUF012
+    tower_name = "vision_tower"
+
+    def new_model(self, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+        vision = FocalNetConfig(
+            image_size=6 * CELL, patch_size=4, embed_dim=32, hidden_sizes=[32, 64, WIDTH], depths=[1, 1, 2],
+            focal_levels=[2, 2, 2], focal_windows=[3, 3, 3], use_conv_embed=True, drop_path_rate=0.0, mlp_ratio=2.0,
+            hidden_size=WIDTH,
+        )  # fmt: skip
+        text = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        )  # fmt: skip
+        config = LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=36, vision_feature_layer=-1, vision_feature_select_strategy="full",
+            tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        model = with_special_tokens(LlavaForConditionalGeneration(config), tokenizer)
+        nn.init.normal_(model.get_input_embeddings().weight, std=TOKEN_STD)
+        for layer in model.model.language_model.layers:
+            # At first, half of the heads look for tokens like the one that looks, and all heads copy what they find.
+            attention, half = layer.self_attn, WIDTH // 2
+            nn.init.orthogonal_(attention.q_proj.weight)
+            attention.k_proj.weight.data[:half].copy_(attention.q_proj.weight.data[:half])
+            nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
+            attention.o_proj.weight.data.copy_(attention.v_proj.weight.data.t())
+        return model
+
+    def wrapped_processor(self, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+        return LlavaProcessor(
+            small_image_processor(6 * CELL),
+            tokenizer,
+            patch_size=CELL,
+            vision_feature_select_strategy="full",
+            image_token="<image>",
+            chat_template=ROLE_TOKENS,
+        )
+
+    def features(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return self.tower(model)(pixels, output_hidden_states=True).hidden_states[-1]
+
+    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+        return model.model.multi_modal_projector(features)
+
+    def model_inputs(self, features: list[Tensor], grids: list[Grid], is_image: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack(features)}
+
+
+class Qwen2_5VL(Family):
+    """``Qwen2_5_VLForConditionalGeneration``: a ViT that merges 2 x 2 patches, windows, M-RoPE, images of any size.
+
+    A ViT and a language model of this size learn slowly. Both start from a finished run of :class:`Llava`: the ViT
+    imitates its image tokens, and the language model starts with its weights (:meth:`copy_language_model`).
+    """
+
+    model_class = Qwen2_5_VLForConditionalGeneration
+    steps = [1500, 900, 200, 300]  # noqa: RUF012
+    grids = [(6, 6), (5, 6), (7, 6), (6, 5), (6, 7)]  # noqa: RUF012
+    tower_name = "visual"
+
+    def new_model(self, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+        image_token = tokenizer.convert_tokens_to_ids("<image>")
+        vision = Qwen2_5_VLVisionConfig(
+            depth=4, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_heads=8, patch_size=CELL // 2,
+            spatial_merge_size=2, temporal_patch_size=2, window_size=3 * CELL, out_hidden_size=WIDTH,
+            fullatt_block_indexes=[1, 3], rope_parameters={"rope_type": "axial", "rope_theta": 100.0},
+        )  # fmt: skip
+        text = Qwen2_5_VLTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 6, 6]},
+        )  # fmt: skip
+        config = Qwen2_5_VLConfig(
+            vision_config=vision, text_config=text, image_token_id=image_token, tie_word_embeddings=True,
+            # The tokenizer has no videos and no tokens around images.
+            video_token_id=-1, vision_start_token_id=-1, vision_end_token_id=-1,
+        )  # fmt: skip
+        model = with_special_tokens(Qwen2_5_VLForConditionalGeneration(config), tokenizer)
+        for number, block in enumerate(model.model.visual.blocks):
+            look_at_neighbours(block.attn, model.model.visual.rotary_pos_emb.inv_freq, distance=1 + number % 2)
+        return model
+
+    def copy_language_model(self, model: nn.Module, llava: dict[str, Tensor]) -> None:
+        """Start the language model with the weights of a Llama. The biases, which a Llama lacks, stay at zero."""
+        weights = {name: tensor for name, tensor in llava.items() if name.startswith(("model.language_model.", "lm_"))}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        other = [name for name in missing if not name.startswith("model.visual.") and not name.endswith(".bias")]
+        if unexpected or other:
+            raise ValueError(f"The language model of the teacher does not fit: {[*unexpected, *other][:5]}.")
+
+    def wrapped_processor(self, tokenizer: PreTrainedTokenizerFast) -> "ImagesOnlyProcessor":
+        image_processor = pil_image_processor("qwen2_vl", "Qwen2VLImageProcessor")(
+            patch_size=CELL // 2,
+            merge_size=2,
+            temporal_patch_size=2,
+            size={"shortest_edge": CELL**2, "longest_edge": 64 * CELL**2},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+        return ImagesOnlyProcessor(image_processor, tokenizer, chat_template=ROLE_TOKENS)
+
+    def features(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        rows, columns = pixels.shape[2] // CELL, pixels.shape[3] // CELL
+        patches = rearrange(pixels, "b c (h m p) (w n q) -> (b h w m n) c p q", m=2, n=2, p=CELL // 2, q=CELL // 2)
+        patches = repeat(patches, "patches c p q -> patches (c frames p q)", frames=2)  # an image is a video of one
+        grid = torch.tensor([[1, 2 * rows, 2 * columns]]).expand(len(pixels), -1)
+        tokens = self.tower(model)(patches, grid_thw=grid).pooler_output
+        return tokens.view(len(pixels), rows * columns, -1)
+
+    def project(self, model: nn.Module, features: Tensor) -> Tensor:
+        return features  # the merger is a part of the tower
+
+    def model_inputs(self, features: list[Tensor], grids: list[Grid], is_image: Tensor) -> dict[str, Tensor]:
+        return {
+            "pixel_values": torch.cat(features),
+            "image_grid_thw": torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in grids]),
+            "mm_token_type_ids": is_image.long(),
+        }
+
+
+FAMILIES = {"llava": Llava(), "qwen2_5_vl": Qwen2_5VL()}
+
+
+class ImagesOnlyProcessor(Qwen2_5_VLProcessor):
+    """The processor of Qwen2.5-VL without videos, which need torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = "<image>", None
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids("<image>"), None
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def with_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+@torch.no_grad()
+def look_at_neighbours(attention: nn.Module, frequencies: Tensor, *, distance: int) -> None:
+    """Start the eight heads of a block of a ViT with the eight neighbours of each patch, as a convolution does.
+
+    The biases of queries and keys do that: after the rotation by the positions of two patches, their product is largest
+    where one patch is the neighbour of the other. Heads that look everywhere at first learn several times as slowly.
+    """
+    num_heads, size = attention.num_heads, attention.head_dim
+    queries, keys, _ = attention.qkv.bias.view(3, num_heads, size)
+    neighbours = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    # The first half of the rotated pairs is for rows, the second for columns; member i is paired with i + size / 2.
+    for head, offsets in enumerate(neighbours):
+        for axis, offset in enumerate(offsets):
+            for number, weight in enumerate((1.0, 0.7)):  # the two highest frequencies
+                member, angle = axis * len(frequencies) + number, frequencies[number] * offset * distance
+                scale = (3.0 * size**0.5 * weight) ** 0.5  # sqrt(size): the attention divides by it
+                queries[head, member] = scale
+                keys[head, member] = scale * angle.cos()
+                keys[head, member + size // 2] = -scale * angle.sin()
+    width = num_heads * size
+    nn.init.orthogonal_(attention.qkv.weight[2 * width :], gain=0.7)
+    nn.init.orthogonal_(attention.proj.weight, gain=0.7)
+
+
+def pixel_values(images: np.ndarray, grid: Grid) -> Tensor:
+    """Drawn images in the size of ``grid``, ``[B, 3, rows * 16, columns * 16]`` with values from -1 to 1."""
+    pixels = np.stack([np.asarray(resized(Image.fromarray(image), grid)) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # --- The vision tower and the projector learn to see ---
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    vision = FocalNetConfig(
-        image_size=IMAGE_SIZE, patch_size=4, embed_dim=32, hidden_sizes=[32, 64, WIDTH], depths=[1, 1, 2],
-        focal_levels=[2, 2, 2], focal_windows=[3, 3, 3], use_conv_embed=True, drop_path_rate=0.0, mlp_ratio=2.0,
-        hidden_size=WIDTH,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=NUM_TOKENS, vision_feature_layer=-1, vision_feature_select_strategy="full",
-        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    nn.init.normal_(model.get_input_embeddings().weight, std=TOKEN_STD)
-    for layer in model.model.language_model.layers:
-        # At first, half of the heads look for tokens like the one that looks, and all heads copy what they find.
-        attention, half = layer.self_attn, WIDTH // 2
-        nn.init.orthogonal_(attention.q_proj.weight)
-        attention.k_proj.weight.data[:half].copy_(attention.q_proj.weight.data[:half])
-        nn.init.orthogonal_(attention.v_proj.weight, gain=0.5)
-        attention.o_proj.weight.data.copy_(attention.v_proj.weight.data.t())
-    return model
-
-
-def pixel_values(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def image_tokens(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> Tensor:
-    hidden = model.model.vision_tower(pixel_values(pixels), output_hidden_states=True).hidden_states[-1]
-    return model.model.multi_modal_projector(hidden)
-
-
 def train_tower(
-    model: LlavaForConditionalGeneration, pixels: np.ndarray, scenes: list[Scene], *, steps: int, log: Callable
+    family: Family,
+    model: nn.Module,
+    images: np.ndarray,
+    scenes: list[Scene],
+    *,
+    steps: int,
+    log: Callable,
 ) -> None:
     """Train tower and projector to see kind, colour, box and place, and what figures wear, at every token."""
-    targets = tower_targets(scenes)
+    (grid,) = family.grids
+    targets = tower_targets(scenes, grid)
     sizes = {name: int(value.max()) + 1 for name, value in targets.items() if value.dtype == torch.long}
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, size) for name, size in sizes.items()})
     heads["box"] = nn.Linear(WIDTH, 4)
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in tower.parameters() if parameter.dim() != 2]
+    tower, projector = family.tower(model), model.model.multi_modal_projector
     for layer in (projector.linear_1, projector.linear_2):
         nn.init.orthogonal_(layer.weight)
+    matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
+    others = [parameter for parameter in tower.parameters() if parameter.dim() != 2]
     optimizer = MuonAdamW(
         [
             {"params": matrices, "muon": True, "lr": 6e-3},
@@ -271,12 +486,12 @@ def train_tower(
     train = torch.tensor([number for number in range(len(scenes)) if number % HELD_OUT])
     for step in range(steps):
         rows = train[torch.randint(len(train), (48,))]
-        tokens = F.layer_norm(image_tokens(model, pixels[rows.numpy()]), (WIDTH,))
+        tokens = F.layer_norm(family.image_tokens(model, images[rows.numpy()], grid), (WIDTH,))
         losses = {}
         of_items = targets["cells"][rows] @ tokens  # the mean over the tokens of each item
         for name, size in sizes.items():
             target = targets[name][rows]
-            inputs = {1: tokens.mean(1), 4: of_items, NUM_TOKENS: tokens}[target[0].numel()]
+            inputs = {1: tokens.mean(1), 4: of_items, tokens.shape[1]: tokens}[target[0].numel()]
             scores, target = heads[name](inputs).view(-1, size), target.flatten()
             if (target >= 0).any():
                 losses[name] = F.cross_entropy(scores, target, ignore_index=-1)
@@ -292,37 +507,85 @@ def train_tower(
             shown = {name: round(losses[name].item(), 3) for name in ("kind", "colour", "box", "hat") if name in losses}
             log(f"tower {step + 1}: {loss.item():.2f} {shown}")
     with torch.no_grad():  # the scale of the token embeddings of the language model
-        tokens = image_tokens(model, pixels[: min(500, len(pixels))]).flatten(0, 1)
+        tokens = family.image_tokens(model, images[: min(500, len(images))], grid).flatten(0, 1)
         scale = TOKEN_STD / tokens.std()
         projector.linear_2.weight.mul_(scale)
         projector.linear_2.bias.sub_(tokens.mean(0)).mul_(scale)
 
 
-def tower_targets(scenes: list[Scene]) -> dict[str, Tensor]:
+def imitate_tokens(
+    family: Family, model: nn.Module, images: np.ndarray, teacher: Tensor, *, steps: int, log: Callable
+) -> None:
+    """Train the tower to return the image tokens of another model, ``teacher [N, 36, 128]``, for images of all sizes.
+
+    All images of a batch have one size, and the next batch has the next size of the family. In sizes that the teacher
+    does not know, its tokens are interpolated. Labels as in :func:`train_tower` beside the teacher slowed that down.
+    """
+    tower = family.tower(model)
+    matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
+    others = [parameter for parameter in tower.parameters() if parameter.dim() != 2]
+    optimizer = MuonAdamW(
+        [{"params": matrices, "muon": True, "lr": 6e-3}, {"params": others, "muon": False, "lr": 2e-3}],
+        lr=6e-3,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
+    )
+    train = torch.tensor([number for number in range(len(images)) if number % HELD_OUT])
+    test = torch.arange(0, len(images), HELD_OUT)[:200]
+
+    def loss_of(rows: Tensor, grid: Grid) -> Tensor:
+        tokens = family.image_tokens(model, images[rows.numpy()], grid)
+        return F.mse_loss(tokens / TOKEN_STD, resized_tokens(teacher[rows], (6, 6), grid) / TOKEN_STD)
+
+    variance = (teacher / TOKEN_STD).flatten(0, 1).var(0).mean()
+    for step in range(steps):
+        loss = loss_of(train[torch.randint(len(train), (48,))], family.grids[step % len(family.grids)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99 or step == steps - 1:
+            with torch.no_grad():
+                unexplained = [loss_of(test, grid) / variance for grid in family.grids]
+            shown = ", ".join(f"{grid}: {1 - share:.2f}" for grid, share in zip(family.grids, unexplained, strict=True))
+            log(f"tower {step + 1}: {loss.item():.3f}, share of the variance of held-out tokens {shown}")
+
+
+def resized_tokens(tokens: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
+    """Interpolate image tokens ``[B, T, C]`` of a grid to another one."""
+    tokens = rearrange(tokens, "b (h w) c -> b c h w", h=grid[0])
+    return rearrange(F.interpolate(tokens, new_grid, mode="bilinear"), "b c h w -> b (h w) c")
+
+
+def tower_targets(scenes: list[Scene], grid: Grid) -> dict[str, Tensor]:
     """Classes of each token (kind, colour, row, column), of each figure (words) and of each image (place, count)."""
+    num_tokens = grid[0] * grid[1]
     count, names = len(scenes), [*LOOK_STYLES, *LOOK_COLOURS, "activity"]
     found = {
         name: sorted({item.words[name] for scene in scenes for item in scene.items if item.words}) for name in names
     }
     kinds, colours, places = ["", *THINGS, "person"], list(COLOURS), list(PLACES)
     targets = {name: torch.full((count, 4), -1) for name in names}
-    targets |= {name: torch.full((count, NUM_TOKENS), -1) for name in ("kind", "colour")}
-    targets["row"] = torch.arange(GRID).repeat_interleave(GRID).expand(count, -1)
-    targets["column"] = torch.arange(GRID).repeat(GRID).expand(count, -1)
+    targets |= {name: torch.full((count, num_tokens), -1) for name in ("kind", "colour")}
+    targets["row"] = torch.arange(grid[0]).repeat_interleave(grid[1]).expand(count, -1)
+    targets["column"] = torch.arange(grid[1]).repeat(grid[0]).expand(count, -1)
     targets["place"] = torch.tensor([places.index(scene.place) for scene in scenes])
     plans = [scene.plan for scene in scenes]
     targets["count"] = torch.tensor([plan.count if plan else -1 for plan in plans])
     targets["thing"] = torch.tensor([list(THINGS).index(plan.thing) if plan else -1 for plan in plans])
     targets["paint"] = torch.tensor([colours.index(plan.colour) if plan else -1 for plan in plans])
-    targets["boxes"] = torch.full((count, NUM_TOKENS, 4), -1.0)
-    targets["cells"] = torch.zeros(count, 4, NUM_TOKENS)
+    targets["boxes"] = torch.full((count, num_tokens, 4), -1.0)
+    targets["cells"] = torch.zeros(count, 4, num_tokens)
     for row, scene in enumerate(scenes):
         if scene.plan:
             continue
         targets["kind"][row] = 0
-        owners = torch.zeros(NUM_TOKENS, dtype=torch.long)
+        owners = torch.zeros(num_tokens, dtype=torch.long)
         for number, item in enumerate(scene.items):
-            inside = cells(item.box)
+            inside = cells(item.box, grid)
             owners += inside
             targets["cells"][row, number] = inside / inside.sum().clamp(min=1)
             targets["kind"][row, inside] = kinds.index(item.kind)
@@ -336,22 +599,39 @@ def tower_targets(scenes: list[Scene]) -> dict[str, Tensor]:
     return targets
 
 
-class StoredFeatures(nn.Module):
-    """Takes the place of the frozen vision tower: ``pixel_values`` are the features of the tower, computed once."""
+class StoredTower(nn.Module):
+    """Takes the place of the frozen vision tower: ``pixel_values`` are its features, computed once."""
+
+    spatial_merge_size = 2  # of Qwen2_5VL
+    dtype = torch.float32
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=pixel_values, pooler_output=pixel_values, hidden_states=(pixel_values,)
+        )
 
 
-@torch.no_grad()
-def tower_features(model: LlavaForConditionalGeneration, pixels: np.ndarray) -> Tensor:
-    """Features of all images, ``[N, 36, 128]``."""
-    tower = model.model.vision_tower.eval()
-    parts = [
-        tower(pixel_values(pixels[start : start + 100]), output_hidden_states=True).hidden_states[-1]
-        for start in range(0, len(pixels), 100)
-    ]
-    return torch.cat(parts)
+@dataclass
+class Features:
+    """What the vision tower says about images, ``tokens [N, T, 128]``. Smaller images leave the last tokens unused."""
+
+    family: Family
+    tokens: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def compute(cls, family: Family, model: nn.Module, images: np.ndarray, grids: Sequence[Grid]) -> "Features":
+        family.tower(model).eval()
+        tokens = torch.zeros(len(images), max(rows * columns for rows, columns in grids), WIDTH)
+        for grid in sorted(set(grids)):
+            of_grid = np.array([row for row, of_row in enumerate(grids) if of_row == grid])
+            for start in range(0, len(of_grid), 100):
+                chunk = of_grid[start : start + 100]
+                tokens[chunk, : grid[0] * grid[1]] = family.features(model, pixel_values(images[chunk], grid))
+        return cls(family, tokens)
+
+    def of(self, row: int, grid: Grid) -> Tensor:
+        return self.tokens[row, : grid[0] * grid[1]]
 
 
 # --- Text ---
@@ -385,19 +665,6 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_processor(tokenizer: PreTrainedTokenizerFast) -> IdentityProcessor:
-    """The processor of the model, with identities."""
-    wrapped = LlavaProcessor(
-        small_image_processor(IMAGE_SIZE),
-        tokenizer,
-        patch_size=IMAGE_SIZE // GRID,
-        vision_feature_select_strategy="full",
-        image_token="<image>",
-        chat_template=ROLE_TOKENS,
-    )
-    return IdentityProcessor(wrapped, box_format="bins32")
-
-
 def cached_tokenize(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
     """The ids of a text. The texts of records repeat."""
     return lru_cache(maxsize=None)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -408,10 +675,15 @@ class Photo:
     """An image of a record: its row among the stored features, and what an attached ID-Former has to know about it."""
 
     row: int
+    grid: Grid
     role: ImageRole = ImageRole.GENERAL
     identity: int = 0
     start: int = 0  # position of its first token
     boxes: list[tuple[list[float], int]] = field(default_factory=list)  # of identities
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
 class Record:
@@ -440,10 +712,10 @@ class Record:
         """Add an image whose text before it starts at ``label``."""
         photo.start = len(self.ids)
         self.photos.append(photo)
-        self.ids += self.tokenize("<image>") * NUM_TOKENS
-        self.labels += [IGNORE_INDEX] * NUM_TOKENS
+        self.ids += self.tokenize("<image>") * photo.num_tokens
+        self.labels += [IGNORE_INDEX] * photo.num_tokens
         looked = [photo.start - 1 if label is None else label]
-        self.looks.append((0, range(photo.start, photo.start + NUM_TOKENS), looked))
+        self.looks.append((0, range(photo.start, photo.start + photo.num_tokens), looked))
         return photo
 
     def turn(self, question: str, answer: str | None) -> int:
@@ -458,7 +730,7 @@ class Record:
         return self.answer_start
 
 
-def collate(records: Sequence[Record], features: Tensor, *, prompts: bool = False, identities: bool = True) -> dict:
+def collate(records: Sequence[Record], features: Features, *, prompts: bool = False, identities: bool = True) -> dict:
     """A batch for the model; ``prompts`` ends each record before its last answer, for generation."""
     ids = [record.ids[: record.answer_start] if prompts else record.ids for record in records]
     longest = max(map(len, ids))
@@ -472,7 +744,11 @@ def collate(records: Sequence[Record], features: Tensor, *, prompts: bool = Fals
     if prompts:
         del batch["labels"]
     photos = [photo for record in records for photo in record.photos]
-    batch["pixel_values"] = features[[photo.row for photo in photos]].float()
+    batch |= features.family.model_inputs(
+        [features.of(photo.row, photo.grid) for photo in photos],
+        [photo.grid for photo in photos],
+        batch["input_ids"] == records[0].tokenize("<image>")[0],
+    )
     if not identities or not any(photo.role == ImageRole.REFERENCE for photo in photos):
         return batch
     boxes = [(box, image, identity) for image, photo in enumerate(photos) for box, identity in photo.boxes]
@@ -480,7 +756,7 @@ def collate(records: Sequence[Record], features: Tensor, *, prompts: bool = Fals
         "image_roles": torch.tensor([int(photo.role) for photo in photos]),
         "sample_index": torch.tensor([row for row, record in enumerate(records) for _ in record.photos]),
         "identity_index": torch.tensor([photo.identity for photo in photos]),
-        "num_image_tokens": torch.full((len(photos),), NUM_TOKENS),
+        "num_image_tokens": torch.tensor([photo.num_tokens for photo in photos]),
         "original_image_sizes": torch.full((len(photos), 2), DRAWN_SIZE),
     }
     if not prompts:
@@ -536,7 +812,7 @@ class GeneralTasks:
         record, shown = Record(self.tokenize), {}
         for name, item, photos in named:
             shown[name] = self._show(record, name, item, photos)
-        photo = record.image(Photo(row))
+        photo = record.image(self._photo(row))
         record.text("\n")
         self.rng.shuffle(named)
         for name, item, _ in named[: 1 if self.held_out else None]:
@@ -556,7 +832,7 @@ class GeneralTasks:
             if found:
                 break
         record = Record(self.tokenize)
-        photo = record.image(Photo(row))
+        photo = record.image(self._photo(row))
         record.text("\n")
         self.rng.shuffle(found)
         for item, word, question in found[: 1 if self.held_out else None]:
@@ -595,11 +871,14 @@ class GeneralTasks:
         """Colour, number, place and description of one kind of thing."""
         row = self.rng.choice(self.plans)
         record = Record(self.tokenize)
-        record.image(Photo(row))
+        record.image(self._photo(row))
         record.text("\n")
         for question, answer in self.rng.sample(self.scenes[row].plan.questions(), 1 if self.held_out else 4):
             record.turn(question, answer)
         return record
+
+    def _photo(self, row: int) -> Photo:
+        return Photo(row, self.scenes[row].grid)
 
     def _unique(self, items: list[Item]) -> list[Item]:
         return [item for item in items if sum(other.key == item.key for other in items) == 1]
@@ -634,7 +913,7 @@ class GeneralTasks:
         positions = []
         for row in rows:
             label = record.text(f"{name} is ")
-            photo = record.image(Photo(row), label)
+            photo = record.image(self._photo(row), label)
             record.text("\n")
             positions += self._positions(photo, self.scenes[row].items[0])
         return positions
@@ -643,12 +922,12 @@ class GeneralTasks:
         photos = []
         for number, row in enumerate(rows, 1):
             label = record.text(("\n" if number > 1 else "") + f"Picture {number}: ") + (number > 1)
-            photos.append(record.image(Photo(row), label))
+            photos.append(record.image(self._photo(row), label))
         record.text("\n")
         return photos
 
     def _positions(self, photo: Photo, item: Item) -> list[int]:
-        inside = cells(item.box) if item.box else torch.ones(NUM_TOKENS, dtype=torch.bool)
+        inside = cells(item.box, photo.grid) if item.box else torch.ones(photo.num_tokens, dtype=torch.bool)
         return [photo.start + number for number in inside.nonzero().flatten().tolist()]
 
     def _answer_where(
@@ -704,8 +983,8 @@ def guidance_loss(attentions: Sequence[Tensor], records: Sequence[Record]) -> di
 
 
 def train_base(
-    model: LlavaForConditionalGeneration,
-    features: Tensor,
+    model: nn.Module,
+    features: Features,
     scenes: list[Scene],
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -773,7 +1052,7 @@ def general_tests(scenes: list[Scene], tokenize: Callable, *, count: int) -> dic
 
 
 def general_scores(
-    model, features: Tensor, tests: dict[str, list[Record]], tokenizer, *, identities: bool = True
+    model, features: Features, tests: dict[str, list[Record]], tokenizer, *, identities: bool = True
 ) -> dict[str, float]:
     """Share of right answers: the same text, or for "where" a box with an IoU of at least 0.5."""
     scores = {}
@@ -792,7 +1071,7 @@ def general_scores(
 
 
 @torch.no_grad()
-def generate(model, records: Sequence[Record], features: Tensor, tokenizer, *, identities: bool = True) -> list[str]:
+def generate(model, records: Sequence[Record], features: Features, tokenizer, *, identities: bool = True) -> list[str]:
     """Greedy answers to the last question of each record."""
     was_training = model.training
     model.eval()

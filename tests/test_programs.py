@@ -6,17 +6,20 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer
 
 from benchmarks import (
     attention_backends,
@@ -258,18 +261,30 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
             metrics("wrong", *wrong)
 
 
-def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_path):
+def test_an_id_former_is_attached_to_frozen_models(monkeypatch, capsys, tmp_path):
     """The example reports that general answers stay bit-identical, and its records have the text of the processor."""
     monkeypatch.syspath_prepend(ROOT / "examples")
-    out = run_example(monkeypatch, capsys, "attach_idformer.py", "--smoke", "--out", tmp_path)
-    report = (tmp_path / "report.md").read_text()
+    out = run_example(monkeypatch, capsys, "attach_idformer.py", "--smoke", "--out", tmp_path / "llava")
+    check_attached_run(tmp_path / "llava", "llava", out)
+    shutil.copytree(tmp_path / "llava" / "data", tmp_path / "qwen" / "data")
+    options = ["--smoke", "--family", "qwen2_5_vl", "--teacher", tmp_path / "llava", "--out", tmp_path / "qwen"]
+    out = run_example(monkeypatch, capsys, "attach_idformer.py", *options)
+    check_attached_run(tmp_path / "qwen", "qwen2_5_vl", out)
+    sizes = {Image.open(path).size for path in (tmp_path / "qwen" / "example").iterdir()}
+    assert len(sizes) > 1, "the answer from files is about images of several sizes"
+    with pytest.raises(ValueError, match="teacher=None: qwen2_5_vl needs"):
+        run_example(monkeypatch, capsys, "attach_idformer.py", "--family", "qwen2_5_vl")
+
+
+def check_attached_run(folder: Path, family: str, out: str) -> None:
+    report = (folder / "report.md").read_text()
     assert report in out
     assert "general logits bit-identical with the ID-Former attached and trained: [True]" in report
-    rows = [line.split(" | ")[0] for line in report.splitlines() if line.startswith("| ")]
-    assert rows[2:] == ["| general model", "| ID-Former, model frozen", "| ID-Former and LoRA", "| LoRA alone"]
+    names = [line.split(" | ")[0] for line in report.splitlines() if line.startswith("| ")]
+    assert names[2:] == ["| general model", "| ID-Former, model frozen", "| ID-Former and LoRA", "| LoRA alone"]
 
     example = importlib.import_module("attach_idformer")
-    samples = RecordDataset(tmp_path / "data" / "characters" / "train.jsonl")
+    samples = RecordDataset(folder / "data" / "characters" / "train.jsonl")
     train, validation = example.split_characters([sample for sample in samples if example.is_asked(sample)], every=4)
     photos = {path for sample in train for path in sample.images if "photos" in path}
     assert photos
@@ -278,23 +293,36 @@ def test_an_id_former_is_attached_to_a_frozen_model(monkeypatch, capsys, tmp_pat
     assert validation
     assert not trained_scenes & {path for sample in validation for path in sample.message_images}
 
-    processor = IdentityProcessor.from_pretrained(tmp_path / "model")
-    tokenize = example.cached_tokenize(processor.tokenizer)
-    model = load_id_former(LlavaForConditionalGeneration.from_pretrained(tmp_path / "model"), tmp_path / "id-former")
-    for sample in RecordDataset(tmp_path / "data" / "characters" / "test.jsonl"):
+    family = example.FAMILIES[family]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenize = example.cached_tokenize(tokenizer)
+    wrapped = type(family.wrapped_processor(tokenizer)).from_pretrained(folder / "model")
+    processor = IdentityProcessor(wrapped, box_format="bins32")
+    model = load_id_former(family.model_class.from_pretrained(folder / "model"), folder / "id-former")
+    num_grids = []
+    for sample in RecordDataset(folder / "data" / "characters" / "test.jsonl"):
         if example.is_asked(sample):
-            encoded = processor.encode(sample, add_generation_prompt=True)
-            rows = {path: row for row, path in enumerate(sample.images)}
-            record = example.identity_record(sample, rows, tokenize)
+            shown = {path: (row, family.grid(row)) for row, path in enumerate(sample.images)}
+            grids = [grid for _, grid in shown.values()]
+            num_grids.append(len(set(grids)))
+            images = [Image.open(sample.image_root / path) for path in sample.images]
+            record = example.identity_record(sample, shown, tokenize)
+            sized = folder / "sized"
+            for path, image, grid in zip(sample.images, images, grids, strict=True):
+                (sized / path).parent.mkdir(parents=True, exist_ok=True)
+                example.resized(image, grid).save(sized / path, format="png")
+            encoded = processor.encode(replace(sample, image_root=sized), add_generation_prompt=True)
             assert record.ids == encoded["input_ids"].tolist()
             batch = processor.collate([encoded])
             with torch.no_grad():
-                features = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1]
-                stored = example.collate([record], features, prompts=True)
+                drawn = np.stack([np.asarray(image.convert("RGB")) for image in images])
+                features = example.Features.compute(family, model, drawn, grids)
                 logits = model(**batch).logits
-                model.model.vision_tower, tower = example.StoredFeatures(), model.model.vision_tower
+                tower = family.replace_tower(model, example.StoredTower())
+                stored = example.collate([record], features, prompts=True)
                 torch.testing.assert_close(model(**stored).logits, logits)
-                model.model.vision_tower = tower
+                family.replace_tower(model, tower)
+    assert (max(num_grids) > 1) == (len(family.grids) > 1), "images of several sizes in one batch"
 
 
 def test_general_questions_have_one_answer(monkeypatch, tmp_path):
