@@ -334,7 +334,7 @@ class Qwen2_5VL(Family):
     """
 
     model_class = Qwen2_5_VLForConditionalGeneration
-    steps = [1500, 900, 200, 300]  # noqa: RUF012
+    steps = [1200, 800, 200, 300]  # noqa: RUF012
     grids = [(6, 6), (5, 6), (7, 6), (6, 5), (6, 7)]  # noqa: RUF012
     tower_name = "visual"
 
@@ -422,7 +422,7 @@ def look_at_neighbours(attention: nn.Module, frequencies: Tensor, *, distance: i
     """Start the eight heads of a block of a ViT with the eight neighbours of each patch, as a convolution does.
 
     The biases of queries and keys do that: after the rotation by the positions of two patches, their product is largest
-    where one patch is the neighbour of the other. Heads that look everywhere at first learn several times as slowly.
+    where one patch is the neighbour of the other. Heads that look everywhere at first learn much more slowly.
     """
     num_heads, size = attention.num_heads, attention.head_dim
     queries, keys, _ = attention.qkv.bias.view(3, num_heads, size)
@@ -519,7 +519,7 @@ def imitate_tokens(
     """Train the tower to return the image tokens of another model, ``teacher [N, 36, 128]``, for images of all sizes.
 
     All images of a batch have one size, and the next batch has the next size of the family. In sizes that the teacher
-    does not know, its tokens are interpolated. Labels as in :func:`train_tower` beside the teacher slowed that down.
+    does not know, its tokens are interpolated.
     """
     tower = family.tower(model)
     matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
