@@ -25,7 +25,7 @@ class RecordEvaluation:
         batch_size: records that are answered at once.
         max_new_tokens: maximum length of an answer.
         workflow: the inner-adaptor workflow that answers; None for a model without inner adaptors.
-        max_records_per_task: number of records of each task that are answered, the first ones of the file; None for all.
+        max_records_per_task: answer the first records of each task, as many as this; None for all.
     """
 
     data: str
