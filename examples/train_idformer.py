@@ -28,6 +28,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -87,8 +88,8 @@ class DemoArguments:
             "help": "characters, wesnoth, faces, or a folder with train.jsonl, general.jsonl, test.jsonl, images/."
         },
     )
-    test_data: str | None = field(
-        default=None, metadata={"help": "Data set whose held-out identities are tested; by default that of --data."}
+    test_data: list[str] | None = field(
+        default=None, metadata={"help": "Data sets whose held-out identities are tested; by default that of --data."}
     )
     seeds: int = field(default=1, metadata={"help": "Number of seeds."})
     seed: int = field(default=0, metadata={"help": "First seed."})
@@ -132,6 +133,8 @@ class DemoArguments:
             raise ValueError(f"tower_steps={self.tower_steps} must be at least 1.")
         if self.steps is not None and len(self.steps) != 2:
             raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
+        if self.test_data is not None and len({Path(name).name for name in self.test_data}) < len(self.test_data):
+            raise ValueError(f"test_data={self.test_data} names a data set twice; leave it out once.")
         if self.tower is not None and self.tower_steps is not None:
             raise ValueError(f"tower_steps={self.tower_steps} has no effect on tower={self.tower!r}, which is trained.")
         for name, default in (("export", None), ("variants", list(VARIANTS))):
@@ -212,14 +215,18 @@ def main(
     # --- Data ---
     data_root = Path(args.data_root or Path(args.out) / "data")
     data = build_data(args.data, data_root, sizes, records)
-    test_data = data if args.test_data is None else build_data(args.test_data, data_root, sizes, records)
+    test_data = {
+        Path(name).name: data if name == args.data else build_data(name, data_root, sizes, records)
+        for name in args.test_data or [args.data]
+    }
     tower_steps, pretraining_steps, tuning_steps = STEPS.get(args.data, DEFAULT_STEPS)
     pretraining_steps, tuning_steps = args.steps or (pretraining_steps, tuning_steps)
     tower_steps = 0 if args.tower is not None else args.tower_steps or tower_steps
     out = Path(args.out) / Path(args.data).name
-    test = list(RecordDataset(test_data / "test.jsonl"))
+    tests = {name: list(RecordDataset(built / "test.jsonl")) for name, built in test_data.items()}
     if "wrong" in args.references:
-        check_wrong_references(test)  # before the training, because the evaluation comes last
+        for test in tests.values():
+            check_wrong_references(test)  # before the training, because the evaluation comes last
 
     # --- Identity pretraining, one seed after the other ---
     seeds = list(range(args.seed, args.seed + args.seeds))
@@ -236,18 +243,20 @@ def main(
                 tower_steps=tower_steps,
                 num_layers=tuning.num_layers,
                 id_former=id_former,
-                test_data=test_data,
+                test_data=list(test_data.values()),
                 tower=args.tower,
                 tower_root=None if args.tower_root is None else Path(args.tower_root),
                 bf16=has_fast_bfloat16(),
             )
 
     # --- What the identity map finds, before a language model reads it ---
-    map_results = {
-        column: [score_maps(test, folder, references=references) for folder in seed_folders]
-        for column, references in MAP_COLUMNS.items()
-        if references in args.references
-    }
+    map_results, records_of = {}, {}  # column -> results of the seeds, file of the records
+    for name, test in tests.items():
+        for column, references in MAP_COLUMNS.items():
+            if references in args.references:
+                column = column_on(column, name, test_data)
+                records_of[column] = test_data[name] / "test.jsonl"
+                map_results[column] = [score_maps(test, folder, references=references) for folder in seed_folders]
     map_results = {column: found for column, found in map_results.items() if found[0].predictions}
     if map_results:
         print(score_table(map_results), flush=True)
@@ -258,7 +267,7 @@ def main(
             "steps of identity pretraining": pretraining_steps,
             **changed(sizes, records, id_former),
         }
-        report_maps(args, out, map_results, test_data, settings, seconds=time.time() - start)
+        report_maps(args, out, map_results, records_of, settings, seconds=time.time() - start)
         return
 
     # --- Instruction tuning and evaluation, in two processes that share the processor cores ---
@@ -277,11 +286,14 @@ def main(
             for variant in args.variants
         }
         logs = {variant: [training.result() for training in trainings[variant]] for variant in args.variants}
-        evaluations = {
-            column: [pool.submit(answer, variant, test_data, folder, references=references) for folder in seed_folders]
-            for column, (variant, references) in COLUMNS.items()
-            if variant in args.variants and references in args.references
-        }
+        evaluations = {}
+        for name, built in test_data.items():
+            for column, (variant, references) in COLUMNS.items():
+                if variant in args.variants and references in args.references:
+                    options = {"references": references}
+                    asked = [pool.submit(answer, variant, built, folder, **options) for folder in seed_folders]
+                    column = column_on(column, name, test_data)
+                    evaluations[column], records_of[column] = asked, built / "test.jsonl"
         results = {column: [evaluation.result() for evaluation in found] for column, found in evaluations.items()}
         general = {}  # the general questions, and where the model was trained on these first, the scores before tuning
         if tuning.num_general_test:
@@ -296,22 +308,24 @@ def main(
     model, processor = load(seed_folders[0], args.variants[0])
     named = results
     if len(args.variants) == 1:  # so that a study can compare runs with and without ID-Former
-        named = {"right references" if "ID-Former" in column else column: found for column, found in results.items()}
+        for column in ("with ID-Former", "without ID-Former"):
+            named = {name.replace(column, "right references"): found for name, found in named.items()}
+            records_of = {name.replace(column, "right references"): file for name, file in records_of.items()}
     write_metrics(
         Path(args.out),
         named | general | map_results,
-        records=dict.fromkeys([*named, *map_results], test_data / "test.jsonl"),
+        records={column: file for column, file in records_of.items() if column in named | map_results},
         parameters=model.num_parameters(),
         seconds=time.time() - start,
     )
-    first_column = next(iter(results))
+    first_test, first_column = next(iter(tests.values())), next(iter(results))
     report = write_report(
         out,
         results,
         model="Small VLM with and without ID-Former",
-        data=f"held-out identities of {Path(args.test_data or args.data).name}",
+        data=f"held-out identities of {', '.join(tests)}",
         logs=logs,
-        examples=pick_examples(model, processor, test, results[first_column][0]),
+        examples=pick_examples(model, processor, first_test, results[first_column][0]),
         settings={
             "seeds": seeds,
             "steps of tower pretraining": tower_steps,
@@ -331,6 +345,11 @@ def main(
     print(f"\n{report}")
 
 
+def column_on(column: str, name: str, test_data: dict[str, Path]) -> str:
+    """The name of a column of scores on the data set ``name``, which is named if several are tested."""
+    return column if len(test_data) == 1 else f"{name}: {column}"
+
+
 def score_maps(test: list[Sample], folder: Path, *, references: str) -> EvaluationResult:
     """Scores of the identity map after identity pretraining, without a language model."""
     model, processor = load(folder, "identity-pretraining")
@@ -341,7 +360,7 @@ def report_maps(
     args: DemoArguments,
     out: Path,
     results: dict[str, list[EvaluationResult]],
-    test_data: Path,
+    records_of: dict[str, Path],
     settings: dict[str, object],
     *,
     seconds: float,
@@ -353,19 +372,19 @@ def report_maps(
     write_metrics(
         Path(args.out),
         results,
-        records=dict.fromkeys(results, test_data / "test.jsonl"),
+        records={column: records_of[column] for column in results},
         parameters=parameters,
         trained_parameters=trained,
         seconds=seconds,
     )
-    first = next(iter(results.values()))[0]
+    first_column, (first, *_) = next(iter(results.items()))
     answered = {prediction.id for prediction in first.predictions}
-    test = [sample for sample in RecordDataset(test_data / "test.jsonl") if sample.id in answered]
+    test = [sample for sample in RecordDataset(records_of[first_column]) if sample.id in answered]
     report = write_report(
         out,
         results,
         model="Identity map of a small ID-Former",
-        data=f"held-out identities of {Path(args.test_data or args.data).name}",
+        data=f"held-out identities of {', '.join(Path(name).name for name in args.test_data or [args.data])}",
         examples=pick_examples(model, processor, test, first),
         settings={**settings, "parameters of tower and ID-Former": parameters},
         command=" ".join(["python", *sys.argv]),
@@ -415,7 +434,7 @@ def pretrain_identities(
     tower_steps: int,
     num_layers: int = 2,
     id_former: IDFormerArguments | None = None,
-    test_data: Path | None = None,
+    test_data: Sequence[Path] = (),
     tower: str | None = None,
     tower_root: Path | None = None,
     attn_implementation: str = "sdpa",
@@ -428,7 +447,8 @@ def pretrain_identities(
     out, root = folder / "identity-pretraining", tower_root or folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train, general = (list(RecordDataset(data / f"{split}.jsonl")) for split in ("train", "general"))
-    test = list(RecordDataset((test_data or data) / "test.jsonl"))
+    # Instruction tuning is followed on test records of its own data; the others are only tested.
+    test = [sample for folder in dict.fromkeys([data, *test_data]) for sample in RecordDataset(folder / "test.jsonl")]
     # The tower learns individuals and the labels of boxes from images alone, several times as fast as through the
     # identity attention. From then on it is frozen, and every image is encoded once.
     if tower is None:

@@ -30,7 +30,7 @@ from tests.training_runs import QUICK, write_records
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "tests" / "ablation_program.py")
 RECIPES = ROOT / "recipes" / "ablations"
-NOT_STUDIES = ("adapt_demo", "real_parts_train")
+NOT_STUDIES = ("adapt_demo", "real_parts_align", "real_parts_train")
 """Configurations of ``idavlm train`` that studies share."""
 
 
@@ -338,7 +338,8 @@ def test_a_study_of_train_configurations(tmp_path, monkeypatch, capsys):
     data = write_records(tmp_path / "data")
     config = {"model": "model", "train_data": str(data / "train.jsonl"), **QUICK, "max_steps": 1}
     Path("train.yaml").write_text(yaml.safe_dump(config))
-    evaluate = {"test": {"data": str(data / "test.jsonl"), "max_new_tokens": 4}}
+    test = {"data": str(data / "test.jsonl"), "max_new_tokens": 4}
+    evaluate = {"test": test, "one": {**test, "max_records_per_task": 1}}
     keys = {"program": "train", "config": "train.yaml", "evaluate": evaluate, "seeds": [3], "grid": {}}
     study = write_study(**keys, variants={"all": {}, "LoRA": {"lora.language_model.r": 2}})
     for wrong, message in (("base.learning_rat=1", "'learning_rat'"), ("evaluate.test.dat=x", "'dat' is not known")):
@@ -352,6 +353,7 @@ def test_a_study_of_train_configurations(tmp_path, monkeypatch, capsys):
         found = read_metrics(run.variant)
         assert any(name.startswith("test/") for name in found.metrics)
         assert len(found.answers["test"][0].predictions) == 2
+        assert len(found.answers["one"][0].predictions) == 1
         trained[run.variant] = found.facts["trained_parameters"]
         assert trained["all"] <= found.facts["parameters"]
         assert "seed: 3" in Path(run.variant, "model", "train_config.yaml").read_text()
@@ -398,8 +400,8 @@ def test_recipes_are_valid(path, parser, tmp_path, monkeypatch):
     assert study.folder == Path("runs/ablations") / path.stem
     if study.program == "train":
         for evaluation in study.evaluate.values():
-            Path(evaluation).parent.mkdir(parents=True, exist_ok=True)
-            Path(evaluation).touch()
+            Path(evaluation["data"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(evaluation["data"]).touch()
         assert main(["ablate", str(path), "--dry-run", *(f"--set={each}" for each in recipe_overrides(path))]) == 0
         return
     assert study.program == "examples/train_idformer.py"

@@ -247,6 +247,16 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
     tiny = metrics("tiny", "--tower", "idavlm-tiny", "--steps", 1, 1, "--references", "right")
     assert {name.split("/")[0] for name in tiny["metrics"]} == {"identity map"}
 
+    others = build_characters(tmp_path / "others", **sizes, **records, seed=1)
+    arguments = ["--data", data, "--test_data", others, data, "--tower", "idavlm-tiny", "--steps", 1, 2]
+    arguments += ["--variants", "with-id-former", "--references", "right", "--out", tmp_path / "two"]
+    run_example(monkeypatch, capsys, "train_idformer.py", *arguments)
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    tested = {f"{name}: {kind}": name for name in ("others", "people") for kind in ("right references", "identity map")}
+    assert {name.split("/")[0] for name in two["metrics"]} == set(tested)
+    assert two["records"] == {column: str(tmp_path / name / "test.jsonl") for column, name in tested.items()}
+    assert two["metrics"]["people: identity map/matching/accuracy"] == tiny["metrics"]["identity map/matching/accuracy"]
+
     example = runpy.run_path(str(ROOT / "examples" / "train_idformer.py"), run_name="example")
     options = {"seed": 0, "steps": 2, "device": "cpu", "bf16": example["has_fast_bfloat16"]()}
     options |= {"image_size": example["IMAGE_SIZE"], "hidden_size": example["HIDDEN_SIZE"]}
@@ -256,7 +266,11 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
         file.write((data / "train.jsonl").read_text().splitlines()[0] + "\n")
     assert train_shared_tower(tmp_path / "towers", data, **options) != trained
     assert len(list(tmp_path.glob("towers/tower-*"))) == 4
-    for wrong, message in ((["--export", "x"], "export='x'"), (["--tower", "x", "--tower_steps", 2], "tower_steps=2")):
+    for wrong, message in (
+        (["--export", "x"], "export='x'"),
+        (["--tower", "x", "--tower_steps", 2], "tower_steps=2"),
+        (["--test_data", "a/x", "b/x"], "test_data="),
+    ):
         with pytest.raises(ValueError, match=message):
             metrics("wrong", *wrong)
 

@@ -1,5 +1,6 @@
 """``evaluate`` of a study with ``program: train``: files of records that the trained model answers."""
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class RecordEvaluation:
         batch_size: records that are answered at once.
         max_new_tokens: maximum length of an answer.
         workflow: the inner-adaptor workflow that answers; None for a model without inner adaptors.
+        max_records_per_task: answer the first records of each task, as many as this; None for all.
     """
 
     data: str
@@ -31,16 +33,22 @@ class RecordEvaluation:
     batch_size: int = 16
     max_new_tokens: int = 64
     workflow: str | None = None
+    max_records_per_task: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("references", self.references, REFERENCES)
         check_positive(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        check_positive(max_records_per_task=self.max_records_per_task)
         if not Path(self.data).is_file():
             raise ValueError(f"data={self.data!r} is no file in the current folder.")
 
     def run(self, model: nn.Module, processor) -> EvaluationResult:
         """Let a model answer the records."""
-        samples = list(RecordDataset(self.data))
+        samples, counts = [], Counter()
+        for sample in RecordDataset(self.data):
+            counts[sample.task] += 1
+            if self.max_records_per_task is None or counts[sample.task] <= self.max_records_per_task:
+                samples.append(sample)
         options = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
         with nullcontext() if self.workflow is None else model.workflow(self.workflow):
             return evaluate(model, processor, samples, references=self.references, **options)
