@@ -331,6 +331,8 @@ class Qwen2_5VL(Family):
 
     A ViT and a language model of this size learn slowly. Both start from a finished run of :class:`Llava`: the ViT
     imitates its image tokens, and the language model starts with its weights (:meth:`copy_language_model`).
+
+    The tokenizer has no tokens around an image. Text has to stand between two images, or M-RoPE takes them for one.
     """
 
     model_class = Qwen2_5_VLForConditionalGeneration
