@@ -178,7 +178,16 @@ def main(args: AttachArguments) -> None:
     else:
         if args.teacher:
             family.copy_language_model(model, torch.load(Path(args.teacher) / "base.pt"))
-        train_base(model, general_features, scenes, tokenizer, steps=base_steps, seed=0, log=log)
+        train_base(
+            model,
+            general_features,
+            scenes,
+            tokenizer,
+            steps=base_steps,
+            seed=0,
+            num_tests=min(num_tests, 50),
+            log=log,
+        )
         torch.save(model.state_dict(), out / "base.pt")
     model.requires_grad_(False).eval()
 

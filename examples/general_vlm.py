@@ -992,13 +992,17 @@ def train_base(
     *,
     steps: int,
     seed: int,
+    num_tests: int = 50,
     log: Callable,
     log_every: int = 250,
 ) -> None:
-    """Train the language model on general data; vision tower and projector stay as they are."""
+    """Train the language model on general data; vision tower and projector stay as they are.
+
+    Every ``log_every`` steps it answers ``num_tests`` held-out questions of each kind.
+    """
     rng, tokenize = Random(seed), cached_tokenize(tokenizer)
     tasks = GeneralTasks(scenes, tokenize, rng)
-    tests = general_tests(scenes, tokenize, count=50)
+    tests = general_tests(scenes, tokenize, count=num_tests)
     model.requires_grad_(False)
     model.model.language_model.requires_grad_(True)
     embeddings = model.get_input_embeddings().weight
