@@ -60,8 +60,9 @@ from idavlm.utils.locks import lock_beside
 
 BUILDERS = {"characters": build_characters, "wesnoth": build_wesnoth, "faces": build_faces}
 # Steps of tower pretraining, identity pretraining and instruction tuning.
-STEPS = {"characters": (1200, 350, 1400), "wesnoth": (3000, 800, 1700), "faces": (3000, 800, 1700)}
+STEPS = {"characters": (1200, 350, 1400), "wesnoth": (6000, 800, 2500), "faces": (6000, 800, 2500)}
 DEFAULT_STEPS = (3000, 800, 1700)
+AUGMENTED = ("wesnoth", "faces")  # few individuals: the tower is trained on random views of the images
 BATCH_SIZE = 16
 IMAGE_SIZE = 64
 HIDDEN_SIZE = 128
@@ -97,6 +98,9 @@ class DemoArguments:
         default=None, metadata={"help": "Steps of identity pretraining and of instruction tuning."}
     )
     tower_steps: int | None = field(default=None, metadata={"help": "Steps of tower pretraining."})
+    augment: bool | None = field(
+        default=None, metadata={"help": "Train the tower on random views of images; by default for wesnoth and faces."}
+    )
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted run from its checkpoints."})
     out: str = field(default="runs/train_idformer", metadata={"help": "Folder of data, checkpoints and reports."})
     data_root: str | None = field(default=None, metadata={"help": "Folder of built data; by default <out>/data."})
@@ -135,8 +139,10 @@ class DemoArguments:
             raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
         if self.test_data is not None and len({Path(name).name for name in self.test_data}) < len(self.test_data):
             raise ValueError(f"test_data={self.test_data} names a data set twice; leave it out once.")
-        if self.tower is not None and self.tower_steps is not None:
-            raise ValueError(f"tower_steps={self.tower_steps} has no effect on tower={self.tower!r}, which is trained.")
+        for name in ("tower_steps", "augment"):
+            value = getattr(self, name)
+            if self.tower is not None and value:
+                raise ValueError(f"{name}={value} has no effect on tower={self.tower!r}, which is trained.")
         for name, default in (("export", None), ("variants", list(VARIANTS))):
             if self.stop_after is not None and getattr(self, name) != default:
                 raise ValueError(
@@ -244,6 +250,7 @@ def main(
                 num_layers=tuning.num_layers,
                 id_former=id_former,
                 test_data=list(test_data.values()),
+                augment=args.data in AUGMENTED if args.augment is None else args.augment,
                 tower=args.tower,
                 tower_root=None if args.tower_root is None else Path(args.tower_root),
                 bf16=has_fast_bfloat16(),
@@ -435,6 +442,7 @@ def pretrain_identities(
     num_layers: int = 2,
     id_former: IDFormerArguments | None = None,
     test_data: Sequence[Path] = (),
+    augment: bool = False,
     tower: str | None = None,
     tower_root: Path | None = None,
     attn_implementation: str = "sdpa",
@@ -452,7 +460,8 @@ def pretrain_identities(
     # The tower learns individuals and the labels of boxes from images alone, several times as fast as through the
     # identity attention. From then on it is frozen, and every image is encoded once.
     if tower is None:
-        options = {"image_size": IMAGE_SIZE, "hidden_size": HIDDEN_SIZE, "device": device, "bf16": bf16}
+        options = {"image_size": IMAGE_SIZE, "hidden_size": HIDDEN_SIZE, "augment": augment}
+        options |= {"device": device, "bf16": bf16}
         trained = train_shared_tower(root, data, seed=seed, steps=tower_steps, **options)
     else:
         trained = copy_tower(root, tower)

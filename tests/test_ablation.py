@@ -9,6 +9,7 @@ import signal
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from idavlm.ablation import RunFolder, execution, read_study
+from idavlm.ablation.figures import plot_study
 from idavlm.ablation.programs import command, flags
 from idavlm.ablation.summary import summarize_study
 from idavlm.ablation.tables import escape_latex
@@ -287,6 +289,16 @@ def test_tables_hold_means_deviations_and_paired_differences(capsys):
     assert r"width=4 & 1 & 4,000 &" in latex
     assert escape_latex("a_b & 5 % {~}") == r"a\_b \& 5 \% \{\textasciitilde{}\}"
     assert "width=2" not in re.search(r"difference from width=2(.*)", latex, re.DOTALL)[1].partition("midrule")[2]
+
+
+def test_the_figure_has_a_panel_for_each_metric(monkeypatch):
+    """Six metrics fill six of two rows of four panels; the others are hidden."""
+    assert main(["ablate", write_study(seeds=[0])]) == 0
+    summary, drawn = summarize_study(read_study("study.yaml")), []
+    monkeypatch.setattr("idavlm.ablation.figures.save", lambda figure, path: drawn.append(figure))
+    plot_study("scores.png", replace(summary, metrics=summary.metrics[:2] * 3))
+    assert [bool(ax.get_visible()) for ax in drawn[0].axes] == [True] * 6 + [False] * 2
+    assert all(ax.lines or ax.patches for ax in drawn[0].axes[:6])
 
 
 def test_runs_on_other_records_are_not_paired():

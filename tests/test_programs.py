@@ -262,10 +262,11 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
     options |= {"image_size": example["IMAGE_SIZE"], "hidden_size": example["HIDDEN_SIZE"]}
     assert train_shared_tower(tmp_path / "towers", data, **options) == trained
     assert train_shared_tower(tmp_path / "towers", data, **options | {"steps": 1}) != trained
+    assert train_shared_tower(tmp_path / "towers", data, **options | {"augment": True}) != trained
     with (data / "train.jsonl").open("a") as file:  # other data, in the same folder
         file.write((data / "train.jsonl").read_text().splitlines()[0] + "\n")
     assert train_shared_tower(tmp_path / "towers", data, **options) != trained
-    assert len(list(tmp_path.glob("towers/tower-*"))) == 4
+    assert len(list(tmp_path.glob("towers/tower-*"))) == 5
     for wrong, message in (
         (["--export", "x"], "export='x'"),
         (["--tower", "x", "--tower_steps", 2], "tower_steps=2"),

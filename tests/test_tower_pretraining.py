@@ -12,7 +12,15 @@ from idavlm.data import Sample
 from idavlm.data.schema import Box, Identity, Message, Part
 from idavlm.datasets import build_characters
 from idavlm.experimental import pretrain_tower, small_language_model, small_processor, small_vision_tower
-from idavlm.experimental.tower_pretraining import LabelLoss, find_appearances, individual_loss, label_loss
+from idavlm.experimental.tower_pretraining import (
+    LabelLoss,
+    _draw_views,
+    _seen,
+    _viewed,
+    find_appearances,
+    individual_loss,
+    label_loss,
+)
 from idavlm.models import ImageFeatures
 
 
@@ -41,6 +49,27 @@ def test_boxes_of_one_individual_are_found_although_names_differ():
     assert found[root, "s1"][0].individual == kate.individual
     assert found[root, "b0"][0].individual == tom.individual != kate.individual
     assert [kate.label, tom.label, found[root, "s1"][0].label] == [1, -100, 0]
+
+
+def test_boxes_are_where_the_views_show_them():
+    """A white rectangle in a wide image is where its box says; a box that is half outside the view says so."""
+    count, height, width = 100, 48, 64
+    views = _draw_views(count, torch.Generator().manual_seed(0))
+    assert 0.3 < (views[:, 0, 0] < 0).float().mean() < 0.7, "half of the views are mirrored"
+    images = torch.zeros(count, 3, height, width)
+    images[:, :, 12:32, 20:44] = 1
+    sizes = torch.tensor([[height, width]]).expand(count, 2)
+    boxes, shares = _seen(torch.tensor([[20.0, 12.0, 44.0, 32.0]]).expand(count, 4), sizes, views)
+    torch.testing.assert_close(shares, torch.ones(count))
+    for image, box in zip(_viewed(images, views), boxes, strict=True):
+        rows, columns = (image[0] > 0.5).nonzero(as_tuple=True)
+        found = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        torch.testing.assert_close(found.float(), box, atol=0.6, rtol=0)
+
+    shifted = torch.tensor([[[1.0, 1.0], [0.5, 0.0]]])  # shows the image from a quarter of its width on
+    box, share = _seen(torch.tensor([[8.0, 0.0, 24.0, 48.0]]), sizes[:1], shifted)
+    assert box.tolist() == [[0, 0, 8, 48]]
+    assert share.tolist() == [0.5]
 
 
 def test_the_contrast_is_over_the_other_boxes():

@@ -34,15 +34,15 @@ def plot_study(path: str | Path, summary: Summary) -> Path | None:
     rows = -(-len(metrics) // columns)
     height = 3.2 if option else 0.9 + 0.32 * len(summary.variants)
     figure = new_figure(4.2 * columns, height * rows)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=option is None).flat
-    for ax, metric in zip(axes, metrics, strict=False):
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=option is None).flatten()
+    for metric, ax in zip(metrics, axes, strict=False):
         tidy(ax)
         ax.set_title(label(metric, summary.metrics), fontsize=10, color=INK, loc="left")
         if option:
             _draw_lines(ax, summary, metric, option)
         else:
             _draw_bars(ax, summary, metric)
-    for ax in list(axes):  # what is left of the iterator has no metric
+    for ax in axes[len(metrics) :]:
         ax.set_visible(False)
     return save(figure, path)
 

@@ -27,6 +27,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ name }}</title><style>
 body { font: 15px/1.45 system-ui, sans-serif; color: #22242a; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; } th, td { padding: .25rem .7rem; text-align: right; }
+td { white-space: nowrap; }
 th { border-bottom: 2px solid #22242a; font-weight: 600; } td { border-bottom: 1px solid #e3e5ea; }
 th:first-child, td:first-child { text-align: left; } td { font-variant-numeric: tabular-nums; }
 img { max-width: 100%; } pre { background: #f4f5f7; padding: .6rem; overflow-x: auto; font-size: 12px; }

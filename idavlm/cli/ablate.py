@@ -82,7 +82,8 @@ def _report(study) -> int:
     from idavlm.ablation.report import write_study_report
     from idavlm.ablation.tables import markdown_tables
 
-    summary = write_study_report(study, command=shlex.join(["idavlm", *sys.argv[1:]]))
+    repeated = [word for word in sys.argv[1:] if word != "--report-only"]
+    summary = write_study_report(study, command=shlex.join(["idavlm", *repeated]))
     print("\n" + "\n\n".join(markdown_tables(summary)))
     failed = summary.states.get("failed", [])
     missing = [*summary.states.get("new", []), *summary.states.get("killed", [])]

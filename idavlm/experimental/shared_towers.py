@@ -30,7 +30,16 @@ CODE = (tower_pretraining, small_models)
 
 
 def train_shared_tower(
-    root: Path, data: Path, *, seed: int, steps: int, image_size: int, hidden_size: int, device: str, bf16: bool
+    root: Path,
+    data: Path,
+    *,
+    seed: int,
+    steps: int,
+    image_size: int,
+    hidden_size: int,
+    device: str,
+    bf16: bool,
+    augment: bool = False,
 ) -> Path:
     """The folder of a small vision tower that is trained from boxes, see :func:`pretrain_tower`.
 
@@ -43,10 +52,11 @@ def train_shared_tower(
         hidden_size: width of the patches.
         device: ``"cpu"`` or ``"cuda"``.
         bf16: run the tower in bfloat16.
+        augment: train it on random views of the images.
     """
     samples = list(RecordDataset(data / "train.jsonl"))
     facts = {"seed": seed, "steps": steps, "image_size": image_size, "hidden_size": hidden_size}
-    facts |= {"device": device, "bf16": bf16, "data": _digest(samples, data / "train.jsonl")}
+    facts |= {"device": device, "bf16": bf16, "augment": augment, "data": _digest(samples, data / "train.jsonl")}
     facts |= {package: version(package) for package in ("torch", "transformers", "pillow")}
     facts |= {code.__name__: hashlib.sha256(Path(code.__file__).read_bytes()).hexdigest() for code in CODE}
 
@@ -54,7 +64,8 @@ def train_shared_tower(
         set_seed(seed)
         tower = small_vision_tower(hidden_size=hidden_size, layer_type="basic")
         model, processor = _model_around(tower, samples, image_size)
-        log = pretrain_tower(model.to(device), processor, samples, steps=steps, seed=seed, bf16=bf16)
+        options = {"steps": steps, "seed": seed, "bf16": bf16, "augment": augment}
+        log = pretrain_tower(model.to(device), processor, samples, **options)
         model.vision_tower.save_pretrained(folder)
         return {"log": log}
 
