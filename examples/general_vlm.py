@@ -470,21 +470,8 @@ def train_tower(
     tower, projector = family.tower(model), model.model.multi_modal_projector
     for layer in (projector.linear_1, projector.linear_2):
         nn.init.orthogonal_(layer.weight)
-    matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in tower.parameters() if parameter.dim() != 2]
-    optimizer = MuonAdamW(
-        [
-            {"params": matrices, "muon": True, "lr": 6e-3},
-            {"params": others, "muon": False, "lr": 2e-3},
-            {"params": [*heads.parameters(), *projector.parameters()], "muon": False, "lr": 3e-3},
-        ],
-        lr=6e-3,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 30) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
-    )
+    beside = [{"params": [*heads.parameters(), *projector.parameters()], "muon": False, "lr": 3e-3}]
+    optimizer, schedule = tower_optimizer(tower, beside, steps=steps, warmup=30)
     train = torch.tensor([number for number in range(len(scenes)) if number % HELD_OUT])
     for step in range(steps):
         rows = train[torch.randint(len(train), (48,))]
@@ -515,6 +502,27 @@ def train_tower(
         projector.linear_2.bias.sub_(tokens.mean(0)).mul_(scale)
 
 
+def tower_optimizer(
+    tower: nn.Module, beside: Sequence[dict] = (), *, steps: int, warmup: int
+) -> tuple[MuonAdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Muon for the matrices of a tower and AdamW for the rest, with a cosine schedule.
+
+    ``beside``: parameter groups of what is trained with the tower.
+    """
+    matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
+    others = [parameter for parameter in tower.parameters() if parameter.dim() != 2]
+    optimizer = MuonAdamW(
+        [{"params": matrices, "muon": True, "lr": 6e-3}, {"params": others, "muon": False, "lr": 2e-3}, *beside],
+        lr=6e-3,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
+    )
+    return optimizer, schedule
+
+
 def imitate_tokens(
     family: Family, model: nn.Module, images: np.ndarray, teacher: Tensor, *, steps: int, log: Callable
 ) -> None:
@@ -523,18 +531,7 @@ def imitate_tokens(
     All images of a batch have one size, and the next batch has the next size of the family. In sizes that the teacher
     does not know, its tokens are interpolated.
     """
-    tower = family.tower(model)
-    matrices = [parameter for parameter in tower.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in tower.parameters() if parameter.dim() != 2]
-    optimizer = MuonAdamW(
-        [{"params": matrices, "muon": True, "lr": 6e-3}, {"params": others, "muon": False, "lr": 2e-3}],
-        lr=6e-3,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 20) * (0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
-    )
+    optimizer, schedule = tower_optimizer(family.tower(model), steps=steps, warmup=20)
     train = torch.tensor([number for number in range(len(images)) if number % HELD_OUT])
     test = torch.arange(0, len(images), HELD_OUT)[:200]
 
