@@ -16,7 +16,7 @@ from idavlm.evaluation import load_checkpoint, score_identity_maps, score_table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="folder of the model and its processor")
+    parser.add_argument("checkpoint", help="folder of the model and its processor")
     parser.add_argument("records", type=Path, help="evaluation records; those of matching and location are used")
     args = parser.parse_args()
     model, processor = load_checkpoint(args.checkpoint)

@@ -11,6 +11,7 @@ model has seen the identities of the scenes. Wesnoth has 78 of them; identities 
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,11 +21,14 @@ from idavlm.datasets import build_characters, build_wesnoth
 from idavlm.evaluation import load_checkpoint
 from idavlm.utils import describe_machine, markdown_table
 
+SPLITS = {"characters": ("test", "train"), "wesnoth": ("test", "validation", "train")}
+"""Splits of each data set whose identities fill up the cast."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint with an ID-Former")
-    parser.add_argument("--data-set", choices=["characters", "wesnoth"], default="characters")
+    parser.add_argument("--model", default="idavlm-tiny", help="checkpoint with an ID-Former")
+    parser.add_argument("--data-set", choices=list(SPLITS), default="characters")
     parser.add_argument("--data", type=Path, default=Path("runs/identity_bank"), help="folder of the data")
     parser.add_argument("--cast", type=int, default=200, help="number of identities")
     parser.add_argument("--scenes", type=int, default=100)
@@ -47,22 +51,22 @@ def main() -> None:
             num_general_records=4,
             seed=arguments.seed,
         )
-    photos, scenes = cast_of(folder, arguments.cast)
+    photos, scenes = cast_of(folder, SPLITS[arguments.data_set], arguments.cast)
     scenes = dict(list(scenes.items())[: arguments.scenes])
     print(describe_machine(model.device))
     compare_with_photos(model, processor, photos, list(scenes))
     rank_the_cast(model, processor, photos, scenes)
 
 
-def cast_of(folder: Path, count: int) -> tuple[dict[str, list[Path]], dict[Path, set[str]]]:
+def cast_of(folder: Path, splits: Iterable[str], count: int) -> tuple[dict[str, list[Path]], dict[Path, set[str]]]:
     """Two photos of each of ``count`` identities, and the identities in each test scene, by the names of their photos.
 
-    The identities of the test records come first, then those of validation and training records.
+    The identities come from the records of ``splits``, in this order.
     """
     root = folder / "images"
     photos: dict[str, list[Path]] = {}
     scenes: dict[Path, set[str]] = {}
-    for split in ("test", "validation", "train"):
+    for split in splits:
         for sample in RecordDataset(folder / f"{split}.jsonl"):
             identity_of = {}
             for identity in sample.identities:

@@ -19,6 +19,7 @@ def test_a_name_stands_for_the_folder_in_the_package(monkeypatch, tmp_path):
     """Other names and paths are not touched, and a folder of the same name in the current folder comes first."""
     monkeypatch.chdir(tmp_path)
     assert FOLDER.is_dir()
+    assert resolve_pretrained(Path("idavlm-tiny")) == str(FOLDER)
     assert resolve_pretrained("idavlm-large") == "idavlm-large"
     assert resolve_pretrained(tmp_path) == tmp_path
     (tmp_path / "idavlm-tiny").mkdir()

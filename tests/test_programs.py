@@ -30,6 +30,7 @@ from benchmarks import (
     gpu,
     gpu_stages,
     id_former,
+    identity_bank,
     inner_adaptor,
     measure,
     qlora,
@@ -393,6 +394,15 @@ def test_generation_benchmark(monkeypatch, capsys, tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
     assert [row[0] for row in rows].count("all") == 2
     assert {row[4] for row in rows} == {"1.00", ""}
+
+
+def test_identity_bank_benchmark(monkeypatch, capsys, tmp_path):
+    """Both parts run, and the answers with a bank are those with the photos in the prompt."""
+    sizes = ["--cast", "8", "--scenes", "4", "--data", str(tmp_path)]
+    out = run(monkeypatch, capsys, identity_bank.main, *sizes)
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert any(row.startswith("| photos in every prompt | 36 |") for row in rows), "four times eight photos and a scene"
+    assert any(row.startswith("| bank | 12 |") for row in rows)
 
 
 def test_attention_matching_benchmark(monkeypatch, capsys, tmp_path):

@@ -14,6 +14,6 @@ def resolve_pretrained(name_or_path: str | PathLike) -> str | PathLike:
     network for these names. The Auto classes of transformers do not: pass them ``resolve_pretrained("idavlm-tiny")``.
     As with names on the hub, a folder of this name in the current folder comes first.
     """
-    if name_or_path in PRETRAINED and not Path(name_or_path).is_dir():
+    if str(name_or_path) in PRETRAINED and not Path(name_or_path).is_dir():  # Path("idavlm-tiny") is the name, too
         return str(Path(__file__).parent / name_or_path)
     return name_or_path
