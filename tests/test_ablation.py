@@ -350,11 +350,18 @@ def test_a_study_of_train_configurations(tmp_path, monkeypatch, capsys):
     data = write_records(tmp_path / "data")
     config = {"model": "model", "train_data": str(data / "train.jsonl"), **QUICK, "max_steps": 1}
     Path("train.yaml").write_text(yaml.safe_dump(config))
+    records = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    records.append({**records[0], "id": "t2", "type": "caption_single", "answer": "Kate is reading."})
+    (data / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     test = {"data": str(data / "test.jsonl"), "max_new_tokens": 4}
-    evaluate = {"test": test, "one": {**test, "max_records_per_task": 1}}
+    evaluate = {"test": test, "one": {**test, "tasks": ["location"], "max_records_per_task": 1}}
     keys = {"program": "train", "config": "train.yaml", "evaluate": evaluate, "seeds": [3], "grid": {}}
     study = write_study(**keys, variants={"all": {}, "LoRA": {"lora.language_model.r": 2}})
-    for wrong, message in (("base.learning_rat=1", "'learning_rat'"), ("evaluate.test.dat=x", "'dat' is not known")):
+    for wrong, message in (
+        ("base.learning_rat=1", "'learning_rat'"),
+        ("evaluate.test.dat=x", "'dat' is not known"),
+        ("evaluate.one.tasks=[where]", "test.jsonl has records of caption_single, location; name some of these"),
+    ):
         assert main(["ablate", study, "--set", wrong, "--dry-run"]) == 2
         assert message in capsys.readouterr().err
     assert main(["ablate", study, "--dry-run"]) == 0
@@ -364,7 +371,7 @@ def test_a_study_of_train_configurations(tmp_path, monkeypatch, capsys):
         ablate_train.main()
         found = read_metrics(run.variant)
         assert any(name.startswith("test/") for name in found.metrics)
-        assert len(found.answers["test"][0].predictions) == 2
+        assert len(found.answers["test"][0].predictions) == 3
         assert len(found.answers["one"][0].predictions) == 1
         trained[run.variant] = found.facts["trained_parameters"]
         assert trained["all"] <= found.facts["parameters"]

@@ -25,6 +25,7 @@ class RecordEvaluation:
         batch_size: records that are answered at once.
         max_new_tokens: maximum length of an answer.
         workflow: the inner-adaptor workflow that answers; None for a model without inner adaptors.
+        tasks: answer the records of these tasks; None for all.
         max_records_per_task: answer the first records of each task, as many as this; None for all.
     """
 
@@ -33,6 +34,7 @@ class RecordEvaluation:
     batch_size: int = 16
     max_new_tokens: int = 64
     workflow: str | None = None
+    tasks: list[str] | None = None
     max_records_per_task: int | None = None
 
     def __post_init__(self) -> None:
@@ -41,11 +43,20 @@ class RecordEvaluation:
         check_positive(max_records_per_task=self.max_records_per_task)
         if not Path(self.data).is_file():
             raise ValueError(f"data={self.data!r} is no file in the current folder.")
+        if self.tasks is not None:
+            known = {str(sample.task) for sample in RecordDataset(self.data)}
+            unknown = set(self.tasks) - known
+            if unknown or not self.tasks:
+                raise ValueError(
+                    f"tasks={self.tasks}: {self.data} has records of {', '.join(sorted(known))}; name some of these."
+                )
 
     def run(self, model: nn.Module, processor) -> EvaluationResult:
         """Let a model answer the records."""
         samples, counts = [], Counter()
         for sample in RecordDataset(self.data):
+            if self.tasks is not None and sample.task not in self.tasks:
+                continue
             counts[sample.task] += 1
             if self.max_records_per_task is None or counts[sample.task] <= self.max_records_per_task:
                 samples.append(sample)

@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from idavlm.data import RecordDataset, Sample
 from idavlm.models import IDAVLMModel, IDAVLMProcessor, ImageFeatures
 from idavlm.training.arguments import IDTrainingArguments
+from idavlm.utils.locks import lock_beside
 
 
 def use_image_features(
@@ -37,10 +38,12 @@ def use_image_features(
     if processor.image_loader is not None:
         raise ValueError(f"{option}, but processor.image_loader is set already; set it to None.")
     samples = [sample for dataset in datasets if dataset is not None for sample in _samples(dataset, processor, option)]
+    folder = Path(args.image_features)
     with args.main_process_first(local=False, desc="features of the vision tower"):
-        if not (Path(args.image_features) / "index.json").is_file():
-            ImageFeatures.write(args.image_features, model, processor, samples)
-        features = ImageFeatures(args.image_features, model, processor)
+        with lock_beside(folder):  # several runs of a study may share the folder
+            if not (folder / "index.json").is_file():
+                ImageFeatures.write(folder, model, processor, samples)
+        features = ImageFeatures(folder, model, processor)
     for sample in samples:
         for path in sample.images:
             features.size(sample.image_root, path)
