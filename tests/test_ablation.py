@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import statistics
 import sys
@@ -32,7 +33,7 @@ from tests.training_runs import QUICK, write_records
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "tests" / "ablation_program.py")
 RECIPES = ROOT / "recipes" / "ablations"
-NOT_STUDIES = ("adapt_demo", "real_parts_align", "real_parts_train")
+NOT_STUDIES = ("inner_adaptors_train", "real_parts_align", "real_parts_train")
 """Configurations of ``idavlm train`` that studies share."""
 
 
@@ -222,6 +223,7 @@ def test_variants_are_combined_with_the_grid():
         ({"variants": {"a": {"width": 3}}}, "width is varied in two places"),
         ({"variants": {"a": 3}}, "not a mapping of options"),
         ({"choose": {"values": {"rate": [1]}}}, "must have the keys 'values'"),
+        ({"choose": {"values": {"rate": [1]}, "by": "x", "seeds": [7]}}, r"choose.seeds=\[7\] must be some of seeds"),
         ({"base": {"widht": 3}}, r"has no option --widht \(see its --help\); did you mean '--width'"),
         ({"resume": {"continue": True}}, "has no option --continue"),
         ({"metrics": ["*/recall"]}, r"'\*/recall' is no metric of the runs; they have test/matching/accuracy, loss_%"),
@@ -310,6 +312,31 @@ def test_runs_on_other_records_are_not_paired():
     assert summary.notes == [
         "b, test: no comparison by record. A and b have no item in common; compare runs on the same data."
     ]
+
+
+def test_values_are_chosen_on_some_seeds():
+    """The other seeds run with the chosen value alone, also if the study is killed between."""
+    choose = {"values": {"rate": [0.1, 0.3]}, "by": "test/matching/accuracy"}
+    study = write_study(choose={**choose, "seeds": [0]}, grid={"width": [2, 3]}, seeds=[0, 1])
+    assert len(read_study(study).runs()) == 4
+    assert main(["ablate", study, "--dry-run"]) == 0
+    assert main(["ablate", study]) == 0
+    assert finished("study") == 6
+    first = summarize_study(read_study(study))
+    assert first.notes == []
+    for variant in first.variants:
+        assert len(variant.scores["test/matching/accuracy"].values) == 2
+        runs = [run for run in read_study(study).runs() if run.variant == variant.name]
+        values = {run.choice["rate"]: RunFolder(f"study/{run.name}").metrics().metrics for run in runs}
+        assert variant.choice["rate"] == max(values, key=lambda rate: values[rate]["test/matching/accuracy"])
+    for folder in list(Path("study").glob("*/seed-1")):
+        shutil.rmtree(folder)
+    assert main(["ablate", study]) == 0
+    assert finished("study") == 6
+    again = summarize_study(read_study(study))
+    assert [each.scores for each in again.variants] == [each.scores for each in first.variants]
+    with open("study/runs.csv") as file:
+        assert len(list(csv.DictReader(file))) == 6
 
 
 def test_each_variant_is_shown_at_its_best_value():
@@ -420,7 +447,10 @@ def test_recipes_are_valid(path, parser, tmp_path, monkeypatch):
     if study.program == "train":
         for evaluation in study.evaluate.values():
             Path(evaluation["data"]).parent.mkdir(parents=True, exist_ok=True)
-            Path(evaluation["data"]).touch()
+            with open(evaluation["data"], "a") as file:
+                for number, task in enumerate(evaluation.get("tasks", ())):
+                    record = {**small_models.record(number, answer=False), "type": task, "answer": "x"}
+                    file.write(json.dumps(record) + "\n")
         assert main(["ablate", str(path), "--dry-run", *(f"--set={each}" for each in recipe_overrides(path))]) == 0
         return
     assert study.program == "examples/train_idformer.py"

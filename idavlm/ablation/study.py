@@ -56,7 +56,8 @@ class Study:
         grid: option -> list of values. The variants are all combinations.
         variants: name -> options. With ``grid``, each variant is combined with all values.
         choose: ``{"values": {option: [...]}, "by": metric}``: each variant is run with each of these values, and the
-            tables show the value with the highest metric.
+            tables show the value with the highest metric. With ``"seeds": [0]`` as well, only these seeds are run with
+            all values, and the others with the chosen value.
         seeds: each variant is run with each seed.
         baseline: name of the variant that the others are compared with; by default the first one.
         metrics: names of the metrics of the tables, in order; ``*`` stands for any characters. By default all.
@@ -101,11 +102,14 @@ class Study:
         _check_list("seeds", self.seeds)
         if self.choose is not None:
             values = self.choose.get("values")
-            if set(self.choose) != {"values", "by"} or not isinstance(values, dict) or not values:
+            if set(self.choose) - {"seeds"} != {"values", "by"} or not isinstance(values, dict) or not values:
                 raise ValueError(
-                    f"choose={self.choose} must have the keys 'values' (option: [...]) and 'by' (a metric)."
+                    f"choose={self.choose} must have the keys 'values' (option: [...]) and 'by' (a metric); 'seeds' is "
+                    "optional."
                 )
             _check_lists("choose.values", values)
+            if not set(self.choice_seeds) <= set(self.seeds):
+                raise ValueError(f"choose.seeds={self.choice_seeds} must be some of seeds={self.seeds}.")
         for name, options in self.variants.items():
             if not isinstance(options, dict):
                 raise ValueError(
@@ -146,8 +150,21 @@ class Study:
                 found[label] = {**options, **combined}
         return found
 
-    def runs(self) -> list[Run]:
-        """All runs, variant by variant."""
+    @property
+    def choice_seeds(self) -> list[int]:
+        """The seeds that are run with all values of ``choose``."""
+        seeds = (self.choose or {}).get("seeds", self.seeds)
+        _check_list("choose.seeds", seeds)
+        return seeds
+
+    def runs(self, chosen: Mapping[str, dict[str, Any]] | None = None) -> list[Run]:
+        """All runs, variant by variant.
+
+        Args:
+            chosen: variant -> chosen values, see :func:`idavlm.ablation.summary.chosen_values`. Seeds that are not in
+                :attr:`choice_seeds` are run with these values alone, and not at all before values are chosen.
+        """
+        chosen = chosen or {}
         choices = [{}]
         if self.choose:
             values = self.choose["values"]
@@ -157,6 +174,8 @@ class Study:
             for choice in choices:
                 label = ", ".join([variant, *(f"{option}={short(value)}" for option, value in choice.items())])
                 for seed in self.seeds:
+                    if seed not in self.choice_seeds and chosen.get(variant) != choice:
+                        continue
                     settings = {**self.base, **choice, **options}
                     runs.append(Run(variant, choice, seed, settings, f"{folder_name(label)}/seed-{seed}"))
         repeated = [name for name, count in Counter(run.name for run in runs).items() if count > 1]

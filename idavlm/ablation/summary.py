@@ -1,9 +1,11 @@
 """Results of a study: mean and deviation of each metric over the seeds, and differences from the baseline."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
 from idavlm.ablation.run_folder import RunFolder
@@ -90,13 +92,37 @@ class Summary:
         return next(variant for variant in self.variants if variant.name == self.study.baseline)
 
 
+def chosen_values(study: Study) -> dict[str, dict[str, Any]]:
+    """Variant -> the values of ``choose`` with the highest metric, by the runs that have finished.
+
+    Raises:
+        ValueError: a finished run does not have the metric, or its metrics cannot be read.
+    """
+    if not study.choose:
+        return {}
+    metric, best = study.choose["by"], {}
+    for (variant, _), runs in groupby(study.runs(), key=lambda run: (run.variant, run.choice)):
+        values = []
+        for run in runs:
+            folder = RunFolder(study.folder / run.name)
+            if folder.state == "finished":
+                metrics = folder.metrics().metrics
+                if metric not in metrics:
+                    raise ValueError(f"choose: by={metric!r} is no metric of the runs; they have {', '.join(metrics)}.")
+                values.append(metrics[metric])
+        if values and (variant not in best or statistics.fmean(values) > best[variant][0]):
+            best[variant] = (statistics.fmean(values), run.choice)
+    return {variant: choice for variant, (_, choice) in best.items()}
+
+
 def summarize_study(study: Study) -> Summary:
     """Collect the finished runs of a study.
 
     Raises:
         ValueError: a finished run had other settings, or its metrics cannot be read.
     """
-    runs = study.runs()
+    chosen = chosen_values(study)
+    runs = study.runs(chosen)
     folders = {run.name: RunFolder(study.folder / run.name) for run in runs}
     states: dict[str, list[str]] = {}
     for run in runs:
@@ -108,10 +134,13 @@ def summarize_study(study: Study) -> Summary:
     notes: list[str] = []
     variants = []
     for name in dict.fromkeys(run.variant for run in runs):
-        chosen = _choose(study, [run for run in runs if run.variant == name], finished, notes)
-        of_seed = {run.seed: finished[run.name] for run in chosen if run.name in finished}
-        variant = VariantSummary(name, chosen[0].choice, of_seed)
-        found = [records[run.name] for run in chosen if run.name in finished]
+        of_variant = [run for run in runs if run.variant == name]
+        if study.choose:
+            notes += _missing_choices(of_variant, finished)
+        shown = [run for run in of_variant if run.choice == chosen.get(name, of_variant[0].choice)]
+        of_seed = {run.seed: finished[run.name] for run in shown if run.name in finished}
+        variant = VariantSummary(name, shown[0].choice, of_seed)
+        found = [records[run.name] for run in shown if run.name in finished]
         if found:
             variant.seconds = statistics.fmean(record["seconds"] for record in found)
         variant.facts = _common_facts(of_seed.values())
@@ -147,24 +176,11 @@ def _selected(patterns: Sequence[str], runs: Sequence[RunMetrics]) -> list[str]:
     return selected
 
 
-def _choose(study: Study, runs: list[Run], finished: Mapping[str, RunMetrics], notes: list[str]) -> list[Run]:
-    """The runs of a variant with the values of ``choose`` that have the highest metric."""
-    if not study.choose:
-        return runs
-    metric, candidates = study.choose["by"], {}
-    for run in runs:
-        candidates.setdefault(tuple(run.choice.items()), []).append(run)
-    scores = {}
-    for choice, found in candidates.items():
-        values = [finished[run.name].metrics for run in found if run.name in finished]
-        if any(metric not in each for each in values):
-            raise ValueError(f"choose: by={metric!r} is no metric of the runs; they have {', '.join(values[0])}.")
-        if values:
-            scores[choice] = statistics.fmean(each[metric] for each in values)
-        if len(values) < len(found):
-            missing = ", ".join(f"{key}={value}" for key, value in choice)
-            notes.append(f"{runs[0].variant}: {len(found) - len(values)} runs with {missing} are missing.")
-    return candidates[max(scores, key=scores.get)] if scores else runs[: len(study.seeds)]
+def _missing_choices(runs: list[Run], finished: Mapping[str, RunMetrics]) -> list[str]:
+    """Notes on values of ``choose`` of which runs of a variant have not finished."""
+    found = Counter(str(run.choice) for run in runs if run.name not in finished)
+    labels = {str(run.choice): ", ".join(f"{key}={value}" for key, value in run.choice.items()) for run in runs}
+    return [f"{runs[0].variant}: {count} runs with {labels[choice]} are missing." for choice, count in found.items()]
 
 
 def _common_facts(runs: Sequence[RunMetrics]) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
             "idavlm ablate draws figures by matplotlib; install it by pip install 'idavlm[eval]'."
         ) from error
     # After the arguments were parsed, because these imports take seconds.
-    from idavlm.ablation.execution import describe_end, jobs_of, run_locally
     from idavlm.ablation.programs import check_options, command
     from idavlm.ablation.run_folder import RunFolder
     from idavlm.ablation.study import read_study
+    from idavlm.ablation.summary import chosen_values
     from idavlm.utils import lock_folder
 
     study = read_study(arguments.study, arguments.set)
@@ -52,29 +52,42 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{each.name} ({folder.state})")
             print(f"    {shlex.join(command(study, each.settings, each.seed, folder.output))}")
         print(f"{len(runs)} runs in {study.folder}")
+        left = [seed for seed in study.seeds if seed not in study.choice_seeds]
+        if left:
+            print(f"Then each variant runs with its chosen values and the seeds {', '.join(map(str, left))}.")
         return 0
     with lock_folder(study.folder):
-        jobs = jobs_of(study, runs)
-        ended = len(runs) - len(jobs)
-        print(f"{study.name}: {len(runs)} runs, {ended} of them are finished ({study.folder})", flush=True)
-
-        def on_end(job, state: str) -> None:
-            nonlocal ended
-            ended += 1
-            print(f"[{ended}/{len(runs)}] {describe_end(job, state)}", flush=True)
-
         try:
-            if arguments.engine == "ray":
-                from idavlm.ablation.ray_engine import run_with_ray
-
-                resources = {"cpus": arguments.cpus, "gpus": arguments.gpus}
-                run_with_ray(jobs, num_jobs=arguments.jobs, **resources, on_end=on_end)
-            else:
-                run_locally(jobs, num_jobs=arguments.jobs or 1, on_end=on_end)
+            _execute(study, runs, arguments, text="runs")
+            runs = [each for each in study.runs(chosen_values(study)) if each.seed not in study.choice_seeds]
+            if runs:
+                _execute(study, runs, arguments, text="runs with the chosen values")
         except KeyboardInterrupt:
             kept = f"Finished runs are kept in {study.folder}. Repeat the command to continue."
             raise KeyboardInterrupt(kept) from None
         return _report(study)
+
+
+def _execute(study, runs: list, arguments: argparse.Namespace, *, text: str) -> None:
+    """Execute the runs that are not finished. ``text`` says what they are."""
+    from idavlm.ablation.execution import describe_end, jobs_of, run_locally
+
+    jobs = jobs_of(study, runs)
+    ended = len(runs) - len(jobs)
+    print(f"{study.name}: {len(runs)} {text}, {ended} of them are finished ({study.folder})", flush=True)
+
+    def on_end(job, state: str) -> None:
+        nonlocal ended
+        ended += 1
+        print(f"[{ended}/{len(runs)}] {describe_end(job, state)}", flush=True)
+
+    if arguments.engine == "ray":
+        from idavlm.ablation.ray_engine import run_with_ray
+
+        resources = {"cpus": arguments.cpus, "gpus": arguments.gpus}
+        run_with_ray(jobs, num_jobs=arguments.jobs, **resources, on_end=on_end)
+    else:
+        run_locally(jobs, num_jobs=arguments.jobs or 1, on_end=on_end)
 
 
 def _report(study) -> int:
