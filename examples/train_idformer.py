@@ -39,7 +39,7 @@ from torch.utils.data import Subset
 from transformers import HfArgumentParser, ResNetModel, set_seed
 
 from idavlm import IDAVLMForConditionalGeneration, IDAVLMProcessor, IDTrainer, IDTrainingArguments, RecordDataset
-from idavlm.data import CurriculumSampler, CurriculumStage, Sample
+from idavlm.data import TASK_TYPES, CurriculumSampler, CurriculumStage, Sample
 from idavlm.datasets import RecordOptions, build_characters, build_faces, build_wesnoth
 from idavlm.evaluation import (
     EvaluationResult,
@@ -92,6 +92,9 @@ class DemoArguments:
     test_data: list[str] | None = field(
         default=None, metadata={"help": "Data sets whose held-out identities are tested; by default that of --data."}
     )
+    test_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks of the test; by default all.", "choices": TASK_TYPES}
+    )
     seeds: int = field(default=1, metadata={"help": "Number of seeds."})
     seed: int = field(default=0, metadata={"help": "First seed."})
     steps: list[int] | None = field(
@@ -137,6 +140,10 @@ class DemoArguments:
             raise ValueError(f"tower_steps={self.tower_steps} must be at least 1.")
         if self.steps is not None and len(self.steps) != 2:
             raise ValueError(f"steps={self.steps} must be two numbers: identity pretraining and instruction tuning.")
+        if self.steps is not None and self.stop_after is None and self.steps[1] < 2:
+            raise ValueError(
+                f"steps={self.steps}: instruction tuning needs at least 2 steps, because it has two stages."
+            )
         if self.test_data is not None and len({Path(name).name for name in self.test_data}) < len(self.test_data):
             raise ValueError(f"test_data={self.test_data} names a data set twice; leave it out once.")
         for name in ("tower_steps", "augment"):
@@ -229,7 +236,7 @@ def main(
     pretraining_steps, tuning_steps = args.steps or (pretraining_steps, tuning_steps)
     tower_steps = 0 if args.tower is not None else args.tower_steps or tower_steps
     out = Path(args.out) / Path(args.data).name
-    tests = {name: list(RecordDataset(built / "test.jsonl")) for name, built in test_data.items()}
+    tests = {name: read_test(built, args.test_tasks) for name, built in test_data.items()}
     if "wrong" in args.references:
         for test in tests.values():
             check_wrong_references(test)  # before the training, because the evaluation comes last
@@ -297,7 +304,7 @@ def main(
         for name, built in test_data.items():
             for column, (variant, references) in COLUMNS.items():
                 if variant in args.variants and references in args.references:
-                    options = {"references": references}
+                    options = {"references": references, "tasks": args.test_tasks}
                     asked = [pool.submit(answer, variant, built, folder, **options) for folder in seed_folders]
                     column = column_on(column, name, test_data)
                     evaluations[column], records_of[column] = asked, built / "test.jsonl"
@@ -355,6 +362,15 @@ def main(
 def column_on(column: str, name: str, test_data: dict[str, Path]) -> str:
     """The name of a column of scores on the data set ``name``, which is named if several are tested."""
     return column if len(test_data) == 1 else f"{name}: {column}"
+
+
+def read_test(data: Path, tasks: list[str] | None) -> list[Sample]:
+    """The test records of these tasks; None for all."""
+    file = data / "test.jsonl"
+    samples = [sample for sample in RecordDataset(file) if tasks is None or sample.task in tasks]
+    if not samples:
+        raise ValueError(f"test_tasks={tasks}: {file} has no record of them; name other tasks.")
+    return samples
 
 
 def score_maps(test: list[Sample], folder: Path, *, references: str) -> EvaluationResult:
@@ -705,10 +721,18 @@ def split_general(data: Path, num_test_images: int) -> tuple[list[int], list[Sam
     return kept, test
 
 
-def answer(variant: str, data: Path, folder: Path, *, references: str, num_general_test: int = 0) -> EvaluationResult:
+def answer(
+    variant: str,
+    data: Path,
+    folder: Path,
+    *,
+    references: str,
+    tasks: list[str] | None = None,
+    num_general_test: int = 0,
+) -> EvaluationResult:
     """Evaluate a trained model on the held-out identities, or on the questions about held-out general images."""
     model, processor = load(folder, variant)
-    test = split_general(data, num_general_test)[1] if num_general_test else list(RecordDataset(data / "test.jsonl"))
+    test = split_general(data, num_general_test)[1] if num_general_test else read_test(data, tasks)
     return evaluate(model, processor, test, references=references, batch_size=32)
 
 

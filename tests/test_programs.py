@@ -251,11 +251,14 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
     others = build_characters(tmp_path / "others", **sizes, **records, seed=1)
     arguments = ["--data", data, "--test_data", others, data, "--tower", "idavlm-tiny", "--steps", 1, 2]
     arguments += ["--variants", "with-id-former", "--references", "right", "--out", tmp_path / "two"]
+    arguments += ["--test_tasks", "matching", "qa_multi"]
     run_example(monkeypatch, capsys, "train_idformer.py", *arguments)
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     tested = {f"{name}: {kind}": name for name in ("others", "people") for kind in ("right references", "identity map")}
     assert {name.split("/")[0] for name in two["metrics"]} == set(tested)
     assert two["records"] == {column: str(tmp_path / name / "test.jsonl") for column, name in tested.items()}
+    tasks = {name.split("/")[1] for name in two["metrics"] if "right references" in name}
+    assert tasks == {"matching", "qa_multi"}
     assert two["metrics"]["people: identity map/matching/accuracy"] == tiny["metrics"]["identity map/matching/accuracy"]
 
     example = runpy.run_path(str(ROOT / "examples" / "train_idformer.py"), run_name="example")
@@ -272,9 +275,12 @@ def test_runs_share_towers_and_stop_after_identity_pretraining(monkeypatch, caps
         (["--export", "x"], "export='x'"),
         (["--tower", "x", "--tower_steps", 2], "tower_steps=2"),
         (["--test_data", "a/x", "b/x"], "test_data="),
+        (["--steps", 5], r"steps=\[5\] must be two numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             metrics("wrong", *wrong)
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        run_example(monkeypatch, capsys, "train_idformer.py", "--steps", 5, 1)
 
 
 def test_an_id_former_is_attached_to_frozen_models(monkeypatch, capsys, tmp_path):
