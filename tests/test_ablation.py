@@ -33,7 +33,7 @@ from tests.training_runs import QUICK, write_records
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "tests" / "ablation_program.py")
 RECIPES = ROOT / "recipes" / "ablations"
-NOT_STUDIES = ("inner_adaptors_train", "real_parts_align", "real_parts_train")
+NOT_STUDIES = ("inner_adaptors_train", "real_parts_align", "real_parts_identities", "real_parts_train")
 """Configurations of ``idavlm train`` that studies share."""
 
 
