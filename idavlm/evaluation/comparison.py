@@ -29,6 +29,7 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.45 system-ui, sans-serif; color: #22242a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; } th, td { padding: .25rem .7rem; text-align: right; }
 td { white-space: nowrap; }
+th:is(:nth-child(4), :nth-child(5), :nth-child(8)) { min-width: 6rem; overflow-wrap: anywhere; }
 th { border-bottom: 2px solid #22242a; font-weight: 600; } td { border-bottom: 1px solid #e3e5ea; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 article { border-top: 1px solid #cfd2d9; padding: 1rem 0; } .images { display: flex; flex-wrap: wrap; gap: .6rem; }
