@@ -409,6 +409,7 @@ def test_identity_bank_benchmark(monkeypatch, capsys, tmp_path):
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert any(row.startswith("| photos in every prompt | 36 |") for row in rows), "four times eight photos and a scene"
     assert any(row.startswith("| bank | 12 |") for row in rows)
+    assert "4 of 4 answers are equal" in out
 
 
 def test_attention_matching_benchmark(monkeypatch, capsys, tmp_path):

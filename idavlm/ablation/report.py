@@ -7,7 +7,7 @@ import jinja2
 from idavlm.ablation.figures import plot_study
 from idavlm.ablation.run_folder import RunFolder
 from idavlm.ablation.study import Study, folder_name, short
-from idavlm.ablation.summary import Summary, VariantSummary, chosen_values, summarize_study
+from idavlm.ablation.summary import Summary, VariantSummary, summarize_study
 from idavlm.ablation.tables import (
     EXPLAIN_DIFFERENCES,
     EXPLAIN_SCORES,
@@ -198,7 +198,7 @@ def _runs_csv(summary: Summary) -> str:
     """One line per run: what it was, how it ended, and its metrics."""
     first = ["run", "variant", "choice", "seed", "state", "seconds", "attempts", "started", "ended", "git"]
     rows = []
-    for run in summary.study.runs(chosen_values(summary.study)):
+    for run in summary.runs:
         folder = RunFolder(summary.study.folder / run.name)
         record = folder.record
         row = {"run": run.name, "variant": run.variant, "choice": short(run.choice), "seed": run.seed}

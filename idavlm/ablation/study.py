@@ -108,6 +108,7 @@ class Study:
                     "optional."
                 )
             _check_lists("choose.values", values)
+            _check_list("choose.seeds", self.choice_seeds)
             if not set(self.choice_seeds) <= set(self.seeds):
                 raise ValueError(f"choose.seeds={self.choice_seeds} must be some of seeds={self.seeds}.")
         for name, options in self.variants.items():
@@ -153,9 +154,7 @@ class Study:
     @property
     def choice_seeds(self) -> list[int]:
         """The seeds that are run with all values of ``choose``."""
-        seeds = (self.choose or {}).get("seeds", self.seeds)
-        _check_list("choose.seeds", seeds)
-        return seeds
+        return (self.choose or {}).get("seeds", self.seeds)
 
     def runs(self, chosen: Mapping[str, dict[str, Any]] | None = None) -> list[Run]:
         """All runs, variant by variant.

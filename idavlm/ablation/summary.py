@@ -68,6 +68,7 @@ class Summary:
 
     Attributes:
         study: the study.
+        runs: all runs; with ``choose.seeds``, those of the values that have been chosen so far.
         variants: in the order of the study. A variant without a finished run has no scores.
         metrics: names of the metrics, in order.
         states: state -> names of the runs.
@@ -78,6 +79,7 @@ class Summary:
     """
 
     study: Study
+    runs: list[Run]
     variants: list[VariantSummary]
     metrics: list[str]
     states: dict[str, list[str]]
@@ -154,7 +156,7 @@ def summarize_study(study: Study) -> Summary:
         name: f"{folders[name].record.get('problem')}\n{folders[name].end_of_log()}"
         for name in states.get("failed", ())
     }
-    summary = Summary(study, variants, metrics, states, failures, notes, list(records.values()), finished)
+    summary = Summary(study, runs, variants, metrics, states, failures, notes, list(records.values()), finished)
     for variant in variants:
         if variant is not summary.baseline:
             _compare(variant, summary.baseline, metrics, notes)
@@ -178,9 +180,10 @@ def _selected(patterns: Sequence[str], runs: Sequence[RunMetrics]) -> list[str]:
 
 def _missing_choices(runs: list[Run], finished: Mapping[str, RunMetrics]) -> list[str]:
     """Notes on values of ``choose`` of which runs of a variant have not finished."""
-    found = Counter(str(run.choice) for run in runs if run.name not in finished)
-    labels = {str(run.choice): ", ".join(f"{key}={value}" for key, value in run.choice.items()) for run in runs}
-    return [f"{runs[0].variant}: {count} runs with {labels[choice]} are missing." for choice, count in found.items()]
+    missing = Counter(
+        ", ".join(f"{key}={value}" for key, value in run.choice.items()) for run in runs if run.name not in finished
+    )
+    return [f"{runs[0].variant}: {count} runs with {choice} are missing." for choice, count in missing.items()]
 
 
 def _common_facts(runs: Sequence[RunMetrics]) -> dict[str, Any]:

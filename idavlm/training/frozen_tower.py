@@ -40,9 +40,10 @@ def use_image_features(
     samples = [sample for dataset in datasets if dataset is not None for sample in _samples(dataset, processor, option)]
     folder = Path(args.image_features)
     with args.main_process_first(local=False, desc="features of the vision tower"):
-        with lock_beside(folder):  # several runs of a study may share the folder
-            if not (folder / "index.json").is_file():
-                ImageFeatures.write(folder, model, processor, samples)
+        if not (folder / "index.json").is_file():
+            with lock_beside(folder):  # several runs of a study may share the folder
+                if not (folder / "index.json").is_file():  # another run may have written it meanwhile
+                    ImageFeatures.write(folder, model, processor, samples)
         features = ImageFeatures(folder, model, processor)
     for sample in samples:
         for path in sample.images:
