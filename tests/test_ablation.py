@@ -140,6 +140,25 @@ def test_a_killed_run_continues_from_its_files_where_the_study_says_so():
     assert not (folder.output / "old").exists(), "without resume, it starts in an empty folder"
 
 
+def test_a_report_tells_a_run_that_runs_from_one_that_was_killed(capsys):
+    study, folder = (
+        write_study(grid={"width": [1]}, seeds=[0, 1], base={"seconds": 60}),
+        RunFolder("study/width=1/seed-0"),
+    )
+    child = os.fork()
+    if child == 0:
+        os._exit(main(["ablate", study]))
+    while folder.state != "running":
+        time.sleep(0.01)
+    assert main(["ablate", study, "--report-only"]) == 0
+    assert "2 runs have not finished" in capsys.readouterr().out
+    assert "runs: 1 running, 1 new" in Path("study/report.md").read_text()
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    assert main(["ablate", study, "--report-only"]) == 0
+    assert "runs: 1 killed, 1 new" in Path("study/report.md").read_text()
+
+
 def test_a_program_without_metrics_has_failed():
     Path("empty.py").write_text(
         "import argparse; p = argparse.ArgumentParser(); p.add_argument('--seed'); "

@@ -61,8 +61,9 @@ def jobs_of(study: Study, runs: list[Run]) -> list[Job]:
         folder.check_settings(settings)
         if folder.state == "finished":
             continue
-        # With other settings, the files of a killed attempt are of no use.
-        continues = folder.state == "killed" and study.resume is not None and folder.record["settings"] == settings
+        # With other settings, the files of a killed attempt are of no use. A program that outlived its study is ended.
+        was_killed = folder.state in ("killed", "running")
+        continues = was_killed and study.resume is not None and folder.record["settings"] == settings
         options = {**run.settings, **(study.resume if continues else {})}
         jobs.append(
             Job(

@@ -17,9 +17,9 @@ from idavlm.data.errors import quote
 from idavlm.evaluation.metrics_file import RunMetrics, read_metrics
 from idavlm.utils import read_json_object, write_text
 
-STATES = ("new", "killed", "failed", "finished")
-"""States of a run: never started; started, but neither finished nor failed; exit status other than 0, or no valid
-metrics; finished with metrics."""
+STATES = ("new", "running", "killed", "failed", "finished")
+"""States of a run: never started; its program runs; its program was ended from outside; exit status other than 0, or no
+valid metrics; finished with metrics."""
 
 LOG_LINES = 15
 """Lines at the end of the log of a failed run that are shown."""
@@ -56,7 +56,9 @@ class RunFolder:
         if not record:
             return "new"
         state = record.get("state")
-        return state if state in ("finished", "failed") else "killed"
+        if state in ("finished", "failed"):
+            return state
+        return "running" if self._is_locked() else "killed"
 
     def metrics(self) -> RunMetrics:
         """The metrics of a finished run."""
@@ -173,6 +175,21 @@ class RunFolder:
     def _write(self, record: Mapping[str, Any]) -> None:
         write_text(self.folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
 
+    def _is_locked(self) -> bool:
+        import fcntl
+
+        try:
+            descriptor = os.open(self.folder / ".lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     @contextmanager
     def _lock(self, before: Mapping[str, Any]):
         """Hold the lock of the folder. A program that outlived a killed study holds it still, and is ended."""
@@ -185,7 +202,8 @@ class RunFolder:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if attempt == 0 and before.get("process") and before.get("host") == platform.node():
+                    # Not at the first attempt, because a report that asks for the state holds the lock for a moment.
+                    if attempt == 1 and before.get("process") and before.get("host") == platform.node():
                         end_process_group(before["process"])
                     time.sleep(0.1)
             else:

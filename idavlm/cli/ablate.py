@@ -99,7 +99,7 @@ def _report(study) -> int:
     summary = write_study_report(study, command=shlex.join(["idavlm", *repeated]))
     print("\n" + "\n\n".join(markdown_tables(summary)))
     failed = summary.states.get("failed", [])
-    missing = [*summary.states.get("new", []), *summary.states.get("killed", [])]
+    missing = [name for state in ("new", "running", "killed") for name in summary.states.get(state, [])]
     for kind, names in (("failed", failed), ("have not finished", missing)):
         if names:
             print(f"\n{len(names)} runs {kind}: {', '.join(names)}")
