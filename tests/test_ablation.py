@@ -322,6 +322,15 @@ def test_the_figure_has_a_panel_for_each_metric(monkeypatch):
     assert all(ax.lines or ax.patches for ax in drawn[0].axes[:6])
 
 
+def test_long_titles_of_panels_have_several_lines(monkeypatch):
+    assert main(["ablate", write_study(seeds=[0])]) == 0
+    summary, drawn = summarize_study(read_study("study.yaml")), []
+    monkeypatch.setattr("idavlm.ablation.figures.save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("idavlm.ablation.figures.label", lambda *_: "faces: identity map, wrong references matching")
+    plot_study("scores.png", summary)
+    assert drawn[0].axes[0].get_title(loc="left") == "faces: identity map, wrong references\nmatching"
+
+
 def test_runs_on_other_records_are_not_paired():
     Path("other.jsonl").write_text('{"id": "other"}\n')
     variants = {"a": {}, "b": {"records": "other.jsonl"}}

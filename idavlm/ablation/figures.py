@@ -1,5 +1,6 @@
 """Figures of a study: scores of the variants, or scores over an option with numbers as values."""
 
+import textwrap
 from pathlib import Path
 
 from idavlm.ablation.summary import Summary, VariantSummary
@@ -7,6 +8,8 @@ from idavlm.ablation.tables import label
 from idavlm.utils.figures import COLOURS, INK, new_figure, save, tidy
 
 MAX_PANELS = 8
+TITLE_WIDTH = 44
+"""Characters in a line of the title of a panel."""
 
 
 def plot_study(path: str | Path, summary: Summary) -> Path | None:
@@ -32,12 +35,14 @@ def plot_study(path: str | Path, summary: Summary) -> Path | None:
     option = _numeric_option(summary)
     columns = min(len(metrics), 4)
     rows = -(-len(metrics) // columns)
+    titles = [textwrap.fill(label(metric, summary.metrics), TITLE_WIDTH) for metric in metrics]
     height = 3.2 if option else 0.9 + 0.32 * len(summary.variants)
+    height += 0.17 * max(title.count("\n") for title in titles)
     figure = new_figure(4.2 * columns, height * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=option is None).flatten()
-    for metric, ax in zip(metrics, axes, strict=False):
+    for metric, title, ax in zip(metrics, titles, axes, strict=False):
         tidy(ax)
-        ax.set_title(label(metric, summary.metrics), fontsize=10, color=INK, loc="left")
+        ax.set_title(title, fontsize=10, color=INK, loc="left")
         if option:
             _draw_lines(ax, summary, metric, option)
         else:
