@@ -141,10 +141,8 @@ def test_a_killed_run_continues_from_its_files_where_the_study_says_so():
 
 
 def test_a_report_tells_a_run_that_runs_from_one_that_was_killed(capsys):
-    study, folder = (
-        write_study(grid={"width": [1]}, seeds=[0, 1], base={"seconds": 60}),
-        RunFolder("study/width=1/seed-0"),
-    )
+    study = write_study(grid={"width": [1]}, seeds=[0, 1], base={"seconds": 60})
+    folder = RunFolder("study/width=1/seed-0")
     child = os.fork()
     if child == 0:
         os._exit(main(["ablate", study]))

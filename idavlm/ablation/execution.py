@@ -59,10 +59,11 @@ def jobs_of(study: Study, runs: list[Run]) -> list[Job]:
     for run in runs:
         folder, settings = RunFolder(study.folder / run.name), study.settings_of(run)
         folder.check_settings(settings)
-        if folder.state == "finished":
+        state = folder.state
+        if state == "finished":
             continue
         # With other settings, the files of a killed attempt are of no use. A program that outlived its study is ended.
-        was_killed = folder.state in ("killed", "running")
+        was_killed = state in ("killed", "running")
         continues = was_killed and study.resume is not None and folder.record["settings"] == settings
         options = {**run.settings, **(study.resume if continues else {})}
         jobs.append(
